@@ -1,0 +1,73 @@
+"""The errors that lorafit expects to happen, each with the exit code that its users' scripts see.
+
+An expected failure is one clear line (what, where, how to fix it). Anything else that escapes is a
+bug: it keeps its traceback and exits with 1.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LorafitError(Exception):
+    """An expected failure. The message is complete: what is wrong, where, and how to fix it."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(LorafitError):
+    """The command line asks for something that can't be done, such as starting a finished run."""
+
+    exit_code = 2
+
+
+class DataError(LorafitError):
+    """A data file is missing, unreadable, or holds a row that can't be trained on."""
+
+    exit_code = 3
+
+
+class ModelError(LorafitError):
+    """The model can't be had or loaded, or two inputs don't belong together."""
+
+    exit_code = 4
+
+
+class DoesNotFitError(LorafitError):
+    """Memory or disk is too small for what was asked."""
+
+    exit_code = 5
+
+
+class GateError(LorafitError):
+    """A result is worse than what was demanded of it (such as a loss that is no longer finite)."""
+
+    exit_code = 6
+
+
+class Interrupted(LorafitError):
+    """The run was stopped by a signal, after saving what can be resumed.
+
+    Attributes:
+        signal_number: the signal that asked for the stop (2 SIGINT, 15 SIGTERM). The exit code is
+            128 plus this number, as shells have it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+EXIT_CODES: dict[int, str] = {
+    0: "success",
+    1: "internal error: a bug in lorafit, shown with its traceback",
+    2: "the command line or the recipe is wrong",
+    3: "the data is wrong",
+    4: "the model can't be loaded, or inputs don't belong together",
+    5: "it does not fit in memory or on disk",
+    6: "a gate failed (for example, the loss is not finite)",
+    7: "something drifted from a lock (reserved)",
+    130: "interrupted by Ctrl-C; a checkpoint was saved if training had begun",
+    143: "terminated by SIGTERM; a checkpoint was saved if training had begun",
+}
+"""The exit codes of every command, for the documentation and its test."""

@@ -1,0 +1,72 @@
+"""The machine that a plan is made for, found without importing torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What decides about types, kernels and batch sizes.
+
+    Attributes:
+        device: where the training runs.
+        name: for people.
+        memory_bytes: of one GPU, or of the machine; None if it can't be told.
+        compute_capability: of a CUDA GPU, such as (8, 0).
+        fast_bf16: whether bfloat16 arithmetic is done by the hardware.
+        world_size: processes that train together, as torchrun or accelerate say.
+    """
+
+    device: Literal["cpu", "cuda"]
+    name: str
+    memory_bytes: int | None
+    compute_capability: tuple[int, int] | None
+    fast_bf16: bool
+    world_size: int = 1
+
+
+def detect() -> Hardware:
+    """The hardware of this machine: the first visible CUDA GPU, else the CPU."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    return _first_gpu(world_size) or _cpu(world_size)
+
+
+def _first_gpu(world_size: int) -> Hardware | None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    if visible:
+        command.append(f"--id={visible.split(',')[0]}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        name, mebibytes, capability = (part.strip() for part in done.stdout.splitlines()[0].split(","))
+        major, minor = (int(part) for part in capability.split("."))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    return Hardware("cuda", name, int(mebibytes) << 20, (major, minor), major >= 8, world_size)
+
+
+def _cpu(world_size: int) -> Hardware:
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        info = ""
+    fields = dict(
+        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in info.splitlines())
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return Hardware(
+        "cpu",
+        fields.get("model name", "CPU"),
+        memory,
+        None,
+        "amx_bf16" in fields.get("flags", "").split(),
+        world_size,
+    )

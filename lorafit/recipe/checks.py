@@ -1,0 +1,148 @@
+"""Rules that hold between the fields of a recipe, each with what to do about it.
+
+Only what the recipe alone can tell is checked here; rules that need the model or the machine are
+in `lorafit.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lorafit.recipe.schema import Recipe
+
+Complaint = tuple[tuple[str | int, ...], str]
+FOUR_BIT_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+
+
+def cross_check(recipe: Recipe) -> Iterator[Complaint]:
+    """Every broken rule as (path, message)."""
+    yield from _quantization(recipe)
+    yield from _lora(recipe)
+    yield from _dataset(recipe)
+    yield from _training(recipe)
+
+
+def _quantization(recipe: Recipe) -> Iterator[Complaint]:
+    quantization = recipe.quantization
+    if quantization is None:
+        return
+    given = quantization.model_fields_set
+    if quantization.load_in_4bit == quantization.load_in_8bit:
+        yield (
+            ("quantization", "load_in_4bit"),
+            "set exactly one of load_in_4bit and load_in_8bit to true, or remove the section",
+        )
+    elif quantization.load_in_8bit:
+        for name in FOUR_BIT_FIELDS:
+            if name in given:
+                yield ("quantization", name), "has no effect with load_in_8bit; remove it"
+    elif "llm_int8_threshold" in given:
+        yield ("quantization", "llm_int8_threshold"), "has no effect with load_in_4bit; remove it"
+    if recipe.lora is None:
+        yield (
+            ("quantization",),
+            "quantized weights can't be trained in full; add `lora: {}`, or remove quantization",
+        )
+
+
+def _lora(recipe: Recipe) -> Iterator[Complaint]:
+    lora, quantization = recipe.lora, recipe.quantization
+    if lora is None:
+        return
+    start = str(lora.init_lora_weights)
+    path = ("lora", "init_lora_weights")
+    if start == "loftq" and not (quantization and quantization.load_in_4bit):
+        yield path, "loftq corrects for 4-bit rounding: add quantization.load_in_4bit: true, or use another start"
+    if start.startswith(("pissa", "olora")):
+        if quantization:
+            yield path, f"{start} changes the base's weights, which are quantized; use loftq, or remove quantization"
+        if lora.use_rslora:
+            yield path, f"{start} can't be saved for the unchanged base with use_rslora; turn one of them off"
+        if lora.rank_pattern or lora.alpha_pattern:
+            yield path, f"{start} can't be saved for the unchanged base with rank_pattern or alpha_pattern"
+    if start == "eva" and quantization:
+        yield path, "eva runs on an unquantized base only; remove quantization"
+    if start in ("eva", "loftq") and lora.use_dora:
+        yield path, f"{start} does not go with use_dora"
+    targets = lora.target_modules
+    if isinstance(targets, tuple):
+        if not targets:
+            yield ("lora", "target_modules"), "is empty: nothing would be trained; use all-linear"
+        for index, name in enumerate(targets):
+            if name.split(".")[-1] == "lm_head":
+                yield (
+                    ("lora", "target_modules", index),
+                    "TRL computes the loss from lm_head's weight directly, so an adapter on it would never be "
+                    "trained; put lm_head in modules_to_save",
+                )
+
+
+def _dataset(recipe: Recipe) -> Iterator[Complaint]:
+    dataset, training = recipe.dataset, recipe.training
+    given = training.model_fields_set
+    sources = [(("dataset", "train"), dataset.train)]
+    if isinstance(dataset.validation, tuple):
+        sources.append((("dataset", "validation"), dataset.validation))
+    for where, group in sources:
+        for index, source in enumerate(group):
+            if source.format == "text" and dataset.loss_on != "all" and "loss_on" in dataset.model_fields_set:
+                yield (
+                    (*where, index, "format"),
+                    f"text rows have no answer, so loss_on: {dataset.loss_on} has no meaning; use loss_on: all",
+                )
+    if dataset.validation is not None:
+        return
+    needs = "needs validation rows; add dataset.validation, such as 0.1"
+    if training.early_stopping_patience is not None:
+        yield ("training", "early_stopping_patience"), needs
+    if training.load_best_model_at_end is True:
+        yield ("training", "load_best_model_at_end"), needs
+    if training.eval_strategy in ("steps", "epoch"):
+        yield ("training", "eval_strategy"), needs
+    if "per_device_eval_batch_size" in given:
+        yield ("training", "per_device_eval_batch_size"), needs
+
+
+def _training(recipe: Recipe) -> Iterator[Complaint]:
+    training = recipe.training
+    if training.max_steps is not None and training.num_train_epochs is not None:
+        yield ("training", "max_steps"), "give either max_steps or num_train_epochs"
+    if training.warmup_steps is not None and training.warmup_ratio is not None:
+        yield ("training", "warmup_steps"), "give either warmup_steps or warmup_ratio"
+    if training.global_batch_size is not None:
+        size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        if steps != "auto":
+            yield ("training", "global_batch_size"), "has no effect unless gradient_accumulation_steps is auto"
+        elif size != "auto" and training.global_batch_size % size:
+            yield (
+                ("training", "global_batch_size"),
+                f"is not a multiple of per_device_train_batch_size ({size})",
+            )
+    for what in ("eval", "save"):
+        strategy, steps = getattr(training, f"{what}_strategy"), getattr(training, f"{what}_steps")
+        if strategy == "steps" and steps is None:
+            yield ("training", f"{what}_strategy"), f"needs {what}_steps"
+        if strategy != "steps" and steps is not None:
+            yield ("training", f"{what}_steps"), f"has no effect without {what}_strategy: steps"
+    if training.eval_strategy == "no":
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(training, name) not in (None, False, "auto"):
+                yield ("training", name), "needs evaluations; remove eval_strategy: no"
+    if training.load_best_model_at_end is True or training.early_stopping_patience is not None:
+        yield from _best_needs_a_checkpoint(recipe)
+
+
+def _best_needs_a_checkpoint(recipe: Recipe) -> Iterator[Complaint]:
+    training = recipe.training
+    if training.load_best_model_at_end is False or training.save_strategy == "auto":
+        return
+    if training.save_strategy == "no":
+        yield ("training", "save_strategy"), "the best adapter can't be kept without checkpoints; use auto"
+    elif training.eval_strategy == "steps" and training.save_strategy == "steps":
+        if training.save_steps and training.eval_steps and training.save_steps % training.eval_steps:
+            yield (
+                ("training", "save_steps"),
+                f"must be a multiple of eval_steps ({training.eval_steps}) to keep the best adapter",
+            )
+    elif training.eval_strategy not in (training.save_strategy, "auto"):
+        yield ("training", "save_strategy"), "must be as eval_strategy to keep the best adapter; use auto"

@@ -1,0 +1,293 @@
+"""What a recipe may say: frozen pydantic sections whose docstrings are the only documentation.
+
+Names are upstream's own (PEFT, TRL, transformers, bitsandbytes), so that they can be searched for.
+Validators check; nothing here rewrites a value. `auto` is resolved later, in `lorafit.plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from lorafit.recipe.source import Located, Mistake, Position, dotted
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+def _list_of(item: Any) -> Any:
+    """A YAML list as an immutable tuple (strict mode would ask for a Python tuple)."""
+    return Annotated[tuple[item, ...], Field(strict=False)]
+
+
+Names = _list_of(Text)
+
+
+class ModelSection(Section):
+    name_or_path: Text
+    """Hub id, local folder, or a `.gguf` file (which is dequantized). A folder is relative to the
+    working directory."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub. Pin a commit for runs that can be repeated."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights and of the arithmetic. `auto`: bfloat16 where the hardware is fast
+    in it, float16 on older GPUs, else float32."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel of transformers. `auto`: sdpa."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that the model's repository ships. Off: such a model is refused."""
+    chat_template: Text | None = None
+    """Path of a Jinja file that replaces the tokenizer's chat template, in training and in what is
+    saved."""
+
+
+class QuantizationSection(Section):
+    load_in_4bit: bool = False
+    """Keep the frozen weights in 4 bits (QLoRA)."""
+    load_in_8bit: bool = False
+    """Keep the frozen weights in 8 bits (LLM.int8())."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the quantization constants too, which saves about 0.37 bits a weight."""
+    bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type that 4-bit weights are dequantized to for arithmetic. `auto`: the model's dtype."""
+    llm_int8_threshold: NonNegativeFloat = 6.0
+    """8-bit only: activations above this are outliers and are multiplied in 16 bits."""
+    llm_int8_skip_modules: Names | None = None
+    """Modules to leave unquantized, 4-bit or 8-bit. Default: the output head."""
+
+
+class LoraSection(Section):
+    r: PositiveInt = 16
+    """Rank of the adapter."""
+    lora_alpha: PositiveFloat = 32
+    """Scale: the update is multiplied by lora_alpha / r (or / sqrt(r) with use_rslora)."""
+    lora_dropout: Fraction = 0.05
+    """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear", "attention", "mlp", "qv"] | Text | Names = "all-linear"
+    """Which linear layers get an adapter: `all-linear` (all but the output head), `attention`,
+    `mlp`, `qv` (query and value only), a list of module names, or one regular expression that
+    matches whole module paths. Checked against the model's real tensor names."""
+    exclude_modules: Names | None = None
+    """Module names to leave out of target_modules."""
+    modules_to_save: Names | None = None
+    """Modules to train in full and to save with the adapter."""
+    layers_to_transform: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = None
+    """Indices of the layers that get an adapter. Default: all."""
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Ranks of some modules that differ from r, by module name or regular expression."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Values of lora_alpha that differ for some modules, by module name or regular expression."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling: lora_alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (DoRA): learns a magnitude for each output as well."""
+    init_lora_weights: bool | Annotated[
+        str, Field(pattern=r"^(gaussian|orthogonal|pissa|pissa_niter_[0-9]+|olora|loftq|eva)$")
+    ] = True
+    """How the adapter starts: true (B is zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
+    loftq (needs 4-bit) or eva (from the training rows). PiSSA and OLoRA change the base; lorafit
+    saves them as an ordinary adapter of rank 2r for the unchanged base."""
+    loraplus_lr_ratio: PositiveFloat | None = None
+    """LoRA+: the learning rate of the B matrices is this many times that of the A matrices
+    (the paper suggests 16)."""
+
+
+class Source(Section):
+    path: Text
+    """A .json, .jsonl, .csv or .parquet file, a folder of them, or a hub data set's id. Relative to
+    the working directory."""
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
+    """Shape of the rows. `auto` decides from the columns and says why."""
+    columns: dict[str, Text] = Field(default_factory=dict)
+    """The file's name for a column that the format expects, such as `output: answer`."""
+    split: Text = "train"
+    """Hub data sets only: the split to read."""
+    name: Text | None = None
+    """Hub data sets only: the configuration's name."""
+    revision: Text | None = None
+    """Hub data sets only: branch, tag or commit."""
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
+
+
+class DatasetSection(Section):
+    train: Sources
+    """Where the training rows come from; several sources are concatenated."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | Sources | None = None
+    """Held-out rows: a fraction of the training rows, taken at random with the run's seed, or
+    sources of their own. None: no evaluation."""
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    """Which tokens are learned: every answer in a conversation with its end-of-turn token
+    (assistant), only the last one (completion), or every token (all). Rows in the text format are
+    always learned whole."""
+
+
+class TrainingSection(Section):
+    max_length: PositiveInt = 2048
+    """Tokens per row; longer rows are cut at the end, which is counted and reported."""
+    packing: bool = False
+    """Fill each row of max_length tokens with several examples, which do not see each other."""
+    num_train_epochs: PositiveFloat | None = None
+    """Passes over the training rows. Default: 3, or as many as max_steps needs."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps to stop after, instead of num_train_epochs."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows in one forward pass on one device. `auto`: 8 on a CPU, 4 on a GPU, at most what
+    global_batch_size allows."""
+    gradient_accumulation_steps: PositiveInt | Literal["auto"] = "auto"
+    """Forward passes per optimizer step. `auto`: as many as global_batch_size needs."""
+    global_batch_size: PositiveInt | None = None
+    """Rows per optimizer step over all devices, when gradient_accumulation_steps is auto.
+    Default: 16."""
+    per_device_eval_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows in one evaluation pass on one device. `auto`: as in training."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """Learning-rate schedule of transformers."""
+    lr_scheduler_kwargs: dict[str, float | int | str | bool] = Field(default_factory=dict)
+    """Arguments of the schedule, such as `min_lr_rate: 0.1` for cosine_with_min_lr."""
+    warmup_ratio: Fraction | None = None
+    """Share of the steps over which the learning rate rises. Default: 0.03."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate rises, instead of warmup_ratio."""
+    optim: Literal[
+        "auto",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adafactor",
+        "lion_8bit",
+        "lion_32bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+        "ademamix_8bit",
+        "paged_ademamix_8bit",
+        "rmsprop",
+        "adagrad",
+        "sgd",
+    ] = "auto"
+    """Optimizer, by transformers' name. `auto`: paged_adamw_8bit for a quantized base on a CUDA GPU,
+    adamw_torch_fused otherwise."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Fraction = 0.9
+    """First-moment decay of the Adam optimizers."""
+    adam_beta2: Fraction = 0.999
+    """Second-moment decay of the Adam optimizers."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Epsilon of the Adam optimizers."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    neftune_noise_alpha: PositiveFloat | None = None
+    """NEFTune: scale of the noise added to the embeddings in training."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass to save memory. `auto`: on a GPU."""
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    """Order of the training rows."""
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that prepare batches beside the training process."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of the adapter's start, the order of rows, dropout, and the validation split."""
+    logging_steps: PositiveInt = 1
+    """Optimizer steps between two lines of metrics."""
+    eval_strategy: Literal["auto", "no", "steps", "epoch"] = "auto"
+    """When to evaluate. `auto`: after each epoch if there are validation rows, or at the end if
+    max_steps ends the run sooner."""
+    eval_steps: PositiveInt | None = None
+    """Optimizer steps between two evaluations (with `eval_strategy: steps`)."""
+    save_strategy: Literal["auto", "no", "steps", "epoch"] = "auto"
+    """When to write a checkpoint. `auto`: when it evaluates, else after each epoch. A checkpoint is
+    also written at the end, and when the run is interrupted."""
+    save_steps: PositiveInt | None = None
+    """Optimizer steps between two checkpoints (with `save_strategy: steps`)."""
+    save_total_limit: PositiveInt | None = 2
+    """Checkpoints to keep, besides the best one. null: all."""
+    load_best_model_at_end: bool | Literal["auto"] = "auto"
+    """Whether the adapter of the lowest validation loss is the result, rather than the last one.
+    `auto`: if there is an evaluation."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after this many evaluations without a lower validation loss."""
+    report_to: Names = ()
+    """Trackers, by transformers' names, such as tensorboard or wandb. Default: none; metrics.jsonl is
+    always written."""
+
+
+class Recipe(Section):
+    """A complete recipe, as asked. See `lorafit.recipe.load` for how it is read."""
+
+    model: ModelSection
+    """The base model."""
+    quantization: QuantizationSection | None = None
+    """How the frozen base is quantized with bitsandbytes. Absent: it is not."""
+    lora: LoraSection | None = None
+    """The adapter. Absent: all parameters are trained."""
+    dataset: DatasetSection
+    """The training and validation rows."""
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    """The optimization."""
+    output_dir: Text | None = None
+    """The run directory. Default: runs/ and the recipe's file name. Relative to the working
+    directory."""
+
+    _source: Located | None = PrivateAttr(default=None)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe file with its parents and `--set` overrides.
+
+        Raises RecipeError, which holds every mistake with its position.
+        """
+        from lorafit.recipe.load import load
+
+        return load(path, overrides)
+
+    def remember_source(self, root: Located) -> None:
+        """Keep where each value was written, for mistakes that only the plan can see."""
+        self._source = root
+
+    def mistake(self, path: tuple[str | int, ...], message: str) -> Mistake:
+        """A mistake about the value at `path`, at the place where it was written."""
+        if self._source is None:
+            return Mistake(Position("recipe"), dotted(path), message)
+        node, found = self._source.find(path)
+        position = node.key if found != path and node.key else node.position
+        return Mistake(position, dotted(path), message)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field with defaults filled in, as JSON-able values: what a run is compared by."""
+        return self.model_dump(mode="json")
