@@ -1,0 +1,619 @@
+"""The plan: every value that a recipe leaves open, resolved, each with its reason.
+
+`make_plan` is the only place that decides. What it returns is exactly what the libraries are
+handed later (`model_kwargs` for from_pretrained, `lora_kwargs` for LoraConfig and so on), so that
+what is shown before a run is what runs. No torch, no transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import DataError
+from lorafit.facts import ModelFacts, read_facts
+from lorafit.hardware import Hardware, detect
+from lorafit.recipe import Mistake, Recipe, RecipeError, Source
+from lorafit.rows import Format, Row, detect_format, is_local, read_rows
+from lorafit.targets import TargetError, Targets, check_modules_to_save, find_targets, trainable_parameters
+from lorafit.template import TemplateFacts, inspect_template
+
+DEFAULT_GLOBAL_BATCH_SIZE = 16
+DEFAULT_EPOCHS = 3.0
+DEFAULT_WARMUP_RATIO = 0.03
+CUDA_ONLY_OPTIMIZERS = ("8bit", "paged", "lion", "ademamix")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A resolved value and why it is so."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """A data source with its format known. `rows` is None where only the hub can tell."""
+
+    path: str
+    format: Format | None
+    columns: dict[str, str]
+    hub: dict[str, str | None] | None
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    train: tuple[SourcePlan, ...]
+    validation: tuple[SourcePlan, ...]
+    validation_fraction: float | None
+    loss_on: str
+    max_length: int
+    packing: bool
+    seed: int
+    chat_template: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Counts that follow from the number of training rows."""
+
+    steps_per_epoch: int
+    total_steps: int
+    eval_steps: int | None
+    save_steps: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved for a model and a machine.
+
+    Attributes:
+        name: of the run, the last part of output_dir.
+        output_dir: the run directory.
+        recipe: the recipe with its defaults, as JSON-able values.
+        hardware: what the plan was made for.
+        model: name, kind and source of the facts, parameter counts.
+        choices: every resolved value by its key in the recipe, with its reason, in order.
+        model_kwargs: for from_pretrained.
+        quantization_kwargs: for BitsAndBytesConfig; None without quantization.
+        lora_kwargs: for LoraConfig; None for training in full.
+        adapter_dtype: type of the trained adapter's weights.
+        loraplus_lr_ratio: for LoRA+; None without.
+        training_kwargs: for SFTConfig, without what follows from the number of rows.
+        data: what is read, and how it becomes tokens.
+        schedule: None while the number of rows is not known.
+        remarks: what the user should know, a sentence each.
+    """
+
+    name: str
+    output_dir: str
+    recipe: dict[str, Any]
+    hardware: Hardware
+    model: dict[str, Any]
+    choices: dict[str, Choice]
+    model_kwargs: dict[str, Any]
+    quantization_kwargs: dict[str, Any] | None
+    lora_kwargs: dict[str, Any] | None
+    adapter_dtype: str
+    loraplus_lr_ratio: float | None
+    training_kwargs: dict[str, Any]
+    data: DataPlan
+    schedule: Schedule | None
+    remarks: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+        raw = json.loads(text)
+        data = raw["data"]
+        hardware = raw["hardware"]
+        if hardware["compute_capability"]:
+            hardware["compute_capability"] = tuple(hardware["compute_capability"])
+        raw |= {
+            "hardware": Hardware(**hardware),
+            "choices": {key: Choice(**choice) for key, choice in raw["choices"].items()},
+            "data": DataPlan(
+                **data
+                | {part: tuple(SourcePlan(**item) for item in data[part]) for part in ("train", "validation")}
+            ),
+            "schedule": Schedule(**raw["schedule"]) if raw["schedule"] else None,
+            "remarks": tuple(raw["remarks"]),
+        }
+        return Plan(**raw)
+
+    @property
+    def trainable_parameters(self) -> int:
+        return int(self.model["trainable_parameters"])
+
+
+def plan_recipe(recipe: Recipe, recipe_path: str | Path, hardware: Hardware | None = None) -> Plan:
+    """Read the model's facts and the machine, and make the plan."""
+    model = recipe.model
+    facts = read_facts(model.name_or_path, model.revision)
+    return make_plan(recipe, facts, hardware or detect(), default_name=Path(recipe_path).stem)
+
+
+def make_plan(recipe: Recipe, facts: ModelFacts, hardware: Hardware, default_name: str = "run") -> Plan:
+    """Resolve a recipe for a model and a machine.
+
+    Raises RecipeError with every choice that this model or machine can't carry out, and DataError.
+    """
+    return _Planner(recipe, facts, hardware).plan(default_name)
+
+
+@dataclass
+class _Planner:
+    recipe: Recipe
+    facts: ModelFacts
+    hardware: Hardware
+    choices: dict[str, Choice] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def plan(self, default_name: str) -> Plan:
+        output_dir = self.recipe.output_dir or f"runs/{default_name}"
+        dtype = self._dtype()
+        targets = self._targets()
+        max_length = self._max_length()
+        chat_template = self._chat_template()
+        train, validation = self._sources()
+        data = self._data(train, validation, max_length, chat_template)
+        training_kwargs = self._training_kwargs(dtype, bool(self.recipe.dataset.validation))
+        model_kwargs = self._model_kwargs(dtype)
+        quantization_kwargs = self._quantization_kwargs(dtype)
+        if self.mistakes:
+            raise RecipeError(self.mistakes)
+        rows = None if any(source.rows is None for source in train) else sum(s.rows or 0 for s in train)
+        schedule = None
+        if rows is not None and not data.packing:
+            held_out = validation_rows(rows, data.validation_fraction)
+            schedule = self._schedule(rows - held_out, training_kwargs)
+        elif data.packing:
+            self.remarks.append("The number of steps is known once the rows are packed.")
+        return Plan(
+            name=Path(output_dir).name,
+            output_dir=output_dir,
+            recipe=self.recipe.resolved(),
+            hardware=self.hardware,
+            model=self._model_summary(targets),
+            choices=self.choices,
+            model_kwargs=model_kwargs,
+            quantization_kwargs=quantization_kwargs,
+            lora_kwargs=self._lora_kwargs(targets),
+            adapter_dtype=self._adapter_dtype(dtype),
+            loraplus_lr_ratio=self.recipe.lora.loraplus_lr_ratio if self.recipe.lora else None,
+            training_kwargs=training_kwargs,
+            data=data,
+            schedule=schedule,
+            remarks=tuple(self.remarks),
+        )
+
+    def choose(self, key: str, value: Any, reason: str) -> Any:
+        self.choices[key] = Choice(value, reason)
+        return value
+
+    def wrong(self, path: tuple[str | int, ...], message: str) -> None:
+        self.mistakes.append(self.recipe.mistake(path, message))
+
+    # --- model ------------------------------------------------------------------------------------
+
+    def _dtype(self) -> str:
+        asked, hardware = self.recipe.model.dtype, self.hardware
+        key = "model.dtype"
+        if asked != "auto":
+            if asked == "float16" and hardware.device == "cpu":
+                self.wrong(("model", "dtype"), "float16 can't be trained on a CPU; use auto")
+            if asked == "bfloat16" and not hardware.fast_bf16:
+                self.remarks.append(f"bfloat16 is slow on {hardware.name}, which has no fast arithmetic for it.")
+            return str(self.choose(key, asked, "as the recipe says"))
+        if self.recipe.lora is None:
+            return str(self.choose(key, "float32", "training in full: small updates get lost in 16-bit weights"))
+        if hardware.fast_bf16:
+            return str(self.choose(key, "bfloat16", f"{hardware.name} has fast bfloat16 arithmetic"))
+        if hardware.device == "cuda":
+            return str(
+                self.choose(key, "float16", f"{hardware.name} has no bfloat16 arithmetic; the loss is scaled for float16")
+            )
+        return str(self.choose(key, "float32", f"a CPU without matrix units for bfloat16 ({hardware.name})"))
+
+    def _adapter_dtype(self, dtype: str) -> str:
+        if self.recipe.lora is None:
+            return dtype
+        if self.recipe.quantization and dtype == "bfloat16":
+            reason = "as QLoRA does it (arXiv:2305.14314); DoRA's magnitudes stay float32"
+            return str(self.choose("adapter dtype", "bfloat16", reason))
+        return str(self.choose("adapter dtype", "float32", "small updates get lost in 16 bits"))
+
+    def _model_kwargs(self, dtype: str) -> dict[str, Any]:
+        model = self.recipe.model
+        attention = model.attn_implementation
+        if attention == "auto":
+            attention = self.choose("model.attn_implementation", "sdpa", "fast everywhere and part of torch")
+        elif attention.startswith("flash") and self.hardware.device == "cpu":
+            self.wrong(("model", "attn_implementation"), f"{attention} needs a CUDA GPU; use auto")
+        return {
+            "revision": model.revision,
+            "dtype": dtype,
+            "attn_implementation": attention,
+            "trust_remote_code": model.trust_remote_code,
+        }
+
+    def _quantization_kwargs(self, dtype: str) -> dict[str, Any] | None:
+        quantization = self.recipe.quantization
+        if quantization is None:
+            return None
+        if quantization.load_in_8bit:
+            return {
+                "load_in_8bit": True,
+                "llm_int8_threshold": quantization.llm_int8_threshold,
+                "llm_int8_skip_modules": _list(quantization.llm_int8_skip_modules),
+            }
+        compute = quantization.bnb_4bit_compute_dtype
+        if compute == "auto":
+            compute = self.choose("quantization.bnb_4bit_compute_dtype", dtype, "as the model's dtype")
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quantization.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": quantization.bnb_4bit_use_double_quant,
+            "bnb_4bit_compute_dtype": compute,
+            "llm_int8_skip_modules": _list(quantization.llm_int8_skip_modules),
+        }
+
+    def _targets(self) -> Targets | None:
+        lora, facts = self.recipe.lora, self.facts
+        if lora is None:
+            return None
+        if not facts.tensors:
+            if lora.target_modules in ("attention", "mlp", "qv"):
+                self.wrong(
+                    ("lora", "target_modules"),
+                    f"can't be expanded for a {facts.model_type} model without its safetensors headers; use all-linear",
+                )
+            self.remarks.append(
+                f"The layers of a {facts.model_type} model are not known without its safetensors headers: "
+                "target_modules are checked when the model loads."
+            )
+            return None
+        try:
+            targets = find_targets(lora, facts)
+            check_modules_to_save(lora, facts)
+        except TargetError as error:
+            self.wrong(("lora", *error.path), str(error))
+            return None
+        if facts.is_moe:
+            self.remarks.append("Experts are fused parameters in transformers 5, so they get no adapter.")
+        self.choose("lora.target_modules", list(targets.names), f"{targets.reason} ({len(targets.modules)} modules)")
+        return targets
+
+    def _lora_kwargs(self, targets: Targets | None) -> dict[str, Any] | None:
+        lora = self.recipe.lora
+        if lora is None:
+            return None
+        names: Any = list(targets.names) if targets else lora.target_modules
+        return {
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "lora_dropout": lora.lora_dropout,
+            "target_modules": list(names) if isinstance(names, tuple) else names,
+            "exclude_modules": _list(lora.exclude_modules),
+            "modules_to_save": _list(lora.modules_to_save),
+            "layers_to_transform": _list(lora.layers_to_transform),
+            "rank_pattern": lora.rank_pattern,
+            "alpha_pattern": lora.alpha_pattern,
+            "bias": lora.bias,
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+            "init_lora_weights": lora.init_lora_weights,
+            "task_type": "CAUSAL_LM",
+        }
+
+    def _model_summary(self, targets: Targets | None) -> dict[str, Any]:
+        facts = self.facts
+        known = bool(facts.tensors)
+        trainable = trainable_parameters(self.recipe.lora, targets, facts) if known else 0
+        return {
+            "name_or_path": facts.name,
+            "kind": facts.kind,
+            "source": facts.source,
+            "model_type": facts.model_type,
+            "parameters": facts.parameters,
+            "trainable_parameters": trainable,
+            "adapted_modules": len(targets.modules) if targets else 0,
+        }
+
+    # --- data -------------------------------------------------------------------------------------
+
+    def _max_length(self) -> int:
+        asked, limit = self.recipe.training.max_length, self.facts.max_position_embeddings
+        if limit is None or asked <= limit:
+            return asked
+        if "max_length" in self.recipe.training.model_fields_set:
+            self.wrong(("training", "max_length"), f"{asked} is above the model's context of {limit} tokens")
+            return asked
+        return int(self.choose("training.max_length", limit, f"the model's context is shorter than {asked} tokens"))
+
+    def _chat_template(self) -> str | None:
+        path = self.recipe.model.chat_template
+        if path is None:
+            return None
+        try:
+            return Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            self.wrong(("model", "chat_template"), f"can't be read: {error}")
+            return None
+
+    def _sources(self) -> tuple[list[SourcePlan], list[SourcePlan]]:
+        dataset = self.recipe.dataset
+        train = [self._source(source, f"dataset.train.{i}") for i, source in enumerate(dataset.train)]
+        if not isinstance(dataset.validation, tuple):
+            return train, []
+        return train, [self._source(s, f"dataset.validation.{i}") for i, s in enumerate(dataset.validation)]
+
+    def _source(self, source: Source, key: str) -> SourcePlan:
+        columns = dict(source.columns)
+        if not is_local(source.path):
+            hub = {"split": source.split, "name": source.name, "revision": source.revision}
+            return SourcePlan(source.path, _given(source.format), columns, hub, None)
+        for name in ("split", "name", "revision"):
+            if name in source.model_fields_set:
+                self.wrong((*_steps(key), name), "is for hub data sets; this is a local path")
+        first: Row | None = None
+        count = 0
+        for row in read_rows(source.path):
+            first = first or row
+            count += 1
+        if first is None:
+            raise DataError(f"{source.path}: there are no rows")
+        format = _given(source.format)
+        if format is None:
+            format, reason = detect_format(first, columns)
+            self.choose(f"{key}.format", format, reason)
+        return SourcePlan(source.path, format, columns, None, count)
+
+    def _data(
+        self, train: list[SourcePlan], validation: list[SourcePlan], max_length: int, chat_template: str | None
+    ) -> DataPlan:
+        recipe = self.recipe
+        if any(source.format not in ("text", "prompt_completion", None) for source in (*train, *validation)):
+            self._conversations(chat_template)
+        self._padding()
+        fraction = recipe.dataset.validation if isinstance(recipe.dataset.validation, float) else None
+        return DataPlan(
+            train=tuple(train),
+            validation=tuple(validation),
+            validation_fraction=fraction,
+            loss_on=recipe.dataset.loss_on,
+            max_length=max_length,
+            packing=recipe.training.packing,
+            seed=recipe.training.seed,
+            chat_template=chat_template,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+
+    def _conversations(self, replaced: str | None) -> None:
+        """How the answers in conversations end and are found, as far as the files tell."""
+        tokenizer = self.facts.tokenizer
+        if tokenizer is None and replaced is None:
+            return
+        template = replaced or (tokenizer.chat_template if tokenizer else None)
+        loss_on = self.recipe.dataset.loss_on
+        if template is None:
+            with_packing = " (with packing, this would go unnoticed)" if self.recipe.training.packing else ""
+            self.wrong(
+                ("dataset", "loss_on"),
+                f"the tokenizer has no chat template, so conversations can't be rendered and loss_on: {loss_on} can't "
+                f"be masked{with_packing}; set model.chat_template to a Jinja file",
+            )
+            return
+        eos = tokenizer.eos_token if tokenizer else None
+        special = {
+            "eos_token": eos or "",
+            "bos_token": (tokenizer.bos_token if tokenizer else None) or "",
+            "pad_token": (tokenizer.pad_token if tokenizer else None) or "",
+        }
+        facts = inspect_template(template, special)
+        self.choose("chat template", _template_name(replaced, self.recipe), _how_masked(facts))
+        if facts.end_of_turn is None:
+            self.remarks.append("The chat template could not be probed; the rows will show whether it renders.")
+        elif facts.end_of_turn == "":
+            self.choose(
+                "end of turn", eos, "the chat template does not end an answer; the end token is added and learned"
+            )
+        else:
+            self.choose("end of turn", facts.end_of_turn, "the chat template ends an answer with it; it is learned")
+
+    def _padding(self) -> None:
+        tokenizer = self.facts.tokenizer
+        if tokenizer is None:
+            return
+        if tokenizer.pad_token is None:
+            self.choose(
+                "padding token", tokenizer.eos_token, "the tokenizer has none; padding is masked by position, not by token"
+            )
+        elif tokenizer.pad_token == tokenizer.eos_token:
+            self.choose(
+                "padding token", tokenizer.pad_token, "same as the end token; padding is masked by position, so the end is learned"
+            )
+        else:
+            self.choose("padding token", tokenizer.pad_token, "the tokenizer's own")
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def _training_kwargs(self, dtype: str, has_validation: bool) -> dict[str, Any]:
+        training, on_gpu = self.recipe.training, self.hardware.device == "cuda"
+        batch, accumulation = self._batch()
+        eval_batch: Any = training.per_device_eval_batch_size
+        if eval_batch == "auto":
+            eval_batch = batch
+            if has_validation:
+                self.choose("training.per_device_eval_batch_size", batch, "as in training")
+        mixed = "bfloat16" if self.recipe.lora is None and on_gpu and self.hardware.fast_bf16 else dtype
+        return {
+            "num_train_epochs": training.num_train_epochs or DEFAULT_EPOCHS,
+            "max_steps": training.max_steps or -1,
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": eval_batch,
+            "gradient_accumulation_steps": accumulation,
+            "learning_rate": training.learning_rate,
+            "lr_scheduler_type": training.lr_scheduler_type,
+            "lr_scheduler_kwargs": dict(training.lr_scheduler_kwargs),
+            "warmup_steps": self._warmup(),
+            "optim": self._optimizer(),
+            "weight_decay": training.weight_decay,
+            "adam_beta1": training.adam_beta1,
+            "adam_beta2": training.adam_beta2,
+            "adam_epsilon": training.adam_epsilon,
+            "max_grad_norm": training.max_grad_norm,
+            "neftune_noise_alpha": training.neftune_noise_alpha,
+            "gradient_checkpointing": self._checkpointing(),
+            "train_sampling_strategy": training.train_sampling_strategy,
+            "dataloader_num_workers": training.dataloader_num_workers,
+            "seed": training.seed,
+            "logging_steps": training.logging_steps,
+            "eval_strategy": self._evaluation(has_validation),
+            "eval_steps": training.eval_steps,
+            "save_strategy": training.save_strategy,
+            "save_steps": training.save_steps,
+            "save_total_limit": training.save_total_limit,
+            "load_best_model_at_end": self._keep_best(has_validation),
+            "early_stopping_patience": training.early_stopping_patience,
+            "report_to": list(training.report_to),
+            "bf16": mixed == "bfloat16",
+            "fp16": mixed == "float16",
+            "use_cpu": not on_gpu,
+        }
+
+    def _batch(self) -> tuple[int, int]:
+        training, world = self.recipe.training, self.hardware.world_size
+        wanted = training.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
+        batch: Any = training.per_device_train_batch_size
+        if batch == "auto":
+            usual = 4 if self.hardware.device == "cuda" else 8
+            batch = next((size for size in (usual, 4, 2, 1) if size <= usual and wanted % (size * world) == 0), 1)
+            self.choose("training.per_device_train_batch_size", batch, f"usual on a {self.hardware.device.upper()}")
+        steps: Any = training.gradient_accumulation_steps
+        if steps == "auto":
+            if training.global_batch_size and wanted % (batch * world):
+                self.wrong(
+                    ("training", "global_batch_size"),
+                    f"{wanted} is not a multiple of {batch} rows x {world} processes",
+                )
+            steps = max(1, wanted // (batch * world))
+            self.choose(
+                "training.gradient_accumulation_steps",
+                steps,
+                f"{batch} rows x {steps} passes x {world} process{'es' * (world > 1)} = {batch * steps * world} rows a step",
+            )
+        return int(batch), int(steps)
+
+    def _warmup(self) -> float:
+        training = self.recipe.training
+        if training.warmup_steps is not None:
+            return training.warmup_steps
+        if training.warmup_ratio is not None:
+            return training.warmup_ratio
+        if training.lr_scheduler_type == "constant":
+            return 0
+        return float(self.choose("training.warmup_ratio", DEFAULT_WARMUP_RATIO, "default"))
+
+    def _optimizer(self) -> str:
+        asked, on_gpu = self.recipe.training.optim, self.hardware.device == "cuda"
+        if asked == "auto":
+            if self.recipe.quantization and on_gpu:
+                reason = "quantized base: states in 8 bits, paged out when memory is short"
+                return str(self.choose("training.optim", "paged_adamw_8bit", reason))
+            return str(self.choose("training.optim", "adamw_torch_fused", "one kernel for the whole update"))
+        if not on_gpu and any(part in asked for part in CUDA_ONLY_OPTIMIZERS):
+            self.wrong(("training", "optim"), f"{asked} needs a CUDA GPU, and this is a CPU; use auto or adamw_torch_fused")
+        return asked
+
+    def _checkpointing(self) -> bool:
+        asked, on_gpu = self.recipe.training.gradient_checkpointing, self.hardware.device == "cuda"
+        if asked != "auto":
+            return asked
+        reason = "GPU memory is scarcer than time" if on_gpu else "main memory is plenty, time is not"
+        return bool(self.choose("training.gradient_checkpointing", on_gpu, reason))
+
+    def _evaluation(self, has_validation: bool) -> str:
+        asked = self.recipe.training.eval_strategy
+        if asked != "auto":
+            return asked
+        if not has_validation:
+            return str(self.choose("training.eval_strategy", "no", "there are no validation rows"))
+        return str(self.choose("training.eval_strategy", "epoch", "there are validation rows"))
+
+    def _keep_best(self, has_validation: bool) -> bool:
+        training = self.recipe.training
+        asked = training.load_best_model_at_end
+        if asked != "auto":
+            return asked
+        best = has_validation and training.eval_strategy != "no" and training.save_strategy != "no"
+        reason = "of the lowest validation loss" if best else "there is no validation loss to choose by"
+        return bool(self.choose("training.load_best_model_at_end", best, reason))
+
+    def _schedule(self, rows: int, training_kwargs: dict[str, Any]) -> Schedule:
+        schedule = make_schedule(rows, training_kwargs, self.hardware.world_size)
+        self.choose(
+            "steps",
+            schedule.total_steps,
+            f"{rows} rows make {schedule.steps_per_epoch} steps an epoch",
+        )
+        return schedule
+
+
+def make_schedule(rows: int, training_kwargs: dict[str, Any], world_size: int) -> Schedule:
+    """Steps from the number of training rows, as transformers' Trainer counts them.
+
+    Evaluations and checkpoints per epoch become their number of steps, so that they happen inside
+    a step, where an interrupted run can go on exactly.
+    """
+    batches = math.ceil(math.ceil(rows / training_kwargs["per_device_train_batch_size"]) / world_size)
+    per_epoch = max(math.ceil(batches / training_kwargs["gradient_accumulation_steps"]), 1)
+    total = training_kwargs["max_steps"]
+    if total < 1:
+        total = math.ceil(training_kwargs["num_train_epochs"] * per_epoch)
+    every = min(per_epoch, total)
+    evaluate = {"epoch": every, "steps": training_kwargs["eval_steps"], "no": None}[training_kwargs["eval_strategy"]]
+    save = {"auto": evaluate or every, "epoch": every, "steps": training_kwargs["save_steps"], "no": None}[
+        training_kwargs["save_strategy"]
+    ]
+    return Schedule(per_epoch, total, evaluate, save)
+
+
+def validation_rows(rows: int, fraction: float | None) -> int:
+    """How many of the rows a validation fraction holds out: at least one, and not all."""
+    return 0 if fraction is None else min(max(round(rows * fraction), 1), max(rows - 1, 0))
+
+
+def _given(format: str) -> Format | None:
+    return None if format == "auto" else format  # type: ignore[return-value]
+
+
+def _list(values: Any) -> list[Any] | None:
+    return None if values is None else list(values)
+
+
+def _steps(key: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+
+
+def _template_name(replaced: str | None, recipe: Recipe) -> str:
+    return str(recipe.model.chat_template) if replaced else "the tokenizer's"
+
+
+def _how_masked(facts: TemplateFacts) -> str:
+    if facts.marks_answers:
+        return "marks its answers itself"
+    if facts.has_training_version:
+        return "answers are marked by TRL's training version of it"
+    return "answers are found by rendering the conversation turn by turn"

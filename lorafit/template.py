@@ -1,0 +1,97 @@
+"""What a chat template does with an assistant's turn, found by rendering a probe (no transformers).
+
+Training itself renders with transformers; this light look lets a plan say in advance how the answer
+ends and how its tokens will be found.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_ANSWER = "lorafit-probe-answer"
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """How a template treats an answer.
+
+    Attributes:
+        end_of_turn: the text that follows an answer, without surrounding white space; empty if the
+            template does not end the turn; None if the probe could not be rendered.
+        marks_answers: whether it has `{% generation %}` markers.
+        has_training_version: whether TRL ships a training version of exactly this template.
+    """
+
+    end_of_turn: str | None
+    marks_answers: bool
+    has_training_version: bool
+
+
+class _Generation(jinja2.ext.Extension):
+    """Accepts `{% generation %}` blocks, which render as their content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def inspect_template(template: str, special_tokens: dict[str, str | None]) -> TemplateFacts:
+    """Render a question and an answer, and look at what follows the answer."""
+    return TemplateFacts(
+        end_of_turn=_end_of_turn(template, special_tokens),
+        marks_answers=GENERATION.search(template) is not None,
+        has_training_version=_has_training_version(template),
+    )
+
+
+def _end_of_turn(template: str, special_tokens: dict[str, str | None]) -> str | None:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    environment.filters["tojson"] = tojson
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form)
+    )
+    messages = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = environment.from_string(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=False, **special_tokens
+        )
+    except Exception:  # noqa: BLE001 - a template may fail in any way; training will say how
+        return None
+    before, found, after = text.partition(_ANSWER)
+    return after.strip() if found else None
+
+
+def _has_training_version(template: str) -> bool:
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        return False
+    folder = Path(spec.origin).parent / "chat_templates"
+    for trained in folder.glob("*_training.jinja"):
+        original = folder / (trained.name.removesuffix("_training.jinja") + ".jinja")
+        if original.is_file() and original.read_text(encoding="utf-8") == template:
+            return True
+    return False
