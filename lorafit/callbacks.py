@@ -1,0 +1,205 @@
+"""What happens beside the training steps: metrics, progress, stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorafit.errors import GateError, Interrupted
+from lorafit.rundir import RunDir, write_text
+
+GIB = 1 << 30
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU if one is used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class StopRequest:
+    """Remembers a SIGINT or SIGTERM, so that training can stop after its step.
+
+    A second SIGINT raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def agreed(self) -> int | None:
+        """The signal, if any process of the run got one; every process must ask at the same step."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.signal_number
+        seen = torch.tensor([self.signal_number or 0])
+        if torch.distributed.get_backend() == "nccl":
+            seen = seen.cuda()
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        return int(seen.item()) or None
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint after the step in which a signal came, then raises Interrupted."""
+
+    def __init__(self, request: StopRequest, run: RunDir) -> None:
+        self.request = request
+        self.run = run
+        self.stopping: int | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stopping = self.request.agreed()
+        if self.stopping is not None and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stopping is not None and state.global_step < state.max_steps:
+            raise Interrupted(
+                f"{self.run.path}: stopped after step {state.global_step} of {state.max_steps}; a checkpoint was "
+                "saved, go on with --resume",
+                self.stopping,
+            )
+
+
+class EvaluateAtTheEnd(TrainerCallback):
+    """Evaluates after the last step too, so that the last adapter can be the best one."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+
+class RefuseNonFinite(TrainerCallback):
+    """Stops a run whose loss is no longer a number, before that is saved as a checkpoint."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise GateError(
+                    f"{name} is {value} at step {state.global_step}: the run diverged; lower training.learning_rate, "
+                    "or look at the rows of this step"
+                )
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each log to metrics.jsonl."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self.started = time.monotonic()
+
+    def keep_until(self, step: int) -> list[dict[str, Any]]:
+        """Take out what an interrupted run logged after its checkpoint; returns what is left."""
+        kept = self.run.metrics_until(step)
+        write_text(self.run.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
+        return kept
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        entry = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 3)}
+        with self.run.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+
+
+class ProgressDisplay(TrainerCallback):
+    """One live line on a terminal; plain lines when the output goes elsewhere."""
+
+    def __init__(self, console: Console, total_steps: int, already_done: int = 0) -> None:
+        self.console = console
+        self.first_step = already_done
+        self.tokens_at_start: float | None = None
+        self.started = time.monotonic()
+        self.latest: dict[str, Any] = {}
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=False,
+            )
+            self.task = self.progress.add_task("train", total=total_steps, completed=already_done, status="")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started = time.monotonic()
+        self.first_step = state.global_step
+        if self.progress:
+            self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.progress:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not logs or "train_runtime" in logs:
+            return
+        text = self._status(state, logs)
+        if self.progress:
+            if "eval_loss" in logs:
+                self.progress.console.print(f"step {state.global_step}  {text}")
+            else:
+                self.progress.update(self.task, status=text)
+        else:
+            left = ""
+            done = state.global_step - self.first_step
+            if done and "loss" in logs:
+                seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+                left = f"  left {seconds:.0f} s"
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}{left}", highlight=False, soft_wrap=True)
+
+    def _status(self, state: TrainerState, logs: dict[str, Any]) -> str:
+        if "eval_loss" in logs:
+            return f"validation loss {logs['eval_loss']:.4f}"
+        parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
+        if "learning_rate" in logs:
+            parts.append(f"lr {logs['learning_rate']:.2e}")
+        tokens = logs.get("num_tokens")
+        if tokens is not None:
+            if self.tokens_at_start is None:
+                self.tokens_at_start, self.tokens_since = tokens, time.monotonic()
+            elif time.monotonic() > self.tokens_since:
+                rate = (tokens - self.tokens_at_start) / (time.monotonic() - self.tokens_since)
+                parts.append(f"{rate:.0f} tokens/s")
+        parts.append(f"peak {peak_memory_bytes() / GIB:.1f} GiB")
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        if self.progress:
+            self.progress.stop()

@@ -1,0 +1,237 @@
+"""The command line: parse, call, print. The only place that prints results or exits.
+
+Heavy modules are imported inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from lorafit.errors import DoesNotFitError, Interrupted, LorafitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafit.plan import Plan
+    from lorafit.recipe import Recipe
+
+app = typer.Typer(
+    name="lorafit",
+    help="Fine-tune a language model from one YAML recipe, and know that it is true.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reporting(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn expected failures into one message on stderr and their exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except Interrupted as error:
+            fail(str(error), 128 + error.signal_number)
+        except LorafitError as error:
+            fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
+
+    return wrapped
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, from whatever library, comes from a full disk."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(seen) or "os error 28" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def fail(message: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+def talk() -> Console:
+    """Where progress and remarks go: stderr, of the first process only."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def make_plan(config: Path, overrides: list[str] | None) -> tuple[Recipe, Plan]:
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+
+    recipe = Recipe.load(config, overrides or ())
+    return recipe, plan_recipe(recipe, config)
+
+
+def show(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.command()
+@reporting
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; load no weights.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew; the old run is kept until the new one is done.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train as a recipe says, into its run directory."""
+    if resume and overwrite:
+        fail("--resume and --overwrite exclude each other", 2)
+    _, plan = make_plan(config, overrides)
+    if dry_run:
+        from lorafit.show import print_plan
+
+        show(json.loads(plan.to_json())) if as_json else print_plan(plan)
+        return
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.train import Start
+    from lorafit.train import train as run_training
+
+    console = talk()
+    for remark in plan.remarks:
+        console.print(remark, style="yellow", highlight=False, soft_wrap=True)
+    run = run_training(plan, config.read_bytes(), Start(resume, overwrite), console)
+    result = run.load_manifest().get("result", {}) | {"run": str(run.path), "result": str(run.result)}
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        show(result)
+    else:
+        typer.echo(f"{result['result']}")
+
+
+@app.command("eval")
+@reporting
+def evaluate(
+    run: RunPath,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows to evaluate on instead of the held-out ones.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows to generate answers for.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens an answer may have.")] = 256,
+    show_rows: Annotated[int, typer.Option("--show", min=0, help="Answers to print.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare base and adapter on held-out rows: loss, perplexity and greedy answers."""
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.evaluate import evaluate as run_evaluation
+    from lorafit.show import print_evaluation
+
+    report = run_evaluation(run, data, limit, max_new_tokens, talk())
+    show(report) if as_json else print_evaluation(report, show_rows)
+
+
+@app.command()
+@reporting
+def merge(
+    run: RunPath,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: merged/ in the run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge a run's adapter into its base, as a model that transformers loads alone."""
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.merge import merge as run_merge
+
+    destination = run_merge(run, output, talk())
+    show({"merged": str(destination)}) if as_json else typer.echo(str(destination))
+
+
+@app.command("estimate-vram")
+@reporting
+def estimate_vram(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Estimate a recipe's memory from tensor shapes, without weights or a GPU."""
+    import dataclasses
+
+    from lorafit.errors import ModelError
+    from lorafit.facts import read_facts
+    from lorafit.memory import estimate_memory
+    from lorafit.plan import assume_gpu, make_plan
+    from lorafit.recipe import Recipe
+    from lorafit.show import print_memory
+
+    recipe = Recipe.load(config, overrides or ())
+    facts = read_facts(recipe.model.name_or_path, recipe.model.revision)
+    if not facts.tensors:
+        raise ModelError(
+            f"{facts.name}: the tensors of a {facts.model_type} model are not known without its safetensors files"
+        )
+    plan = make_plan(recipe, facts, assume_gpu(), read_data=False)
+    estimate = estimate_memory(plan, facts)
+    if as_json:
+        show(dataclasses.asdict(estimate) | {"bytes": estimate.bytes, "complete": False})
+    else:
+        print_memory(plan, estimate)
+
+
+@app.command()
+@reporting
+def schema() -> None:
+    """Print the recipe's JSON Schema (2020-12)."""
+    from lorafit.recipe.docs import json_schema
+
+    show(json_schema())
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from lorafit import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    app()

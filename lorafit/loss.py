@@ -1,0 +1,96 @@
+"""The output head on supervised positions only, for devices where TRL scores every position.
+
+TRL's fused head selects the supervised positions where Triton runs (GPUs); on a CPU it projects and
+scores all of them, masked ones included (trl/trainer/utils.py: `compact`). Answers are often a
+quarter of a row, and the head is a third of a small model's step, so this is worth an override.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+CHUNK_BYTES = 256 * 1024 * 1024
+"""Logits held at once, in bytes of float32. More positions are taken in chunks and recomputed."""
+
+
+def applies_to(model: PreTrainedModel) -> bool:
+    """Whether `score_supervised_positions` computes what the model's own head computes.
+
+    Not for heads with a scale or a soft cap, nor for mixtures of experts with a balancing loss:
+    these keep TRL's path.
+    """
+    config = model.config.get_text_config()
+    scales = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    plain = all(getattr(config, name, None) is None for name in scales)
+    return plain and not hasattr(config, "output_router_logits") and next(model.parameters()).device.type == "cpu"
+
+
+def score_supervised_positions(model: PreTrainedModel) -> None:
+    """Replace TRL's fused head on `model` (call after SFTTrainer is made).
+
+    `model(..., labels=labels, fused_lm_head=True)` returns the same FusedCausalLMOutput: per-token
+    fields of shape (batch, length - 1), zero where the label is -100. Other calls are untouched.
+    """
+    with_trl_head = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head or kwargs.get("shift_labels") is not None:
+            return with_trl_head(*args, fused_lm_head=fused_lm_head, **kwargs)
+        labels = kwargs.pop("labels")[:, 1:]
+        num_items = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        mask = labels != -100
+        head = self.get_output_embeddings()
+        scores = _score(hidden[mask], head.weight, getattr(head, "bias", None), labels[mask])
+        log_probs, entropy, is_top1 = (_spread(values, mask) for values in scores)
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items),
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=mask,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(supervised,) -> (batch, length - 1); differentiable also when nothing is supervised."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _score(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability, entropy and top-1 hit of each label. All of shape (supervised,)."""
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    if len(labels) <= rows:
+        return _score_chunk(hidden, weight, bias, labels)
+    parts = [
+        checkpoint(_score_chunk, hidden[i : i + rows], weight, bias, labels[i : i + rows], use_reentrant=False)
+        for i in range(0, len(labels), rows)
+    ]
+    log_probs, entropy, is_top1 = zip(*parts, strict=True)
+    return torch.cat(log_probs), torch.cat(entropy), torch.cat(is_top1)
+
+
+def _score_chunk(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = functional.linear(hidden, weight, bias).float()
+    log_p = functional.log_softmax(logits, dim=-1)
+    log_probs = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        is_top1 = log_p.argmax(-1) == labels
+    return log_probs, entropy, is_top1

@@ -1,0 +1,143 @@
+"""The manifest: what a run was made of and how it went, so that it can be compared and repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorafit.rows import data_files
+
+if TYPE_CHECKING:
+    from lorafit.data import Prepared
+    from lorafit.plan import Plan, Schedule
+    from lorafit.rundir import RunDir
+
+STACK = (
+    "lorafit",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+def build_manifest(
+    plan: Plan,
+    run: RunDir,
+    data: Prepared,
+    trainer: Any,
+    schedule: Schedule,
+    began: float,
+    peak_bytes: int,
+) -> dict[str, Any]:
+    """Everything but secrets: no environment variables, no tokens, no user names."""
+    state = trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    ended = datetime.datetime.now(datetime.UTC)
+    return {
+        "manifest_version": 1,
+        "name": plan.name,
+        "versions": versions(),
+        "git": git_state(),
+        "hardware": dataclasses.asdict(plan.hardware),
+        "model": plan.model | {"files": model_fingerprint(plan, run)},
+        "data": {
+            "files": {path: digest for source in _local(plan) for path, digest in _hash_files(source)},
+            "training": data.report.as_dict(),
+            "validation": data.validation_report.as_dict() if data.validation_report else None,
+        },
+        "tokenizer": {
+            "chat_template_sha256": _hash_text(trainer.processing_class.chat_template),
+            "eos_token": trainer.processing_class.eos_token,
+            "pad_token": trainer.processing_class.pad_token,
+        },
+        "schedule": dataclasses.asdict(schedule),
+        "result": {
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "best_validation_loss": state.best_metric,
+            "best_step": state.best_global_step,
+            "stopped_early": state.global_step < state.max_steps,
+        },
+        "peak_memory_bytes": peak_bytes,
+        "seconds": round(ended.timestamp() - began, 3),
+        "finished": ended.isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in STACK:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the working directory's repository, and whether it has uncommitted changes."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def model_fingerprint(plan: Plan, run: RunDir) -> dict[str, str]:
+    """SHA-256 of a local base's small files whole, and of its weight files' headers with their sizes."""
+    name = Path(plan.model["name_or_path"]).expanduser()
+    if name.is_file():
+        return {name.name: _hash_head(name)}
+    if not name.is_dir():
+        return {}
+    small = [name / file for file in ("config.json", *TOKENIZER_FILES)]
+    found = {file.name: _hash_file(file) for file in small if file.is_file()}
+    return found | {file.name: _hash_head(file) for file in sorted(name.glob("*.safetensors"))}
+
+
+def _local(plan: Plan) -> list[str]:
+    return [source.path for source in (*plan.data.train, *plan.data.validation) if source.hub is None]
+
+
+def _hash_files(path: str) -> list[tuple[str, str]]:
+    return [(str(file), _hash_file(file)) for file in data_files(path)]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_head(path: Path, length: int = 1 << 20) -> str:
+    """Of a weight file, the first MiB (which holds the header) and the size: quick, and enough to tell files apart."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(length))
+    digest.update(str(path.stat().st_size).encode())
+    return f"head:{digest.hexdigest()}"
+
+
+def _hash_text(text: Any) -> str | None:
+    return hashlib.sha256(str(text).encode()).hexdigest() if text is not None else None

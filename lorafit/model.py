@@ -1,0 +1,157 @@
+"""Loading base models and tokenizers, and putting adapters on them. Quantization lives here only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lorafit.errors import DoesNotFitError, LorafitError, ModelError
+from lorafit.plan import Plan
+from lorafit.rundir import RunDir, staged
+
+
+def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base, with the plan's chat template. Raises ModelError.
+
+    A tokenizer without a padding token pads with its end token: labels are padded by position, so
+    that end tokens in the rows stay learned.
+    """
+    name = str(source or plan.model["name_or_path"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            *_location(name),
+            **_gguf(name),
+            revision=plan.model_kwargs["revision"] if source is None else None,
+            trust_remote_code=plan.model_kwargs["trust_remote_code"],
+        )
+    except Exception as error:  # noqa: BLE001 - the loaders raise anything
+        raise _cannot_load("tokenizer", name, error) from error
+    if plan.data.chat_template is not None:
+        tokenizer.chat_template = plan.data.chat_template
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{name}: the tokenizer has neither a padding token nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
+    """The base as the plan has it: type, attention, quantization. Raises ModelError, DoesNotFitError.
+
+    Args:
+        source: a folder to load from instead of the plan's model, such as a dequantized GGUF file.
+    """
+    name = str(source or plan.model["name_or_path"])
+    kwargs: dict[str, Any] = {
+        **plan.model_kwargs,
+        "dtype": getattr(torch, plan.model_kwargs["dtype"]),
+    }
+    if source is not None:
+        kwargs["revision"] = None
+    if plan.quantization_kwargs is not None:
+        kwargs["quantization_config"] = quantization_config(plan.quantization_kwargs)
+        kwargs["device_map"] = {"": _device(plan)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(*_location(name), **_gguf(name), **kwargs)
+    except torch.cuda.OutOfMemoryError as error:
+        raise DoesNotFitError(f"{name}: the weights don't fit into the GPU's memory: {_first_line(error)}") from error
+    except LorafitError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the loaders raise anything
+        raise _cannot_load("model", name, error) from error
+    model.config.use_cache = False
+    return model
+
+
+def quantization_config(kwargs: dict[str, Any]) -> BitsAndBytesConfig:
+    values = dict(kwargs)
+    if "bnb_4bit_compute_dtype" in values:
+        values["bnb_4bit_compute_dtype"] = getattr(torch, values["bnb_4bit_compute_dtype"])
+    return BitsAndBytesConfig(**values)
+
+
+def lora_config(plan: Plan) -> LoraConfig | None:
+    """PEFT's configuration, or None for training in full."""
+    if plan.lora_kwargs is None:
+        return None
+    values = dict(plan.lora_kwargs)
+    if values["init_lora_weights"] == "loftq":
+        values["init_lora_weights"] = True  # put in after the base is quantized, see lorafit.train
+    if values["init_lora_weights"] == "eva":
+        from peft import EvaConfig
+
+        values["eva_config"] = EvaConfig(rho=1.0)  # equal ranks, so that the adapter has the planned size
+    return LoraConfig(**values)
+
+
+def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Put a saved adapter on its base, for inference. Raises ModelError."""
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter))
+    except Exception as error:  # noqa: BLE001 - the loaders raise anything
+        raise _cannot_load("adapter", str(adapter), error) from error
+    model.eval()
+    return model
+
+
+def base_source(run: RunDir) -> Path | None:
+    """Where a run's base is, if not where its recipe says: a GGUF file's dequantized weights."""
+    return run.base if run.base.is_dir() else None
+
+
+def dequantize_gguf(plan: Plan, destination: Path) -> None:
+    """Write a GGUF file's weights and tokenizer as an ordinary folder. Raises ModelError.
+
+    transformers dequantizes while loading, but leaves the model marked as GGUF-quantized; without
+    that mark it saves, and loads again, like any other.
+    """
+    name = plan.model["name_or_path"]
+    unquantized = getattr(torch, "float32" if plan.model_kwargs["dtype"] == "float32" else plan.model_kwargs["dtype"])
+    try:
+        model = AutoModelForCausalLM.from_pretrained(*_location(name), **_gguf(name), dtype=unquantized)
+    except Exception as error:  # noqa: BLE001 - the loaders raise anything
+        raise _cannot_load("model", name, error) from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    tokenizer = load_tokenizer(plan)
+    with staged(destination) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _location(name: str) -> tuple[str]:
+    path = Path(name).expanduser()
+    return (str(path.parent),) if name.endswith(".gguf") else (str(path) if path.exists() else name,)
+
+
+def _gguf(name: str) -> dict[str, str]:
+    return {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
+
+
+def _device(plan: Plan) -> str | int:
+    if plan.hardware.device == "cpu":
+        return "cpu"
+    import os
+
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> LorafitError:
+    if isinstance(error, MemoryError):
+        return DoesNotFitError(f"{name}: the {what} does not fit into memory")
+    return ModelError(f"{name}: the {what} can't be loaded: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

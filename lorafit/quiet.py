@@ -1,0 +1,34 @@
+"""Keeps the libraries' own bars, notes and telemetry off the screen. Import before any of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def hush() -> None:
+    """Silence what the user can do nothing about. Errors still get through.
+
+    TRL reports to its makers when a trainer is made; lorafit has no telemetry, so it is off here.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets|gguf)(\.|$)")
+    for name in ("bitsandbytes", "torch.distributed", "accelerate", "peft", "trl", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hush_progress() -> None:
+    """Turn off the progress bars of libraries that are already imported."""
+    import datasets
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

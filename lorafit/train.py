@@ -1,0 +1,391 @@
+"""Training: a plan in, a run directory out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import EarlyStoppingCallback, PrinterCallback, PreTrainedTokenizerBase
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from lorafit.callbacks import (
+    EvaluateAtTheEnd,
+    MetricsFile,
+    ProgressDisplay,
+    RefuseNonFinite,
+    StopOnSignal,
+    StopRequest,
+    peak_memory_bytes,
+)
+from lorafit.card import write_card
+from lorafit.data import Prepared, prepare
+from lorafit.errors import ModelError, UsageError
+from lorafit.loss import applies_to, score_supervised_positions
+from lorafit.manifest import build_manifest
+from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config
+from lorafit.plan import Plan, Schedule, make_schedule
+from lorafit.quiet import hush_progress
+from lorafit.rundir import RunDir, discard, staged, sync
+
+
+@dataclass(frozen=True)
+class Start:
+    """How to treat what already stands at the run directory."""
+
+    resume: bool = False
+    overwrite: bool = False
+
+
+def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> RunDir:
+    """Train as planned and write the run directory.
+
+    Only rank 0 of several processes prints and writes. Raises LorafitError for everything that is
+    expected to go wrong; Interrupted when a signal stopped the run after saving a checkpoint.
+    """
+    began = time.time()
+    hush_progress()
+    run = RunDir(Path(plan.output_dir))
+    main = is_main_process()
+    check_start(run, plan, start)
+    with run.lock() if main else contextlib.nullcontext():
+        tokenizer = load_tokenizer(plan)
+        data = prepare(plan.data, tokenizer)
+        if main:
+            say_data(data, console)
+            make_run(run, plan, recipe_text, start)
+        source = dequantized_base(plan, run, main)
+        trainer = build_trainer(plan, run, data, tokenizer, source)
+        checkpoint = run.last_checkpoint() if start.resume else None
+        schedule = make_schedule(len(trainer.train_dataset), plan.training_kwargs, plan.hardware.world_size)
+        request = StopRequest()
+        display = add_callbacks(trainer, plan, run, schedule, request, console, checkpoint)
+        try:
+            with request.listening():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
+                trainer._load_best_model()
+        finally:
+            display.close()
+        if main:
+            manifest = build_manifest(plan, run, data, trainer, schedule, began, peak_memory_bytes())
+            save_result(trainer, plan, run, tokenizer, manifest)
+        wait_for_everyone()
+    return run
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for_everyone() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+# --- the run directory ----------------------------------------------------------------------------
+
+
+def check_start(run: RunDir, plan: Plan, start: Start) -> None:
+    """Refuse what would lose or confuse a run. Raises UsageError."""
+    path = run.path
+    if path.exists() and not run.is_run:
+        if not path.is_dir() or any(path.iterdir()):
+            raise UsageError(f"{path}: exists and is not a run; choose another output_dir")
+        return
+    if not run.is_run:
+        if start.resume:
+            raise UsageError(f"{path}: there is no run to resume; leave out --resume")
+        return
+    if start.overwrite or (run.is_empty and not start.resume):
+        return
+    if run.result is not None:
+        raise UsageError(f"{path}: the run is finished; use --overwrite to start anew, or another output_dir")
+    changed = changed_keys(run.load_plan().recipe, plan.recipe)
+    if changed:
+        raise UsageError(
+            f"{path}: holds a run of another recipe ({', '.join(changed[:5])}{' …' * (len(changed) > 5)}); use "
+            "--overwrite to start anew, or another output_dir"
+        )
+    if not start.resume:
+        raise UsageError(f"{path}: holds an unfinished run; go on with --resume, or start anew with --overwrite")
+
+
+def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
+    """The keys at which two resolved recipes differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [
+            key
+            for name in sorted({*before, *after})
+            for key in changed_keys(before.get(name), after.get(name), f"{path}.{name}" if path else name)
+        ]
+    return [] if before == after else [path]
+
+
+def make_run(run: RunDir, plan: Plan, recipe_text: bytes, start: Start) -> None:
+    if start.resume and run.is_run:
+        return
+    if run.is_run or run.path.exists():
+        if start.overwrite:
+            run.set_aside()
+        else:
+            discard(run.path)
+    run.begin(plan, recipe_text)
+
+
+def dequantized_base(plan: Plan, run: RunDir, main: bool) -> Path | None:
+    """The folder that a GGUF base is loaded from; None for other bases."""
+    if plan.model["kind"] != "gguf":
+        return None
+    if main and not run.base.is_dir():
+        dequantize_gguf(plan, run.base)
+    while not run.base.is_dir():  # other processes wait for the first
+        time.sleep(0.2)
+    return run.base
+
+
+# --- the trainer ----------------------------------------------------------------------------------
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, with whole checkpoints, LoRA+, and nothing pickled that isn't needed."""
+
+    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model) if model is not None else super().create_optimizer()
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_class, values = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            model=self.model,
+            optimizer_cls=optimizer_class,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **values,
+        )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A new best is always saved, whatever the steps between checkpoints."""
+        best = bool(super()._determine_best_metric(metrics, trial))
+        if best and self.args.save_strategy != "no":
+            self.control.should_save = True
+        return best
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it, so that every one that exists is whole.
+
+        The steps are those of transformers.Trainer._save_checkpoint.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        partial = folder.with_name(f".{folder.name}.partial")
+        if self.args.should_save:
+            discard(partial)
+            partial.mkdir(parents=True)
+        wait_for_everyone()
+        self.store_flos()
+        self.save_model(str(partial), _internal_call=True)
+        if self.state.best_global_step:
+            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        self._save_optimizer_and_scheduler(str(partial))
+        self._save_scaler(str(partial))
+        self._save_rng_state(str(partial))
+        if self.args.should_save:
+            self.state.stateful_callbacks.update(
+                {
+                    type(callback).__name__: callback.state()
+                    for callback in [*self.callback_handler.callbacks, self.control]
+                    if hasattr(callback, "state")
+                }
+            )
+            self.state.save_to_json(str(partial / "trainer_state.json"))
+        wait_for_everyone()
+        if self.args.should_save:
+            sync(partial)
+            discard(folder)
+            partial.rename(folder)
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        wait_for_everyone()
+
+
+def build_trainer(
+    plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenizerBase, source: Path | None
+) -> Trainer:
+    """The trainer with model, adapter and data in place."""
+    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("there is an NVIDIA GPU, but this torch can't use it; install a CUDA build of torch")
+    base = load_base(plan, source)
+    trainer = Trainer(
+        model=base,
+        args=training_arguments(plan, run),
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=tokenizer,
+        peft_config=lora_config(plan),
+        loraplus_lr_ratio=plan.loraplus_lr_ratio,
+    )
+    trainer.remove_callback(PrinterCallback)
+    settle_adapter(trainer, plan, run)
+    check_parameters(trainer, plan)
+    inner = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    if applies_to(inner):
+        score_supervised_positions(inner)
+    return trainer
+
+
+def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
+    """TRL's arguments from the plan."""
+    values = dict(plan.training_kwargs)
+    for name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps"):
+        values.pop(name)  # follow from the number of rows, see add_callbacks
+    values.pop("early_stopping_patience")
+    values.pop("load_best_model_at_end")  # lorafit loads the best one itself
+    packing = plan.data.packing
+    return SFTConfig(
+        **values,
+        output_dir=str(run.checkpoints),
+        max_length=plan.data.max_length if packing else None,  # rows are cut already
+        packing=packing,
+        eval_packing=False,
+        dataset_kwargs=None if packing else {"skip_prepare_dataset": True},
+        metric_for_best_model="eval_loss" if plan.training_kwargs["eval_strategy"] != "no" else None,
+        greater_is_better=False,
+        logging_nan_inf_filter=False,
+        restore_callback_states_from_checkpoint=True,
+        save_strategy="no",
+        eval_strategy="no",
+        disable_tqdm=True,
+        run_name=plan.name,
+        dataloader_pin_memory=plan.hardware.device == "cuda",
+        prediction_loss_only=True,
+    )
+
+
+def add_callbacks(
+    trainer: Trainer,
+    plan: Plan,
+    run: RunDir,
+    schedule: Schedule,
+    request: StopRequest,
+    console: Console,
+    checkpoint: Path | None,
+) -> ProgressDisplay:
+    """Set when to evaluate and save, and add what happens beside the steps."""
+    args = trainer.args
+    if schedule.eval_steps:
+        args.eval_strategy, args.eval_steps = "steps", schedule.eval_steps
+        trainer.add_callback(EvaluateAtTheEnd())
+    if schedule.save_steps:
+        args.save_strategy, args.save_steps = "steps", schedule.save_steps
+    patience = plan.training_kwargs["early_stopping_patience"]
+    if patience:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    display = ProgressDisplay(console, schedule.total_steps, step)
+    trainer.add_callback(RefuseNonFinite())
+    if is_main_process():
+        metrics = MetricsFile(run)
+        kept = metrics.keep_until(step)
+        trainer._total_train_tokens = max((int(entry.get("num_tokens", 0)) for entry in kept), default=0)
+        trainer.add_callback(metrics)
+        trainer.add_callback(display)
+    trainer.add_callback(StopOnSignal(request, run))
+    return display
+
+
+def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
+    """Finish the adapter's start and its type.
+
+    EVA and LoftQ start after the adapter is on the model. PiSSA and OLoRA take their start out of
+    the base, so the untrained adapter is kept to save an ordinary adapter for the unchanged base.
+    """
+    model = trainer.model
+    if plan.lora_kwargs is None or not isinstance(model, PeftModel):
+        return
+    start = str(plan.lora_kwargs["init_lora_weights"])
+    if start == "loftq":
+        from peft import replace_lora_weights_loftq
+
+        replace_lora_weights_loftq(model)
+    elif start == "eva":
+        from peft import initialize_lora_eva_weights
+
+        initialize_lora_eva_weights(model, trainer.get_train_dataloader(), show_progress_bar=False)
+    elif start.startswith(("pissa", "olora")) and is_main_process() and not run.start.is_dir():
+        with staged(run.start) as folder:
+            model.save_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(getattr(torch, plan.adapter_dtype))
+
+
+def check_parameters(trainer: Trainer, plan: Plan) -> None:
+    """The plan's count of trainable parameters must be the model's. Raises ModelError."""
+    actual = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if plan.trainable_parameters and actual != plan.trainable_parameters:
+        raise ModelError(
+            f"the plan expects {plan.trainable_parameters:,} trainable parameters and the model has {actual:,}: "
+            f"lorafit does not know this {plan.model['model_type']} model's layers well enough; please report it"
+        )
+    if actual == 0:
+        raise ModelError("nothing would be trained: no module matches lora.target_modules")
+
+
+def say_data(data: Prepared, console: Console) -> None:
+    report = data.report
+    console.print(
+        f"{report.rows} rows, {report.tokens} tokens, {report.supervised_tokens} of them learned "
+        f"({report.supervised_tokens / report.tokens:.0%}); answers found by: {report.masks}; "
+        f"ends learned: {report.ends_learned} of {report.answers}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, part in (("training", report), ("validation", data.validation_report)):
+        if part and (part.truncated or part.dropped):
+            console.print(
+                f"{name}: {part.truncated} rows are cut at max_length (the longest has {part.longest} tokens), "
+                f"{part.dropped} of them dropped since their answer is cut off whole",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def save_result(
+    trainer: Trainer, plan: Plan, run: RunDir, tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
+) -> None:
+    """Write adapter/ (or model/), whole, and then the manifest; clear away what it replaces."""
+    run.write_manifest(manifest)
+    adapter = isinstance(trainer.model, PeftModel)
+    with staged(run.adapter if adapter else run.model) as folder:
+        if adapter:
+            start = {"path_initial_model_for_weight_conversion": str(run.start)} if run.start.is_dir() else {}
+            trainer.model.save_pretrained(str(folder), **start)
+        else:
+            trainer.model.config.use_cache = True
+            trainer.model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        write_card(folder / "README.md", plan, manifest)
+    discard(run.replaced)
