@@ -194,8 +194,9 @@ def estimate_vram(config: Config, overrides: Overrides = None, as_json: AsJson =
 
     from lorafit.errors import ModelError
     from lorafit.facts import read_facts
+    from lorafit.hardware import detect_gpu_or_assume
     from lorafit.memory import estimate_memory
-    from lorafit.plan import assume_gpu, make_plan
+    from lorafit.plan import make_plan
     from lorafit.recipe import Recipe
     from lorafit.show import print_memory
 
@@ -205,7 +206,7 @@ def estimate_vram(config: Config, overrides: Overrides = None, as_json: AsJson =
         raise ModelError(
             f"{facts.name}: the tensors of a {facts.model_type} model are not known without its safetensors files"
         )
-    plan = make_plan(recipe, facts, assume_gpu(), read_data=False)
+    plan = make_plan(recipe, facts, detect_gpu_or_assume(), read_data=False)
     estimate = estimate_memory(plan, facts)
     if as_json:
         show(dataclasses.asdict(estimate) | {"bytes": estimate.bytes, "complete": False})

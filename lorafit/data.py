@@ -74,6 +74,8 @@ class Rendered:
     spans: tuple[Span, ...]
     special: bool
     """Whether the tokenizer adds its special tokens (a chat template writes its own)."""
+    question: str
+    """What the last answer answers, for people."""
 
 
 def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -167,12 +169,12 @@ class Renderer:
         eos = str(self.tokenizer.eos_token or "")
         if example.text is not None:
             text = example.text if eos and example.text.endswith(eos) else example.text + eos
-            return Rendered(example.place, text, ((0, len(text)),), special=True)
+            return Rendered(example.place, text, ((0, len(text)),), special=True, question="")
         if example.prompt is not None:
             completion = example.completion or ""
             text = example.prompt + (completion if eos and completion.endswith(eos) else completion + eos)
             span = (0 if self.loss_on == "all" else len(example.prompt), len(text))
-            return Rendered(example.place, text, (span,), special=True)
+            return Rendered(example.place, text, (span,), special=True, question=example.prompt)
         return self._render_conversation(example, eos)
 
     def _render_conversation(self, example: Example, eos: str) -> Rendered:
@@ -201,7 +203,8 @@ class Renderer:
             spans = spans[-1:]
         elif self.loss_on == "all":
             spans = [(0, len(text))]
-        return Rendered(example.place, text, tuple(spans), special=False)
+        question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        return Rendered(example.place, text, tuple(spans), special=False, question=question)
 
     def _apply(self, messages: list[Message], example: Example, *, prompt: bool = False) -> str:
         text, _ = render_jinja_template(
@@ -270,8 +273,12 @@ def _common_length(first: str, second: str) -> int:
 # --- tokenizing -----------------------------------------------------------------------------------
 
 
-def tokenize(examples: list[Example], renderer: Renderer, max_length: int) -> tuple[Dataset, DataReport]:
+def tokenize(
+    examples: list[Example], renderer: Renderer, max_length: int, keep_questions: bool = False
+) -> tuple[Dataset, DataReport]:
     """Tokenize with labels: `input_ids` and `labels` (IGNORED where nothing is learned), unpadded.
+
+    With `keep_questions`, a column `question` has what the last answer answers, as text.
 
     Raises DataError for a row without a learned token, and when no row is left.
     """
@@ -281,6 +288,7 @@ def tokenize(examples: list[Example], renderer: Renderer, max_length: int) -> tu
     ends = set(renderer.tokenizer.all_special_ids)
     ids: list[list[int]] = []
     labels: list[list[int]] = []
+    questions: list[str] = []
     for batch in _batches(renderer.render(example) for example in examples):
         for row, row_ids, row_labels in _encode(batch, renderer.tokenizer):
             _count(report, row, row_labels, max_length, ends)
@@ -293,6 +301,7 @@ def tokenize(examples: list[Example], renderer: Renderer, max_length: int) -> tu
             report.supervised_tokens += sum(label != IGNORED for label in row_labels[1:])
             ids.append(row_ids)
             labels.append(row_labels)
+            questions.append(row.question)
     if not ids:
         raise DataError(
             f"no row is left to learn from: max_length {max_length} cuts the answer off in all {report.dropped}"
@@ -302,7 +311,8 @@ def tokenize(examples: list[Example], renderer: Renderer, max_length: int) -> tu
             "no answer ends with one of the tokenizer's special tokens, so the model would not learn to stop; check "
             "the chat template"
         )
-    return Dataset.from_dict({"input_ids": ids, "labels": labels}), report
+    columns: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    return Dataset.from_dict(columns | {"question": questions} if keep_questions else columns), report
 
 
 def _batches(rows: Iterable[Rendered]) -> Iterator[list[Rendered]]:

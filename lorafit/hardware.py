@@ -37,6 +37,12 @@ def detect() -> Hardware:
     return _first_gpu(world_size) or _cpu(world_size)
 
 
+def detect_gpu_or_assume() -> Hardware:
+    """The GPU that is here, or one with bfloat16 where there is none: what memory is estimated for."""
+    here = detect()
+    return here if here.device == "cuda" else Hardware("cuda", "an assumed GPU", None, (8, 0), True, here.world_size)
+
+
 def _first_gpu(world_size: int) -> Hardware | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):

@@ -143,12 +143,18 @@ def plan_recipe(recipe: Recipe, recipe_path: str | Path, hardware: Hardware | No
     return make_plan(recipe, facts, hardware or detect(), default_name=Path(recipe_path).stem)
 
 
-def make_plan(recipe: Recipe, facts: ModelFacts, hardware: Hardware, default_name: str = "run") -> Plan:
+def make_plan(
+    recipe: Recipe, facts: ModelFacts, hardware: Hardware, default_name: str = "run", read_data: bool = True
+) -> Plan:
     """Resolve a recipe for a model and a machine.
+
+    Args:
+        default_name: of the run directory below runs/, if the recipe names none.
+        read_data: whether to look into the data files, for their formats and number of rows.
 
     Raises RecipeError with every choice that this model or machine can't carry out, and DataError.
     """
-    return _Planner(recipe, facts, hardware).plan(default_name)
+    return _Planner(recipe, facts, hardware, read_data).plan(default_name)
 
 
 @dataclass
@@ -156,6 +162,7 @@ class _Planner:
     recipe: Recipe
     facts: ModelFacts
     hardware: Hardware
+    read_data: bool = True
     choices: dict[str, Choice] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -367,6 +374,8 @@ class _Planner:
         for name in ("split", "name", "revision"):
             if name in source.model_fields_set:
                 self.wrong((*_steps(key), name), "is for hub data sets; this is a local path")
+        if not self.read_data:
+            return SourcePlan(source.path, _given(source.format), columns, None, None)
         first: Row | None = None
         count = 0
         for row in read_rows(source.path):
