@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTo
             revision=plan.model_kwargs["revision"] if source is None else None,
             trust_remote_code=plan.model_kwargs["trust_remote_code"],
         )
-    except Exception as error:  # noqa: BLE001 - the loaders raise anything
+    except Exception as error:
         raise _cannot_load("tokenizer", name, error) from error
     if plan.data.chat_template is not None:
         tokenizer.chat_template = plan.data.chat_template
@@ -67,7 +68,7 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
         raise DoesNotFitError(f"{name}: the weights don't fit into the GPU's memory: {_first_line(error)}") from error
     except LorafitError:
         raise
-    except Exception as error:  # noqa: BLE001 - the loaders raise anything
+    except Exception as error:
         raise _cannot_load("model", name, error) from error
     model.config.use_cache = False
     return model
@@ -98,7 +99,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """Put a saved adapter on its base, for inference. Raises ModelError."""
     try:
         model = PeftModel.from_pretrained(base, str(adapter))
-    except Exception as error:  # noqa: BLE001 - the loaders raise anything
+    except Exception as error:
         raise _cannot_load("adapter", str(adapter), error) from error
     model.eval()
     return model
@@ -109,22 +110,21 @@ def base_source(run: RunDir) -> Path | None:
     return run.base if run.base.is_dir() else None
 
 
-def dequantize_gguf(plan: Plan, destination: Path) -> None:
-    """Write a GGUF file's weights and tokenizer as an ordinary folder. Raises ModelError.
+def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
+    """Write a GGUF file's weights and tokenizer as an ordinary model folder. Raises ModelError.
 
     transformers dequantizes while loading, but leaves the model marked as GGUF-quantized; without
     that mark it saves, and loads again, like any other.
     """
-    name = plan.model["name_or_path"]
-    unquantized = getattr(torch, "float32" if plan.model_kwargs["dtype"] == "float32" else plan.model_kwargs["dtype"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(*_location(name), **_gguf(name), dtype=unquantized)
-    except Exception as error:  # noqa: BLE001 - the loaders raise anything
-        raise _cannot_load("model", name, error) from error
+        model = AutoModelForCausalLM.from_pretrained(*_location(file), **_gguf(file), dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(*_location(file), **_gguf(file))
+    except Exception as error:
+        raise _cannot_load("model", file, error) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
-    tokenizer = load_tokenizer(plan)
+    model.config.name_or_path = ""
     with staged(destination) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -142,8 +142,6 @@ def _gguf(name: str) -> dict[str, str]:
 def _device(plan: Plan) -> str | int:
     if plan.hardware.device == "cpu":
         return "cpu"
-    import os
-
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

@@ -145,7 +145,7 @@ def dequantized_base(plan: Plan, run: RunDir, main: bool) -> Path | None:
     if plan.model["kind"] != "gguf":
         return None
     if main and not run.base.is_dir():
-        dequantize_gguf(plan, run.base)
+        dequantize_gguf(plan.model["name_or_path"], run.base, plan.model_kwargs["dtype"])
     while not run.base.is_dir():  # other processes wait for the first
         time.sleep(0.2)
     return run.base
@@ -328,7 +328,8 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
     if start == "loftq":
         from peft import replace_lora_weights_loftq
 
-        replace_lora_weights_loftq(model)
+        folder = Path(plan.model["name_or_path"]).expanduser()
+        replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
     elif start == "eva":
         from peft import initialize_lora_eva_weights
 
