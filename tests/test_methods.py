@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorafit import train as train_module
 
-NF4 = {"load_in_4bit": True}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"lora": {"use_rslora": True}},

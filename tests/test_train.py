@@ -1,0 +1,317 @@
+"""A run from start to end: what it writes, how it stops, goes on, and refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import RecipeMaker, Train, write_jsonl
+
+from lorafit import rundir
+from lorafit.callbacks import StopRequest
+from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
+from lorafit.rundir import RunDir
+
+
+def digest(run: RunDir) -> str:
+    return hashlib.sha256((run.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGTERM) -> None:
+    """Deliver a real signal to this process during a step."""
+    count = 0
+    original = StopRequest.agreed
+
+    def agreed(self: StopRequest) -> int | None:
+        nonlocal count
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        return original(self)
+
+    monkeypatch.setattr(StopRequest, "agreed", agreed)
+
+
+def test_a_run_writes_what_the_design_says(recipe: RecipeMaker, train: Train, rows: Path) -> None:
+    path = recipe(dataset={"train": [{"path": str(rows)}], "validation": 0.25})
+    run = train(path)
+    assert run.recipe.read_bytes() == path.read_bytes()
+    assert run.load_plan().recipe["training"]["max_steps"] == 4
+    manifest = run.load_manifest()
+    assert manifest["data"]["files"] == {str(rows): hashlib.sha256(rows.read_bytes()).hexdigest()}
+    assert manifest["data"]["training"]["rows"] == 18
+    assert manifest["data"]["validation"]["rows"] == 6
+    assert manifest["result"]["steps"] == 4
+    assert manifest["versions"]["peft"]
+    assert manifest["model"]["trainable_parameters"] == run.load_plan().trainable_parameters
+    metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in metrics if "eval_loss" in entry] == [4]
+    names = {file.name for file in run.adapter.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert "lorafit" in (run.adapter / "README.md").read_text()
+    assert not [file for file in run.path.rglob("*") if file.name == "training_args.bin"], "a pickle was written"
+    assert not list(run.path.parent.glob(".*")), "something was left beside the run"
+
+
+@pytest.mark.parametrize("stop", [1, 3, 6, 7])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    stop: int, recipe: RecipeMaker, train: Train, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the middle of an epoch, at its end, with dropout, accumulation, evaluation and the best kept."""
+    settings: dict[str, Any] = {
+        "lora": {"lora_dropout": 0.2},
+        "dataset": {"train": [{"path": str(rows)}], "validation": 0.25},
+        "training": {"max_steps": ..., "num_train_epochs": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
+    }
+    whole = train(recipe("whole", **settings))
+    assert whole.load_manifest()["result"]["steps"] == 9
+    path = recipe("stopped", **settings)
+    stop_at(stop, monkeypatch)
+    with pytest.raises(Interrupted, match="--resume") as caught:
+        train(path)
+    assert caught.value.signal_number == signal.SIGTERM
+    monkeypatch.undo()
+    run = train(path, resume=True)
+    assert digest(run) == digest(whole)
+    ignored = {"seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    curves = [
+        [{k: v for k, v in entry.items() if k not in ignored} for entry in r.metrics_until(99)] for r in (run, whole)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_signal_in_the_last_step_finishes_the_run(
+    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(4, monkeypatch)
+    assert train(recipe()).result is not None
+
+
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint(recipe: RecipeMaker, train: Train) -> None:
+    settings = {"training": {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}}
+    whole = train(recipe("whole", **settings))
+    path = recipe("killed", **settings)
+    run = RunDir(whole.path.parent / "killed")
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorafit", "train", str(path)], env=environment, stderr=subprocess.DEVNULL
+    )
+    while run.last_checkpoint() is None and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert run.result is None, "the run was too quick to be killed"
+    # A checkpoint that was being written when the process died is no checkpoint.
+    (run.checkpoints / ".checkpoint-6.partial").mkdir(exist_ok=True)
+    with run.metrics.open("a") as metrics:
+        metrics.write('{"step": 7, "lo')
+    resumed = train(path, resume=True)
+    assert digest(resumed) == digest(whole)
+    assert [e["step"] for e in resumed.metrics_until(99) if "loss" in e] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_have_their_exit_codes(number: int, code: int, recipe: RecipeMaker, tmp_path: Path) -> None:
+    path = recipe(training={"max_steps": 100000, "save_strategy": "no"})
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorafit", "train", str(path)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    run = RunDir(tmp_path / "runs" / "recipe")
+    while not (run.metrics.is_file() and run.metrics.stat().st_size) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "go on with --resume" in errors
+    assert "Traceback" not in errors
+    assert run.last_checkpoint() is not None
+
+
+class TestStarting:
+    def test_a_finished_run_is_not_started_again(self, recipe: RecipeMaker, train: Train) -> None:
+        path = recipe()
+        before = digest(train(path))
+        with pytest.raises(UsageError, match="the run is finished"):
+            train(path)
+        with pytest.raises(UsageError, match="the run is finished"):
+            train(path, resume=True)
+        assert digest(RunDir(path.parent / "runs" / "recipe")) == before
+
+    def test_an_unfinished_run_wants_a_decision(
+        self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = recipe()
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        monkeypatch.undo()
+        with pytest.raises(UsageError, match="--resume"):
+            train(path)
+        with pytest.raises(UsageError, match=r"another recipe \(training.learning_rate\)"):
+            train(path, "training.learning_rate=0.5", resume=True)
+
+    def test_overwrite_keeps_the_old_run_until_the_new_one_is_done(
+        self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = recipe()
+        run = train(path)
+        before = digest(run)
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path, "training.seed=7", overwrite=True)
+        monkeypatch.undo()
+        assert digest(RunDir(run.replaced)) == before
+        train(path, "training.seed=7", resume=True)
+        assert not run.replaced.exists()
+        assert digest(run) != before
+
+    def test_a_folder_that_is_no_run_is_left_alone(self, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("years of work")
+        for overwrite in (False, True):
+            with pytest.raises(UsageError, match="is not a run"):
+                train(recipe(output_dir=str(folder)), overwrite=overwrite)
+        assert (folder / "thesis.txt").read_text() == "years of work"
+
+    def test_resume_without_a_run(self, recipe: RecipeMaker, train: Train) -> None:
+        with pytest.raises(UsageError, match="no run to resume"):
+            train(recipe(), resume=True)
+
+    def test_a_failed_start_does_not_stand_in_the_way(self, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+        path = recipe()
+        run = RunDir(tmp_path / "runs" / "recipe")
+        from lorafit.plan import plan_recipe
+        from lorafit.recipe import Recipe
+
+        run.begin(plan_recipe(Recipe.load(path), path), path.read_bytes())
+        assert train(path).result is not None
+
+    def test_two_processes_do_not_share_a_run(self, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+        path = recipe()
+        with RunDir(tmp_path / "runs" / "recipe").lock(), pytest.raises(UsageError, match="another process"):
+            train(path)
+
+    def test_a_path_with_spaces(self, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+        assert train(recipe(output_dir=str(tmp_path / "my runs" / "a b"))).adapter.is_dir()
+
+
+class TestTraining:
+    def test_early_stopping_and_the_best_checkpoint(self, recipe: RecipeMaker, train: Train, rows: Path) -> None:
+        run = train(
+            recipe(
+                dataset={"train": [{"path": str(rows)}], "validation": 0.5},
+                training={
+                    "max_steps": 60,
+                    "learning_rate": 0.1,
+                    "eval_strategy": "steps",
+                    "eval_steps": 2,
+                    "early_stopping_patience": 3,
+                    "lr_scheduler_type": "constant",
+                },
+            )
+        )
+        result = run.load_manifest()["result"]
+        losses = {e["step"]: e["eval_loss"] for e in run.metrics_until(99) if "eval_loss" in e}
+        assert result["stopped_early"]
+        assert result["best_step"] == min(losses, key=losses.__getitem__)
+        best = run.checkpoints / f"checkpoint-{result['best_step']}" / "adapter_model.safetensors"
+        assert best.read_bytes() == (run.adapter / "adapter_model.safetensors").read_bytes()
+
+    def test_the_same_seed_gives_the_same_weights_and_another_does_not(self, recipe: RecipeMaker, train: Train) -> None:
+        first, second = train(recipe("a")), train(recipe("b"))
+        assert digest(first) == digest(second)
+        assert digest(train(recipe("c"), "training.seed=1")) != digest(first)
+
+    def test_accumulation_equals_a_larger_batch(self, recipe: RecipeMaker, train: Train) -> None:
+        """Per token, not per batch: rows of different lengths weigh the same either way."""
+        large = train(recipe("large", training={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}))
+        small = train(recipe("small", training={"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}))
+        curves = [[e["loss"] for e in run.metrics_until(99) if "loss" in e] for run in (large, small)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+    def test_a_diverging_run_stops(self, recipe: RecipeMaker, train: Train) -> None:
+        path = recipe(training={"learning_rate": 1e30, "max_steps": 20, "max_grad_norm": 0, "warmup_steps": 0})
+        with pytest.raises(GateError, match="diverged"):
+            train(path)
+        assert RunDir(path.parent / "runs" / "recipe").result is None
+
+    def test_packed_rows_make_fewer_steps(self, recipe: RecipeMaker, train: Train) -> None:
+        run = train(recipe(training={"packing": True, "max_steps": ..., "num_train_epochs": 1}))
+        assert run.load_manifest()["schedule"]["total_steps"] < 6
+
+    def test_save_total_limit(self, recipe: RecipeMaker, train: Train) -> None:
+        run = train(recipe(training={"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}))
+        assert sorted(f.name for f in run.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+class TestFailures:
+    def test_a_broken_row_stops_before_anything_is_written(self, recipe: RecipeMaker, train: Train, rows: Path) -> None:
+        rows.write_text(rows.read_text() + '{"messages": [{"role": "user", "content": "only a question"}]}\n')
+        with pytest.raises(DataError, match=r"rows.jsonl:25: there is no assistant turn"):
+            train(recipe())
+        assert not (rows.parent / "runs" / "recipe").exists()
+
+    def test_rows_that_are_all_cut_off(self, recipe: RecipeMaker, train: Train) -> None:
+        with pytest.raises(DataError, match="max_length 3 cuts the answer off in all 24"):
+            train(recipe(training={"max_length": 3}))
+
+    def test_a_truncated_weight_file(self, recipe: RecipeMaker, train: Train, tiny_model: Path, tmp_path: Path) -> None:
+        import shutil
+
+        broken = tmp_path / "broken model"
+        shutil.copytree(tiny_model, broken)
+        weights = broken / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(ModelError, match="cut off"):
+            train(recipe(model={"name_or_path": str(broken)}))
+
+    def test_a_full_disk_leaves_no_half_result(
+        self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(folder: Path) -> None:
+            raise OSError(28, "No space left on device", str(folder))
+
+        path = recipe(training={"save_strategy": "no"})
+        original = rundir.sync
+        monkeypatch.setattr(rundir, "sync", lambda f: full(f) if f.name == ".adapter.partial" else original(f))
+        with pytest.raises(OSError, match="No space left"):
+            train(path)
+        run = RunDir(path.parent / "runs" / "recipe")
+        assert run.result is None
+        assert not list(run.path.glob(".*"))
+
+
+def test_secrets_stay_out_of_the_run(recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("WANDB_API_KEY", "wandb_verysecret")
+    run = train(recipe())
+    for file in run.path.rglob("*"):
+        if file.is_file():
+            assert b"verysecret" not in file.read_bytes(), file
+
+
+def test_recipe_parents_are_in_the_plan(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    parent = recipe("parent")
+    child = tmp_path / "child.yaml"
+    child.write_text(yaml.safe_dump({"extends": "parent.yaml", "output_dir": str(tmp_path / "runs" / "child")}))
+    assert train(child).load_plan().recipe["training"]["max_steps"] == 4
+    assert parent.exists()
+
+
+def test_rows_from_several_sources(recipe: RecipeMaker, train: Train, rows: Path, tmp_path: Path) -> None:
+    more = write_jsonl(tmp_path / "more.jsonl", [{"instruction": "say", "input": "yes", "output": "no"}] * 3)
+    run = train(recipe(dataset={"train": [{"path": str(rows)}, {"path": str(more)}]}))
+    assert run.load_manifest()["data"]["training"]["rows"] == 27
