@@ -1,0 +1,60 @@
+"""Several processes: the same curve as one with the whole batch, one voice, and an orderly stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RecipeMaker, Train
+
+from lorafit.rundir import RunDir
+
+
+def torchrun(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    return subprocess.Popen(
+        [*command, "-m", "lorafit", "train", *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_two_processes_equal_one_with_twice_the_batch(recipe: RecipeMaker, train: Train, rows: Path) -> None:
+    settings = {"dataset": {"train": [{"path": str(rows)}], "validation": 0.25}}
+    one = train(recipe("one", **settings, training={"per_device_train_batch_size": 6, "max_steps": 6}))
+    path = recipe("two", **settings, training={"per_device_train_batch_size": 3, "max_steps": 6})
+    process = torchrun(str(path))
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    two = RunDir(one.path.parent / "two")
+    curves = [[e["loss"] for e in run.metrics_until(99) if "loss" in e] for run in (one, two)]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    validation = [[e["eval_loss"] for e in run.metrics_until(99) if "eval_loss" in e] for run in (one, two)]
+    assert validation[1] == pytest.approx(validation[0], rel=1e-3)
+    assert errors.count("tokens, ") == 1, "only the first process may speak"
+    assert output.splitlines() == [str(two.adapter)]
+    assert [e["step"] for e in two.metrics_until(99) if "loss" in e] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_to_the_launcher_saves_a_checkpoint_that_resumes(recipe: RecipeMaker, tmp_path: Path) -> None:
+    path = recipe(training={"max_steps": 100000, "save_strategy": "no"})
+    run = RunDir(tmp_path / "runs" / "recipe")
+    process = torchrun(str(path))
+    while not (run.metrics.is_file() and run.metrics.stat().st_size) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    checkpoint = run.last_checkpoint()
+    assert checkpoint is not None, errors
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= {f.name for f in checkpoint.iterdir()}
+    assert errors.count("go on with --resume") == 1
