@@ -1,0 +1,184 @@
+"""The command line: exit codes, one clear line for each mistake, machine-readable output."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RecipeMaker, conversation, write_jsonl
+from typer.testing import CliRunner
+
+from lorafit import __version__
+from lorafit.cli import app
+from lorafit.errors import (
+    EXIT_CODES,
+    DataError,
+    DoesNotFitError,
+    GateError,
+    Interrupted,
+    LorafitError,
+    ModelError,
+    UsageError,
+)
+from lorafit.recipe import RecipeError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lorafit(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_every_exit_code_is_documented() -> None:
+    errors = (LorafitError, UsageError, RecipeError, DataError, ModelError, DoesNotFitError, GateError)
+    assert {error.exit_code for error in errors} | {0, 7, 130, 143} == set(EXIT_CODES)
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert all(f"| {code} | {meaning} |" in page for code, meaning in EXIT_CODES.items())
+    assert Interrupted("", 2).signal_number == 2
+
+
+def test_a_whole_story(recipe: RecipeMaker, rows: Path, tmp_path: Path) -> None:
+    path = recipe(dataset={"train": [{"path": str(rows)}], "validation": 0.25})
+    code, plan, _ = lorafit("train", path, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(plan)["schedule"]["total_steps"] == 4
+    assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
+    code, result, said = lorafit("train", path, "--json")
+    assert code == 0, said
+    assert json.loads(result)["steps"] == 4
+    run = json.loads(result)["run"]
+    assert "18 rows" in said
+    code, report, _ = lorafit("eval", run, "--json", "--max-new-tokens", 4)
+    assert code == 0
+    assert set(json.loads(report)["models"]) == {"base", "adapter"}
+    code, merged, _ = lorafit("merge", run, "--json")
+    assert code == 0
+    assert Path(json.loads(merged)["merged"]).is_dir()
+    code, estimate, _ = lorafit("estimate-vram", path, "--json")
+    assert code == 0
+    assert json.loads(estimate)["complete"] is False
+
+
+def test_the_tables_for_people(recipe: RecipeMaker, rows: Path) -> None:
+    path = recipe(dataset={"train": [{"path": str(rows)}], "validation": 0.25})
+    code, plan, _ = lorafit("train", path, "--dry-run")
+    assert code == 0
+    assert "24 rows" in plan
+    assert "because" in plan
+    code, memory, _ = lorafit("estimate-vram", path)
+    assert code == 0
+    assert "activations" in memory, "it must say what is missing"
+
+
+class TestMistakes:
+    def test_a_recipe_with_several(self, recipe: RecipeMaker) -> None:
+        path = recipe(lora={"lora_alpah": 3}, training={"learning_rate": "fast"})
+        code, out, err = lorafit("train", path)
+        assert code == 2
+        assert out == ""
+        lines = err.strip().splitlines()
+        assert len(lines) == 2
+        assert all(line.startswith(f"{path}:") for line in lines)
+        assert "did you mean 'lora_alpha'?" in err
+
+    @pytest.mark.parametrize("command", ["train", "estimate-vram"])
+    def test_a_missing_file(self, command: str, tmp_path: Path) -> None:
+        code, _, err = lorafit(command, tmp_path / "no such recipe.yaml")
+        assert code == 2
+        assert "no such recipe.yaml" in err
+        assert len(err.strip().splitlines()) == 1
+
+    def test_set_is_checked_like_the_file(self, recipe: RecipeMaker) -> None:
+        code, _, err = lorafit("train", recipe(), "--set", "training.learning_rat=1")
+        assert code == 2
+        assert err.startswith("--set training.learning_rat=1: training.learning_rat: unknown key")
+
+    def test_a_row_without_its_column(self, recipe: RecipeMaker, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}])
+        code, _, err = lorafit("train", recipe(dataset={"train": [{"path": str(data)}]}))
+        assert code == 3
+        assert f"{data}:2: 'output' is missing (columns: instruction, response)" in err
+
+    @pytest.mark.parametrize(("content", "code"), [("", 3), ("{", 3), ("[]\n", 3)])
+    def test_a_bad_data_file(self, content: str, code: int, recipe: RecipeMaker, tmp_path: Path) -> None:
+        data = tmp_path / "my data.jsonl"
+        data.write_text(content)
+        got, _, err = lorafit("train", recipe(dataset={"train": [{"path": str(data)}]}))
+        assert got == code
+        assert str(data) in err
+        assert len(err.strip().splitlines()) == 1
+
+    def test_a_model_that_is_not_there(self, recipe: RecipeMaker) -> None:
+        code, _, err = lorafit("train", recipe(model={"name_or_path": "./nowhere"}))
+        assert code == 4
+        assert "./nowhere: no such folder" in err
+
+    def test_a_hub_model_offline(self, recipe: RecipeMaker) -> None:
+        code, _, err = lorafit("train", recipe(model={"name_or_path": "someone/some-model"}))
+        assert code == 4
+        assert "someone/some-model" in err
+        assert "HF_HUB_OFFLINE is set" in err
+        assert len(err.strip().splitlines()) == 1
+
+    def test_a_hub_data_set_offline(self, recipe: RecipeMaker) -> None:
+        code, _, err = lorafit("train", recipe(dataset={"train": [{"path": "someone/some-data"}]}))
+        assert code == 3
+        assert err.strip().splitlines()[-1].startswith("someone/some-data: no such local file")
+
+    def test_commands_on_what_is_no_run(self, tmp_path: Path) -> None:
+        for command in ("eval", "merge"):
+            code, _, err = lorafit(command, tmp_path)
+            assert code == 2
+            assert "not a run directory" in err
+
+    def test_a_bug_keeps_its_traceback(self, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lorafit.plan.plan_recipe", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lorafit("train", recipe(), "--dry-run")
+
+    def test_resume_and_overwrite_exclude_each_other(self, recipe: RecipeMaker) -> None:
+        assert lorafit("train", recipe(), "--resume", "--overwrite")[0] == 2
+
+    def test_a_full_disk(self, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise RuntimeError("writing failed") from OSError(28, "No space left on device")
+
+        monkeypatch.setattr("lorafit.rundir.RunDir.begin", full)
+        code, _, err = lorafit("train", recipe())
+        assert code == 5
+        assert "the disk is full" in err
+
+
+def test_version() -> None:
+    assert lorafit("--version")[1].strip() == __version__
+
+
+def test_generated_docs_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "make_docs"), "--check"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_but_the_result_on_stdout(recipe: RecipeMaker, tmp_path: Path) -> None:
+    """Not even from the libraries: stdout is data."""
+    more = write_jsonl(tmp_path / "some.jsonl", [conversation("one", "two")] * 4)
+    path = recipe(dataset={"train": [{"path": str(more)}]}, quantization={"load_in_4bit": True})
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafit", "train", str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(tmp_path / "runs" / "recipe" / "adapter")]
+    noise = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "4 rows"))]
+    assert noise == []
