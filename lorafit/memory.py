@@ -80,7 +80,9 @@ def estimate_memory(plan: Plan, facts: ModelFacts) -> MemoryEstimate:
     optimizer = plan.training_kwargs["optim"]
     each = OPTIMIZER_BYTES[optimizer]
     if optimizer == "adafactor":
-        terms.append(Term("optimizer", _factored(plan, facts), "adafactor: a row and a column for each matrix, float32"))
+        terms.append(
+            Term("optimizer", _factored(plan, facts), "adafactor: a row and a column for each matrix, float32")
+        )
     else:
         terms.append(Term("optimizer", trained * each, f"{optimizer}: {each} bytes of state a parameter"))
     missing = ("activations", "the loss and its logits", "the CUDA context", "the allocator's slack")
@@ -147,7 +149,5 @@ def _factored(plan: Plan, facts: ModelFacts) -> int:
         return sum(4 * (sum(t.shape) if len(t.shape) > 1 else t.size) for t in facts.tensors)
     r = plan.lora_kwargs["r"]
     names = plan.lora_kwargs["target_modules"]
-    adapted = [
-        t for m, t in facts.linear.items() if any(m == name or m.endswith(f".{name}") for name in names)
-    ]
+    adapted = [t for m, t in facts.linear.items() if any(m == name or m.endswith(f".{name}") for name in names)]
     return sum(4 * (sum(tensor.shape) + 2 * r) for tensor in adapted)

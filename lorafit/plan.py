@@ -19,13 +19,39 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect
 from lorafit.recipe import Mistake, Recipe, RecipeError, Source
 from lorafit.rows import Format, Row, detect_format, is_local, read_rows
-from lorafit.targets import TargetError, Targets, check_modules_to_save, find_targets, trainable_parameters
+from lorafit.targets import (
+    OUTPUT_HEADS,
+    TargetError,
+    Targets,
+    check_modules_to_save,
+    find_targets,
+    is_skipped,
+    near,
+    trainable_parameters,
+)
 from lorafit.template import TemplateFacts, inspect_template
 
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 DEFAULT_EPOCHS = 3.0
 DEFAULT_WARMUP_RATIO = 0.03
 CUDA_ONLY_OPTIMIZERS = ("8bit", "paged", "lion", "ademamix")
+NO_SDPA = frozenset(
+    (
+        "deepseek_v4",
+        "flint",
+        "gemma2",
+        "gpt_oss",
+        "granite_swa",
+        "granitemoe_swa",
+        "hy_v4",
+        "inkling2",
+        "mimo_v2_flash",
+        "vaultgemma",
+    )
+)
+"""Models that transformers does not run with sdpa, which knows no soft caps and no attention sinks."""
+FLASH_NEEDS = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
+"""The compute capability from which a kernel runs."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +149,7 @@ class Plan:
             "hardware": Hardware(**hardware),
             "choices": {key: Choice(**choice) for key, choice in raw["choices"].items()},
             "data": DataPlan(
-                **data
-                | {part: tuple(SourcePlan(**item) for item in data[part]) for part in ("train", "validation")}
+                **data | {part: tuple(SourcePlan(**item) for item in data[part]) for part in ("train", "validation")}
             ),
             "schedule": Schedule(**raw["schedule"]) if raw["schedule"] else None,
             "remarks": tuple(raw["remarks"]),
@@ -220,6 +245,8 @@ class _Planner:
         if asked != "auto":
             if asked == "float16" and hardware.device == "cpu":
                 self.wrong(("model", "dtype"), "float16 can't be trained on a CPU; use auto")
+            elif asked == "float16" and self.recipe.lora is None:
+                self.wrong(("model", "dtype"), "float16 weights can't be trained in full; use auto")
             if asked == "bfloat16" and not hardware.fast_bf16:
                 self.remarks.append(f"bfloat16 is slow on {hardware.name}, which has no fast arithmetic for it.")
             return str(self.choose(key, asked, "as the recipe says"))
@@ -228,10 +255,9 @@ class _Planner:
         if hardware.fast_bf16:
             return str(self.choose(key, "bfloat16", f"{hardware.name} has fast bfloat16 arithmetic"))
         if hardware.device == "cuda":
-            return str(
-                self.choose(key, "float16", f"{hardware.name} has no bfloat16 arithmetic; the loss is scaled for float16")
-            )
-        return str(self.choose(key, "float32", f"a CPU without matrix units for bfloat16 ({hardware.name})"))
+            reason = f"{hardware.name} has no bfloat16 arithmetic; the loss is scaled for float16"
+            return str(self.choose(key, "float16", reason))
+        return str(self.choose(key, "float32", f"a CPU without instructions for bfloat16 ({hardware.name})"))
 
     def _adapter_dtype(self, dtype: str) -> str:
         if self.recipe.lora is None:
@@ -243,27 +269,57 @@ class _Planner:
 
     def _model_kwargs(self, dtype: str) -> dict[str, Any]:
         model = self.recipe.model
-        attention = model.attn_implementation
-        if attention == "auto":
-            attention = self.choose("model.attn_implementation", "sdpa", "fast everywhere and part of torch")
-        elif attention.startswith("flash") and self.hardware.device == "cpu":
-            self.wrong(("model", "attn_implementation"), f"{attention} needs a CUDA GPU; use auto")
+        if self.facts.stored_quantization:
+            self.wrong(
+                ("model", "name_or_path"),
+                f"its weights are stored quantized ({self.facts.stored_quantization}); name the model that it was made "
+                "from, and quantize that with the quantization section",
+            )
         return {
             "revision": model.revision,
             "dtype": dtype,
-            "attn_implementation": attention,
+            "attn_implementation": self._attention(dtype),
             "trust_remote_code": model.trust_remote_code,
         }
+
+    def _attention(self, dtype: str) -> str:
+        asked, key = self.recipe.model.attn_implementation, "model.attn_implementation"
+        family, hardware = self.facts.model_type, self.hardware
+        if asked == "auto":
+            if family in NO_SDPA:
+                return str(self.choose(key, "eager", f"transformers does not run {family} models with sdpa"))
+            return str(self.choose(key, "sdpa", "fast everywhere and part of torch"))
+        wrong = None
+        if asked == "sdpa" and family in NO_SDPA:
+            wrong = f"transformers does not run {family} models with sdpa"
+        elif asked in FLASH_NEEDS:
+            major, minor = needed = FLASH_NEEDS[asked]
+            if hardware.device == "cpu":
+                wrong = f"{asked} needs a CUDA GPU"
+            elif hardware.compute_capability and hardware.compute_capability < needed:
+                wrong = f"{asked} needs compute capability {major}.{minor}, which {hardware.name} does not have"
+            elif dtype == "float32" and not self._mixed(dtype):
+                wrong = f"{asked} does not compute in float32"
+        if wrong:
+            self.wrong(("model", "attn_implementation"), f"{wrong}; use auto")
+        return asked
+
+    def _mixed(self, dtype: str) -> str | None:
+        """The 16-bit type that arithmetic is done in, if any."""
+        if self.recipe.lora is None and self.hardware.device == "cuda" and self.hardware.fast_bf16:
+            return "bfloat16"
+        return None if dtype == "float32" else dtype
 
     def _quantization_kwargs(self, dtype: str) -> dict[str, Any] | None:
         quantization = self.recipe.quantization
         if quantization is None:
             return None
+        skip = self._unquantized(quantization.llm_int8_skip_modules)
         if quantization.load_in_8bit:
             return {
                 "load_in_8bit": True,
                 "llm_int8_threshold": quantization.llm_int8_threshold,
-                "llm_int8_skip_modules": _list(quantization.llm_int8_skip_modules),
+                "llm_int8_skip_modules": skip,
             }
         compute = quantization.bnb_4bit_compute_dtype
         if compute == "auto":
@@ -273,8 +329,23 @@ class _Planner:
             "bnb_4bit_quant_type": quantization.bnb_4bit_quant_type,
             "bnb_4bit_use_double_quant": quantization.bnb_4bit_use_double_quant,
             "bnb_4bit_compute_dtype": compute,
-            "llm_int8_skip_modules": _list(quantization.llm_int8_skip_modules),
+            "llm_int8_skip_modules": skip,
         }
+
+    def _unquantized(self, asked: tuple[str, ...] | None) -> list[str] | None:
+        """What bitsandbytes leaves alone. A list replaces its default, which is the output head."""
+        if asked is None:
+            return None
+        names = list(self.facts.quantizable)
+        for index, name in enumerate(asked):
+            if names and name not in OUTPUT_HEADS and not any(is_skipped(module, [name]) for module in names):
+                self.wrong(
+                    ("quantization", "llm_int8_skip_modules", index),
+                    f"'{name}' matches no linear layer of the model{near(name, names)}",
+                )
+        heads = [head for head in OUTPUT_HEADS if head not in asked]
+        reason = "the recipe's list, and the output head, from whose weight the loss is computed"
+        return list(self.choose("quantization.llm_int8_skip_modules", [*asked, *heads], reason))
 
     def _targets(self) -> Targets | None:
         lora, facts = self.recipe.lora, self.facts
@@ -286,6 +357,8 @@ class _Planner:
                     ("lora", "target_modules"),
                     f"can't be expanded for a {facts.model_type} model without its safetensors headers; use all-linear",
                 )
+            if isinstance(lora.target_modules, str) and lora.layers_to_transform is not None:
+                self.wrong(("lora", "layers_to_transform"), "needs a list of target_modules for this model")
             self.remarks.append(
                 f"The layers of a {facts.model_type} model are not known without its safetensors headers: "
                 "target_modules are checked when the model loads."
@@ -425,7 +498,7 @@ class _Planner:
             )
             return
         eos = tokenizer.eos_token if tokenizer else None
-        special = {
+        special: dict[str, str | None] = {
             "eos_token": eos or "",
             "bos_token": (tokenizer.bos_token if tokenizer else None) or "",
             "pad_token": (tokenizer.pad_token if tokenizer else None) or "",
@@ -445,16 +518,12 @@ class _Planner:
         tokenizer = self.facts.tokenizer
         if tokenizer is None:
             return
-        if tokenizer.pad_token is None:
-            self.choose(
-                "padding token", tokenizer.eos_token, "the tokenizer has none; padding is masked by position, not by token"
-            )
-        elif tokenizer.pad_token == tokenizer.eos_token:
-            self.choose(
-                "padding token", tokenizer.pad_token, "same as the end token; padding is masked by position, so the end is learned"
-            )
-        else:
-            self.choose("padding token", tokenizer.pad_token, "the tokenizer's own")
+        token, reason = tokenizer.pad_token, "the tokenizer's own"
+        if token is None:
+            token, reason = tokenizer.eos_token, "the tokenizer has none; padding is masked by position, not by token"
+        elif token == tokenizer.eos_token:
+            reason = "same as the end token; padding is masked by position, so the end is learned"
+        self.choose("padding token", token, reason)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -466,7 +535,7 @@ class _Planner:
             eval_batch = batch
             if has_validation:
                 self.choose("training.per_device_eval_batch_size", batch, "as in training")
-        mixed = "bfloat16" if self.recipe.lora is None and on_gpu and self.hardware.fast_bf16 else dtype
+        mixed = self._mixed(dtype)
         return {
             "num_train_epochs": training.num_train_epochs or DEFAULT_EPOCHS,
             "max_steps": training.max_steps or -1,
@@ -509,7 +578,10 @@ class _Planner:
         if batch == "auto":
             usual = 4 if self.hardware.device == "cuda" else 8
             batch = next((size for size in (usual, 4, 2, 1) if size <= usual and wanted % (size * world) == 0), 1)
-            self.choose("training.per_device_train_batch_size", batch, f"usual on a {self.hardware.device.upper()}")
+            reason = f"usual on a {'GPU' if self.hardware.device == 'cuda' else 'CPU'}"
+            if batch != usual:
+                reason = f"the most that makes {wanted} rows a step, of {usual} that are {reason}"
+            self.choose("training.per_device_train_batch_size", batch, reason)
         steps: Any = training.gradient_accumulation_steps
         if steps == "auto":
             if training.global_batch_size and wanted % (batch * world):
@@ -518,11 +590,9 @@ class _Planner:
                     f"{wanted} is not a multiple of {batch} rows x {world} processes",
                 )
             steps = max(1, wanted // (batch * world))
-            self.choose(
-                "training.gradient_accumulation_steps",
-                steps,
-                f"{batch} rows x {steps} passes x {world} process{'es' * (world > 1)} = {batch * steps * world} rows a step",
-            )
+            processes = f"{world} process{'es' * (world > 1)}"
+            reason = f"{batch} rows x {steps} passes x {processes} = {batch * steps * world} rows a step"
+            self.choose("training.gradient_accumulation_steps", steps, reason)
         return int(batch), int(steps)
 
     def _warmup(self) -> float:
@@ -543,7 +613,8 @@ class _Planner:
                 return str(self.choose("training.optim", "paged_adamw_8bit", reason))
             return str(self.choose("training.optim", "adamw_torch_fused", "one kernel for the whole update"))
         if not on_gpu and any(part in asked for part in CUDA_ONLY_OPTIMIZERS):
-            self.wrong(("training", "optim"), f"{asked} needs a CUDA GPU, and this is a CPU; use auto or adamw_torch_fused")
+            message = f"{asked} needs a CUDA GPU, and this is a CPU; use auto or adamw_torch_fused"
+            self.wrong(("training", "optim"), message)
         return asked
 
     def _checkpointing(self) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from lorafit.facts import ModelFacts
+from lorafit.facts import ModelFacts, Tensor
 from lorafit.recipe import LoraSection
 
+OUTPUT_HEADS = ("lm_head", "embed_out")
+MAGNITUDE = "lora_magnitude_vector"
 PRESETS = ("all-linear", "attention", "mlp", "qv")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
 _QV = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin"}
@@ -50,10 +52,15 @@ def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
     else:
         chosen = _by_expression(lora.target_modules, linear)
         reason = "the modules whose whole path matches the expression"
+    saved = {module for module in chosen if _is_saved(module, lora)}
+    if saved:
+        _refuse_both(lora)
+        chosen = [module for module in chosen if module not in saved]
+        reason += f", without the {len(saved)} that modules_to_save trains in full"
     for index, name in enumerate(lora.exclude_modules or ()):
         remaining = [module for module in chosen if not _is_named(module, name)]
         if remaining == chosen:
-            raise TargetError(("exclude_modules", index), f"matches no target module{_near(name, chosen)}")
+            raise TargetError(("exclude_modules", index), f"matches no target module{near(name, chosen)}")
         chosen = remaining
     if lora.layers_to_transform is not None:
         chosen = _in_layers(lora.layers_to_transform, chosen)
@@ -62,15 +69,33 @@ def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
     for pattern in ("rank_pattern", "alpha_pattern"):
         for key in getattr(lora, pattern):
             if not any(_pattern_matches(key, module) for module in chosen):
-                raise TargetError((pattern, key), f"matches no target module{_near(key, chosen)}")
-    return Targets(tuple(chosen), _short_names(chosen, linear), reason)
+                raise TargetError((pattern, key), f"matches no target module{near(key, chosen)}")
+    return Targets(tuple(chosen), _short_names(chosen, facts), reason)
 
 
 def _is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _near(name: str, modules: Iterable[str]) -> str:
+def _is_saved(module: str, lora: LoraSection) -> bool:
+    """Whether modules_to_save trains a module in full, so that PEFT puts no adapter on it or below it.
+
+    PEFT's rule (peft/utils/other.py: _set_trainable) is the end of a path, not only a whole name.
+    """
+    parts = module.split(".")
+    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(path.endswith(name) for path in paths for name in lora.modules_to_save or ())
+
+
+def _refuse_both(lora: LoraSection) -> None:
+    for index, name in enumerate(lora.target_modules if isinstance(lora.target_modules, tuple) else ()):
+        if _is_saved(name, lora):
+            raise TargetError(
+                ("target_modules", index), f"'{name}' is trained in full by modules_to_save; remove it from one of them"
+            )
+
+
+def near(name: str, modules: Iterable[str]) -> str:
     leaves = sorted({module.rpartition(".")[2] for module in modules})
     near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(leaves)}"
@@ -79,7 +104,9 @@ def _near(name: str, modules: Iterable[str]) -> str:
 def _by_names(names: tuple[str, ...], linear: list[str]) -> list[str]:
     for index, name in enumerate(names):
         if not any(_is_named(module, name) for module in linear):
-            raise TargetError(("target_modules", index), f"'{name}' matches no linear layer of the model{_near(name, linear)}")
+            raise TargetError(
+                ("target_modules", index), f"'{name}' matches no linear layer of the model{near(name, linear)}"
+            )
     return [module for module in linear if any(_is_named(module, name) for name in names)]
 
 
@@ -92,7 +119,7 @@ def _by_preset(preset: str, linear: list[str]) -> list[str]:
     }
     chosen = [module for module in linear if rules[preset](module)]
     if not chosen:
-        raise TargetError(("target_modules",), f"the model has no layers of the kind {preset}{_near(preset, linear)}")
+        raise TargetError(("target_modules",), f"the model has no layers of the kind {preset}{near(preset, linear)}")
     return chosen
 
 
@@ -103,7 +130,7 @@ def _by_expression(expression: str, linear: list[str]) -> list[str]:
         raise TargetError(("target_modules",), f"is neither a preset nor a regular expression: {error}") from None
     chosen = [module for module in linear if pattern.fullmatch(module)]
     if not chosen:
-        hint = _near(expression, linear) if expression.isidentifier() else f" such as {linear[0]}" if linear else ""
+        hint = near(expression, linear) if expression.isidentifier() else f" such as {linear[0]}" if linear else ""
         only = " (one name stands in a list: [q_proj])" if expression.isidentifier() else ""
         raise TargetError(
             ("target_modules",), f"matches the whole path of no linear layer{only}{hint}; presets: {', '.join(PRESETS)}"
@@ -116,15 +143,18 @@ def _in_layers(layers: tuple[int, ...], modules: list[str]) -> list[str]:
     for index, layer in enumerate(layers):
         if layer not in have:
             raise TargetError(
-                ("layers_to_transform", index), f"there is no layer {layer}; layers run from 0 to {max(have, default=0)}"
+                ("layers_to_transform", index),
+                f"there is no layer {layer}; layers run from 0 to {max(have, default=0)}",
             )
     return [m for m in modules if (match := _LAYER.search(m)) and int(match[1]) in layers]
 
 
-def _short_names(chosen: list[str], linear: list[str]) -> tuple[str, ...]:
+def _short_names(chosen: list[str], facts: ModelFacts) -> tuple[str, ...]:
+    """Short names if, in the whole model (its vision tower, say), they name the chosen modules only."""
     leaves = tuple(dict.fromkeys(module.rpartition(".")[2] for module in chosen))
-    meant = [module for module in linear if any(_is_named(module, leaf) for leaf in leaves)]
-    return leaves if meant == chosen else tuple(chosen)
+    loaded = [module for module in facts.modules if ".experts." not in f"{module}."]  # experts are fused
+    meant = {module for module in loaded if any(_is_named(module, leaf) for leaf in leaves)}
+    return leaves if meant == set(chosen) else tuple(chosen)
 
 
 def _pattern_matches(key: str, module: str) -> bool:
@@ -135,40 +165,61 @@ def _pattern_matches(key: str, module: str) -> bool:
         return False
 
 
+def is_skipped(module: str, skip: Iterable[str]) -> bool:
+    """Whether a module stays unquantized (transformers/quantizers/quantizers_utils.py: should_convert_module)."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    try:
+        return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in skip)
+    except re.error:
+        return False
+
+
 def rank_of(lora: LoraSection, module: str) -> int:
     return next((r for key, r in lora.rank_pattern.items() if _pattern_matches(key, module)), lora.r)
 
 
 def trainable_parameters(lora: LoraSection | None, targets: Targets | None, facts: ModelFacts) -> int:
-    """Trainable parameters by formula: r (in + out) for each adapted matrix, plus what is asked beside.
-
-    DoRA adds its magnitudes (one per output); `bias` adds existing biases; modules_to_save add a
-    whole copy of each module. Without an adapter, every parameter.
-    """
+    """Trainable parameters by formula. Without an adapter, every parameter."""
     if lora is None or targets is None:
         return facts.parameters
-    total = 0
+    return sum(tensor.size for tensor in trained_tensors(lora, targets, facts))
+
+
+def trained_tensors(lora: LoraSection, targets: Targets, facts: ModelFacts) -> Iterator[Tensor]:
+    """Every tensor that an adapter trains: A (r x in) and B (out x r) of each adapted matrix, and what is asked beside.
+
+    DoRA adds its magnitudes (one per output); `bias` adds existing biases; modules_to_save add a
+    whole copy of each module.
+    """
     for module in targets.modules:
         out_features, in_features = facts.linear[module].shape
-        total += rank_of(lora, module) * (in_features + out_features)
+        rank = rank_of(lora, module)
+        yield Tensor(f"{module}.lora_A.weight", (rank, in_features))
+        yield Tensor(f"{module}.lora_B.weight", (out_features, rank))
         if lora.use_dora:
-            total += out_features
+            yield Tensor(f"{module}.{MAGNITUDE}.weight", (out_features,))
     adapted = set(targets.modules)
-    for tensor in facts.tensors:
+    for tensor in (*facts.tensors, *_tied_head(facts)):
         module, _, leaf = tensor.name.rpartition(".")
-        saved = any(_is_named(module, name) for name in lora.modules_to_save or ())
-        if saved:
-            total += tensor.size
-        elif leaf == "bias" and (lora.bias == "all" or (lora.bias == "lora_only" and module in adapted)):
-            total += tensor.size
-    return total
+        if (
+            _is_saved(module, lora)
+            or (leaf == "bias" and lora.bias == "all")
+            or (leaf == "bias" and lora.bias == "lora_only" and module in adapted)
+        ):
+            yield tensor
+
+
+def _tied_head(facts: ModelFacts) -> tuple[Tensor, ...]:
+    """The output head of a model that keeps it in the embeddings, as modules_to_save copies it."""
+    if any(module.endswith(OUTPUT_HEADS) for module in facts.modules):
+        return ()
+    embeddings = (t for t in facts.tensors if t.name.endswith(("embed_tokens.weight", "wte.weight")))
+    return tuple(Tensor("lm_head.weight", tensor.shape) for tensor in embeddings)[:1]
 
 
 def check_modules_to_save(lora: LoraSection, facts: ModelFacts) -> None:
     """Raises TargetError for a module that the model does not have."""
-    modules = {tensor.name.rpartition(".")[0] for tensor in facts.tensors}
-    if facts.tensors and not any(module.endswith("lm_head") for module in modules):
-        modules.add("lm_head")  # tied to the embeddings, so it has no tensor of its own
+    modules = {*facts.modules, *(tensor.name.rpartition(".")[0] for tensor in _tied_head(facts))}
     for index, name in enumerate(lora.modules_to_save or ()):
         if not any(_is_named(module, name) for module in modules):
-            raise TargetError(("modules_to_save", index), f"'{name}' is no module of the model{_near(name, modules)}")
+            raise TargetError(("modules_to_save", index), f"'{name}' is no module of the model{near(name, modules)}")

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -43,7 +43,7 @@ class TemplateFacts:
 class _Generation(jinja2.ext.Extension):
     """Accepts `{% generation %}` blocks, which render as their content."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -71,9 +71,7 @@ def _end_of_turn(template: str, special_tokens: dict[str, str | None]) -> str | 
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
     environment.filters["tojson"] = tojson
-    environment.globals.update(
-        raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form)
-    )
+    environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
     messages = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = environment.from_string(template).render(
@@ -81,7 +79,7 @@ def _end_of_turn(template: str, special_tokens: dict[str, str | None]) -> str | 
         )
     except Exception:  # noqa: BLE001 - a template may fail in any way; training will say how
         return None
-    before, found, after = text.partition(_ANSWER)
+    _, found, after = text.partition(_ANSWER)
     return after.strip() if found else None
 
 

@@ -101,7 +101,7 @@ def recipe(tmp_path: Path, tiny_model: Path, rows: Path) -> RecipeMaker:
 
     def make(name: str = "recipe", **sections: Any) -> Path:
         content: dict[str, Any] = {
-            "model": {"name_or_path": str(tiny_model)},
+            "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
             "dataset": {"train": [{"path": str(rows)}]},
             "training": {

@@ -4,7 +4,7 @@
 mistake at once, each at the file, line and column where it was written.
 """
 
-from lorafit.recipe.load import RecipeError, load, validate
+from lorafit.recipe.load import RecipeError, load
 from lorafit.recipe.schema import (
     DatasetSection,
     LoraSection,
@@ -28,5 +28,4 @@ __all__ = [
     "Source",
     "TrainingSection",
     "load",
-    "validate",
 ]

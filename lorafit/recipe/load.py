@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ from lorafit.errors import LorafitError
 from lorafit.recipe.checks import cross_check
 from lorafit.recipe.schema import Recipe
 from lorafit.recipe.source import (
+    Draft,
     Located,
     Mistake,
-    Position,
     SourceMistakes,
-    apply_overrides,
     dotted,
-    read_with_parents,
+    holds,
+    read_recipe,
+    shorten,
 )
 
+MAX_SUGGESTIONS = 100
+"""Unknown keys that get a suggestion; finding one takes a while, and no recipe has so many."""
 KeyPath = tuple[str | int, ...]
 
 _ALIASES = {
@@ -75,43 +80,93 @@ def load(
 ) -> Recipe:
     """Read a recipe file with its parents and `--set` overrides. Raises RecipeError."""
     try:
-        root, _ = read_with_parents(Path(path), environment)
-        root = apply_overrides(root, tuple(overrides))
+        draft = read_recipe(Path(path), overrides, environment)
     except SourceMistakes as error:
         raise RecipeError(error.mistakes) from None
-    except OSError as error:  # such as a path with a NUL character or too many links
-        raise RecipeError([Mistake(Position(str(path)), "", f"can't be read: {error}")]) from None
-    except ValueError as error:
-        raise RecipeError([Mistake(Position(repr(str(path))), "", f"is not a path: {error}")]) from None
-    return validate(root)
+    return validate(draft)
 
 
-def validate(root: Located) -> Recipe:
-    """Validate located values. Raises RecipeError with every mistake, cross-field ones included."""
-    data = root.plain()
+def validate(draft: Draft) -> Recipe:
+    """Make a recipe of what was read. Raises RecipeError with every mistake, cross-field ones included."""
+    root = draft.root
+    data = _without_removed(root).plain()
+    wrong: dict[KeyPath, list[Any]] = {}
+    recipe = None
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        grouped = _group(error, data)
-        mistakes = [_to_mistake(root, path, errors) for path, errors in grouped.items()]
+        wrong = _group(error, data)
         # The rest of the recipe is still checked: without the wrong values, as far as that goes.
-        for path in sorted(grouped, key=len, reverse=True):
+        for path in sorted(wrong, key=len, reverse=True):
             _repair(data, path)
-        try:
-            remaining = Recipe.model_validate(data)
-        except ValidationError:
-            remaining = None
-        if remaining is not None:
-            wrong = {path[:-1] for path in grouped} | set(grouped)
-            mistakes += [
-                locate(root, path, message) for path, message in cross_check(remaining) if path not in wrong
-            ]
-        raise RecipeError(mistakes) from None
-    mistakes = [locate(root, path, message) for path, message in cross_check(recipe)]
-    if mistakes:
+        with contextlib.suppress(ValidationError):
+            recipe = Recipe.model_validate(data)
+    unknown = [path for path, errors in wrong.items() if errors[0]["type"] == "extra_forbidden"]
+    meant = {path: _near_key(path) for path in unknown[:MAX_SUGGESTIONS]}
+    mistakes = list(draft.mistakes)
+    mistakes += _schema_mistakes(draft, wrong, meant)
+    if recipe is not None and draft.complete:
+        doubtful = {_name(path) for path in (*wrong, *meant.values()) if path}
+        doubtful |= {mistake.path.rpartition(".")[2] for mistake in draft.mistakes}
+        mistakes += _broken_rules(root, recipe, doubtful)
+    if mistakes or recipe is None:
         raise RecipeError(mistakes)
     recipe.remember_source(root)
     return recipe
+
+
+def _schema_mistakes(
+    draft: Draft, wrong: dict[KeyPath, list[Any]], meant: dict[KeyPath, KeyPath]
+) -> Iterator[Mistake]:
+    """The mistakes in single values and keys, without those that follow from another one."""
+    paths = {mistake.path for mistake in draft.mistakes}
+    positions = {mistake.position for mistake in draft.mistakes}
+    for path, errors in wrong.items():
+        kind = errors[0]["type"]
+        if kind == "extra_forbidden":
+            yield locate(draft.root, path, _unknown_key(path, meant.get(path, ())), at_key=True)
+        elif kind == "missing":
+            if draft.complete and path not in meant.values():
+                yield locate(draft.root, path, f"is missing{_what_it_is(path)}")
+        else:
+            mistake = _wrong_value(draft.root, path, errors)
+            if mistake.path not in paths and mistake.position not in positions:
+                yield mistake
+
+
+def _broken_rules(root: Located, recipe: Recipe, doubtful: Container[str]) -> Iterator[Mistake]:
+    """The broken cross-field rules, but for those that look at a field that is wrong in itself.
+
+    A rule's path and message name the fields that it looks at.
+    """
+    for path, message in cross_check(recipe):
+        if not any(name in doubtful for name in (_name(path), *re.findall(r"\w+", message))):
+            yield locate(root, path, message)
+
+
+def _name(path: KeyPath) -> str:
+    """The last key on a path: `train` for dataset.train.0."""
+    return next((step for step in reversed(path) if isinstance(step, str)), "")
+
+
+def _without_removed(node: Located, path: KeyPath = ()) -> Located:
+    """Leave out what a null took away from a parent, unless null is a value of that field."""
+    if isinstance(node.value, dict):
+        kept = {
+            key: _without_removed(child, (*path, key))
+            for key, child in node.value.items()
+            if not child.removes or _may_be_null((*path, key))
+        }
+        return Located(kept, node.position)
+    if isinstance(node.value, list):
+        return Located([_without_removed(item, (*path, n)) for n, item in enumerate(node.value)], node.position)
+    return node
+
+
+def _may_be_null(path: KeyPath) -> bool:
+    section = section_at(path[:-1])
+    field = section.model_fields.get(_name(path)) if section else None
+    return field is not None and type(None) in typing.get_args(field.annotation)
 
 
 def locate(root: Located, path: KeyPath, message: str, *, at_key: bool = False) -> Mistake:
@@ -132,24 +187,23 @@ def _group(error: ValidationError, data: Any) -> dict[KeyPath, list[Any]]:
     (a list of sources, of which one is wrong), only the furthest is what was meant.
     """
     grouped: dict[KeyPath, list[Any]] = {}
+    outer: set[KeyPath] = set()
     for item in error.errors(include_url=False, include_context=True):
         path: list[str | int] = []
         current = data
         for position, step in enumerate(item["loc"]):
             last = position == len(item["loc"]) - 1
-            if isinstance(current, dict) and step in current:
-                current = current[step]
-            elif isinstance(current, list) and isinstance(step, int) and step < len(current):
+            if holds(current, step) and current is not item["input"]:
                 current = current[step]
             elif not (last and item["type"] == "missing"):
                 continue
             path.append(step)
         grouped.setdefault(tuple(path), []).append(item)
+        outer |= {tuple(path[:length]) for length in range(len(path))}
     return {
         path: errors
         for path, errors in grouped.items()
-        if any(e["type"] in ("missing", "extra_forbidden") for e in errors)
-        or not any(other != path and other[: len(path)] == path for other in grouped)
+        if errors[0]["type"] in ("missing", "extra_forbidden") or path not in outer
     }
 
 
@@ -168,31 +222,23 @@ def _repair(data: Any, path: KeyPath) -> None:
     while path and isinstance(path[-1], int):
         path = path[:-1]
     for step in path[:-1]:
-        if isinstance(data, dict) and step in data:
-            data = data[step]
-        elif isinstance(data, list) and isinstance(step, int) and step < len(data):
-            data = data[step]
-        else:
+        if not holds(data, step):
             return
+        data = data[step]
     if path and isinstance(data, dict):
         data.pop(path[-1], None)
         if path[-1] in _STAND_INS:
             data[path[-1]] = copy.deepcopy(_STAND_INS[str(path[-1])])
 
 
-def _to_mistake(root: Located, path: KeyPath, errors: list[Any]) -> Mistake:
-    kind = errors[0]["type"]
-    if kind == "extra_forbidden":
-        return locate(root, path, _unknown_key(path), at_key=True)
-    if kind == "missing":
-        return locate(root, path, f"is missing{_what_it_is(path)}")
+def _wrong_value(root: Located, path: KeyPath, errors: list[Any]) -> Mistake:
     node, _ = root.find(path)
-    expected = list(dict.fromkeys(_expectation(item) for item in errors))
-    got = _shorten(node.plain())
-    message = f"expected {' or '.join(expected)}, got {got}"
+    expected = dict.fromkeys(_expectation(item) for item in errors)
+    message = f"expected {' or '.join(expected)}, got {_brief(node.plain())}"
     if isinstance(node.value, str):
         choices = [c for item in errors if item["type"] == "literal_error" for c in _choices(item)]
-        message += _suggest(node.value, choices)
+        near = _nearest(node.value, choices)
+        message += f"; did you mean '{near}'?" if near else ""
     return locate(root, path, message)
 
 
@@ -230,7 +276,7 @@ def _expectation(item: Any) -> str:
     if kind == "less_than_equal":
         return f"a number of at most {context['le']:g}"
     if kind == "string_pattern_mismatch":
-        return context["pattern"].strip("^$()").replace("|", " | ").replace("[0-9]+", "N")
+        return str(context["pattern"]).strip("^$()").replace("|", " | ").replace("[0-9]+", "N")
     return str(item["msg"])
 
 
@@ -238,27 +284,41 @@ def _choices(item: Any) -> list[str]:
     return [part.strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
 
 
-def _shorten(value: Any, limit: int = 60) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+def _brief(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return shorten(repr(value))
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
-def _unknown_key(path: KeyPath) -> str:
+def _known_keys(section: KeyPath) -> list[str]:
+    model = section_at(section)
+    return [*(model.model_fields if model else ()), *(() if section else ("extends",))]
+
+
+def _near_key(path: KeyPath) -> KeyPath:
+    """The key that was probably meant by an unknown one; empty if there is none near."""
     parent, key = path[:-1], str(path[-1])
-    model = section_at(parent)
-    known = list(model.model_fields) if model else []
-    if not parent:
-        known.append("extends")
-    elsewhere = [dotted((*where, key)) for where, section in sections() if key in section.model_fields]
-    target = elsewhere[0] if elsewhere else _ALIASES.get(key)
-    if target:
-        return f"unknown key; did you mean '{target}'?"
-    return f"unknown key{_suggest(key, known) or '; known keys: ' + ', '.join(known)}"
+    elsewhere = [(*where, key) for where, section in sections() if key in section.model_fields]
+    if elsewhere:
+        return elsewhere[0]
+    if key in _ALIASES:
+        return tuple(_ALIASES[key].split("."))
+    near = _nearest(key, _known_keys(parent))
+    return (*parent, near) if near else ()
+
+
+def _unknown_key(path: KeyPath, meant: KeyPath) -> str:
+    if meant:
+        same_section = meant[:-1] == path[:-1]
+        return f"unknown key; did you mean '{meant[-1] if same_section else dotted(meant)}'?"
+    section, _, key = str(path[-1]).partition(".")
+    if not path[:-1] and key in _known_keys((section,)):
+        return f"unknown key; a dot does not nest: write {section}: {{{key}: …}}"
+    return f"unknown key; known keys: {', '.join(_known_keys(path[:-1]))}"
 
 
 def _what_it_is(path: KeyPath) -> str:

@@ -32,12 +32,8 @@ class Section(BaseModel):
     )
 
 
-def _list_of(item: Any) -> Any:
-    """A YAML list as an immutable tuple (strict mode would ask for a Python tuple)."""
-    return Annotated[tuple[item, ...], Field(strict=False)]
-
-
-Names = _list_of(Text)
+# A YAML list is kept as an immutable tuple, for which strict mode would want a Python tuple.
+Names = Annotated[tuple[Text, ...], Field(strict=False)]
 
 
 class ModelSection(Section):

