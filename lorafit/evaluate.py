@@ -8,11 +8,10 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +26,8 @@ from lorafit.quiet import hush_progress
 from lorafit.rows import read_rows
 from lorafit.rundir import RunDir, open_run, staged
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = Any
+"""A PreTrainedModel, or a PeftModel around one."""
 
 
 def evaluate(

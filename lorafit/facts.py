@@ -486,18 +486,19 @@ def _from_gguf(name: str, path: Path) -> ModelFacts:
 
     tokens = metadata.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
-    config = {
+    config: dict[str, Any] = {
         "model_type": _GGUF_FAMILIES[family],
         "hidden_size": need("embedding_length"),
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": need("attention.head_count"),
-        "num_key_value_heads": metadata.get(f"{family}.attention.head_count_kv"),
-        "head_dim": metadata.get(f"{family}.{_GGUF_HEAD_DIM.get(family, 'attention.key_length')}"),
         "vocab_size": metadata.get(f"{family}.vocab_size") or len(tokens) or need("vocab_size"),
         "max_position_embeddings": need("context_length"),
         "tie_word_embeddings": "output.weight" not in names,
     }
+    for key, where in (("num_key_value_heads", "attention.head_count_kv"), ("head_dim", _GGUF_HEAD_DIM.get(family))):
+        if f"{family}.{where}" in metadata:
+            config[key] = metadata[f"{family}.{where}"]
 
     def token(key: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -513,7 +514,13 @@ _GGUF_FAMILIES = {"llama": "llama", "gemma3": "gemma3_text"} | {
     same: same for same in ("mistral", "qwen2", "qwen3", "phi3", "gemma2")
 }
 """Architectures that transformers dequantizes and whose layout is known, with transformers' name."""
-_GGUF_HEAD_DIM = {"llama": "rope.dimension_count", "mistral": "rope.dimension_count"}
+_GGUF_HEAD_DIM = {
+    "llama": "rope.dimension_count",
+    "mistral": "rope.dimension_count",
+    "gemma2": "attention.key_length",
+    "gemma3": "attention.key_length",
+}
+"""Where transformers takes head_dim from; elsewhere it takes its default (integrations/ggml.py)."""
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 

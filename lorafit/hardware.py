@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 """CPU flags for bfloat16 arithmetic. Measured on a CPU with avx512_bf16: a training step of SmolLM2-135M
 takes half as long in bfloat16 as in float32; without such instructions it is emulated, and slower."""

@@ -343,9 +343,9 @@ class _Planner:
                     ("quantization", "llm_int8_skip_modules", index),
                     f"'{name}' matches no linear layer of the model{near(name, names)}",
                 )
-        heads = [head for head in OUTPUT_HEADS if head not in asked]
+        heads = [head for head in OUTPUT_HEADS if head in self.facts.modules] or ["lm_head"]
         reason = "the recipe's list, and the output head, from whose weight the loss is computed"
-        return list(self.choose("quantization.llm_int8_skip_modules", [*asked, *heads], reason))
+        return list(self.choose("quantization.llm_int8_skip_modules", list(dict.fromkeys((*asked, *heads))), reason))
 
     def _targets(self) -> Targets | None:
         lora, facts = self.recipe.lora, self.facts

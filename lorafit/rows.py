@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,18 +26,18 @@ class Row:
 
 def is_local(path: str) -> bool:
     """Whether a source's path names something on this disk rather than a hub data set."""
-    return Path(path).exists() or Path(path).suffix in SUFFIXES or path.startswith((".", "/", "~"))
+    return os.path.exists(path) or Path(path).suffix in SUFFIXES or path.startswith((".", "/", "~"))
 
 
 def data_files(path: str) -> list[Path]:
     """The data files that a path means, in order. Raises DataError."""
     root = Path(path).expanduser()
-    if root.is_dir():
+    if os.path.isdir(root):
         files = sorted(file for file in root.rglob("*") if file.suffix in SUFFIXES and file.is_file())
         if not files:
             raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
         return files
-    if not root.exists():
+    if not os.path.exists(root):  # Path.exists raises for a name that is too long
         raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
     if root.suffix not in SUFFIXES:
         raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file, or a folder of them")
@@ -50,34 +51,47 @@ def read_rows(path: str) -> Iterator[Row]:
         try:
             yield from reader(file)
         except UnicodeDecodeError as error:
-            raise DataError(f"{file}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+            raise DataError(f"{file}: is not UTF-8 text ({error.reason})") from None
         except OSError as error:
-            raise DataError(f"{file}: can't be read: {error.strerror or error}") from None
+            raise DataError(f"{file}: can't be read: {_first_line(error.strerror or str(error))}") from None
 
 
-def _as_row(place: str, value: Any) -> Row:
+def _as_row(place: str, value: Any, hint: str = "") -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: expected an object with columns, got {_brief(value)}")
+        raise DataError(f"{place}: expected an object with columns, got {_brief(value)}{hint}")
     return Row(place, value)
 
 
-def _jsonl(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8-sig") as lines:
+def _lines(file: Path) -> Iterator[str]:
+    """A text file's lines, decoded one by one so that a wrong byte's line is known."""
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise DataError(f"{file}:{number}: not JSON: {reason}") from None
-            yield _as_row(f"{file}:{number}", value)
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}:{number}: is not UTF-8 text ({error.reason})") from None
+
+
+def _jsonl(file: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(f"{file}:{number}: not JSON: {reason}; each line is one row") from None
+        hint = "; a list of rows is .json" if isinstance(value, list) else ""
+        yield _as_row(f"{file}:{number}", value, hint)
 
 
 def _json(file: Path) -> Iterator[Row]:
-    text = file.read_text(encoding="utf-8-sig")
+    data = file.read_bytes()
     try:
-        value = json.loads(text)
+        value = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}:{line}: is not UTF-8 text ({error.reason})") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             hint = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
@@ -96,17 +110,24 @@ def _json(file: Path) -> Iterator[Row]:
 
 def _csv(file: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            for fields in reader:
-                place = f"{file}:{reader.line_num}"
-                if None in fields or None in fields.values():
-                    count = len(reader.fieldnames or ())
-                    raise DataError(f"{place}: does not have {count} columns as the header does")
-                yield Row(place, dict(fields))
-        except csv.Error as error:
-            raise DataError(f"{file}:{reader.line_num}: not CSV: {error}") from None
+    reader = csv.reader(_lines(file), strict=True)
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            place = f"{file}:{reader.line_num}"
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                twice = next((name for name in header if header.count(name) > 1), None)
+                if twice is not None:
+                    raise DataError(f"{place}: the column {_brief(twice)} is there twice")
+                continue
+            if len(cells) != len(header):
+                raise DataError(f"{place}: has {len(cells)} columns, but the header has {len(header)}")
+            yield Row(place, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}: not CSV: {str(error).partition(' - ')[0]}") from None
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -121,12 +142,22 @@ def _parquet(file: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{file}: row {number}", fields)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{file}: not parquet: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{file}: not parquet: {_first_line(str(error))}") from None
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.splitlines()), "")
 
 
 def _brief(value: Any, limit: int = 40) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """A value as short text on one line that any terminal can show."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _names(columns: Iterable[str]) -> str:
+    names = [_brief(name) for name in columns]
+    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
 
 
 # --- formats --------------------------------------------------------------------------------------
@@ -140,6 +171,15 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
 }
 """The columns that a format needs, in the order in which `auto` looks for them."""
 
+OPTIONAL: dict[Format, tuple[str, ...]] = {
+    "messages": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system", "tools"),
+    "prompt_completion": ("tools",),
+    "text": (),
+}
+"""The columns that a format also reads, where a row has them."""
+
 
 def detect_format(row: Row, columns: dict[str, str]) -> tuple[Format, str]:
     """The format of a row by its columns, and why. Raises DataError when none fits."""
@@ -148,7 +188,7 @@ def detect_format(row: Row, columns: dict[str, str]) -> tuple[Format, str]:
             return name, f"the rows have {' and '.join(repr(columns.get(c, c)) for c in needed)}"
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
     raise DataError(
-        f"{row.place}: the columns {', '.join(map(repr, row.fields))} fit no format ({known}); "
+        f"{row.place}: the columns {_names(row.fields)} fit no format ({known}); "
         "name the format and map the columns with `columns:`"
     )
 
@@ -205,21 +245,34 @@ class _Cells:
         return self.row.place
 
     def get(self, name: str) -> Any:
-        return self.row.fields.get(self.columns.get(name, name))
+        """An optional cell; one that is mapped by name has to be there."""
+        return self.need(name) if name in self.columns else self.row.fields.get(name)
 
     def need(self, name: str) -> Any:
         actual = self.columns.get(name, name)
         if actual not in self.row.fields:
-            have = ", ".join(map(str, self.row.fields))
             raise DataError(
-                f"{self.place}: {actual!r} is missing (columns: {have}); map it with `columns: {{{name}: …}}`"
+                f"{self.place}: {actual!r} is missing (columns: {_names(self.row.fields)}); "
+                f"map it with `columns: {{{name}: …}}`"
             )
         return self.row.fields[actual]
 
     def text(self, name: str) -> str:
-        value = self.need(name)
+        return self.as_text(self.need(name), repr(self.columns.get(name, name)))
+
+    def optional_text(self, name: str) -> str:
+        value = self.get(name)
+        return "" if value is None else self.as_text(value, repr(self.columns.get(name, name)))
+
+    def as_text(self, value: Any, what: str) -> str:
         if not isinstance(value, str):
-            raise DataError(f"{self.place}: {self.columns.get(name, name)!r} must be text, got {_brief(value)}")
+            raise DataError(f"{self.place}: {what} must be text, got {_brief(value)}")
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
+                wrong = _brief(value[error.start])
+                raise DataError(f"{self.place}: {what} holds {wrong}, which is not a character") from None
         return value
 
     def answer(self, name: str) -> str:
@@ -230,19 +283,17 @@ class _Cells:
 
 
 def _from_alpaca(cells: _Cells) -> Example:
-    instruction, extra = cells.text("instruction"), cells.get("input") or ""
-    if not isinstance(extra, str):
-        raise DataError(f"{cells.place}: 'input' must be text, got {_brief(extra)}")
+    instruction, extra = cells.text("instruction"), cells.optional_text("input")
     user = f"{instruction}\n\n{extra}" if extra.strip() else instruction
+    answer = cells.answer("output")
     return _conversation(
-        cells,
-        _system(cells.get("system"))
-        + [{"role": "user", "content": user}, {"role": "assistant", "content": cells.answer("output")}],
+        cells, [*_system(cells), {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     )
 
 
-def _system(value: Any) -> list[Message]:
-    return [{"role": "system", "content": value}] if isinstance(value, str) and value.strip() else []
+def _system(cells: _Cells) -> list[Message]:
+    text = cells.optional_text("system")
+    return [{"role": "system", "content": text}] if text.strip() else []
 
 
 def _from_messages(cells: _Cells) -> Example:
@@ -256,22 +307,18 @@ def _from_sharegpt(cells: _Cells) -> Example:
     turns = cells.need("conversations")
     if not isinstance(turns, list):
         raise DataError(f"{cells.place}: 'conversations' must be a list, got {_brief(turns)}")
-    return _conversation(
-        cells, _system(cells.get("system")) + [_message(cells, item, "from", "value") for item in turns]
-    )
+    return _conversation(cells, _system(cells) + [_message(cells, item, "from", "value") for item in turns])
 
 
 def _message(cells: _Cells, item: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(item, dict) or role_key not in item or not ({content_key, "tool_calls"} & set(item)):
-        raise DataError(
-            f"{cells.place}: a turn needs {role_key!r} and {content_key!r}, got {_brief(item)}"
-        )
+        raise DataError(f"{cells.place}: a turn needs {role_key!r} and {content_key!r}, got {_brief(item)}")
     role = _ROLES.get(item[role_key]) if isinstance(item[role_key], str) else None
     if role is None:
-        raise DataError(f"{cells.place}: unknown role {item[role_key]!r}; known: {', '.join(_ROLES)}")
+        raise DataError(f"{cells.place}: unknown role {_brief(item[role_key])}; known: {', '.join(_ROLES)}")
     content = item.get(content_key)
-    if content is not None and not isinstance(content, str):
-        raise DataError(f"{cells.place}: the content of a turn must be text, got {_brief(content)}")
+    if content is not None:
+        cells.as_text(content, "the content of a turn")
     rest = {key: value for key, value in item.items() if key not in (role_key, content_key) and value is not None}
     return {**rest, "role": role, "content": content or ""}
 

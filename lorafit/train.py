@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lorafit.callbacks import (
 )
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
-from lorafit.errors import ModelError, UsageError
+from lorafit.errors import DoesNotFitError, ModelError, UsageError
 from lorafit.loss import applies_to, score_supervised_positions
 from lorafit.manifest import build_manifest
 from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config
@@ -55,6 +56,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     run = RunDir(Path(plan.output_dir))
     main = is_main_process()
     check_start(run, plan, start)
+    settle_device(plan, console)
     with run.lock() if main else contextlib.nullcontext():
         tokenizer = load_tokenizer(plan)
         data = prepare(plan.data, tokenizer)
@@ -68,7 +70,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         request = StopRequest()
         display = add_callbacks(trainer, plan, run, schedule, request, console, checkpoint)
         try:
-            with request.listening():
+            with request.listening(), explained_out_of_memory(plan):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
                 trainer._load_best_model()
@@ -151,6 +153,41 @@ def dequantized_base(plan: Plan, run: RunDir, main: bool) -> Path | None:
     return run.base
 
 
+def settle_device(plan: Plan, console: Console) -> None:
+    """See that torch uses the device that the plan was made for. Raises ModelError."""
+    if plan.hardware.device == "cpu":
+        if torch.cuda.is_available():
+            raise ModelError(
+                "torch sees a GPU that the plan does not (is nvidia-smi missing?); install it, or set "
+                "CUDA_VISIBLE_DEVICES= to train on the CPU"
+            )
+        return
+    if plan.hardware.world_size == 1:  # the first GPU, as planned; must be said before CUDA starts
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible else "0"
+    if not torch.cuda.is_available():
+        raise ModelError("there is an NVIDIA GPU, but this torch can't use it; install a CUDA build of torch")
+    if plan.hardware.world_size == 1:
+        console.print(f"on the first GPU, {plan.hardware.name}; torchrun uses several", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(plan: Plan) -> Iterator[None]:
+    """Turn running out of memory into a DoesNotFitError that says what to change."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
+            if "can't allocate memory" not in str(error):
+                raise
+        rows = plan.training_kwargs["per_device_train_batch_size"]
+        raise DoesNotFitError(
+            f"out of memory in training with {rows} rows of up to {plan.data.max_length} tokens at once; lower "
+            "training.per_device_train_batch_size (with global_batch_size, accumulation makes up for it), turn on "
+            "gradient_checkpointing, shorten max_length, or quantize the base"
+        ) from error
+
+
 # --- the trainer ----------------------------------------------------------------------------------
 
 
@@ -163,18 +200,20 @@ class Trainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model) if model is not None else super().create_optimizer()
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+            return made
         from peft.optimizers import create_loraplus_optimizer
 
         optimizer_class, values = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = create_loraplus_optimizer(
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
             model=self.model,
             optimizer_cls=optimizer_class,
             loraplus_lr_ratio=self.loraplus_lr_ratio,
             loraplus_weight_decay=self.args.weight_decay,
             **values,
         )
-        return self.optimizer
+        self.optimizer = optimizer
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -234,8 +273,7 @@ def build_trainer(
     plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenizerBase, source: Path | None
 ) -> Trainer:
     """The trainer with model, adapter and data in place."""
-    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("there is an NVIDIA GPU, but this torch can't use it; install a CUDA build of torch")
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     base = load_base(plan, source)
     trainer = Trainer(
         model=base,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorafit.recipe.schema import Recipe
+from lorafit.rows import COLUMNS, OPTIONAL
 
 Complaint = tuple[tuple[str | int, ...], str]
 FOUR_BIT_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
@@ -90,6 +91,14 @@ def _dataset(recipe: Recipe) -> Iterator[Complaint]:
                     (*where, index, "format"),
                     f"text rows have no answer, so loss_on: {dataset.loss_on} has no meaning; use loss_on: all",
                 )
+            formats = COLUMNS if source.format == "auto" else [source.format]
+            known = {column: None for name in formats for column in (*COLUMNS[name], *OPTIONAL[name])}
+            for column in source.columns:
+                if column not in known:
+                    yield (
+                        (*where, index, "columns", column),
+                        f"no such column in the format {source.format}, which has: {', '.join(known)}",
+                    )
     if dataset.validation is not None:
         return
     needs = "needs validation rows; add dataset.validation, such as 0.1"

@@ -59,7 +59,7 @@ def _with_environment(value: dict[str, Any]) -> dict[str, Any]:
     text = json.dumps(value)
     if '"$ref"' in text:
         return value
-    described = {key: value.pop(key) for key in ("description", "default") if key in value}
+    described: dict[str, Any] = {key: value.pop(key) for key in ("description", "default") if key in value}
     choices = value["anyOf"] if set(value) == {"anyOf"} else [value]
     return {**described, "anyOf": [*choices, _ENVIRONMENT]}
 

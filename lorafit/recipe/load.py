@@ -119,8 +119,7 @@ def _schema_mistakes(
     draft: Draft, wrong: dict[KeyPath, list[Any]], meant: dict[KeyPath, KeyPath]
 ) -> Iterator[Mistake]:
     """The mistakes in single values and keys, without those that follow from another one."""
-    paths = {mistake.path for mistake in draft.mistakes}
-    positions = {mistake.position for mistake in draft.mistakes}
+    unreadable = {mistake.position for mistake in draft.mistakes}
     for path, errors in wrong.items():
         kind = errors[0]["type"]
         if kind == "extra_forbidden":
@@ -130,7 +129,7 @@ def _schema_mistakes(
                 yield locate(draft.root, path, f"is missing{_what_it_is(path)}")
         else:
             mistake = _wrong_value(draft.root, path, errors)
-            if mistake.path not in paths and mistake.position not in positions:
+            if mistake.position not in unreadable:
                 yield mistake
 
 
@@ -236,7 +235,7 @@ def _wrong_value(root: Located, path: KeyPath, errors: list[Any]) -> Mistake:
     expected = dict.fromkeys(_expectation(item) for item in errors)
     message = f"expected {' or '.join(expected)}, got {_brief(node.plain())}"
     if isinstance(node.value, str):
-        choices = [c for item in errors if item["type"] == "literal_error" for c in _choices(item)]
+        choices = [choice for text in expected if " | " in text for choice in text.split(" | ")]
         near = _nearest(node.value, choices)
         message += f"; did you mean '{near}'?" if near else ""
     return locate(root, path, message)
@@ -266,7 +265,7 @@ def _expectation(item: Any) -> str:
     if kind in _EXPECTATIONS:
         return _EXPECTATIONS[kind]
     if kind == "literal_error":
-        return " | ".join(_choices(item))
+        return str(context["expected"]).replace(" or ", ", ").replace(", ", " | ").replace("'", "")
     if kind == "greater_than":
         return f"a number above {context['gt']:g}"
     if kind == "greater_than_equal":
@@ -280,10 +279,6 @@ def _expectation(item: Any) -> str:
     return str(item["msg"])
 
 
-def _choices(item: Any) -> list[str]:
-    return [part.strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-
-
 def _brief(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
@@ -291,7 +286,10 @@ def _brief(value: Any) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+    """The known word that starts like this one, or is spelt much like it."""
+    known = list(known)
+    longer = [other for other in known if len(word) > 2 and other.startswith(word)]
+    return next(iter(longer or difflib.get_close_matches(word, known, n=1, cutoff=0.6)), None)
 
 
 def _known_keys(section: KeyPath) -> list[str]:
@@ -305,20 +303,20 @@ def _near_key(path: KeyPath) -> KeyPath:
     elsewhere = [(*where, key) for where, section in sections() if key in section.model_fields]
     if elsewhere:
         return elsewhere[0]
-    if key in _ALIASES:
-        return tuple(_ALIASES[key].split("."))
+    nested = tuple(_ALIASES.get(key, key).split("."))
+    if nested[-1] in _known_keys(nested[:-1]):
+        return nested
     near = _nearest(key, _known_keys(parent))
     return (*parent, near) if near else ()
 
 
 def _unknown_key(path: KeyPath, meant: KeyPath) -> str:
-    if meant:
-        same_section = meant[:-1] == path[:-1]
-        return f"unknown key; did you mean '{meant[-1] if same_section else dotted(meant)}'?"
-    section, _, key = str(path[-1]).partition(".")
-    if not path[:-1] and key in _known_keys((section,)):
-        return f"unknown key; a dot does not nest: write {section}: {{{key}: …}}"
-    return f"unknown key; known keys: {', '.join(_known_keys(path[:-1]))}"
+    if not meant:
+        return f"unknown key; known keys: {', '.join(_known_keys(path[:-1]))}"
+    if path[-1] == dotted(meant):
+        return f"unknown key; a dot does not nest: write {meant[0]}: {{{dotted(meant[1:])}: …}}"
+    same_section = meant[:-1] == path[:-1]
+    return f"unknown key; did you mean '{meant[-1] if same_section else dotted(meant)}'?"
 
 
 def _what_it_is(path: KeyPath) -> str:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from yaml.composer import ComposerError
@@ -151,7 +151,6 @@ _TOO_MANY = f"holds more than {MAX_NODES} values, counting what aliases repeat; 
 class _Loader(yaml.SafeLoader):
     """Composes nodes only, a bounded number of them; resolving scalars is `parse_scalar`'s."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     nodes = 0
     depth = 0
 
@@ -160,11 +159,14 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > MAX_DEPTH or self.nodes > 2 * MAX_NODES:  # keys are nodes too
             what = f"is nested deeper than {MAX_DEPTH} levels" if self.depth > MAX_DEPTH else _TOO_MANY
-            raise ComposerError(None, None, what, self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise ComposerError(None, None, what, mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
+
+_Loader.yaml_implicit_resolvers = {}
 
 _STR, _MAP, _SEQ = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq"))
 
@@ -205,12 +207,12 @@ class _Reader:
             self.fail(node, path, "an alias refers to what contains it")
         self._open.add(id(node))
         value: Any
-        if isinstance(node, yaml.MappingNode):
-            value, size, height = self._mapping(node, path)
-        elif isinstance(node, yaml.SequenceNode):
-            value, size, height = self._sequence(node, path)
-        else:
+        if isinstance(node, yaml.ScalarNode):
             value, size, height = self._scalar(node, path), 1, 1
+        elif isinstance(node, yaml.MappingNode):
+            value, size, height = self._mapping(node, path)
+        else:
+            value, size, height = self._sequence(node, path)
         self._limit(node, path, size)
         if height > MAX_DEPTH:
             self.fail(node, path, f"is nested deeper than {MAX_DEPTH} levels by its aliases")
@@ -249,7 +251,7 @@ class _Reader:
             self.mistake(node, path, "this number is too large; quote it if it is text")
             return None
 
-    def _sequence(self, node: yaml.SequenceNode, path: tuple[str | int, ...]) -> tuple[list[Located], int, int]:
+    def _sequence(self, node: yaml.Node, path: tuple[str | int, ...]) -> tuple[list[Located], int, int]:
         self._tag(node, path, _SEQ)
         items = [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
         size, height = sum(item.size for item in items), max((item.height for item in items), default=0)
