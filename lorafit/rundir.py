@@ -17,9 +17,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lorafit.errors import UsageError
+from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.plan import Plan
 
+FULL_BELOW = 1 << 20
+"""Free bytes below which a failed write is blamed on the disk."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -180,14 +182,19 @@ def open_run(path: str | Path) -> tuple[RunDir, Plan]:
     return run, plan
 
 
+def partial_of(destination: Path) -> Path:
+    """Where a folder is written before it gets its name."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
 @contextlib.contextmanager
 def staged(destination: Path) -> Iterator[Path]:
     """A folder beside `destination` that becomes it when the block ends well, else is removed.
 
     What stands at the destination is replaced, at the very end. What a killed process left beside
-    it is removed first.
+    it is removed first. Raises DoesNotFitError when the disk is full.
     """
-    partial = destination.with_name(f".{destination.name}.partial")
+    partial = partial_of(destination)
     discard(partial)
     partial.mkdir(parents=True)
     try:
@@ -195,8 +202,12 @@ def staged(destination: Path) -> Iterator[Path]:
         sync(partial)
         discard(destination)
         partial.rename(destination)
-    except BaseException:
+    except BaseException as error:
+        # Libraries report a full disk in their own ways, so the disk itself is asked.
+        full = isinstance(error, Exception) and shutil.disk_usage(partial.parent).free < FULL_BELOW
         discard(partial)
+        if full:
+            raise DoesNotFitError(f"{destination}: the disk is full; nothing was left half written") from error
         raise
 
 

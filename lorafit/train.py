@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, PreTrainedTokenizerBase
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
@@ -34,7 +35,7 @@ from lorafit.manifest import build_manifest
 from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config
 from lorafit.plan import Plan, Schedule, make_schedule
 from lorafit.quiet import hush_progress
-from lorafit.rundir import RunDir, discard, staged, sync
+from lorafit.rundir import RunDir, discard, partial_of, staged
 
 
 @dataclass(frozen=True)
@@ -232,34 +233,29 @@ class Trainer(SFTTrainer):
         The steps are those of transformers.Trainer._save_checkpoint.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        partial = folder.with_name(f".{folder.name}.partial")
+        beside = contextlib.nullcontext(partial_of(folder))  # the first process makes it, for all
+        with staged(folder) if self.args.should_save else beside as partial:
+            wait_for_everyone()
+            self.store_flos()
+            self.save_model(str(partial), _internal_call=True)
+            if self.state.best_global_step:
+                best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+                if best == folder or best.is_dir():
+                    self.state.best_model_checkpoint = str(best)
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+            if self.args.should_save:
+                self.state.stateful_callbacks.update(
+                    {
+                        type(callback).__name__: callback.state()
+                        for callback in [*self.callback_handler.callbacks, self.control]
+                        if isinstance(callback, ExportableState)
+                    }
+                )
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            wait_for_everyone()
         if self.args.should_save:
-            discard(partial)
-            partial.mkdir(parents=True)
-        wait_for_everyone()
-        self.store_flos()
-        self.save_model(str(partial), _internal_call=True)
-        if self.state.best_global_step:
-            best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
-            if best == folder or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-        self._save_optimizer_and_scheduler(str(partial))
-        self._save_scaler(str(partial))
-        self._save_rng_state(str(partial))
-        if self.args.should_save:
-            self.state.stateful_callbacks.update(
-                {
-                    type(callback).__name__: callback.state()
-                    for callback in [*self.callback_handler.callbacks, self.control]
-                    if hasattr(callback, "state")
-                }
-            )
-            self.state.save_to_json(str(partial / "trainer_state.json"))
-        wait_for_everyone()
-        if self.args.should_save:
-            sync(partial)
-            discard(folder)
-            partial.rename(folder)
             rotate_checkpoints(
                 output_dir=self.args.output_dir,
                 save_total_limit=self.args.save_total_limit,

@@ -70,7 +70,8 @@ def test_rows_are_read_in_order_whatever_the_line_ends(name: str, content: str) 
 
 def test_a_row_knows_its_place() -> None:
     assert [row.place for row in rows_of("a.jsonl", '{"text": "1"}\n\n{"text": "2"}\n')] == ["a.jsonl:1", "a.jsonl:3"]
-    assert [row.place for row in rows_of("a.json", '[{"text": "1"},\n{"text": "2"}]')] == ["a.json: row 1", "a.json: row 2"]
+    rows = rows_of("a.json", '[{"text": "1"},\n{"text": "2"}]')
+    assert [row.place for row in rows] == ["a.json: row 1", "a.json: row 2"]
     # A quoted cell may hold line breaks; the place is the line where the row ends.
     rows = rows_of("a.csv", 'text,n\n"1\n1",x\n2,y\n')
     assert [(row.place, row.fields) for row in rows] == [
@@ -80,7 +81,7 @@ def test_a_row_knows_its_place() -> None:
 
 
 def test_parquet(here: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     rows = [turns(("user", "hi"), ("assistant", "yes")), turns(("user", "é"), ("assistant", "no"))]
@@ -107,7 +108,7 @@ def test_a_cell_of_ten_megabytes() -> None:
         ("a.jsonl", '{"a": 1}\n{"a":', "a.jsonl:2: not JSON: Expecting value; each line is one row"),
         ("a.jsonl", '{"a": 1}\n{"a": 1} {"a": 2}\n', "a.jsonl:2: not JSON: Extra data; each line is one row"),
         ("a.jsonl", '\n"text"\n', 'a.jsonl:2: expected an object with columns, got "text"'),
-        ("a.jsonl", '[{"a": 1}]', 'a.jsonl:1: expected an object with columns, got [{"a": 1}]; a list of rows is .json'),
+        ("a.jsonl", "[{}]", "a.jsonl:1: expected an object with columns, got [{}]; a list of rows is .json"),
         ("a.jsonl", b'{"a": 1}\r\n{"a": "\xff"}\n', "a.jsonl:2: is not UTF-8 text (invalid start byte)"),
         ("a.json", '{"a": 1}\n{"a": 2}', "a.json:2: not JSON: Extra data; one object per line is .jsonl"),
         ("a.json", '[{"a": 1},\n2]', "a.json: row 2: expected an object with columns, got 2"),
@@ -220,7 +221,8 @@ def test_alpaca() -> None:
         {"role": "assistant", "content": "2"},
     )
     for nothing in ("", "  ", None):
-        assert example("alpaca", {"instruction": "Add", "input": nothing, "output": "2"}).messages[0]["content"] == "Add"
+        read = example("alpaca", {"instruction": "Add", "input": nothing, "output": "2"})
+        assert read.messages[0]["content"] == "Add"
 
 
 def test_messages_keep_tool_calls_and_tools() -> None:
@@ -275,7 +277,7 @@ NEEDS_TURN = "a.jsonl:3: a turn needs 'role' and 'content', got "
         ("alpaca", {"instruction": "a", "output": " "}, "a.jsonl:3: 'output' is empty, so there is nothing to learn"),
         ("alpaca", {"instruction": "a", "output": None}, "a.jsonl:3: 'output' must be text, got null"),
         ("alpaca", {"instruction": "a", "input": 0, "output": "b"}, "a.jsonl:3: 'input' must be text, got 0"),
-        ("alpaca", {"instruction": "a", "system": ["s"], "output": "b"}, "a.jsonl:3: 'system' must be text, got [\"s\"]"),
+        ("alpaca", {"instruction": "a", "system": 1, "output": "b"}, "a.jsonl:3: 'system' must be text, got 1"),
         ("text", {"text": 5}, "a.jsonl:3: 'text' must be text, got 5"),
         ("text", {"text": "ok \ud83d"}, "a.jsonl:3: 'text' holds \"\\ud83d\", which is not a character"),
         ("messages", {"messages": "hi"}, "a.jsonl:3: 'messages' must be a list, got \"hi\""),
