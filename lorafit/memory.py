@@ -169,7 +169,9 @@ def _why_states(optimizer: str) -> str:
     states = OPTIMIZER_STATES[optimizer]
     if optimizer == "adafactor":
         return "adafactor: a row and a column for each matrix, float32"
+    if not states:
+        return f"{optimizer}: no state"
+    kept = f"{optimizer}: {states} state{'s' * (states > 1)} for each trained number"
     if optimizer.endswith("8bit"):
-        return f"{optimizer}: {states} of 8 bits for each trained number, small tensors in float32"
-    kind = "float32" if optimizer.endswith("32bit") else "its type"
-    return f"{optimizer}: {states} in {kind} for each trained number" if states else f"{optimizer}: no state"
+        return f"{kept}, 8 bits each; small tensors in float32"
+    return f"{kept}, in {'float32' if optimizer.endswith('32bit') else 'its type'}"

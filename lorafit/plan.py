@@ -44,7 +44,6 @@ NO_SDPA = frozenset(
         "granite_swa",
         "granitemoe_swa",
         "hy_v4",
-        "inkling2",
         "mimo_v2_flash",
         "vaultgemma",
     )

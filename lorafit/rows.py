@@ -156,7 +156,7 @@ def _brief(value: Any, limit: int = 40) -> str:
 
 
 def _names(columns: Iterable[str]) -> str:
-    names = [_brief(name) for name in columns]
+    names = [_brief(name).strip('"') for name in columns]
     return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
 
 

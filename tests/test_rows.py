@@ -207,7 +207,7 @@ def test_detection_uses_the_mapped_columns() -> None:
     with pytest.raises(DataError) as caught:
         detect_format(row, {})
     assert str(caught.value) == (
-        'a.csv:2: the columns "question", "answer" fit no format (messages: messages; sharegpt: conversations; '
+        'a.csv:2: the columns question, answer fit no format (messages: messages; sharegpt: conversations; '
         "alpaca: instruction, output; prompt_completion: prompt, completion; text: text); "
         "name the format and map the columns with `columns:`"
     )
@@ -272,7 +272,7 @@ NEEDS_TURN = "a.jsonl:3: a turn needs 'role' and 'content', got "
         (
             "alpaca",
             {"instruction": "a", "answer": "b"},
-            "a.jsonl:3: 'output' is missing (columns: \"instruction\", \"answer\"); map it with `columns: {output: …}`",
+            "a.jsonl:3: 'output' is missing (columns: instruction, answer); map it with `columns: {output: …}`",
         ),
         ("alpaca", {"instruction": "a", "output": " "}, "a.jsonl:3: 'output' is empty, so there is nothing to learn"),
         ("alpaca", {"instruction": "a", "output": None}, "a.jsonl:3: 'output' must be text, got null"),

@@ -284,7 +284,8 @@ class TestFailures:
         def full(folder: Path) -> None:
             raise OSError(28, "No space left on device", str(folder))
 
-        path = recipe(training={"save_strategy": "no"})
+        whole = train(recipe("whole"))
+        path = recipe()
         original = rundir.sync
         monkeypatch.setattr(rundir, "sync", lambda f: full(f) if f.name == ".adapter.partial" else original(f))
         with pytest.raises(OSError, match="No space left"):
@@ -292,6 +293,8 @@ class TestFailures:
         run = RunDir(path.parent / "runs" / "recipe")
         assert run.result is None
         assert not list(run.path.glob(".*"))
+        monkeypatch.undo()
+        assert digest(train(path, resume=True)) == digest(whole)
 
 
 def test_secrets_stay_out_of_the_run(recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

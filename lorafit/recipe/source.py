@@ -229,9 +229,18 @@ class _Reader:
             tag = shorten(node.tag.replace("tag:yaml.org,2002:", "!!"))
             self.mistake(node, path, f"tags such as {tag} are not read; remove it")
 
-    def _scalar(self, node: yaml.ScalarNode, path: tuple[str | int, ...]) -> Any:
+    def _text(self, node: yaml.Node, path: tuple[str | int, ...], text: str) -> str:
+        """The text with lone surrogates (from an escape such as "\\ud800", or bytes) noted and replaced."""
         self._tag(node, path, _STR)
-        text: str = node.value
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            self.mistake(node, path, f"holds {printable(text[error.start])}, which is not a character")
+            return text.encode(errors="replace").decode()
+        return text
+
+    def _scalar(self, node: yaml.ScalarNode, path: tuple[str | int, ...]) -> Any:
+        text = self._text(node, path, node.value)
         reference = _ENVIRONMENT.fullmatch(text) if node.style != "'" else None
         if reference:
             name, default = reference["name"], reference["default"]
@@ -239,7 +248,7 @@ class _Reader:
                 hint = f"give a default: ${{{shorten(name)}:-…}}"
                 self.mistake(node, path, f"the environment variable {shorten(name)} is not set; {hint}")
                 return None
-            text = self.environment.get(name) or default or ""
+            text = self._text(node, path, self.environment.get(name) or default or "")
         elif node.style is not None:
             return text
         elif text == "":
@@ -267,9 +276,8 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.mistake(key_node, path, "a key must be text")
                 continue
-            key = key_node.value
+            key = self._text(key_node, (*path, key_node.value), key_node.value)
             where = (*path, key)
-            self._tag(key_node, where, _STR)
             child = self.read(value_node, where)
             size, height = size + child.size, max(height, 1 + child.height)
             self._limit(node, path, size)

@@ -1,0 +1,87 @@
+"""The machine is found without torch: the first visible GPU, else the CPU."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from lorafit import hardware
+from lorafit.hardware import Hardware, detect, detect_gpu_or_assume
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for nvidia-smi: prints the file `out`, and notes its arguments in `asked`."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\necho "$@" > "{tmp_path}/asked"\ncat "{tmp_path}/out"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("NVIDIA A100-SXM4-80GB, 81920, 8.0", ("NVIDIA A100-SXM4-80GB", 81920 << 20, (8, 0), True)),
+        ("Tesla T4, 15360, 7.5", ("Tesla T4", 15360 << 20, (7, 5), False)),
+        ("NVIDIA GB10, [N/A], 12.1", ("NVIDIA GB10", None, (12, 1), True)),
+        ("Odd, Name, 1024, 9.0", ("Odd, Name", 1024 << 20, (9, 0), True)),
+    ],
+)
+def test_a_gpu(smi: Path, line: str, expected: tuple[str, int | None, tuple[int, int], bool]) -> None:
+    (smi / "out").write_text(f"{line}\nanother, 1, 3.5\n")
+    assert detect() == Hardware("cuda", *expected)
+
+
+@pytest.mark.parametrize("text", ["", "No devices were found\n", "a, b\n", "x, 1, y\n"])
+def test_without_a_gpu_it_is_the_cpu(smi: Path, text: str) -> None:
+    (smi / "out").write_text(text)
+    assert detect().device == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", " "])
+def test_hidden_gpus_are_not_used(smi: Path, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (smi / "out").write_text("NVIDIA A100, 81920, 8.0\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert detect().device == "cpu"
+
+
+def test_the_first_visible_gpu_is_asked_for(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (smi / "out").write_text("NVIDIA A100, 81920, 8.0\n")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert detect().world_size == 4
+    assert "--id=3" in (smi / "asked").read_text()
+
+
+def test_a_gpu_is_assumed_where_there_is_none(smi: Path) -> None:
+    (smi / "out").write_text("")
+    assumed = detect_gpu_or_assume()
+    assert (assumed.device, assumed.name, assumed.memory_bytes) == ("cuda", "an assumed GPU", None)
+    (smi / "out").write_text("Tesla T4, 15360, 7.5\n")
+    assert detect_gpu_or_assume().name == "Tesla T4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [("fpu sse avx2", False), ("avx512f amx_bf16", True), ("avx512_bf16", True), ("avx512_bf16x", False)],
+)
+def test_cpu_flags(flags: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = f"processor\t: 0\nmodel name\t: Some CPU @ 2: GHz\nflags\t\t: {flags}\n\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: info)
+    found = hardware._cpu(1)
+    assert (found.name, found.fast_bf16) == ("Some CPU @ 2: GHz", fast)
+    assert found.memory_bytes is None or found.memory_bytes > 1 << 28
+
+
+def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert hardware._cpu(2) == Hardware("cpu", "CPU", hardware._cpu(2).memory_bytes, None, False, 2)
