@@ -8,6 +8,7 @@ what is shown before a run is what runs. No torch, no transformers.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from lorafit.template import TemplateFacts, inspect_template
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 DEFAULT_EPOCHS = 3.0
 DEFAULT_WARMUP_RATIO = 0.03
+TRACKER_MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
+"""Modules that trackers need, where these are not called like the tracker."""
 CUDA_ONLY_OPTIMIZERS = ("8bit", "paged", "lion", "ademamix")
 NO_SDPA = frozenset(
     (
@@ -369,6 +372,8 @@ class _Planner:
         except TargetError as error:
             self.wrong(("lora", *error.path), str(error))
             return None
+        if lora.init_lora_weights == "loftq" and self.hardware.device == "cpu":
+            self.wrong(("lora", "init_lora_weights"), "PEFT computes loftq on a GPU, and this is a CPU; use true")
         if facts.is_moe:
             self.remarks.append("Experts are fused parameters in transformers 5, so they get no adapter.")
         self.choose("lora.target_modules", list(targets.names), f"{targets.reason} ({len(targets.modules)} modules)")
@@ -564,7 +569,7 @@ class _Planner:
             "save_total_limit": training.save_total_limit,
             "load_best_model_at_end": self._keep_best(has_validation),
             "early_stopping_patience": training.early_stopping_patience,
-            "report_to": list(training.report_to),
+            "report_to": self._trackers(),
             "bf16": mixed == "bfloat16",
             "fp16": mixed == "float16",
             "use_cpu": not on_gpu,
@@ -616,6 +621,14 @@ class _Planner:
             self.wrong(("training", "optim"), message)
         return asked
 
+    def _trackers(self) -> list[str]:
+        trackers = self.recipe.training.report_to
+        for index, name in enumerate(trackers):
+            module = TRACKER_MODULES.get(name, name)
+            if not is_installed(module):
+                self.wrong(("training", "report_to", index), f"the package {module} is not installed")
+        return list(trackers)
+
     def _checkpointing(self) -> bool:
         asked, on_gpu = self.recipe.training.gradient_checkpointing, self.hardware.device == "cuda"
         if asked != "auto":
@@ -648,6 +661,10 @@ class _Planner:
             f"{rows} rows make {schedule.steps_per_epoch} steps an epoch",
         )
         return schedule
+
+
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def make_schedule(rows: int, training_kwargs: dict[str, Any], world_size: int) -> Schedule:

@@ -49,6 +49,11 @@ def facts_of(tokenizer: TokenizerFacts | None = TOKENIZER, **config: Any) -> Mod
     return ModelFacts("m", "folder", "its headers", values, tuple(layout(values)), tokenizer)
 
 
+@pytest.fixture(autouse=True)
+def trackers_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafit.plan.is_installed", lambda module: module != "wandb")
+
+
 FACTS = facts_of()
 QLORA: dict[str, Any] = {"lora": {}, "quantization": {"load_in_4bit": True}}
 
@@ -343,6 +348,13 @@ training:
     ("hardware", "facts", "sections", "message"),
     [
         (T4, FACTS, {"model": {"attn_implementation": "flash_attention_2"}}, "needs compute capability 8.0"),
+        (CPU, FACTS, {"training": {"report_to": ["wandb"]}}, r"report_to.0: the package wandb is not installed"),
+        (
+            CPU,
+            FACTS,
+            {"quantization": {"load_in_4bit": True}, "lora": {"init_lora_weights": "loftq", "lora_alpha": 16}},
+            "init_lora_weights: PEFT computes loftq on a GPU",
+        ),
         (AMPERE, FACTS, {"model": {"attn_implementation": "flash_attention_3"}}, "needs compute capability 9.0"),
         (
             AMPERE,
