@@ -195,6 +195,8 @@ def explained_out_of_memory(plan: Plan) -> Iterator[None]:
 class Trainer(SFTTrainer):
     """TRL's trainer, with whole checkpoints, LoRA+, and nothing pickled that isn't needed."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
         self.loraplus_lr_ratio = loraplus_lr_ratio
         super().__init__(*args, **kwargs)

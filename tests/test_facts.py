@@ -7,23 +7,25 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorafit import facts as facts_module
 from lorafit.errors import ModelError
 from lorafit.facts import (
-    _FAMILIES,
     ModelFacts,
     gguf_header,
+    hub,
     hub_unreachable,
     known_models,
     layout,
     read_facts,
     safetensors_header,
 )
+from lorafit.facts.gguf import GGUF_FAMILIES
+from lorafit.facts.layouts import FAMILIES
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -43,7 +45,7 @@ def write_safetensors(file: Path, tensors: dict[str, tuple[int, ...]], dtype: st
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
-        start, end = end, end + size * facts_module.prod(shape)
+        start, end = end, end + size * prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     return write_header(file, header, end)
 
@@ -87,7 +89,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_are_those_of_the_real_classes(family: str, variant: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,7 +109,7 @@ def test_linear_layers_are_those_of_the_real_class() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for family in _FAMILIES:
+    for family in FAMILIES:
         config = AutoConfig.for_model(family, **SIZES, num_key_value_heads=2, pad_token_id=0)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -173,9 +175,7 @@ class TestHub:
         assert "\n" not in str(caught.value)
 
     def cached(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        monkeypatch.setattr(
-            facts_module, "_hub_file", lambda _, file, __: folder / file if (folder / file).exists() else None
-        )
+        monkeypatch.setattr(hub, "_hub_file", lambda _, file, __: folder / file if (folder / file).exists() else None)
 
     def test_cached_weights_are_read(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.cached(monkeypatch, write_model(tmp_path))
@@ -473,7 +473,7 @@ class TestGguf:
         assert facts.tokenizer is not None
         assert facts.tokenizer.pad_token is None
 
-    @pytest.mark.parametrize("architecture", facts_module._GGUF_FAMILIES)
+    @pytest.mark.parametrize("architecture", GGUF_FAMILIES)
     def test_shapes_are_those_that_transformers_reads(self, architecture: str, tmp_path: Path) -> None:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM

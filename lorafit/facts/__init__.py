@@ -1,0 +1,48 @@
+"""What the base model is, read from small files: no torch, no transformers, no weights.
+
+Sources, best first: the headers of safetensors files (the real tensors), a GGUF file's header,
+config.json (tensors by the family's layout), or, when a hub can't be reached, the few
+configurations bundled in known_models.json.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lorafit.errors import ModelError
+from lorafit.facts.folder import from_folder, safetensors_header, weight_files
+from lorafit.facts.gguf import from_gguf, gguf_header
+from lorafit.facts.hub import from_hub, hub_unreachable, known_models
+from lorafit.facts.layouts import layout
+from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
+
+__all__ = [
+    "ModelFacts",
+    "Tensor",
+    "TokenizerFacts",
+    "gguf_header",
+    "hub_unreachable",
+    "known_models",
+    "layout",
+    "read_facts",
+    "safetensors_header",
+    "weight_files",
+]
+
+
+def read_facts(name: str, revision: str | None = None, chat_template: str | None = None) -> ModelFacts:
+    """The facts of a local folder, a .gguf file, or a hub id. Raises ModelError."""
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        return from_gguf(name, path)
+    if path.is_dir():
+        return from_folder(name, path)
+    if path.exists():
+        raise ModelError(f"{name}: expected a folder, a .gguf file or a hub id, but this is another kind of file")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such folder (looked in {Path.cwd()}), and not a hub id (owner/name)")
+    return from_hub(name, revision)
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -1,0 +1,142 @@
+"""Facts of a local folder, from config.json, the headers of its safetensors files and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import ModelError
+from lorafit.facts.layouts import is_tied, layout
+from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
+
+
+def from_folder(name: str, path: Path) -> ModelFacts:
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        hint = " (an adapter: name its base model instead)" if (path / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{name}: the folder has no config.json{hint}")
+    config = read_json(config_file)
+    weights = weight_files(path)
+    for file in weights:
+        if not file.is_file():
+            raise ModelError(f"{name}: {file.name} is missing, which model.safetensors.index.json names")
+    return ModelFacts(name, "folder", *tensors_of(config, weights, "no safetensors files"), tokenizer_facts(path))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would load (an index may name some that are not there)."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{index}: expected a weight_map of tensors to files")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def tensors_of(
+    config: dict[str, Any], weights: list[Path], otherwise: str
+) -> tuple[str, dict[str, Any], tuple[Tensor, ...]]:
+    """Where the tensors are known from, the configuration, and the tensors."""
+    stored = [tensor for file in weights for tensor in safetensors_header(file)]
+    if not stored or "quantization_config" in config:  # packed tensors don't have the layers' shapes
+        return f"config.json ({otherwise})", config, tuple(layout(config))
+    source = f"the headers of {len(weights)} safetensors file{'s' * (len(weights) != 1)}"
+    return source, config, tuple(_as_loaded(config, stored))
+
+
+_MAX_HEADER_BYTES = 100_000_000
+"""What safetensors itself reads at most."""
+
+
+def safetensors_header(file: Path) -> Iterator[Tensor]:
+    """The tensors of a safetensors file from its header, in order of name. Raises ModelError."""
+    try:
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            if size < 8:
+                raise ValueError(f"it has {size} bytes")
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(f"its header claims {length} bytes of {size}")
+            header = json.loads(stream.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        header.pop("__metadata__", None)
+        tensors = [_header_tensor(name, header[name]) for name in sorted(header)]
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it is cut off: {size} bytes instead of {8 + length + end}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
+    yield from tensors
+
+
+def _header_tensor(name: str, entry: Any) -> Tensor:
+    match entry:
+        case {"shape": [*shape], "dtype": str(dtype), "data_offsets": [int(), int()]} if all(
+            isinstance(length, int) and length >= 0 for length in shape
+        ):
+            return Tensor(name, tuple(shape), dtype)
+    raise ValueError(f"its header has no shape, type and place for {name[:80]!r}")
+
+
+_BUFFER = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
+_TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+def _as_loaded(config: dict[str, Any], tensors: list[Tensor]) -> Iterator[Tensor]:
+    """Stored tensors as the loaded model has them as parameters.
+
+    Tied heads are counted once, stored buffers are left out, and GPT-2's layers, which are stored
+    in x out and often without their prefix, look like everyone's.
+    """
+    gpt2 = config.get("model_type") == "gpt2"
+    bare = gpt2 and not any(tensor.name.startswith("transformer.") for tensor in tensors)
+    for tensor in tensors:
+        name, shape = tensor.name, tensor.shape
+        if (is_tied(config) and name.endswith("lm_head.weight")) or _BUFFER.search(name):
+            continue
+        if gpt2 and name.endswith("attn.bias") and len(shape) == 4:  # the causal mask
+            continue
+        if gpt2 and _TRANSPOSED.search(name):
+            shape = shape[::-1]
+        yield Tensor(f"transformer.{name}" if bare and not name.startswith("lm_head") else name, shape, tensor.dtype)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: can't be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: expected an object")
+    return value
+
+
+def tokenizer_facts(path: Path) -> TokenizerFacts | None:
+    file = path / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    config = read_json(file)
+
+    def token(name: str) -> str | None:
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
+
+    template = config.get("chat_template")
+    if isinstance(template, list):  # named templates
+        named = [item for item in template if isinstance(item, dict)]
+        template = next((item.get("template") for item in named if item.get("name") == "default"), None)
+    jinja = path / "chat_template.jinja"
+    try:
+        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{jinja}: can't be read: {error}") from None
+    template = template if isinstance(template, str) else None
+    return TokenizerFacts(token("eos_token"), token("pad_token"), token("bos_token"), template)

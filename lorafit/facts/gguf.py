@@ -1,0 +1,133 @@
+"""Facts of a GGUF file, from its header."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lorafit.errors import ModelError
+from lorafit.facts.layouts import layout
+from lorafit.facts.types import ModelFacts, TokenizerFacts
+
+
+def from_gguf(name: str, path: Path) -> ModelFacts:
+    try:
+        metadata, names = gguf_header(path)
+    except FileNotFoundError:
+        raise ModelError(f"{name}: no such file (looked in {Path.cwd()})") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: not a whole GGUF file: {error}") from None
+    family = str(metadata.get("general.architecture", ""))
+    if family not in GGUF_FAMILIES:
+        known = ", ".join(GGUF_FAMILIES)
+        raise ModelError(f"{name}: GGUF files of the architecture {family!r} are not supported; these are: {known}")
+
+    def need(key: str) -> Any:
+        if f"{family}.{key}" not in metadata:
+            raise ModelError(f"{name}: the GGUF header has no {family}.{key}")
+        return metadata[f"{family}.{key}"]
+
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = tokens if isinstance(tokens, list) else []
+    config: dict[str, Any] = {
+        "model_type": GGUF_FAMILIES[family],
+        "hidden_size": need("embedding_length"),
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": need("attention.head_count"),
+        "vocab_size": metadata.get(f"{family}.vocab_size") or len(tokens) or need("vocab_size"),
+        "max_position_embeddings": need("context_length"),
+        "tie_word_embeddings": "output.weight" not in names,
+    }
+    for key, where in (("num_key_value_heads", "attention.head_count_kv"), ("head_dim", _GGUF_HEAD_DIM.get(family))):
+        if f"{family}.{where}" in metadata:
+            config[key] = metadata[f"{family}.{where}"]
+
+    def token(key: str) -> str | None:
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else None
+
+    template = metadata.get("tokenizer.chat_template")
+    template = template if isinstance(template, str) else None
+    tokenizer = TokenizerFacts(token("eos"), token("padding"), token("bos"), template)
+    return ModelFacts(name, "gguf", "the GGUF header", config, tuple(layout(config)), tokenizer)
+
+
+GGUF_FAMILIES = {"llama": "llama", "gemma3": "gemma3_text"} | {
+    same: same for same in ("mistral", "qwen2", "qwen3", "phi3", "gemma2")
+}
+"""Architectures that transformers dequantizes and whose layout is known, with transformers' name."""
+_GGUF_HEAD_DIM = {
+    "llama": "rope.dimension_count",
+    "mistral": "rope.dimension_count",
+    "gemma2": "attention.key_length",
+    "gemma3": "attention.key_length",
+}
+"""Where transformers takes head_dim from; elsewhere it takes its default (integrations/ggml.py)."""
+_GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+def gguf_header(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """Metadata and tensor names of a GGUF file (version 2 or 3, little-endian). Raises ValueError.
+
+    Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        version, tensor_count, entry_count = _gguf_numbers(stream, "<IQQ")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} is not supported")
+        metadata = {}
+        for _ in range(entry_count):
+            key = _gguf_string(stream)
+            (kind,) = _gguf_numbers(stream, "<I")
+            metadata[key] = _gguf_value(stream, kind)
+        names, last = set(), 0
+        for _ in range(tensor_count):
+            names.add(_gguf_string(stream))
+            (dimensions,) = _gguf_numbers(stream, "<I")
+            if dimensions > 8:
+                raise ValueError("a tensor has too many dimensions")
+            *_, offset = _gguf_numbers(stream, f"<{dimensions}QIQ")
+            last = max(last, offset)
+        if tensor_count and stream.tell() + last >= size:
+            raise ValueError("it is cut off")
+        return metadata, names
+
+
+def _gguf_bytes(stream: BinaryIO, size: int) -> bytes:
+    if size > 1 << 16 and size > os.fstat(stream.fileno()).st_size:  # before memory is asked for
+        raise ValueError(f"a length of {size} bytes in it is beyond its end")
+    data = stream.read(size)
+    if len(data) != size:
+        raise ValueError("it is cut off")
+    return data
+
+
+def _gguf_numbers(stream: BinaryIO, code: str) -> tuple[Any, ...]:
+    return struct.unpack(code, _gguf_bytes(stream, struct.calcsize(code)))
+
+
+def _gguf_string(stream: BinaryIO) -> str:
+    (length,) = _gguf_numbers(stream, "<Q")
+    return _gguf_bytes(stream, length).decode("utf-8", errors="replace")
+
+
+def _gguf_value(stream: BinaryIO, kind: int, nested: bool = False) -> Any:
+    if kind in _GGUF_NUMBERS:
+        return _gguf_numbers(stream, "<" + _GGUF_NUMBERS[kind])[0]
+    if kind == _GGUF_STRING:
+        return _gguf_string(stream)
+    if kind == _GGUF_ARRAY and not nested:
+        item_kind, count = _gguf_numbers(stream, "<IQ")
+        if item_kind in _GGUF_NUMBERS:
+            code = _GGUF_NUMBERS[item_kind]
+            data = _gguf_bytes(stream, count * struct.calcsize(code))
+            return list(struct.unpack(f"<{count}{code}", data))
+        return [_gguf_value(stream, item_kind, nested=True) for _ in range(count)]
+    raise ValueError(f"unknown value type {kind}")

@@ -1,0 +1,79 @@
+"""Facts of a hub model: cached files first, then the network, then the bundled configurations."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lorafit.errors import ModelError
+from lorafit.facts.folder import read_json, tensors_of, tokenizer_facts, weight_files
+from lorafit.facts.layouts import layout
+from lorafit.facts.types import ModelFacts
+
+
+@functools.cache
+def hub_unreachable() -> str | None:
+    """Why the hub is not asked, or None if it can be.
+
+    One quick connection stands before the client's own retries, which take most of a minute.
+    """
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return f"{name} is set"
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return None  # the client knows how to use a proxy
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        socket.create_connection((endpoint.hostname or "", port), timeout=3).close()
+    except OSError:
+        return f"{endpoint.hostname} can't be reached"
+    return None
+
+
+def from_hub(name: str, revision: str | None) -> ModelFacts:
+    """Cached files first, then the network, then the bundled configuration."""
+    found = {file: _hub_file(name, file, revision) for file in ("config.json", "tokenizer_config.json")}
+    if found["config.json"] is None:
+        bundled = known_models().get(name.lower())
+        if bundled is None:
+            why = hub_unreachable() or "the hub does not have it or does not let you read it"
+            raise ModelError(
+                f"{name}: config.json is not in the cache and {why}; download the model first, or check the name, "
+                "the revision and your access"
+            )
+        source = f"the bundled configuration ({hub_unreachable() or 'the hub does not let you read it'})"
+        return ModelFacts(name, "bundled", source, bundled, tuple(layout(bundled)))
+    _hub_file(name, "chat_template.jinja", revision)
+    folder = found["config.json"].parent
+    config = read_json(found["config.json"])
+    weights = weight_files(folder)
+    if not all(file.is_file() for file in weights):  # not downloaded yet, or in part
+        weights = []
+    return ModelFacts(name, "hub", *tensors_of(config, weights, "from the hub"), tokenizer_facts(folder))
+
+
+def _hub_file(name: str, file: str, revision: str | None) -> Path | None:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, file, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None or hub_unreachable():
+        return None  # known to be missing, or not to be asked for
+    try:
+        return Path(hf_hub_download(name, file, revision=revision, etag_timeout=5))
+    except Exception:  # noqa: BLE001 - whatever the client raises, the file can't be had
+        return None
+
+
+def known_models() -> dict[str, dict[str, Any]]:
+    """The bundled configurations by lower-case name; their sources are in the file."""
+    text = resources.files("lorafit.facts").joinpath("known_models.json").read_text(encoding="utf-8")
+    return {key.lower(): value for key, value in json.loads(text)["models"].items()}

@@ -1,0 +1,131 @@
+"""What is known of a model: its tensors, configuration and tokenizer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+Kind = Literal["folder", "gguf", "hub", "bundled"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight: its name as transformers has it, and its shape (a linear layer's is out x in)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = ""
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the tokenizer's files say; None where they say nothing."""
+
+    eos_token: str | None = None
+    pad_token: str | None = None
+    bos_token: str | None = None
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as its files describe it.
+
+    Attributes:
+        name: as the recipe has it.
+        kind: where it comes from.
+        source: the same for people, for the plan's reasons.
+        config: config.json, or its like from a GGUF header.
+        tensors: every stored weight, tied ones once. Empty if neither headers nor layout are known.
+        tokenizer: None if its files can't be reached.
+    """
+
+    name: str
+    kind: Kind
+    source: str
+    config: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+    tokenizer: TokenizerFacts | None = None
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the configuration of a multimodal model."""
+        return text_config_of(self.config)
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        return self._number("max_position_embeddings", "n_positions")
+
+    @property
+    def layers(self) -> int | None:
+        return self._number("num_hidden_layers", "n_layer")
+
+    @property
+    def stored_quantization(self) -> str | None:
+        """The method by which the stored weights are quantized, such as gptq; None if they are not."""
+        stored = self.config.get("quantization_config")
+        return str(stored.get("quant_method", "unknown")) if isinstance(stored, dict) else None
+
+    def _number(self, *keys: str) -> int | None:
+        values = (self.text_config.get(key) for key in keys)
+        return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(tensor.size for tensor in self.tensors)
+
+    @cached_property
+    def linear(self) -> dict[str, Tensor]:
+        """Linear layers that an adapter can go on, by module path, without the output head.
+
+        Experts and routers are left out: transformers 5 keeps experts in fused parameters and
+        routers in modules of their own, neither of them a linear layer. So are vision and audio.
+        """
+        return {module: tensor for module, tensor in self.quantizable.items() if not _NOT_TEXT.search(module)}
+
+    @cached_property
+    def quantizable(self) -> dict[str, Tensor]:
+        """The linear layers that bitsandbytes quantizes by default: those of vision and audio too."""
+        found = {}
+        for tensor in self.tensors:
+            module, _, leaf = tensor.name.rpartition(".")
+            if leaf == "weight" and len(tensor.shape) == 2 and not _NOT_LINEAR.search(module):
+                found[module] = tensor
+        return found
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that has a tensor, and every module that contains one, by path."""
+        found: dict[str, None] = {}
+        for tensor in self.tensors:
+            parts = tensor.name.split(".")[:-1]
+            found |= {".".join(parts[: depth + 1]): None for depth in range(len(parts))}
+        return tuple(found)
+
+    @cached_property
+    def is_moe(self) -> bool:
+        return any(re.search(r"\.experts\.", tensor.name) for tensor in self.tensors)
+
+
+_NOT_LINEAR = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|embed_tokens|embed_in|wte|wpe|word_embeddings|embed_positions|shared)$"
+    r"|norm|\.experts(\.|$)|(mlp|block_sparse_moe|feed_forward)\.(gate|router)$"
+    r"|embed|rotary"
+)
+_NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio)")
+
+
+def text_config_of(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config

@@ -1,0 +1,143 @@
+"""The plan as a value: what was resolved, why, and how it is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.hardware import Hardware
+from lorafit.rows import Format
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A resolved value and why it is so."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """A data source with its format known. `rows` is None where only the hub can tell."""
+
+    path: str
+    format: Format | None
+    columns: dict[str, str]
+    hub: dict[str, str | None] | None
+    rows: int | None
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    train: tuple[SourcePlan, ...]
+    validation: tuple[SourcePlan, ...]
+    validation_fraction: float | None
+    loss_on: str
+    max_length: int
+    packing: bool
+    seed: int
+    chat_template: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Counts that follow from the number of training rows."""
+
+    steps_per_epoch: int
+    total_steps: int
+    eval_steps: int | None
+    save_steps: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved for a model and a machine.
+
+    Attributes:
+        name: of the run, the last part of output_dir.
+        output_dir: the run directory.
+        recipe: the recipe with its defaults, as JSON-able values.
+        hardware: what the plan was made for.
+        model: name, kind and source of the facts, parameter counts.
+        choices: every resolved value by its key in the recipe, with its reason, in order.
+        model_kwargs: for from_pretrained.
+        quantization_kwargs: for BitsAndBytesConfig; None without quantization.
+        lora_kwargs: for LoraConfig; None for training in full.
+        adapter_dtype: type of the trained adapter's weights.
+        loraplus_lr_ratio: for LoRA+; None without.
+        training_kwargs: for SFTConfig, without what follows from the number of rows.
+        data: what is read, and how it becomes tokens.
+        schedule: None while the number of rows is not known.
+        remarks: what the user should know, a sentence each.
+    """
+
+    name: str
+    output_dir: str
+    recipe: dict[str, Any]
+    hardware: Hardware
+    model: dict[str, Any]
+    choices: dict[str, Choice]
+    model_kwargs: dict[str, Any]
+    quantization_kwargs: dict[str, Any] | None
+    lora_kwargs: dict[str, Any] | None
+    adapter_dtype: str
+    loraplus_lr_ratio: float | None
+    training_kwargs: dict[str, Any]
+    data: DataPlan
+    schedule: Schedule | None
+    remarks: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+        raw = json.loads(text)
+        data = raw["data"]
+        hardware = raw["hardware"]
+        if hardware["compute_capability"]:
+            hardware["compute_capability"] = tuple(hardware["compute_capability"])
+        raw |= {
+            "hardware": Hardware(**hardware),
+            "choices": {key: Choice(**choice) for key, choice in raw["choices"].items()},
+            "data": DataPlan(
+                **data | {part: tuple(SourcePlan(**item) for item in data[part]) for part in ("train", "validation")}
+            ),
+            "schedule": Schedule(**raw["schedule"]) if raw["schedule"] else None,
+            "remarks": tuple(raw["remarks"]),
+        }
+        return Plan(**raw)
+
+    @property
+    def trainable_parameters(self) -> int:
+        return int(self.model["trainable_parameters"])
+
+
+def make_schedule(rows: int, training_kwargs: dict[str, Any], world_size: int) -> Schedule:
+    """Steps from the number of training rows, as transformers' Trainer counts them.
+
+    Evaluations and checkpoints per epoch become their number of steps, so that they happen inside
+    a step, where an interrupted run can go on exactly.
+    """
+    batches = math.ceil(math.ceil(rows / training_kwargs["per_device_train_batch_size"]) / world_size)
+    per_epoch = max(math.ceil(batches / training_kwargs["gradient_accumulation_steps"]), 1)
+    total = training_kwargs["max_steps"]
+    if total < 1:
+        total = math.ceil(training_kwargs["num_train_epochs"] * per_epoch)
+    every = min(per_epoch, total)
+    evaluate = {"epoch": every, "steps": training_kwargs["eval_steps"], "no": None}[training_kwargs["eval_strategy"]]
+    save = {"auto": evaluate or every, "epoch": every, "steps": training_kwargs["save_steps"], "no": None}[
+        training_kwargs["save_strategy"]
+    ]
+    return Schedule(per_epoch, total, evaluate, save)
+
+
+def validation_rows(rows: int, fraction: float | None) -> int:
+    """How many of the rows a validation fraction holds out: at least one, and not all."""
+    return 0 if fraction is None else min(max(round(rows * fraction), 1), max(rows - 1, 0))
