@@ -344,9 +344,7 @@ def _conversation(cells: _Cells, messages: list[Message]) -> Example:
 def _from_prompt_completion(cells: _Cells) -> Example:
     prompt, completion = cells.need("prompt"), cells.need("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _conversation(
-            cells, [_message(cells, item, "role", "content") for item in (*prompt, *completion)]
-        )
+        return _conversation(cells, [_message(cells, item, "role", "content") for item in (*prompt, *completion)])
     return Example(cells.place, prompt=cells.text("prompt"), completion=cells.answer("completion"))
 
 

@@ -207,7 +207,7 @@ def test_detection_uses_the_mapped_columns() -> None:
     with pytest.raises(DataError) as caught:
         detect_format(row, {})
     assert str(caught.value) == (
-        'a.csv:2: the columns question, answer fit no format (messages: messages; sharegpt: conversations; '
+        "a.csv:2: the columns question, answer fit no format (messages: messages; sharegpt: conversations; "
         "alpaca: instruction, output; prompt_completion: prompt, completion; text: text); "
         "name the format and map the columns with `columns:`"
     )
@@ -286,7 +286,7 @@ NEEDS_TURN = "a.jsonl:3: a turn needs 'role' and 'content', got "
         ("messages", {"messages": []}, "a.jsonl:3: there is no assistant turn, so there is nothing to learn"),
         ("messages", turns(("user", "hi")), "a.jsonl:3: there is no assistant turn, so there is nothing to learn"),
         ("messages", turns(("assistant", None)), "a.jsonl:3: an assistant turn is empty, so there is nothing to learn"),
-        ("messages", turns(("user", ["a"])), "a.jsonl:3: the content of a turn must be text, got [\"a\"]"),
+        ("messages", turns(("user", ["a"])), 'a.jsonl:3: the content of a turn must be text, got ["a"]'),
         (
             "messages",
             turns(("bot", "hi")),

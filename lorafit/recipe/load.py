@@ -75,9 +75,7 @@ class RecipeError(LorafitError):
         super().__init__("\n".join(map(str, self.mistakes)))
 
 
-def load(
-    path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
-) -> Recipe:
+def load(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None) -> Recipe:
     """Read a recipe file with its parents and `--set` overrides. Raises RecipeError."""
     try:
         draft = read_recipe(Path(path), overrides, environment)
@@ -115,9 +113,7 @@ def validate(draft: Draft) -> Recipe:
     return recipe
 
 
-def _schema_mistakes(
-    draft: Draft, wrong: dict[KeyPath, list[Any]], meant: dict[KeyPath, KeyPath]
-) -> Iterator[Mistake]:
+def _schema_mistakes(draft: Draft, wrong: dict[KeyPath, list[Any]], meant: dict[KeyPath, KeyPath]) -> Iterator[Mistake]:
     """The mistakes in single values and keys, without those that follow from another one."""
     unreadable = {mistake.position for mistake in draft.mistakes}
     for path, errors in wrong.items():

@@ -98,9 +98,9 @@ class LoraSection(Section):
     """Rank-stabilized scaling: lora_alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed LoRA (DoRA): learns a magnitude for each output as well."""
-    init_lora_weights: bool | Annotated[
-        str, Field(pattern=r"^(gaussian|orthogonal|pissa|pissa_niter_[0-9]+|olora|loftq|eva)$")
-    ] = True
+    init_lora_weights: (
+        bool | Annotated[str, Field(pattern=r"^(gaussian|orthogonal|pissa|pissa_niter_[0-9]+|olora|loftq|eva)$")]
+    ) = True
     """How the adapter starts: true (B is zero), gaussian, orthogonal, pissa, pissa_niter_N, olora,
     loftq (needs 4-bit) or eva (from the training rows). PiSSA and OLoRA change the base; lorafit
     saves them as an ordinary adapter of rank 2r for the unchanged base."""
