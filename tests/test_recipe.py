@@ -209,7 +209,11 @@ def test_what_is_missing_says_what_it_is() -> None:
             "6:41: training.per_device_train_batch_size: expected a number above 0 or auto, got 0",
         ),
         ("training: {report_to: wandb}", "6:23: training.report_to: expected a list, got 'wandb'"),
-        ("training: {report_to: [wandb, 1]}", "6:31: training.report_to.1: expected text, got 1"),
+        (
+            "training: {report_to: [wandb, wnadb]}",
+            "6:31: training.report_to.1: expected tensorboard | wandb | mlflow | trackio | comet_ml | swanlab | clearml | "
+            "neptune | dvclive | codecarbon | azure_ml | dagshub | flyte, got 'wnadb'; did you mean 'wandb'?",
+        ),
         ("training: []", "6:11: training: expected a section of keys, got []"),
         ("output_dir: 5", "6:13: output_dir: expected text, got 5"),
         ("output_dir: ''", "6:13: output_dir: expected text that isn't empty, got ''"),
@@ -649,6 +653,11 @@ NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
             "or remove quantization",
         ),
         (
+            FOUR_BIT + "lora: {init_lora_weights: loftq}",
+            "7:27: lora.init_lora_weights: loftq's start is the rounding error itself, so its scale must be 1: set "
+            "lora_alpha to r",
+        ),
+        (
             "lora: {init_lora_weights: olora, use_rslora: true}",
             "6:27: lora.init_lora_weights: olora can't be saved for the unchanged base with use_rslora; "
             "turn one of them off",
@@ -748,7 +757,7 @@ def test_each_rule_between_fields(added: str, mistake: str) -> None:
 @pytest.mark.parametrize(
     "added",
     [
-        FOUR_BIT + "lora: {init_lora_weights: loftq}",
+        FOUR_BIT + "lora: {init_lora_weights: loftq, lora_alpha: 16}",
         "lora: {}\nquantization: {load_in_8bit: true, llm_int8_threshold: 5}",
         "      format: text\n  loss_on: all",
         "      format: text",

@@ -54,6 +54,8 @@ def _lora(recipe: Recipe) -> Iterator[Complaint]:
     path = ("lora", "init_lora_weights")
     if start == "loftq" and not (quantization and quantization.load_in_4bit):
         yield path, "loftq corrects for 4-bit rounding: add quantization.load_in_4bit: true, or use another start"
+    elif start == "loftq" and (lora.lora_alpha != lora.r or lora.use_rslora or lora.alpha_pattern or lora.rank_pattern):
+        yield path, "loftq's start is the rounding error itself, so its scale must be 1: set lora_alpha to r"
     if start.startswith(("pissa", "olora")):
         if quantization:
             yield path, f"{start} changes the base's weights, which are quantized; use loftq, or remove quantization"
@@ -63,7 +65,7 @@ def _lora(recipe: Recipe) -> Iterator[Complaint]:
             yield path, f"{start} can't be saved for the unchanged base with rank_pattern or alpha_pattern"
     if start == "eva" and quantization:
         yield path, "eva runs on an unquantized base only; remove quantization"
-    if start in ("eva", "loftq") and lora.use_dora:
+    if start.startswith(("eva", "loftq", "pissa", "olora")) and lora.use_dora:
         yield path, f"{start} does not go with use_dora"
     targets = lora.target_modules
     if isinstance(targets, tuple):

@@ -34,6 +34,22 @@ class Section(BaseModel):
 
 # A YAML list is kept as an immutable tuple, for which strict mode would want a Python tuple.
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
+Tracker = Literal[
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+    "comet_ml",
+    "swanlab",
+    "clearml",
+    "neptune",
+    "dvclive",
+    "codecarbon",
+    "azure_ml",
+    "dagshub",
+    "flyte",
+]
+Trackers = Annotated[tuple[Tracker, ...], Field(strict=False)]
 
 
 class ModelSection(Section):
@@ -46,7 +62,7 @@ class ModelSection(Section):
     """Type of the frozen weights and of the arithmetic. `auto`: bfloat16 where the hardware is fast
     in it, float16 on older GPUs, else float32."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention kernel of transformers. `auto`: sdpa."""
+    """Attention kernel of transformers. `auto`: sdpa, or eager for the few models that have no sdpa."""
     trust_remote_code: bool = False
     """Whether to run Python code that the model's repository ships. Off: such a model is refused."""
     chat_template: Text | None = None
@@ -68,7 +84,7 @@ class QuantizationSection(Section):
     llm_int8_threshold: NonNegativeFloat = 6.0
     """8-bit only: activations above this are outliers and are multiplied in 16 bits."""
     llm_int8_skip_modules: Names | None = None
-    """Modules to leave unquantized, 4-bit or 8-bit. Default: the output head."""
+    """Modules to leave unquantized, 4-bit or 8-bit, besides the output head, which always stays so."""
 
 
 class LoraSection(Section):
@@ -238,9 +254,9 @@ class TrainingSection(Section):
     `auto`: if there is an evaluation."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations without a lower validation loss."""
-    report_to: Names = ()
-    """Trackers, by transformers' names, such as tensorboard or wandb. Default: none; metrics.jsonl is
-    always written."""
+    report_to: Trackers = ()
+    """Trackers, by transformers' names; their packages must be installed. metrics.jsonl is always
+    written."""
 
 
 class Recipe(Section):
