@@ -182,7 +182,9 @@ class ProgressDisplay(TrainerCallback):
             if done and "loss" in logs:
                 seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
                 left = f"  left {seconds:.0f} s"
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}{left}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {text}{left}", highlight=False, soft_wrap=True
+            )
 
     def _status(self, state: TrainerState, logs: dict[str, Any]) -> str:
         if "eval_loss" in logs:

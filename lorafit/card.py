@@ -33,9 +33,9 @@ def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     versions = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
     load = (
-        "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(\".\")"
+        'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
         if lora
-        else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(\".\")"
+        else 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(".")'
     )
     path.write_text(
         f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {plan.name}\n\n"

@@ -152,7 +152,9 @@ def train(
 @reporting
 def evaluate(
     run: RunPath,
-    data: Annotated[Path | None, typer.Option("--data", help="Rows to evaluate on instead of the held-out ones.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Rows to evaluate on instead of the held-out ones.")
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Rows to generate answers for.")] = 100,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens an answer may have.")] = 256,
     show_rows: Annotated[int, typer.Option("--show", min=0, help="Answers to print.")] = 3,

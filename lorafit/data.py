@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,9 @@ from lorafit.template import GENERATION, inspect_template
 
 IGNORED = -100
 _BATCH = 1000
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_OTHER = "\ue0ff"
+"""An answer that differs from every other in its first character (which is for private use)."""
 Span = tuple[int, int]
 
 
@@ -144,14 +148,19 @@ class Renderer:
         self.tokenizer = tokenizer
         self.loss_on = loss_on
         template: Any = tokenizer.chat_template
-        self.template: str | None = template["default"] if isinstance(template, dict) else template
+        self.template: str | None = template.get("default") if isinstance(template, dict) else template
+        self.special = special_tokens(tokenizer)
+        self.closing = {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
         self.marked: str | None = None
         self.ends_turns = True
         self.masks = "turn by turn"
         if self.template is None:
             return
-        special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-        self.ends_turns = inspect_template(self.template, special).end_of_turn != ""
+        named: dict[str, str | None] = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+        end_of_turn = inspect_template(self.template, named).end_of_turn
+        self.ends_turns = end_of_turn != ""
+        self.closing.update(token for token in self.special if (end_of_turn or "").startswith(token))
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
         self.marked = self._marked_template()
         if self.marked is not None:
             own = self.marked == self.template
@@ -184,27 +193,61 @@ class Renderer:
                 "model.chat_template to a Jinja file"
             )
         messages = list(example.messages)
-        if not self.ends_turns:
-            messages = [
-                {**m, "content": m["content"] + eos} if m["role"] == "assistant" else m for m in messages
-            ]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.loss_on == "completion":
+            answers = answers[-1:]
         try:
             if self.marked is not None:
                 text, spans = self._by_markers(messages, example)
+            elif self.loss_on == "all" and self.ends_turns:
+                text = self._apply(messages, example)
+                spans = [(0, len(text))]
             else:
-                text, spans = self._turn_by_turn(messages, example)
+                text, spans = self._turn_by_turn(messages, answers, example)
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001 - a template may fail in any way
-            raise DataError(f"{example.place}: the chat template refuses the row: {error}") from None
-        if not spans:
-            raise DataError(f"{example.place}: the chat template leaves out the answer")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"{example.place}: the chat template refuses the row: {reason}") from None
         if self.loss_on == "completion":
             spans = spans[-1:]
-        elif self.loss_on == "all":
+        self._check_shown(text, spans, [messages[index] for index in answers], example)
+        if not self.ends_turns:
+            text, spans = self._end_turns(text, spans, eos)
+        if self.loss_on == "all":
             spans = [(0, len(text))]
-        question = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+        asked = messages[: answers[-1]]
+        question = next((m["content"] for m in reversed(asked) if m["role"] == "user"), "")
         return Rendered(example.place, text, tuple(spans), special=False, question=question)
+
+    def _check_shown(self, text: str, spans: list[Span], answers: list[Message], example: Example) -> None:
+        """Raises DataError for an answer or a tool call that the template does not write."""
+
+        def has_words(part: str) -> bool:
+            return self.special_pattern.sub("", part).strip() != ""
+
+        shown = [text[start:end] for start, end in spans]
+        expected = all(has_words(message["content"]) or message.get("tool_calls") for message in answers)
+        if not shown or (expected and not all(map(has_words, shown))):
+            raise DataError(f"{example.place}: the chat template leaves out an answer")
+        for message in answers:
+            for call in message.get("tool_calls") or []:
+                name = str((call.get("function") or call).get("name")) if isinstance(call, dict) else str(call)
+                if not any(name in part for part in shown):
+                    raise DataError(f"{example.place}: the chat template leaves out the tool call {name!r}")
+
+    def _end_turns(self, text: str, spans: list[Span], eos: str) -> tuple[str, list[Span]]:
+        """Put the end token after every answer that has none, for templates that don't end turns."""
+        parts: list[str] = []
+        ended: list[Span] = []
+        done = length = 0
+        for start, end in spans:
+            answer = text[start:end] if text[start:end].endswith(eos) else text[start:end] + eos
+            parts += [text[done:start], answer]
+            length += start - done
+            ended.append((length, length + len(answer)))
+            length, done = length + len(answer), end
+        return "".join([*parts, text[done:]]), ended
 
     def _apply(self, messages: list[Message], example: Example, *, prompt: bool = False) -> str:
         text, _ = render_jinja_template(
@@ -225,40 +268,63 @@ class Renderer:
             **self.tokenizer.special_tokens_map,
         )
         text = texts[0]
-        return text, [self._with_end(text, start, end) for start, end in spans[0]]
+        joined: list[Span] = []
+        for start, end in spans[0]:
+            if joined and joined[-1][1] == start:  # one answer in several blocks
+                joined[-1] = joined[-1][0], end
+            elif start < end:
+                joined.append((start, end))
+        return text, [self._with_end(text, start, end) for start, end in joined]
 
     def _with_end(self, text: str, start: int, end: int) -> Span:
-        """Trim white space off a marked answer's end, and take in an end token that follows it."""
+        """Trim white space off an answer's end, and take in an end token that follows it."""
         end = start + len(text[start:end].rstrip())
-        tokens = sorted(map(str, self.tokenizer.all_special_tokens), key=len, reverse=True)
-        if not any(text[start:end].endswith(token) for token in tokens):
+        if not text.endswith(tuple(self.special), start, end):
             gap = len(text[end:]) - len(text[end:].lstrip())
-            follows = next((t for t in tokens if text.startswith(t, end + gap)), None)
-            if follows == self.tokenizer.eos_token and follows is not None:
-                end += gap + len(follows)
+            follows = self.special_pattern.match(text, end + gap)
+            if follows and follows.group() in self.closing:
+                end = follows.end()
         return start, end
 
-    def _turn_by_turn(self, messages: list[Message], example: Example) -> tuple[str, list[Span]]:
+    def _turn_by_turn(self, messages: list[Message], answers: list[int], example: Example) -> tuple[str, list[Span]]:
         text = self._apply(messages, example)
         spans: list[Span] = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._apply(messages[:index], example, prompt=True) if index else ""
+        for index in answers:
             until = self._apply(messages[: index + 1], example).rstrip()
-            if not text.startswith(until):
-                raise DataError(
-                    f"{example.place}: the chat template renders an answer differently when turns follow it, so its "
-                    "tokens can't be told apart; use loss_on: all, or a template with {% generation %} markers"
-                )
-            start = _common_length(before, until)
-            shown = until.find(message["content"].strip()[:16], start) if message["content"].strip() else start
-            if shown < 0:
-                raise DataError(f"{example.place}: the chat template changes or leaves out an answer")
-            if before[start:].strip():
-                start = shown  # the prompt for an answer is not how an answer is rendered
-            spans.append((start, len(until)))
+            while not text.startswith(until):
+                # some templates close the whole conversation with a token, which is not in its midst
+                closing = next((token for token in self.special if until.endswith(token)), None)
+                if closing is None:
+                    raise DataError(
+                        f"{example.place}: the chat template renders an answer differently when turns follow it, so "
+                        "its tokens can't be told apart; use loss_on: completion or all, or a template with "
+                        "{% generation %} markers"
+                    )
+                until = until.removesuffix(closing).rstrip()
+            start = self._answer_start(messages, index, until, example)
+            if start < len(until):
+                spans.append(self._with_end(text, start, len(until)))
+            else:
+                raise DataError(f"{example.place}: the chat template leaves out an answer")
         return text, spans
+
+    def _answer_start(self, messages: list[Message], index: int, until: str, example: Example) -> int:
+        """Where an answer begins in `until`, the text that it ends.
+
+        That is after the prompt for it. Where the answer is not rendered after just that prompt (one
+        that begins to think, say), or there is no prompt (the first turn), it is where the text
+        changes with the answer.
+        """
+        try:
+            prompt = self._apply(messages[:index], example, prompt=True) if index else None
+        except Exception:  # noqa: BLE001 - a template may refuse a system message alone
+            prompt = None
+        if prompt is not None:
+            start = _common_length(prompt, until)
+            if not prompt[start:].strip():
+                return start
+        changed = {key: _OTHER for key in ("content", *_REASONING) if key in messages[index]}
+        return _common_length(self._apply([*messages[:index], {**messages[index], **changed}], example), until)
 
 
 def _common_length(first: str, second: str) -> int:
@@ -285,13 +351,14 @@ def tokenize(
     if not renderer.tokenizer.is_fast:
         raise DataError("the tokenizer has no fast version, which is needed to find the answers' tokens")
     report = DataReport(renderer.masks)
-    ends = set(renderer.tokenizer.all_special_ids)
+    ends = set(renderer.special.values())
+    ended = False
     ids: list[list[int]] = []
     labels: list[list[int]] = []
     questions: list[str] = []
     for batch in _batches(renderer.render(example) for example in examples):
-        for row, row_ids, row_labels in _encode(batch, renderer.tokenizer):
-            _count(report, row, row_labels, max_length, ends)
+        for row, row_ids, row_labels in _encode(batch, renderer):
+            ended = _count(report, row, row_labels, max_length, ends) or ended
             row_ids, row_labels = row_ids[:max_length], row_labels[:max_length]
             if all(label == IGNORED for label in row_labels[1:]):
                 report.dropped += 1
@@ -306,7 +373,7 @@ def tokenize(
         raise DataError(
             f"no row is left to learn from: max_length {max_length} cuts the answer off in all {report.dropped}"
         )
-    if not report.ends_learned and not report.truncated and renderer.tokenizer.eos_token_id is not None:
+    if not ended and renderer.tokenizer.eos_token_id is not None:
         raise DataError(
             "no answer ends with one of the tokenizer's special tokens, so the model would not learn to stop; check "
             "the chat template"
@@ -322,9 +389,20 @@ def _batches(rows: Iterable[Rendered]) -> Iterator[list[Rendered]]:
             yield batch
 
 
-def _encode(
-    batch: list[Rendered], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Rendered, list[int], list[int]]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of the tokens that stand for no text, longest first.
+
+    The tokenizer's own list has only those with a name, such as eos_token; many a model ends its turns
+    with one that has none.
+    """
+    tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    tokens |= {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+
+
+def _encode(batch: list[Rendered], renderer: Renderer) -> Iterator[tuple[Rendered, list[int], list[int]]]:
+    tokenizer = renderer.tokenizer
+    special = set(renderer.special.values())
     encoded = tokenizer(
         [row.text for row in batch],
         add_special_tokens=batch[0].special,
@@ -334,27 +412,35 @@ def _encode(
         verbose=False,
     )
     for row, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        yield row, *_label(row, ids, offsets, tokenizer.eos_token_id)
+        if row.special:  # no second end or start token beside one that the tokenizer adds itself
+            if ids[-2:] == [tokenizer.eos_token_id] * 2 and offsets[-1][0] == offsets[-1][1]:
+                ids, offsets = ids[:-1], offsets[:-1]
+            if ids[:2] == [tokenizer.bos_token_id] * 2 and offsets[0][0] == offsets[0][1]:
+                ids, offsets = ids[1:], offsets[1:]
+        yield row, ids, _label(row.spans, ids, offsets, special)
 
 
-def _label(
-    row: Rendered, ids: list[int], offsets: list[tuple[int, int]], eos: int | None
-) -> tuple[list[int], list[int]]:
-    if row.special and eos is not None and ids[-2:] == [eos, eos]:  # the tokenizer adds an end token itself
-        ids, offsets = ids[:-1], offsets[:-1]
-    spans = iter(row.spans)
-    start, end = next(spans)
+def _label(spans: Iterable[Span], ids: list[int], offsets: list[Span], special: set[int]) -> list[int]:
+    """The tokens that overlap a span, IGNORED for the others."""
+    following = iter(spans)
+    start, end = next(following)
     labels = []
-    for token, (token_start, token_end) in zip(ids, offsets, strict=True):
-        while token_start >= end and (following := next(spans, None)) is not None:
-            start, end = following
-        learned = token_end > start and token_start < end and token_end > token_start
+    for token, (first, last) in zip(ids, offsets, strict=True):
+        if first == last:  # white space that the tokenizer trims off its offsets; it stands before them
+            first -= 1
+        while first >= end and (span := next(following, None)) is not None:
+            start, end = span
+        # A special token before an answer may swallow the white space that the answer begins with.
+        learned = last > start and first < end and not (first < start and token in special)
         labels.append(token if learned else IGNORED)
-    return ids, labels
+    return labels
 
 
-def _count(report: DataReport, row: Rendered, labels: list[int], max_length: int, ends: set[int]) -> None:
-    """Count a row that will be cut at max_length. Raises DataError if nothing in it is learned."""
+def _count(report: DataReport, row: Rendered, labels: list[int], max_length: int, ends: set[int]) -> bool:
+    """Count a row that will be cut at max_length; whether one of its answers ends with a token of `ends`.
+
+    Raises DataError if nothing in the row is learned.
+    """
     if all(label == IGNORED for label in labels[1:]):
         raise DataError(f"{row.place}: no token of the row would be learned")
     report.longest = max(report.longest, len(labels))
@@ -362,8 +448,10 @@ def _count(report: DataReport, row: Rendered, labels: list[int], max_length: int
     report.answers += len(row.spans)
     last = [
         index
-        for index, label in enumerate(labels[:max_length])
+        for index, label in enumerate(labels)
         if label != IGNORED and (index + 1 == len(labels) or labels[index + 1] == IGNORED)
     ]
     # A line break may follow the end token where everything is learned.
-    report.ends_learned += sum(any(token in ends for token in labels[max(i - 1, 0) : i + 1]) for i in last)
+    ended = [index for index in last if any(token in ends for token in labels[max(index - 1, 0) : index + 1])]
+    report.ends_learned += sum(index < max_length for index in ended)
+    return bool(ended)

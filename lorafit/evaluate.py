@@ -30,9 +30,7 @@ Model: TypeAlias = Any
 """A PreTrainedModel, or a PeftModel around one."""
 
 
-def evaluate(
-    path: Path, data: Path | None, limit: int, max_new_tokens: int, console: Console
-) -> dict[str, Any]:
+def evaluate(path: Path, data: Path | None, limit: int, max_new_tokens: int, console: Console) -> dict[str, Any]:
     """Score a run's base and result on held-out rows, and write eval/results.json.
 
     Losses are means over the learned tokens of all rows; answers are greedy, for the first `limit`
@@ -108,7 +106,9 @@ def held_out_rows(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | N
         if next(read_rows(str(data)), None) is None:
             raise DataError(f"{data}: there are no rows")
         source = SourcePlan(str(data), None, plan.data.train[0].columns, None, None)
-        held_out, _ = load_examples(dataclasses.replace(plan.data, train=(source,), validation=(), validation_fraction=None))
+        held_out, _ = load_examples(
+            dataclasses.replace(plan.data, train=(source,), validation=(), validation_fraction=None)
+        )
     else:
         _, held_out = load_examples(plan.data)
     if not held_out:

@@ -19,7 +19,9 @@ def hush() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets|gguf)(\.|$)")
+    warnings.filterwarnings(
+        "ignore", module=r"(torch|transformers|trl|peft|accelerate|bitsandbytes|datasets|gguf)(\.|$)"
+    )
     for name in ("bitsandbytes", "torch.distributed", "accelerate", "peft", "trl", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

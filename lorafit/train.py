@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -177,10 +177,10 @@ def explained_out_of_memory(plan: Plan) -> Iterator[None]:
     """Turn running out of memory into a DoesNotFitError that says what to change."""
     try:
         yield
-    except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
-            if "can't allocate memory" not in str(error):
-                raise
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
+            raise
         rows = plan.training_kwargs["per_device_train_batch_size"]
         raise DoesNotFitError(
             f"out of memory in training with {rows} rows of up to {plan.data.max_length} tokens at once; lower "

@@ -420,9 +420,7 @@ def write_message(dice: Dice, wordings: Wordings, problem: str, ticket: Ticket) 
     return add_slips(dice, " ".join(parts))
 
 
-def make_rows(
-    dice: Dice, wordings: Wordings, count: int, orders: Sequence[str], taken: set[str]
-) -> list[Row]:
+def make_rows(dice: Dice, wordings: Wordings, count: int, orders: Sequence[str], taken: set[str]) -> list[Row]:
     """Write ``count`` rows whose messages are not in ``taken``, and add their messages to it.
 
     Categories and priorities are balanced, and every problem sentence is used about equally
@@ -521,8 +519,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stale = [
             name
             for name, text in files.items()
-            if not (output_dir / name).is_file()
-            or (output_dir / name).read_bytes() != text.encode("utf-8")
+            if not (output_dir / name).is_file() or (output_dir / name).read_bytes() != text.encode("utf-8")
         ]
         if stale:
             names = ", ".join(str(output_dir / name) for name in stale)

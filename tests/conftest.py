@@ -19,14 +19,20 @@ from lorafit.quiet import hush
 hush()
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-WORDS = "the cat sat on a mat and saw one two three four red green blue dogs; say yes or no: hello there! user assistant system"
+WORDS = (
+    "the cat sat on a mat and saw one two three four red green blue dogs; say yes or no: hello there! "
+    "user assistant system"
+)
 
 
-def make_tokenizer(folder: Path, template: str | None = CHATML, pad: str | None = "<|endoftext|>", **special: str) -> Path:
+def make_tokenizer(
+    folder: Path, template: str | None = CHATML, pad: str | None = "<|endoftext|>", **special: str
+) -> Path:
     """A small byte-level tokenizer with ChatML's special tokens, saved to a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +41,10 @@ def make_tokenizer(folder: Path, template: str | None = CHATML, pad: str | None 
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=384,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     inner.train_from_iterator([WORDS] * 4, trainer)
     tokens = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>", **special}

@@ -99,7 +99,9 @@ class TestMistakes:
         assert err.startswith("--set training.learning_rat=1: training.learning_rat: unknown key")
 
     def test_a_row_without_its_column(self, recipe: RecipeMaker, tmp_path: Path) -> None:
-        data = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}])
+        data = write_jsonl(
+            tmp_path / "data.jsonl", [{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}]
+        )
         code, _, err = lorafit("train", recipe(dataset={"train": [{"path": str(data)}]}))
         assert code == 3
         assert f"{data}:2: 'output' is missing (columns: instruction, response)" in err

@@ -33,9 +33,7 @@ def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **more: object)
 
 @pytest.mark.parametrize("supervised", ["answers", "all", "none"])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_it_equals_trls_head(
-    supervised: str, chunked: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_equals_trls_head(supervised: str, chunked: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if chunked:
         monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 384 * 5)  # five positions at once
     outputs = []
@@ -96,7 +94,13 @@ def test_only_the_supervised_positions_reach_the_head(tiny_model: Path) -> None:
 def test_heads_that_scale_or_cap_their_logits_keep_trls_path(tiny_model: Path) -> None:
     assert loss.applies_to(AutoModelForCausalLM.from_pretrained(tiny_model))
     config = Gemma2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=30.0,
     )
     assert not loss.applies_to(Gemma2ForCausalLM(config))

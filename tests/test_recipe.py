@@ -211,8 +211,8 @@ def test_what_is_missing_says_what_it_is() -> None:
         ("training: {report_to: wandb}", "6:23: training.report_to: expected a list, got 'wandb'"),
         (
             "training: {report_to: [wandb, wnadb]}",
-            "6:31: training.report_to.1: expected tensorboard | wandb | mlflow | trackio | comet_ml | swanlab | clearml | "
-            "neptune | dvclive | codecarbon | azure_ml | dagshub | flyte, got 'wnadb'; did you mean 'wandb'?",
+            "6:31: training.report_to.1: expected tensorboard | wandb | mlflow | trackio | comet_ml | swanlab | "
+            "clearml | neptune | dvclive | codecarbon | azure_ml | dagshub | flyte, got 'wnadb'; did you mean 'wandb'?",
         ),
         ("training: []", "6:11: training: expected a section of keys, got []"),
         ("output_dir: 5", "6:13: output_dir: expected text, got 5"),

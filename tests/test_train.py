@@ -58,7 +58,13 @@ def test_a_run_writes_what_the_design_says(recipe: RecipeMaker, train: Train, ro
     assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in metrics if "eval_loss" in entry] == [4]
     names = {file.name for file in run.adapter.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+    } <= names
     assert "lorafit" in (run.adapter / "README.md").read_text()
     assert not [file for file in run.path.rglob("*") if file.name == "training_args.bin"], "a pickle was written"
     assert not list(run.path.parent.glob(".*")), "something was left beside the run"
@@ -72,7 +78,12 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     settings: dict[str, Any] = {
         "lora": {"lora_dropout": 0.2},
         "dataset": {"train": [{"path": str(rows)}], "validation": 0.25},
-        "training": {"max_steps": ..., "num_train_epochs": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
+        "training": {
+            "max_steps": ...,
+            "num_train_epochs": 3,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 3,
+        },
     }
     whole = train(recipe("whole", **settings))
     assert whole.load_manifest()["result"]["steps"] == 9

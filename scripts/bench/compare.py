@@ -118,9 +118,7 @@ def main() -> int:
             f"a step {pair[0].step:.2f} s {pair[1].step:.2f} s",
             flush=True,
         )
-    worst = max(
-        abs(a - b) / abs(a) for trl, ours in pairs for a, b in zip(trl.losses, ours.losses, strict=True)
-    )
+    worst = max(abs(a - b) / abs(a) for trl, ours in pairs for a, b in zip(trl.losses, ours.losses, strict=True))
     first = [statistics.median(run.first for run in side) for side in zip(*pairs, strict=True)]
     step = [statistics.median(run.step for run in side) for side in zip(*pairs, strict=True)]
     print(f"largest relative difference of a loss over {arguments.steps} steps: {worst:.1e}")
