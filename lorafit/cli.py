@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorafit.errors import DoesNotFitError, Interrupted, LorafitError
+from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +60,8 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             fail("interrupted", 130)
+        except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+            fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(0) from None

@@ -150,6 +150,7 @@ class Renderer:
         template: Any = tokenizer.chat_template
         self.template: str | None = template.get("default") if isinstance(template, dict) else template
         self.special = special_tokens(tokenizer)
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
         self.closing = {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
         self.marked: str | None = None
         self.ends_turns = True
@@ -160,7 +161,6 @@ class Renderer:
         end_of_turn = inspect_template(self.template, named).end_of_turn
         self.ends_turns = end_of_turn != ""
         self.closing.update(token for token in self.special if (end_of_turn or "").startswith(token))
-        self.special_pattern = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
         self.marked = self._marked_template()
         if self.marked is not None:
             own = self.marked == self.template
@@ -169,7 +169,7 @@ class Renderer:
     def _marked_template(self) -> str | None:
         try:
             replacement = get_training_chat_template(self.tokenizer)
-        except ValueError:  # TRL has no training version
+        except Exception:  # noqa: BLE001 - there is no training version, or the template fails in TRL's trial of tools
             return self.template if self.template and GENERATION.search(self.template) else None
         return replacement or self.template
 

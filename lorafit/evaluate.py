@@ -17,7 +17,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from lorafit.data import IGNORED, Renderer, load_examples, tokenize
+from lorafit.data import IGNORED, Renderer, load_examples, special_tokens, tokenize
 from lorafit.errors import DataError
 from lorafit.loss import applies_to, score_supervised_positions
 from lorafit.model import base_source, load_adapter, load_base, load_tokenizer
@@ -199,7 +199,7 @@ def generate(
     """Greedy answers, in the order of the questions. Stops at every end token that is known."""
     config = model.generation_config
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    special = set(tokenizer.all_special_ids)
+    special = set(special_tokens(tokenizer).values())
     ends = {token for token in (*known, tokenizer.eos_token_id) if token is not None}
     ends |= {question.end for question in questions if question.end in special}
     order = sorted(range(len(questions)), key=lambda index: len(questions[index].prompt))

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.rows import data_files
+from lorafit.rows import data_files, file_digest
 
 if TYPE_CHECKING:
     from lorafit.data import Prepared
@@ -114,7 +114,7 @@ def model_fingerprint(plan: Plan, run: RunDir) -> dict[str, str]:
     if not name.is_dir():
         return {}
     small = [name / file for file in ("config.json", *TOKENIZER_FILES)]
-    found = {file.name: _hash_file(file) for file in small if file.is_file()}
+    found = {file.name: file_digest(file) for file in small if file.is_file()}
     return found | {file.name: _hash_head(file) for file in sorted(name.glob("*.safetensors"))}
 
 
@@ -123,12 +123,7 @@ def _local(plan: Plan) -> list[str]:
 
 
 def _hash_files(path: str) -> list[tuple[str, str]]:
-    return [(str(file), _hash_file(file)) for file in data_files(path)]
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return [(str(file), file_digest(file)) for file in data_files(path)]
 
 
 def _hash_head(path: Path, length: int = 1 << 20) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -54,6 +55,24 @@ def read_rows(path: str) -> Iterator[Row]:
             raise DataError(f"{file}: is not UTF-8 text ({error.reason})") from None
         except OSError as error:
             raise DataError(f"{file}: can't be read: {_first_line(error.strerror or str(error))}") from None
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a local source: of its file, or of the names and digests of a folder's files."""
+    files = data_files(path)
+    digests = [file_digest(file) for file in files]
+    if not Path(path).expanduser().is_dir():
+        return digests[0]
+    lines = "".join(
+        f"{file.relative_to(Path(path).expanduser())} {d}\n" for file, d in zip(files, digests, strict=True)
+    )
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _as_row(place: str, value: Any, hint: str = "") -> Row:

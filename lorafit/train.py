@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from lorafit.callbacks import (
 )
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
-from lorafit.errors import DoesNotFitError, ModelError, UsageError
+from lorafit.errors import DoesNotFitError, Interrupted, ModelError, UsageError
 from lorafit.loss import applies_to, score_supervised_positions
 from lorafit.manifest import build_manifest
 from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config
@@ -53,6 +54,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     expected to go wrong; Interrupted when a signal stopped the run after saving a checkpoint.
     """
     began = time.time()
+    signal.signal(signal.SIGTERM, _terminated)
     hush_progress()
     run = RunDir(Path(plan.output_dir))
     main = is_main_process()
@@ -84,6 +86,11 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     return run
 
 
+def _terminated(number: int, _: Any) -> None:
+    """SIGTERM before the first step: nothing was trained, so there is nothing to save."""
+    raise Interrupted("terminated before training began; nothing was trained", number)
+
+
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -111,18 +118,27 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
         return
     if run.result is not None:
         raise UsageError(f"{path}: the run is finished; use --overwrite to start anew, or another output_dir")
-    changed = changed_keys(run.load_plan().recipe, plan.recipe)
+    before, now = run.load_plan().decides(), plan.decides()
+    changed = changed_keys(before["recipe"], now["recipe"])
     if changed:
         raise UsageError(
             f"{path}: holds a run of another recipe ({', '.join(changed[:5])}{' …' * (len(changed) > 5)}); use "
             "--overwrite to start anew, or another output_dir"
+        )
+    changed = changed_keys(before, now)
+    if changed and start.resume:
+        raise UsageError(
+            f"{path}: the recipe is the same, but the data or the machine is not ({', '.join(changed[:5])}), so the "
+            "run can't go on exactly; bring back what changed, or start anew with --overwrite"
         )
     if not start.resume:
         raise UsageError(f"{path}: holds an unfinished run; go on with --resume, or start anew with --overwrite")
 
 
 def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
-    """The keys at which two resolved recipes differ."""
+    """The keys at which two resolved recipes or plans differ."""
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        before, after = dict(enumerate(before)), dict(enumerate(after))
     if isinstance(before, dict) and isinstance(after, dict):
         return [
             key

@@ -173,6 +173,25 @@ class TestStarting:
         with pytest.raises(UsageError, match=r"another recipe \(training.learning_rate\)"):
             train(path, "training.learning_rate=0.5", resume=True)
 
+    def test_changed_data_or_another_machine_is_no_resume(
+        self, recipe: RecipeMaker, train: Train, rows: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = recipe()
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        monkeypatch.undo()
+        text = rows.read_text()
+        rows.write_text(text.replace("cat", "dog"))
+        with pytest.raises(UsageError, match=r"data.train.*sha256.*can't go on exactly"):
+            train(path, resume=True)
+        rows.write_text(text)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UsageError, match=r"hardware.world_size"):
+            train(path, resume=True)
+        monkeypatch.undo()
+        assert train(path, resume=True).result is not None
+
     def test_overwrite_keeps_the_old_run_until_the_new_one_is_done(
         self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:

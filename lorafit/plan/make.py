@@ -12,7 +12,7 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect
 from lorafit.plan.types import Choice, DataPlan, Plan, Schedule, SourcePlan, make_schedule, validation_rows
 from lorafit.recipe import Mistake, Recipe, RecipeError, Source
-from lorafit.rows import Format, Row, detect_format, is_local, read_rows
+from lorafit.rows import Format, Row, detect_format, digest, is_local, read_rows
 from lorafit.targets import (
     OUTPUT_HEADS,
     TargetError,
@@ -350,7 +350,7 @@ class _Planner:
         if format is None:
             format, reason = detect_format(first, columns)
             self.choose(f"{key}.format", format, reason)
-        return SourcePlan(source.path, format, columns, None, count)
+        return SourcePlan(source.path, format, columns, None, count, digest(source.path))
 
     def _data(
         self, train: list[SourcePlan], validation: list[SourcePlan], max_length: int, chat_template: str | None

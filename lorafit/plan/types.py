@@ -22,13 +22,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """A data source with its format known. `rows` is None where only the hub can tell."""
+    """A data source with its format known.
+
+    Attributes:
+        rows: None where only the hub can tell.
+        sha256: of a local source's files; None where they were not read.
+    """
 
     path: str
     format: Format | None
     columns: dict[str, str]
     hub: dict[str, str | None] | None
     rows: int | None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,21 @@ class Plan:
             "remarks": tuple(raw["remarks"]),
         }
         return Plan(**raw)
+
+    def decides(self) -> dict[str, Any]:
+        """What the trained weights depend on, as JSON-able values: a run can go on only if it is the same."""
+        whole = json.loads(self.to_json())
+        parts = (
+            "recipe",
+            "model_kwargs",
+            "quantization_kwargs",
+            "lora_kwargs",
+            "adapter_dtype",
+            "training_kwargs",
+            "data",
+        )
+        machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
+        return {part: whole[part] for part in parts} | {"hardware": machine}
 
     @property
     def trainable_parameters(self) -> int:
