@@ -87,8 +87,8 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
 
 
 def _terminated(number: int, _: Any) -> None:
-    """SIGTERM before the first step: nothing was trained, so there is nothing to save."""
-    raise Interrupted("terminated before training began; nothing was trained", number)
+    """SIGTERM before the first step or after the last: what is being written is given up, whole."""
+    raise Interrupted("terminated; nothing is half written, --resume goes on from a checkpoint if there is one", number)
 
 
 def is_main_process() -> bool:
