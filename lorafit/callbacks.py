@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.errors import GateError, Interrupted
-from lorafit.rundir import RunDir, write_text
+from lorafit.rundir import RunDir
+from lorafit.staging import write_text
 
 GIB = 1 << 30
 

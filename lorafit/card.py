@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     """Write README.md with the front matter that model hubs read."""
-    lora, result, data = plan.lora_kwargs, manifest["result"], manifest["data"]["training"]
+    lora, result, data = plan.lora_kwargs, manifest["result"], manifest["data"]["audit"]["training_rows"]
     name = plan.model["name_or_path"]
     is_hub = plan.model["kind"] in ("hub", "bundled")
     head: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "tags": ["lorafit"]}

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError
+from lorafit.errors import DataError, DoesNotFitError, Interrupted, LorafitError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lorafit.plan import Plan
-    from lorafit.recipe import Recipe
 
 app = typer.Typer(
     name="lorafit",
@@ -98,12 +97,11 @@ def talk() -> Console:
     return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
-def make_plan(config: Path, overrides: list[str] | None) -> tuple[Recipe, Plan]:
+def make_plan(config: Path, overrides: list[str] | None, count_rows: bool = False) -> Plan:
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
 
-    recipe = Recipe.load(config, overrides or ())
-    return recipe, plan_recipe(recipe, config)
+    return plan_recipe(Recipe.load(config, overrides or ()), config, count_rows=count_rows)
 
 
 def show(value: Any) -> None:
@@ -125,7 +123,7 @@ def train(
     """Train as a recipe says, into its run directory."""
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other", 2)
-    _, plan = make_plan(config, overrides)
+    plan = make_plan(config, overrides, count_rows=dry_run)
     if dry_run:
         from lorafit.show import print_plan
 
@@ -148,6 +146,33 @@ def train(
         show(result)
     else:
         typer.echo(f"{result['result']}")
+
+
+@app.command()
+@reporting
+def preview(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="Rows to show, from the first.")] = 3,
+    row: Annotated[
+        list[int] | None, typer.Option("--row", min=1, help="Show this row of the training rows (from 1); repeatable.")
+    ] = None,
+    validation: Annotated[bool, typer.Option("--validation", help="Show validation rows instead.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the data as the model will see it, and audit it; exits with 3 if training would be refused."""
+    plan = make_plan(config, overrides)
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.preview import preview as run_preview
+    from lorafit.show import print_preview
+
+    report = run_preview(plan, row or list(range(1, rows + 1)), bool(row), validation, ids, talk())
+    show(report) if as_json else print_preview(report)
+    if report["breaches"]:
+        fail("\n".join(report["breaches"]), DataError.exit_code)
 
 
 @app.command("eval")

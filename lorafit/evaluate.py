@@ -17,14 +17,15 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from lorafit.data import IGNORED, Renderer, load_examples, special_tokens, tokenize
+from lorafit.data import IGNORED, prepare, special_tokens
 from lorafit.errors import DataError
 from lorafit.loss import applies_to, score_supervised_positions
 from lorafit.model import base_source, load_adapter, load_base, load_tokenizer
 from lorafit.plan import Plan, SourcePlan
 from lorafit.quiet import hush_progress
-from lorafit.rows import read_rows
-from lorafit.rundir import RunDir, open_run, staged
+from lorafit.rows import digest
+from lorafit.rundir import RunDir, open_run
+from lorafit.staging import staged
 
 Model: TypeAlias = Any
 """A PreTrainedModel, or a PeftModel around one."""
@@ -42,7 +43,7 @@ def evaluate(path: Path, data: Path | None, limit: int, max_new_tokens: int, con
     hush_progress()
     run, plan = open_run(path)
     tokenizer = load_tokenizer(plan, run.result)
-    rows = held_out_rows(plan, tokenizer, data)
+    rows = held_out_rows(plan, tokenizer, data, console)
     questions = [question for row in rows if (question := as_question(row, tokenizer))][:limit]
     batch_size = plan.training_kwargs["per_device_eval_batch_size"]
     scores: dict[str, dict[str, float | None]] = {}
@@ -100,21 +101,32 @@ def _give_fused_head(model: PreTrainedModel) -> None:
         score_supervised_positions(model)
 
 
-def held_out_rows(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None) -> Dataset:
-    """Tokenized held-out rows: of a file, else those that the run kept out of training."""
+def held_out_rows(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console) -> Dataset:
+    """Tokenized held-out rows: of a file, else those that the run kept out of training. Raises DataError."""
     if data is not None:
-        if next(read_rows(str(data)), None) is None:
-            raise DataError(f"{data}: there are no rows")
-        source = SourcePlan(str(data), None, plan.data.train[0].columns, None, None)
-        held_out, _ = load_examples(
-            dataclasses.replace(plan.data, train=(source,), validation=(), validation_fraction=None)
+        first = plan.data.train[0]
+        source = SourcePlan(str(data), "--data", columns=first.columns, template=first.template)
+        alone = dataclasses.replace(
+            plan.data, train=(source,), validation=(), validation_fraction=None, packing=False, streaming=False
         )
-    else:
-        _, held_out = load_examples(plan.data)
-    if not held_out:
+        rows = prepare(alone, tokenizer, console).rows
+    elif not plan.data.validation and plan.data.validation_fraction is None:
         raise DataError("the run held no rows out of training; name some with --data")
-    rows, _ = tokenize(held_out, Renderer(tokenizer, plan.data.loss_on), plan.data.max_length, keep_questions=True)
+    else:
+        check_unchanged(plan)
+        rows = prepare(plan.data, tokenizer, console).validation
+    assert rows is not None
     return rows
+
+
+def check_unchanged(plan: Plan) -> None:
+    """The held-out rows are those of the training only if the files are. Raises DataError."""
+    for source in (*plan.data.train, *plan.data.validation):
+        if source.hub is None and source.sha256 and not plan.data.streaming and digest(source.path) != source.sha256:
+            raise DataError(
+                f"{source.path}: has changed since the run, so its held-out rows are not known; bring the file back, "
+                "or name rows with --data"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorafit.facts import TOKENIZER_FILES
 from lorafit.rows import data_files, file_digest
 
 if TYPE_CHECKING:
@@ -28,13 +29,6 @@ STACK = (
     "datasets",
     "tokenizers",
     "safetensors",
-)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "chat_template.jinja",
 )
 
 
@@ -60,8 +54,7 @@ def build_manifest(
         "model": plan.model | {"files": model_fingerprint(plan, run)},
         "data": {
             "files": {path: digest for source in _local(plan) for path, digest in _hash_files(source)},
-            "training": data.report.as_dict(),
-            "validation": data.validation_report.as_dict() if data.validation_report else None,
+            "audit": data.final_audit().as_dict(),
         },
         "tokenizer": {
             "chat_template_sha256": _hash_text(trainer.processing_class.chat_template),

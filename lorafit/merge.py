@@ -14,7 +14,8 @@ from lorafit.errors import GateError, UsageError
 from lorafit.model import base_source, load_adapter, load_base, load_tokenizer
 from lorafit.plan import Plan
 from lorafit.quiet import hush_progress
-from lorafit.rundir import RunDir, open_run, staged
+from lorafit.rundir import RunDir, open_run
+from lorafit.staging import staged
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of logits, relative to their spread, between adapter and merged model."""

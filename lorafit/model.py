@@ -18,7 +18,8 @@ from transformers import (
 
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError
 from lorafit.plan import Plan
-from lorafit.rundir import RunDir, staged
+from lorafit.rundir import RunDir
+from lorafit.staging import staged
 
 
 def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTokenizerBase:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from lorafit.audit import RULES, Audit, Limits
 from lorafit.memory import MemoryEstimate
 from lorafit.plan import Plan
 
@@ -57,8 +60,103 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         value = ", ".join(map(str, choice.value)) if isinstance(choice.value, list) else str(choice.value)
         choices.add_row(key, escape(value), escape(choice.reason))
     console.print(choices)
+    if plan.audit:
+        print_audit(Audit.from_dict(plan.audit), plan.data.audit, console)
     for remark in plan.remarks:
         console.print(escape(remark), style="yellow")
+
+
+def print_audit(audit: Audit, limits: Limits, console: Console | None = None) -> None:
+    """What was counted of each source, and what was found wrong, with the limits."""
+    console = console or Console()
+    table = _table("data", "rows", "used", "tokens", "learned", "longest", "left out")
+    for label in ("rows", "used", "tokens", "learned", "longest"):
+        table.columns[[column.header for column in table.columns].index(label)].justify = "right"
+    parts = (("", audit.train), ("validation: ", audit.validation))
+    for name, source in ((name, source) for name, sources in parts for source in sources):
+        dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
+        share = f"{source.supervised_tokens / source.tokens:.0%}" if source.tokens else ""
+        numbers = (source.read, source.rows, source.tokens)
+        table.add_row(
+            escape(name + source.path), *(f"{n:,}" for n in numbers), share, f"{source.longest:,}", escape(dropped)
+        )
+    console.print(table)
+    found = _table("found", "count", "share", "limit", "first")
+    findings = [(source.of(rule), rule, f) for _, group in parts for source in group for rule, f in source.found.items()]
+    findings += [(audit.training_rows.rows, "duplicates", audit.duplicates)] if audit.duplicates else []
+    findings += [(audit.validation_rows.rows, "leaked", audit.leaked)] if audit.leaked and audit.validation_rows else []
+    for total, rule, finding in findings:
+        limit, share = limits.get(rule), finding.count / max(total, 1)
+        style = "red" if limit is not None and share > limit else "yellow"
+        shown = "none" if limit is None else f"{limit:.4g}"
+        found.add_row(
+            f"{RULES[rule]} ({rule})", f"{finding.count:,}", f"{share:.2%}", shown, escape(finding.first), style=style
+        )
+    if findings:
+        console.print(found)
+    part, held_out = audit.training_rows, audit.validation_rows
+    packs = f" in {part.packs:,} packed rows" if part.packs is not None else ""
+    others = f"; {held_out.rows:,} validation rows" if held_out else ""
+    first = "" if audit.whole else "the first "
+    console.print(
+        f"{first}{part.rows:,} training rows{packs}, {part.tokens:,} tokens, {part.supervised_tokens:,} of them learned"
+        f"{others}; answers found by: {audit.masks}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_preview(report: dict[str, Any], console: Console | None = None) -> None:
+    """Rows by loss mask, lengths, packing and the audit on stdout."""
+    console = console or Console()
+    plain = console.color_system is None
+    legend = "learned text stands in ⟦ ⟧" if plain else "[green]learned[/green], [dim]context[/dim], [cyan]control[/cyan]"
+    for row in report["rows"]:
+        title = f"{row['place'] or report['part']} · row {row['number']}: {row['tokens']} tokens, {row['learned']} learned"
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        text = Text()
+        for learned, segments in itertools.groupby(row["segments"], key=lambda segment: segment["learned"]):
+            text.append("⟦" * (plain and learned))
+            for segment in segments:
+                style = ("bold green", "green") if learned else ("cyan", "dim")
+                text.append(_printable(segment["text"]), style[not segment["special"]])
+            text.append("⟧" * (plain and learned))
+        console.print(text, soft_wrap=True)
+        if "input_ids" in row:
+            console.print(f"ids    {row['input_ids']}", f"labels {row['labels']}", sep="\n", highlight=False, soft_wrap=True)
+        console.print()
+    if report["rows"]:
+        console.print(f"({legend})", highlight=False)
+    _print_lengths(report, console)
+    print_audit(Audit.from_dict(report["audit"]), report["limits"], console)
+
+
+def _print_lengths(report: dict[str, Any], console: Console) -> None:
+    found, packing = report["lengths"], report["packing"]
+    if found:
+        most = max(bar["rows"] for bar in found["histogram"])
+        table = _table("tokens up to", "rows", "")
+        table.columns[0].justify = table.columns[1].justify = "right"
+        for bar in found["histogram"]:
+            table.add_row(f"{bar['up_to']:,}", f"{bar['rows']:,}", "█" * round(40 * bar["rows"] / most))
+        console.print(table)
+        console.print(
+            f"median {found['median']:,} tokens, 90% {found['p90']:,}, 99% {found['p99']:,}, longest {found['longest']:,}",
+            highlight=False,
+        )
+    if packing:
+        made = "makes" if packing["on"] else "would make"
+        console.print(
+            f"packing {made} {packing['packed_rows']:,} rows of {packing['rows']:,}, {packing['efficiency']:.0%} full; "
+            f"unpacked batches hold {packing['efficiency_without']:.0%} tokens, the rest is padding",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _printable(text: str) -> str:
+    """Text without the characters by which data could command a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def print_memory(plan: Plan, estimate: MemoryEstimate, console: Console | None = None) -> None:

@@ -83,13 +83,26 @@ def _end_of_turn(template: str, special_tokens: dict[str, str | None]) -> str | 
     return after.strip() if found else None
 
 
-def _has_training_version(template: str) -> bool:
+def uses_date(template: str) -> bool:
+    """Whether a template may write the day on which it is rendered."""
+    return "strftime_now" in template
+
+
+def _trl_folder() -> Path | None:
     spec = importlib.util.find_spec("trl")
-    if spec is None or spec.origin is None:
-        return False
-    folder = Path(spec.origin).parent / "chat_templates"
-    for trained in folder.glob("*_training.jinja"):
-        original = folder / (trained.name.removesuffix("_training.jinja") + ".jinja")
-        if original.is_file() and original.read_text(encoding="utf-8") == template:
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "chat_templates"
+
+
+def trl_templates() -> dict[str, Path]:
+    """The chat templates that TRL ships, by name, without their training versions."""
+    folder = _trl_folder()
+    files = sorted(folder.glob("*.jinja")) if folder else []
+    return {file.stem: file for file in files if not file.stem.endswith("_training")}
+
+
+def _has_training_version(template: str) -> bool:
+    for original in trl_templates().values():
+        trained = original.with_name(f"{original.stem}_training.jinja")
+        if trained.is_file() and original.read_text(encoding="utf-8") == template:
             return True
     return False

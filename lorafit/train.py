@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -29,14 +30,17 @@ from lorafit.callbacks import (
     peak_memory_bytes,
 )
 from lorafit.card import write_card
-from lorafit.data import Prepared, prepare
+from lorafit.data import Prepared, gate, prepare
+from lorafit.isolation import check_isolation
 from lorafit.errors import DoesNotFitError, Interrupted, ModelError, UsageError
 from lorafit.loss import applies_to, score_supervised_positions
 from lorafit.manifest import build_manifest
 from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config
-from lorafit.plan import Plan, Schedule, make_schedule
+from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.quiet import hush_progress
-from lorafit.rundir import RunDir, discard, partial_of, staged
+from lorafit.rundir import RunDir
+from lorafit.show import print_audit
+from lorafit.staging import discard, partial_of, staged
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,25 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     hush_progress()
     run = RunDir(Path(plan.output_dir))
     main = is_main_process()
+    plan = as_begun(run, plan, start)
     check_start(run, plan, start)
     settle_device(plan, console)
     with run.lock() if main else contextlib.nullcontext():
         tokenizer = load_tokenizer(plan)
-        data = prepare(plan.data, tokenizer)
+        data = prepare(plan.data, tokenizer, console)
+        gate(data.audit, plan.data.audit)
+        plan = with_audit(plan, data.audit)
         if main:
-            say_data(data, console)
+            print_audit(data.audit, plan.data.audit, console)
             make_run(run, plan, recipe_text, start)
         source = dequantized_base(plan, run, main)
         trainer = build_trainer(plan, run, data, tokenizer, source)
+        if plan.data.packing:
+            check_isolation(trainer)
         checkpoint = run.last_checkpoint() if start.resume else None
-        schedule = make_schedule(len(trainer.train_dataset), plan.training_kwargs, plan.hardware.world_size)
         request = StopRequest()
+        schedule = plan.schedule
+        assert schedule is not None
         display = add_callbacks(trainer, plan, run, schedule, request, console, checkpoint)
         try:
             with request.listening(), explained_out_of_memory(plan):
@@ -103,6 +113,13 @@ def wait_for_everyone() -> None:
 # --- the run directory ----------------------------------------------------------------------------
 
 
+def as_begun(run: RunDir, plan: Plan, start: Start) -> Plan:
+    """The plan with the day on which the run that goes on was begun, for chat templates that write it."""
+    if not start.resume or not run.is_run or plan.data.date is None:
+        return plan
+    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, date=run.load_plan().data.date))
+
+
 def check_start(run: RunDir, plan: Plan, start: Start) -> None:
     """Refuse what would lose or confuse a run. Raises UsageError."""
     path = run.path
@@ -119,6 +136,8 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
     if run.result is not None:
         raise UsageError(f"{path}: the run is finished; use --overwrite to start anew, or another output_dir")
     before, now = run.load_plan().decides(), plan.decides()
+    if before["data"]["tokenizer_sha256"] is None:  # the first run downloaded it
+        now["data"]["tokenizer_sha256"] = None
     changed = changed_keys(before["recipe"], now["recipe"])
     if changed:
         raise UsageError(
@@ -319,9 +338,9 @@ def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
         **values,
         output_dir=str(run.checkpoints),
         max_length=plan.data.max_length if packing else None,  # rows are cut already
-        packing=packing,
+        packing=packing,  # they are packed already, and collated without padding
         eval_packing=False,
-        dataset_kwargs=None if packing else {"skip_prepare_dataset": True},
+        dataset_kwargs={"skip_prepare_dataset": True},
         metric_for_best_model="eval_loss" if plan.training_kwargs["eval_strategy"] != "no" else None,
         greater_is_better=False,
         logging_nan_inf_filter=False,
@@ -404,26 +423,6 @@ def check_parameters(trainer: Trainer, plan: Plan) -> None:
         )
     if actual == 0:
         raise ModelError("nothing would be trained: no module matches lora.target_modules")
-
-
-def say_data(data: Prepared, console: Console) -> None:
-    report = data.report
-    console.print(
-        f"{report.rows} rows, {report.tokens} tokens, {report.supervised_tokens} of them learned "
-        f"({report.supervised_tokens / report.tokens:.0%}); answers found by: {report.masks}; "
-        f"ends learned: {report.ends_learned} of {report.answers}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for name, part in (("training", report), ("validation", data.validation_report)):
-        if part and (part.truncated or part.dropped):
-            console.print(
-                f"{name}: {part.truncated} rows are cut at max_length (the longest has {part.longest} tokens), "
-                f"{part.dropped} of them dropped since their answer is cut off whole",
-                style="yellow",
-                highlight=False,
-                soft_wrap=True,
-            )
 
 
 def save_result(

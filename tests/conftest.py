@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+_CACHE = tempfile.TemporaryDirectory(prefix="lorafit-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 from lorafit.quiet import hush
 

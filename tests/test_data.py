@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import pytest
 import torch
 import trl
 from conftest import CHATML, SPECIAL, conversation, make_tokenizer, write_jsonl
+from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer, get_training_chat_template, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import lorafit.data
-from lorafit.data import IGNORED, DataReport, Prepared, Renderer, load_examples, prepare, tokenize
+import lorafit.data.encode
+from lorafit.audit import SourceAudit, source_breaches
+from lorafit.data import IGNORED, Lengths, Renderer, prepare, tokenize
 from lorafit.errors import DataError
 from lorafit.plan import DataPlan, SourcePlan
+from lorafit.recipe.schema import AuditSection
 from lorafit.rows import Example
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -99,14 +103,20 @@ def tokenizer(shared_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def example(messages: list[dict[str, Any]], **rest: Any) -> Example:
-    return Example("data.jsonl:7", messages=tuple(messages), **rest)
+    return Example("data.jsonl", 7, messages=tuple(messages), **rest)
 
 
 def rows_of(
     tokenizer: PreTrainedTokenizerBase, *examples: Example, loss_on: str = "assistant", max_length: int = 4096
-) -> tuple[list[dict[str, list[int]]], DataReport]:
-    rows, report = tokenize(list(examples), Renderer(tokenizer, loss_on), max_length)
-    return list(rows), report
+) -> tuple[list[dict[str, list[int]]], SourceAudit]:
+    audit = SourceAudit("data.jsonl")
+    batches = list(tokenize(examples, Renderer(tokenizer, loss_on), Lengths(max_length), audit))
+    rows = [
+        {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for batch in batches for row in batch
+    ]
+    assert audit.rows == len(rows)
+    assert audit.supervised_tokens == sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    return rows, audit
 
 
 def learned(
@@ -114,7 +124,10 @@ def learned(
 ) -> list[str]:
     """What is learned of one row: each unbroken run of learned tokens as text."""
     one = given if isinstance(given, Example) else example(given)
-    (row,), _ = rows_of(tokenizer, one, loss_on=loss_on)
+    rows, audit = rows_of(tokenizer, one, loss_on=loss_on)
+    if not rows:  # as the audit's defaults refuse it
+        raise DataError(next(source_breaches(audit, AuditSection().model_dump())))
+    (row,) = rows
     assert all(label in (token, IGNORED) for token, label in zip(row["input_ids"], row["labels"], strict=True))
     runs = itertools.groupby(row["labels"], key=lambda label: label != IGNORED)
     return [tokenizer.decode(list(run)) for is_learned, run in runs if is_learned]
@@ -122,7 +135,7 @@ def learned(
 
 def plan(*paths: Path, **changes: Any) -> DataPlan:
     values: dict[str, Any] = {
-        "train": tuple(SourcePlan(str(path), None, {}, None, None) for path in paths),
+        "train": tuple(SourcePlan(str(path), f"dataset.train.{n}") for n, path in enumerate(paths)),
         "validation": (),
         "validation_fraction": None,
         "loss_on": "assistant",
@@ -155,16 +168,17 @@ def test_exactly_the_answers_and_their_ends_are_learned(
 @pytest.mark.parametrize("template", [CHATML, MARKED], ids=["turns", "markers"])
 def test_the_tokens_are_those_of_the_chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.chat_template = template
-    rows, report = rows_of(tokenizer, *(example(messages) for messages in CONVERSATIONS.values()))
+    rows, audit = rows_of(tokenizer, *(example(messages) for messages in CONVERSATIONS.values()))
     for row, messages in zip(rows, CONVERSATIONS.values(), strict=True):
         assert row["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
-    assert report.rows == len(CONVERSATIONS)
+    assert audit.rows == len(CONVERSATIONS)
     answers = sum(message["role"] == "assistant" for messages in CONVERSATIONS.values() for message in messages)
-    assert report.answers == report.ends_learned == answers
-    assert report.tokens == sum(len(row["input_ids"]) for row in rows)
-    assert report.supervised_tokens == sum(label != IGNORED for row in rows for label in row["labels"])
-    assert report.longest == max(len(row["input_ids"]) for row in rows)
-    assert report.truncated == report.dropped == 0
+    assert audit.answers == audit.ends_learned == answers
+    assert audit.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert audit.supervised_tokens == sum(label != IGNORED for row in rows for label in row["labels"])
+    assert audit.longest == max(len(row["input_ids"]) for row in rows)
+    assert audit.dropped == {}
+    assert set(audit.found) == {"special_tokens_in_content"}
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, MARKED_WITHOUT_END], ids=["turns", "markers", "end outside"])
@@ -186,8 +200,8 @@ def test_white_space_tokens_without_offsets_are_learned(tokenizer: PreTrainedTok
     tokenizer.chat_template = MARKED
     assert learned(tokenizer, messages) == [code + "<|im_end|>", "   z  \n<|im_end|>"]
     whole = "a  b\n\n  "
-    assert learned(tokenizer, Example("t", text=whole)) == [whole + "<|im_end|>"]
-    assert learned(tokenizer, Example("t", prompt="a", completion="   b")) == ["   b<|im_end|>"]
+    assert learned(tokenizer, Example("t", 1, text=whole)) == [whole + "<|im_end|>"]
+    assert learned(tokenizer, Example("t", 1, prompt="a", completion="   b")) == ["   b<|im_end|>"]
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.NFD()], ids=["NFKC", "NFD"])
@@ -318,8 +332,8 @@ def test_dropped_thinking(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_dropped_thinking_in_trls_training_version(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = (TEMPLATES / "qwen3.jinja").read_text()
     messages = [user("a"), assistant("<think>hm</think>two"), user("b"), assistant("<think>so</think>one")]
-    _, report = rows_of(tokenizer, example(messages))
-    assert report.masks == "TRL's training version of the chat template"
+    _, audit = rows_of(tokenizer, example(messages))
+    assert audit.masks == "TRL's training version of the chat template"
     assert learned(tokenizer, messages) == [
         "<think>\nhm\n</think>\n\ntwo<|im_end|>",
         "<think>\nso\n</think>\n\none<|im_end|>",
@@ -345,7 +359,7 @@ def test_without_a_template(tokenizer: PreTrainedTokenizerBase, loss_on: str) ->
     tokenizer.chat_template = None
     with pytest.raises(DataError, match=r"data\.jsonl:7: a conversation needs a chat template.*model\.chat_template"):
         learned(tokenizer, SINGLE, loss_on)
-    assert learned(tokenizer, Example("t", prompt="a", completion=" b"), loss_on)[0].endswith(" b<|im_end|>")
+    assert learned(tokenizer, Example("t", 1, prompt="a", completion=" b"), loss_on)[0].endswith(" b<|im_end|>")
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "completion", "all"])
@@ -377,9 +391,9 @@ def test_a_template_that_fails_on_tool_calls_only(tokenizer: PreTrainedTokenizer
 
 
 def test_the_question_is_that_of_the_last_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    examples = [example(SINGLE), example([*MULTI, user("blue")]), Example("t", prompt="p", completion="c")]
-    rows, _ = tokenize(examples, Renderer(tokenizer, "assistant"), 256, keep_questions=True)
-    assert rows["question"] == ["say yes", "four", "p"]
+    examples = [example(SINGLE), example([*MULTI, user("blue")]), Example("t", 1, prompt="p", completion="c")]
+    batches = tokenize(examples, Renderer(tokenizer, "assistant"), Lengths(256), SourceAudit("t"))
+    assert [row.question for batch in batches for row in batch] == ["say yes", "four", "p"]
 
 
 # --- TRL's templates ------------------------------------------------------------------------------
@@ -413,7 +427,7 @@ def test_same_mask_as_trl(tokenizer: PreTrainedTokenizerBase, name: str, named: 
             with pytest.raises(DataError, match=r"^data\.jsonl:7: the chat template refuses the row"):
                 learned(tokenizer, messages)
             continue
-        (row,), report = rows_of(tokenizer, example(messages))
+        (row,), audit = rows_of(tokenizer, example(messages))
         assert row["input_ids"] == theirs["input_ids"]
         mask = theirs["assistant_masks"]
         for index, (label, bit) in enumerate(zip(row["labels"], mask, strict=True)):
@@ -421,7 +435,7 @@ def test_same_mask_as_trl(tokenizer: PreTrainedTokenizerBase, name: str, named: 
                 assert bit
                 assert tokenizer.decode([row["input_ids"][index]]).isspace()
                 assert index + 1 == len(mask) or not mask[index + 1]
-        assert report.ends_learned >= 1
+        assert audit.ends_learned >= 1
         compared += 1
     assert compared >= 7
 
@@ -494,17 +508,18 @@ def test_a_template_that_ends_all_answers_but_the_last(tokenizer: PreTrainedToke
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "one row cut"])
-def test_answers_without_an_end_are_refused(tokenizer: PreTrainedTokenizerBase, cut: bool) -> None:
+def test_answers_without_an_end_are_counted(tokenizer: PreTrainedTokenizerBase, cut: bool) -> None:
     tokenizer.chat_template = PLAIN.replace("+ '\n'", "+ '[/done]\n'")
     rows = [example(MULTI), example([user("a"), assistant("b " * 40)])]
-    with pytest.raises(DataError, match="no answer ends with one of the tokenizer's special tokens"):
-        rows_of(tokenizer, *rows, max_length=60 if cut else 400)
+    _, audit = rows_of(tokenizer, *rows, max_length=60 if cut else 400)
+    assert audit.found["untrained_ends"].count == audit.answers == 3
+    assert audit.found["untrained_ends"].first.startswith("data.jsonl:7: an answer does not end with a token")
 
 
 def test_a_tokenizer_without_an_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = None
-    assert learned(tokenizer, Example("t", prompt="a", completion=" b")) == [" b"]
-    assert learned(tokenizer, Example("t", text="a b")) == ["a b"]
+    assert learned(tokenizer, Example("t", 1, prompt="a", completion=" b")) == [" b"]
+    assert learned(tokenizer, Example("t", 1, text="a b")) == ["a b"]
 
 
 # --- truncation -----------------------------------------------------------------------------------
@@ -513,33 +528,39 @@ def test_a_tokenizer_without_an_end_token(tokenizer: PreTrainedTokenizerBase) ->
 def test_long_rows_are_cut_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     long_answer = example([user("a"), assistant("yes " * 200)])
     long_question = example([user("yes " * 200), assistant("no")])
-    rows, report = rows_of(tokenizer, example(SINGLE), long_answer, long_question, max_length=64)
+    rows, audit = rows_of(tokenizer, example(SINGLE), long_answer, long_question, max_length=64)
     assert [len(row["input_ids"]) for row in rows][1:] == [64]
-    assert (report.rows, report.truncated, report.dropped) == (2, 2, 1)
-    assert report.longest > 200
-    assert (report.answers, report.ends_learned) == (3, 1)
-    assert report.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert (audit.rows, audit.found["truncated"].count, audit.dropped) == (2, 2, {"answers_cut_off": 1})
+    assert audit.longest > 200
+    assert (audit.answers, audit.ends_learned) == (3, 1)
+    assert audit.tokens == sum(len(row["input_ids"]) for row in rows)
+    whole, _ = rows_of(tokenizer, example(SINGLE), long_answer, long_question)
+    before = sum(label != IGNORED for row in whole for label in row["labels"])
+    assert audit.lost_tokens == audit.found["lost_tokens"].count == before - audit.supervised_tokens > 0
 
 
 def test_a_row_of_just_max_length_is_whole(tokenizer: PreTrainedTokenizerBase) -> None:
     (row,), _ = rows_of(tokenizer, example(SINGLE))
     length = len(row["input_ids"]) - 1  # without the line break after the end token
-    (cut,), report = rows_of(tokenizer, example(SINGLE), max_length=length)
-    assert (report.truncated, report.ends_learned) == (1, 1)
+    (cut,), audit = rows_of(tokenizer, example(SINGLE), max_length=length)
+    assert (audit.found["truncated"].count, audit.ends_learned, audit.lost_tokens) == (1, 1, 0)
     assert cut["labels"] == row["labels"][:-1]
-    _, report = rows_of(tokenizer, example(SINGLE), max_length=length + 1)
-    assert report.truncated == 0
+    _, audit = rows_of(tokenizer, example(SINGLE), max_length=length + 1)
+    assert audit.found == {}
 
 
-def test_no_row_left(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match="max_length 4 cuts the answer off in all 2"):
-        rows_of(tokenizer, example(SINGLE), example(MULTI), max_length=4)
+def test_no_row_left(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [conversation("a", "b")])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: max_length 4 cuts off every answer; no row is left"):
+        prepare(plan(file, max_length=4), tokenizer)
 
 
 def test_nothing_to_learn_in_a_row(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match=r"^file:3: no token of the row would be learned"):
-        learned(tokenizer, Example("file:3", text="a"))
+    rows, audit = rows_of(tokenizer, Example("file.jsonl", 3, text="a"))
+    assert rows == []
+    assert audit.found["no_supervised_tokens"].first == "file.jsonl:3: no token of the row would be learned"
+    assert audit.dropped == {"no_supervised_tokens": 1}
 
 
 # --- text, and prompt and completion --------------------------------------------------------------
@@ -559,11 +580,11 @@ def test_a_completion_is_learned_with_one_end(
     tokenizer: PreTrainedTokenizerBase, loss_on: str, end: str, adds: str
 ) -> None:
     add_by_itself(tokenizer, "bos" in adds, "eos" in adds)
-    given = Example("t", prompt="say yes:", completion=" yes, yes" + end)
+    given = Example("t", 1, prompt="say yes:", completion=" yes, yes" + end)
     assert learned(tokenizer, given, loss_on) == [" yes, yes<|im_end|>"]
-    (row,), report = rows_of(tokenizer, given, loss_on=loss_on)
+    (row,), audit = rows_of(tokenizer, given, loss_on=loss_on)
     assert tokenizer.decode(row["input_ids"]) == "<|endoftext|>" * ("bos" in adds) + "say yes: yes, yes<|im_end|>"
-    assert report.ends_learned == report.answers == 1
+    assert audit.ends_learned == audit.answers == 1
 
 
 @pytest.mark.parametrize("end", ["", "<|im_end|>"])
@@ -571,17 +592,17 @@ def test_a_completion_is_learned_with_one_end(
 def test_a_text_is_learned_whole_with_one_end(tokenizer: PreTrainedTokenizerBase, end: str, adds: str) -> None:
     add_by_itself(tokenizer, "bos" in adds, "eos" in adds)
     for loss_on in ("assistant", "completion", "all"):
-        assert learned(tokenizer, Example("t", text="a cat sat\n" + end), loss_on) == ["a cat sat\n<|im_end|>"]
+        assert learned(tokenizer, Example("t", 1, text="a cat sat\n" + end), loss_on) == ["a cat sat\n<|im_end|>"]
 
 
 def test_a_start_in_the_data_is_not_doubled(tokenizer: PreTrainedTokenizerBase) -> None:
     add_by_itself(tokenizer)
-    (row,), _ = rows_of(tokenizer, Example("t", prompt="<|endoftext|>a", completion=" cat"))
+    (row,), _ = rows_of(tokenizer, Example("t", 1, prompt="<|endoftext|>a", completion=" cat"))
     assert tokenizer.decode(row["input_ids"]) == "<|endoftext|>a cat<|im_end|>"
 
 
 def test_loss_on_all_of_a_prompt_and_completion(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert learned(tokenizer, Example("t", prompt="say", completion=" yes"), "all") == ["say yes<|im_end|>"]
+    assert learned(tokenizer, Example("t", 1, prompt="say", completion=" yes"), "all") == ["say yes<|im_end|>"]
 
 
 def test_a_chat_template_that_writes_its_own_start(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -595,14 +616,12 @@ def test_a_chat_template_that_writes_its_own_start(tokenizer: PreTrainedTokenize
 
 def test_a_token_over_the_boundary_is_learned(tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(tokenizer("hello")["input_ids"]) < len(tokenizer("hel")["input_ids"]) + len(tokenizer("lo")["input_ids"])
-    assert learned(tokenizer, Example("t", prompt="say hel", completion="lo")) == [" hello<|im_end|>"]
-    assert learned(tokenizer, Example("t", prompt="say ", completion="yes")) == [" yes<|im_end|>"]
+    assert learned(tokenizer, Example("t", 1, prompt="say hel", completion="lo")) == [" hello<|im_end|>"]
+    assert learned(tokenizer, Example("t", 1, prompt="say ", completion="yes")) == [" yes<|im_end|>"]
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_same_labels_as_trl(tokenizer: PreTrainedTokenizerBase, tiny_model: Path, tmp_path: Path, bos: bool) -> None:
-    from datasets import Dataset
-
     add_by_itself(tokenizer, bos)
     pairs = [
         ("say yes:", " yes or no"),
@@ -618,7 +637,7 @@ def test_same_labels_as_trl(tokenizer: PreTrainedTokenizerBase, tiny_model: Path
         train_dataset=Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs]),
         processing_class=tokenizer,
     )
-    rows, _ = rows_of(tokenizer, *(Example("t", prompt=prompt, completion=completion) for prompt, completion in pairs))
+    rows, _ = rows_of(tokenizer, *(Example("t", 1, prompt=prompt, completion=completion) for prompt, completion in pairs))
     for ours, theirs, (prompt, _) in zip(rows, trainer.train_dataset, pairs, strict=True):
         assert ours["input_ids"] == theirs["input_ids"]
         if prompt or not bos:
@@ -640,65 +659,87 @@ def test_mixed_sources_keep_their_order(tokenizer: PreTrainedTokenizerBase, tmp_
     assert all(want in text for want, text in zip(wanted, decoded, strict=True))
     assert prepared.train.column_names == ["input_ids", "labels"]
     assert prepared.validation is None
-    assert prepared.validation_report is None
+    assert prepared.audit.validation_rows is None
 
 
 def test_rows_of_many_batches_keep_their_order(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lorafit.data, "_BATCH", 3)
-    examples = [example([user("q"), assistant(f"n{n}")]) if n % 5 else Example("t", text=f"n{n}") for n in range(23)]
+    monkeypatch.setattr(lorafit.data.encode, "_BATCH_ROWS", 3)
+    examples = [example([user("q"), assistant(f"n{n}")]) if n % 5 else Example("t", 1, text=f"n{n}") for n in range(23)]
     rows, _ = rows_of(tokenizer, *examples)
     assert len(rows) == 23
     for n, row in enumerate(rows):
         assert f"n{n}<|im_end|>" in tokenizer.decode(row["input_ids"])
 
 
-def split(tmp_path: Path, rows: int = 40, **changes: Any) -> tuple[list[str], list[str]]:
-    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {n}"} for n in range(rows)])
-    train, held_out = load_examples(plan(file, **{"validation_fraction": 0.25, **changes}))
-    return [str(e.text) for e in train], [str(e.text) for e in held_out]
+Split = Callable[..., tuple[list[str], list[str]]]
 
 
-def test_a_fraction_is_held_out(tmp_path: Path) -> None:
-    train, held_out = split(tmp_path)
+@pytest.fixture
+def split(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Split:
+    """Texts that are trained on and that are held out of a file with the texts `row 0`, `row 1` …"""
+
+    def go(rows: int = 40, texts: list[str] | None = None, **changes: Any) -> tuple[list[str], list[str]]:
+        texts = texts or [f"row {n}" for n in range(rows)]
+        file = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+        made = prepare(plan(file, **{"validation_fraction": 0.25, **changes}), tokenizer)
+        assert made.validation is not None
+        parts = [
+            [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in part]
+            for part in (made.train, made.validation)
+        ]
+        return parts[0], parts[1]
+
+    return go
+
+
+def test_a_fraction_is_held_out(split: Split) -> None:
+    train, held_out = split()
     assert (len(train), len(held_out)) == (30, 10)
     everything = [f"row {n}" for n in range(40)]
     assert sorted(train + held_out) == sorted(everything)
     assert train == [row for row in everything if row in train]  # in order
     assert held_out == [row for row in everything if row in held_out]
     assert held_out != everything[:10] != everything[-10:]
-    assert split(tmp_path) == (train, held_out)
-    others = [split(tmp_path, seed=seed)[1] for seed in range(5)]
+    assert split() == (train, held_out)
+    others = [split(seed=seed)[1] for seed in range(5)]
     assert len({tuple(other) for other in others}) == 5
 
 
 @pytest.mark.parametrize(("rows", "fraction", "count"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.05, 1), (3, 0.5, 2)])
-def test_both_parts_of_a_split_have_rows(tmp_path: Path, rows: int, fraction: float, count: int) -> None:
-    assert len(split(tmp_path, rows, validation_fraction=fraction)[1]) == count
+def test_both_parts_of_a_split_have_rows(split: Split, rows: int, fraction: float, count: int) -> None:
+    assert len(split(rows, validation_fraction=fraction)[1]) == count
 
 
-def test_one_row_cannot_be_split(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"dataset\.validation: one row can't be split"):
-        split(tmp_path, rows=1)
+def test_equal_rows_stay_on_one_side(split: Split) -> None:
+    texts = [f"row {n % 7}" for n in range(40)]
+    train, held_out = split(texts=texts)
+    assert sorted(train + held_out) == sorted(texts)
+    assert 0 < len(held_out) <= 10
+    assert not set(train) & set(held_out)
+
+
+def test_one_row_cannot_be_split(split: Split) -> None:
+    with pytest.raises(DataError, match=r"dataset\.validation: 1 row can't be split"):
+        split(rows=1)
 
 
 def test_validation_from_sources_of_its_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", [conversation("q", f"t{n}") for n in range(4)])
     held_out = write_jsonl(tmp_path / "held_out.jsonl", [conversation("q", f"v{n}") for n in range(2)])
-    source = SourcePlan(str(held_out), "messages", {}, None, None)
-    prepared: Prepared = prepare(plan(train, validation=(source,)), tokenizer)
+    prepared = prepare(plan(train, validation=(SourcePlan(str(held_out)),)), tokenizer)
     assert len(prepared.train) == 4
     assert prepared.validation is not None
-    assert prepared.validation_report is not None
-    assert prepared.validation_report.rows == len(prepared.validation) == 2
+    assert prepared.audit.validation_rows is not None
+    assert prepared.audit.validation_rows.rows == len(prepared.validation) == 2
     assert "v1" in tokenizer.decode(prepared.validation[1]["input_ids"])
 
 
-def test_a_source_without_rows(tmp_path: Path) -> None:
+def test_a_source_without_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     with pytest.raises(DataError, match=r"empty\.jsonl: there are no rows"):
-        load_examples(plan(empty))
+        prepare(plan(empty), tokenizer)
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -709,8 +750,8 @@ def test_packed_rows_do_not_see_each_other(
     tokenizer: PreTrainedTokenizerBase, tiny_model: Path, attention: str
 ) -> None:
     examples = [example(m) for m in CONVERSATIONS.values() if len(m) < 4]
-    rows, _ = tokenize(examples, Renderer(tokenizer, "assistant"), 256)
-    packed = pack_dataset(rows, 256)
+    rows, _ = rows_of(tokenizer, *examples, max_length=256)
+    packed = pack_dataset(Dataset.from_list(rows), 256)
     assert len(packed) < len(rows)
     assert sum(map(len, packed["seq_lengths"])) == len(rows)
     model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=attention, dtype=torch.float32).eval()

@@ -49,8 +49,9 @@ def test_a_run_writes_what_the_design_says(recipe: RecipeMaker, train: Train, ro
     assert run.load_plan().recipe["training"]["max_steps"] == 4
     manifest = run.load_manifest()
     assert manifest["data"]["files"] == {str(rows): hashlib.sha256(rows.read_bytes()).hexdigest()}
-    assert manifest["data"]["training"]["rows"] == 18
-    assert manifest["data"]["validation"]["rows"] == 6
+    audit = manifest["data"]["audit"]
+    assert (audit["training_rows"]["rows"], audit["validation_rows"]["rows"]) == (18, 6)
+    assert audit == run.load_plan().audit
     assert manifest["result"]["steps"] == 4
     assert manifest["versions"]["peft"]
     assert manifest["model"]["trainable_parameters"] == run.load_plan().trainable_parameters
@@ -347,4 +348,4 @@ def test_recipe_parents_are_in_the_plan(recipe: RecipeMaker, train: Train, tmp_p
 def test_rows_from_several_sources(recipe: RecipeMaker, train: Train, rows: Path, tmp_path: Path) -> None:
     more = write_jsonl(tmp_path / "more.jsonl", [{"instruction": "say", "input": "yes", "output": "no"}] * 3)
     run = train(recipe(dataset={"train": [{"path": str(rows)}, {"path": str(more)}]}))
-    assert run.load_manifest()["data"]["training"]["rows"] == 27
+    assert run.load_manifest()["data"]["audit"]["training_rows"]["rows"] == 27

@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 
 from lorafit.errors import ModelError
-from lorafit.facts.folder import from_folder, safetensors_header, weight_files
+from lorafit.facts.folder import TOKENIZER_FILES, from_folder, safetensors_header, weight_files
 from lorafit.facts.gguf import from_gguf, gguf_header
 from lorafit.facts.hub import from_hub, hub_unreachable, known_models
 from lorafit.facts.layouts import layout
 from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
 
 __all__ = [
+    "TOKENIZER_FILES",
     "ModelFacts",
     "Tensor",
     "TokenizerFacts",

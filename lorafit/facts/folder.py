@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -139,4 +140,28 @@ def tokenizer_facts(path: Path) -> TokenizerFacts | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{jinja}: can't be read: {error}") from None
     template = template if isinstance(template, str) else None
-    return TokenizerFacts(token("eos_token"), token("pad_token"), token("bos_token"), template)
+    return TokenizerFacts(token("eos_token"), token("pad_token"), token("bos_token"), template, _digest(path))
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""The files that shape a tokenizer."""
+
+
+def _digest(path: Path) -> str | None:
+    """Of the tokenizer's files; None where the vocabulary is not there (yet)."""
+    files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if not files or files[0].name not in TOKENIZER_FILES[:3]:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()

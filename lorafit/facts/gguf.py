@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import struct
 from pathlib import Path
@@ -51,7 +53,9 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
 
     template = metadata.get("tokenizer.chat_template")
     template = template if isinstance(template, str) else None
-    tokenizer = TokenizerFacts(token("eos"), token("padding"), token("bos"), template)
+    shaping = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    sha256 = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    tokenizer = TokenizerFacts(token("eos"), token("padding"), token("bos"), template, sha256)
     return ModelFacts(name, "gguf", "the GGUF header", config, tuple(layout(config)), tokenizer)
 
 

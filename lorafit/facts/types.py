@@ -26,12 +26,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the tokenizer's files say; None where they say nothing."""
+    """What the tokenizer's files say; None where they say nothing.
+
+    Attributes:
+        sha256: of everything that shapes the tokens; None where the files are not all there.
+    """
 
     eos_token: str | None = None
     pad_token: str | None = None
     bos_token: str | None = None
     chat_template: str | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ what is shown before a run is what runs. No torch, no transformers.
 
 from __future__ import annotations
 
-from lorafit.plan.make import NO_SDPA, make_plan, plan_recipe
+from lorafit.plan.make import NO_SDPA, make_plan, plan_recipe, with_audit
 from lorafit.plan.types import (
     Choice,
     DataPlan,
@@ -29,4 +29,5 @@ __all__ = [
     "make_schedule",
     "plan_recipe",
     "validation_rows",
+    "with_audit",
 ]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import importlib.util
+import itertools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafit.audit import Audit
+from lorafit.cache import known_audit
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect
 from lorafit.plan.types import Choice, DataPlan, Plan, Schedule, SourcePlan, make_schedule, validation_rows
 from lorafit.recipe import Mistake, Recipe, RecipeError, Source
-from lorafit.rows import Format, Row, detect_format, digest, is_local, read_rows
+from lorafit.rows import Format, detect_format, digest, is_local, read_rows, size_digest
 from lorafit.targets import (
     OUTPUT_HEADS,
     TargetError,
@@ -23,7 +29,7 @@ from lorafit.targets import (
     near,
     trainable_parameters,
 )
-from lorafit.template import TemplateFacts, inspect_template
+from lorafit.template import TemplateFacts, inspect_template, trl_templates, uses_date
 
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 DEFAULT_EPOCHS = 3.0
@@ -49,25 +55,58 @@ FLASH_NEEDS = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 """The compute capability from which a kernel runs."""
 
 
-def plan_recipe(recipe: Recipe, recipe_path: str | Path, hardware: Hardware | None = None) -> Plan:
+def plan_recipe(
+    recipe: Recipe, recipe_path: str | Path, hardware: Hardware | None = None, count_rows: bool = True
+) -> Plan:
     """Read the model's facts and the machine, and make the plan."""
     model = recipe.model
     facts = read_facts(model.name_or_path, model.revision)
-    return make_plan(recipe, facts, hardware or detect(), default_name=Path(recipe_path).stem)
+    return make_plan(recipe, facts, hardware or detect(), Path(recipe_path).stem, count_rows=count_rows)
 
 
 def make_plan(
-    recipe: Recipe, facts: ModelFacts, hardware: Hardware, default_name: str = "run", read_data: bool = True
+    recipe: Recipe,
+    facts: ModelFacts,
+    hardware: Hardware,
+    default_name: str = "run",
+    read_data: bool = True,
+    count_rows: bool = True,
 ) -> Plan:
     """Resolve a recipe for a model and a machine.
 
     Args:
         default_name: of the run directory below runs/, if the recipe names none.
-        read_data: whether to look into the data files, for their formats and number of rows.
+        read_data: whether to look into the data files, for their formats and contents.
+        count_rows: whether to read them through for the number of rows, where no audit knows it.
 
     Raises RecipeError with every choice that this model or machine can't carry out, and DataError.
     """
-    return _Planner(recipe, facts, hardware, read_data).plan(default_name)
+    return _Planner(recipe, facts, hardware, read_data, count_rows).plan(default_name)
+
+
+def with_audit(plan: Plan, audit: Audit) -> Plan:
+    """The plan, completed by what was counted of its data: the audit, and the number of steps."""
+    part = audit.training_rows
+    rows = None if plan.data.streaming else part.packs if plan.data.packing else part.rows
+    schedule = make_schedule(rows, plan.training_kwargs, plan.hardware.world_size)
+    return dataclasses.replace(
+        plan,
+        audit=audit.as_dict(),
+        schedule=schedule,
+        choices=plan.choices | {"steps": _steps_choice(schedule, rows, plan.data.packing)},
+        remarks=tuple(remark for remark in plan.remarks if remark not in (_PACKED_LATER, _NOT_AUDITED)),
+    )
+
+
+_PACKED_LATER = "The number of steps is known once the rows are packed."
+_NOT_AUDITED = "The data has not been audited yet: `lorafit preview` does it, and training before it loads weights."
+
+
+def _steps_choice(schedule: Schedule, rows: int | None, packing: bool) -> Choice:
+    if rows is None:
+        return Choice(schedule.total_steps, "max_steps; the rows are streamed")
+    kind = "packed rows" if packing else "rows"
+    return Choice(schedule.total_steps, f"{rows} {kind} make {schedule.steps_per_epoch} steps an epoch")
 
 
 @dataclass
@@ -76,6 +115,7 @@ class _Planner:
     facts: ModelFacts
     hardware: Hardware
     read_data: bool = True
+    count_rows: bool = True
     choices: dict[str, Choice] = field(default_factory=dict)
     mistakes: list[Mistake] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -93,14 +133,7 @@ class _Planner:
         quantization_kwargs = self._quantization_kwargs(dtype)
         if self.mistakes:
             raise RecipeError(self.mistakes)
-        rows = None if any(source.rows is None for source in train) else sum(s.rows or 0 for s in train)
-        schedule = None
-        if rows is not None and not data.packing:
-            held_out = validation_rows(rows, data.validation_fraction)
-            schedule = self._schedule(rows - held_out, training_kwargs)
-        elif data.packing:
-            self.remarks.append("The number of steps is known once the rows are packed.")
-        return Plan(
+        plan = Plan(
             name=Path(output_dir).name,
             output_dir=output_dir,
             recipe=self.recipe.resolved(),
@@ -114,9 +147,10 @@ class _Planner:
             loraplus_lr_ratio=self.recipe.lora.loraplus_lr_ratio if self.recipe.lora else None,
             training_kwargs=training_kwargs,
             data=data,
-            schedule=schedule,
+            schedule=None,
             remarks=tuple(self.remarks),
         )
+        return self._with_data(plan) if self.read_data else plan
 
     def choose(self, key: str, value: Any, reason: str) -> Any:
         self.choices[key] = Choice(value, reason)
@@ -316,6 +350,15 @@ class _Planner:
         path = self.recipe.model.chat_template
         if path is None:
             return None
+        known = trl_templates()
+        if not os.path.exists(Path(path).expanduser()) and path.removesuffix(".jinja") == path and "/" not in path:
+            if path not in known:
+                self.wrong(
+                    ("model", "chat_template"),
+                    f"no such file, and TRL ships no template {path!r}{near(path, list(known))} (docs/data.md lists them)",
+                )
+                return None
+            path = str(known[path])
         try:
             return Path(path).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -330,27 +373,61 @@ class _Planner:
         return train, [self._source(s, f"dataset.validation.{i}") for i, s in enumerate(dataset.validation)]
 
     def _source(self, source: Source, key: str) -> SourcePlan:
-        columns = dict(source.columns)
+        asked = SourcePlan(
+            source.path,
+            key,
+            _given(source.format),
+            dict(source.columns),
+            dict(source.template) if isinstance(source.template, dict) else source.template,
+            source.weight,
+            source.max_rows,
+        )
         if not is_local(source.path):
             hub = {"split": source.split, "name": source.name, "revision": source.revision}
-            return SourcePlan(source.path, _given(source.format), columns, hub, None)
+            return dataclasses.replace(asked, hub=hub)
         for name in ("split", "name", "revision"):
             if name in source.model_fields_set:
                 self.wrong((*_steps(key), name), "is for hub data sets; this is a local path")
         if not self.read_data:
-            return SourcePlan(source.path, _given(source.format), columns, None, None)
-        first: Row | None = None
-        count = 0
-        for row in read_rows(source.path):
-            first = first or row
-            count += 1
+            return asked
+        first = next(read_rows(source.path), None)
         if first is None:
             raise DataError(f"{source.path}: there are no rows")
-        format = _given(source.format)
+        format = asked.format
         if format is None:
-            format, reason = detect_format(first, columns)
+            format, reason = detect_format(first, asked.columns, asked.template, key)
             self.choose(f"{key}.format", format, reason)
-        return SourcePlan(source.path, format, columns, None, count, digest(source.path))
+        if format == "preference":
+            self.remarks.append(f"{key}: of each pair the chosen answer is learned.")
+        if format == "unpaired_preference":
+            self.remarks.append(f"{key}: the rows whose label is false are left out.")
+        streamed = self.recipe.dataset.streaming and key.startswith("dataset.train")
+        sha256 = size_digest(source.path) if streamed else digest(source.path)
+        return dataclasses.replace(asked, format=format, sha256=sha256)
+
+    def _with_data(self, plan: Plan) -> Plan:
+        """The plan with the number of steps, from an audit of this very data or by counting its rows."""
+        data = plan.data
+        known = None if data.streaming else known_audit(data)
+        if known is not None:
+            return with_audit(plan, Audit.from_dict(known))
+        schedule, choices = None, plan.choices
+        remarks = [*plan.remarks, _NOT_AUDITED]
+        if data.streaming:
+            schedule = make_schedule(None, plan.training_kwargs, self.hardware.world_size)
+        elif data.packing:
+            remarks.append(_PACKED_LATER)
+        if self.count_rows and not data.streaming:
+            data = dataclasses.replace(
+                data, train=tuple(map(_counted, data.train)), validation=tuple(map(_counted, data.validation))
+            )
+            counts = [source.rows for source in data.train]
+            if not data.packing and all(count is not None for count in counts):
+                rows = sum(round((source.rows or 0) * source.weight) for source in data.train)
+                rows -= validation_rows(rows, data.validation_fraction)
+                schedule = make_schedule(rows, plan.training_kwargs, self.hardware.world_size)
+                choices = choices | {"steps": _steps_choice(schedule, rows, data.packing)}
+        return dataclasses.replace(plan, data=data, schedule=schedule, choices=choices, remarks=tuple(remarks))
 
     def _data(
         self, train: list[SourcePlan], validation: list[SourcePlan], max_length: int, chat_template: str | None
@@ -360,6 +437,8 @@ class _Planner:
             self._conversations(chat_template)
         self._padding()
         fraction = recipe.dataset.validation if isinstance(recipe.dataset.validation, float) else None
+        tokenizer = self.facts.tokenizer
+        template = chat_template or (tokenizer.chat_template if tokenizer else None)
         return DataPlan(
             train=tuple(train),
             validation=tuple(validation),
@@ -370,6 +449,13 @@ class _Planner:
             seed=recipe.training.seed,
             chat_template=chat_template,
             trust_remote_code=recipe.model.trust_remote_code,
+            min_length=recipe.dataset.min_length,
+            excess_length_strategy=recipe.dataset.excess_length_strategy,
+            streaming=recipe.dataset.streaming,
+            shuffle=recipe.training.train_sampling_strategy != "sequential",
+            audit=recipe.dataset.audit.model_dump(),
+            date=datetime.date.today().isoformat() if template and uses_date(template) else None,
+            tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
         )
 
     def _conversations(self, replaced: str | None) -> None:
@@ -539,14 +625,12 @@ class _Planner:
         reason = "of the lowest validation loss" if best else "there is no validation loss to choose by"
         return bool(self.choose("training.load_best_model_at_end", best, reason))
 
-    def _schedule(self, rows: int, training_kwargs: dict[str, Any]) -> Schedule:
-        schedule = make_schedule(rows, training_kwargs, self.hardware.world_size)
-        self.choose(
-            "steps",
-            schedule.total_steps,
-            f"{rows} rows make {schedule.steps_per_epoch} steps an epoch",
-        )
-        return schedule
+
+def _counted(source: SourcePlan) -> SourcePlan:
+    if source.hub is not None:
+        return source
+    rows = sum(1 for _ in itertools.islice(read_rows(source.path), source.max_rows))
+    return dataclasses.replace(source, rows=rows)
 
 
 def is_installed(module: str) -> bool:

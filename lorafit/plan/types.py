@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorafit.hardware import Hardware
-from lorafit.rows import Format
+from lorafit.rows import Format, Shape
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,39 @@ class SourcePlan:
     """A data source with its format known.
 
     Attributes:
-        rows: None where only the hub can tell.
+        key: where the recipe has it, such as dataset.train.0.
+        format: None where only the hub can tell.
+        rows: None where they were not counted.
         sha256: of a local source's files; None where they were not read.
     """
 
     path: str
-    format: Format | None
-    columns: dict[str, str]
-    hub: dict[str, str | None] | None
-    rows: int | None
+    key: str = "dataset.train.0"
+    format: Format | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    template: str | dict[str, str] | None = None
+    weight: float = 1.0
+    max_rows: int | None = None
+    hub: dict[str, str | None] | None = None
+    rows: int | None = None
     sha256: str | None = None
+
+    def shape(self, format: Format) -> Shape:
+        """How its rows are read."""
+        return Shape(format, self.columns, self.template, self.key)
 
 
 @dataclass(frozen=True)
 class DataPlan:
+    """What is read, and how it becomes tokens.
+
+    Attributes:
+        shuffle: whether rows are mixed before they are packed, and a stream is shuffled.
+        audit: the limits, by rule.
+        date: the day that a chat template writes, if it writes one.
+        tokenizer_sha256: of the tokenizer's files; None where they are not there yet.
+    """
+
     train: tuple[SourcePlan, ...]
     validation: tuple[SourcePlan, ...]
     validation_fraction: float | None
@@ -48,6 +67,13 @@ class DataPlan:
     seed: int
     chat_template: str | None
     trust_remote_code: bool
+    min_length: int | None = None
+    excess_length_strategy: str = "truncate"
+    streaming: bool = False
+    shuffle: bool = True
+    audit: dict[str, float | None] = field(default_factory=dict)
+    date: str | None = None
+    tokenizer_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,7 @@ class Plan:
         training_kwargs: for SFTConfig, without what follows from the number of rows.
         data: what is read, and how it becomes tokens.
         schedule: None while the number of rows is not known.
+        audit: what was counted of the data (see lorafit.audit); None before it was tokenized.
         remarks: what the user should know, a sentence each.
     """
 
@@ -97,6 +124,7 @@ class Plan:
     data: DataPlan
     schedule: Schedule | None
     remarks: tuple[str, ...] = ()
+    audit: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -133,6 +161,8 @@ class Plan:
             "data",
         )
         machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
+        for source in (*whole["data"]["train"], *whole["data"]["validation"]):
+            del source["rows"]  # follows from the files
         return {part: whole[part] for part in parts} | {"hardware": machine}
 
     @property
@@ -140,15 +170,17 @@ class Plan:
         return int(self.model["trainable_parameters"])
 
 
-def make_schedule(rows: int, training_kwargs: dict[str, Any], world_size: int) -> Schedule:
-    """Steps from the number of training rows, as transformers' Trainer counts them.
+def make_schedule(rows: int | None, training_kwargs: dict[str, Any], world_size: int) -> Schedule:
+    """Steps from the number of training rows (None: a stream), as transformers' Trainer counts them.
 
     Evaluations and checkpoints per epoch become their number of steps, so that they happen inside
     a step, where an interrupted run can go on exactly.
     """
-    batches = math.ceil(math.ceil(rows / training_kwargs["per_device_train_batch_size"]) / world_size)
-    per_epoch = max(math.ceil(batches / training_kwargs["gradient_accumulation_steps"]), 1)
     total = training_kwargs["max_steps"]
+    per_epoch = total
+    if rows is not None:
+        batches = math.ceil(math.ceil(rows / training_kwargs["per_device_train_batch_size"]) / world_size)
+        per_epoch = max(math.ceil(batches / training_kwargs["gradient_accumulation_steps"]), 1)
     if total < 1:
         total = math.ceil(training_kwargs["num_train_epochs"] * per_epoch)
     every = min(per_epoch, total)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorafit.recipe.schema import Recipe
-from lorafit.rows import COLUMNS, OPTIONAL
+from lorafit.recipe.schema import Recipe, Source
+from lorafit.rows import COLUMNS, OPTIONAL, check_template
 
 Complaint = tuple[tuple[str | int, ...], str]
+ROW_COLUMNS = ("train", "weight")
+"""Columns by which a row of any format can say that it is not learned."""
 FOUR_BIT_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
@@ -93,14 +95,13 @@ def _dataset(recipe: Recipe) -> Iterator[Complaint]:
                     (*where, index, "format"),
                     f"text rows have no answer, so loss_on: {dataset.loss_on} has no meaning; use loss_on: all",
                 )
-            formats = COLUMNS if source.format == "auto" else [source.format]
-            known = {column: None for name in formats for column in (*COLUMNS[name], *OPTIONAL[name])}
-            for column in source.columns:
-                if column not in known:
-                    yield (
-                        (*where, index, "columns", column),
-                        f"no such column in the format {source.format}, which has: {', '.join(known)}",
-                    )
+            yield from _columns((*where, index), source)
+            if where[1] == "validation" and "weight" in source.model_fields_set:
+                yield (*where, index, "weight"), "has no effect on validation rows; remove it"
+    if dataset.min_length is not None and dataset.min_length > training.max_length:
+        yield ("dataset", "min_length"), f"is above training.max_length ({training.max_length}): no row would be left"
+    if dataset.streaming:
+        yield from _streaming(recipe)
     if dataset.validation is not None:
         return
     needs = "needs validation rows; add dataset.validation, such as 0.1"
@@ -112,6 +113,48 @@ def _dataset(recipe: Recipe) -> Iterator[Complaint]:
         yield ("training", "eval_strategy"), needs
     if "per_device_eval_batch_size" in given:
         yield ("training", "per_device_eval_batch_size"), needs
+
+
+def _columns(path: tuple[str | int, ...], source: Source) -> Iterator[Complaint]:
+    """The names in `columns` and `template` have to be the format's."""
+    formats = COLUMNS if source.format == "auto" else [source.format]
+    known = {column: None for name in formats for column in (*COLUMNS[name], *OPTIONAL[name])}
+    known |= dict.fromkeys(ROW_COLUMNS)
+    templates = source.template if isinstance(source.template, dict) else {}
+    for where, names in (("columns", source.columns), ("template", templates)):
+        for column in names:
+            if column not in known:
+                yield (
+                    (*path, where, column),
+                    f"no such column in the format {source.format}, which has: {', '.join(known)}",
+                )
+    for column in templates:
+        if column in source.columns:
+            yield (*path, "columns", column), "is made by the template as well; give one of them"
+    if isinstance(source.template, str) and source.format not in ("auto", "text"):
+        yield (*path, "template"), f"one text makes the column `text`; for {source.format} name the columns it makes"
+    single = {(): source.template} if isinstance(source.template, str) else {}
+    for rest, template in {**single, **{(name,): text for name, text in templates.items()}}.items():
+        try:
+            check_template(template)
+        except ValueError as error:
+            yield (*path, "template", *rest), str(error)
+
+
+def _streaming(recipe: Recipe) -> Iterator[Complaint]:
+    dataset, training = recipe.dataset, recipe.training
+    where = ("dataset", "streaming")
+    if training.max_steps is None:
+        yield where, "the number of rows of a stream is not known; add training.max_steps"
+    if isinstance(dataset.validation, float):
+        yield ("dataset", "validation"), "no fraction of a stream can be held out; name sources of their own"
+    if training.dataloader_num_workers:
+        yield ("training", "dataloader_num_workers"), "must be 0 for a stream, which is audited as it comes"
+    if training.train_sampling_strategy == "group_by_length":
+        yield ("training", "train_sampling_strategy"), "the lengths of a stream's rows are not known; use random"
+    for name in ("eval_strategy", "save_strategy"):
+        if getattr(training, name) == "epoch":
+            yield ("training", name), "a stream's epochs are not known; use steps"
 
 
 def _training(recipe: Recipe) -> Iterator[Complaint]:

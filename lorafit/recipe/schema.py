@@ -66,8 +66,8 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Whether to run Python code that the model's repository ships. Off: such a model is refused."""
     chat_template: Text | None = None
-    """Path of a Jinja file that replaces the tokenizer's chat template, in training and in what is
-    saved."""
+    """What replaces the tokenizer's chat template, in training and in what is saved: the path of a
+    Jinja file, or the name of a template that TRL ships, such as `qwen3` (docs/data.md lists them)."""
 
 
 class QuantizationSection(Section):
@@ -127,12 +127,31 @@ class LoraSection(Section):
 
 class Source(Section):
     path: Text
-    """A .json, .jsonl, .csv or .parquet file, a folder of them, or a hub data set's id. Relative to
-    the working directory."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
-    """Shape of the rows. `auto` decides from the columns and says why."""
+    """A .json, .jsonl, .csv or .parquet file (the first three also with .gz or .zst), a folder of
+    them, a pattern such as `data/*.jsonl`, or a hub data set's id. Relative to the working directory."""
+    format: Literal[
+        "auto",
+        "alpaca",
+        "messages",
+        "sharegpt",
+        "prompt_completion",
+        "text",
+        "preference",
+        "unpaired_preference",
+    ] = "auto"
+    """Shape of the rows. `auto` decides from the columns and says why. Of a preference row the chosen
+    answer is learned; of unpaired ones, those whose label is true."""
     columns: dict[str, Text] = Field(default_factory=dict)
-    """The file's name for a column that the format expects, such as `output: answer`."""
+    """The file's name for a column that the format expects, such as `output: answer`, or the path to
+    a nested one, such as `output: instances.0.output`."""
+    template: Text | dict[str, Text] | None = None
+    """Jinja (sandboxed) that makes the format's columns from a row's, for rows of another shape: one
+    text for the column `text`, or texts by column, such as `prompt: "Q: {{ question }}"`."""
+    weight: PositiveFloat = 1.0
+    """How often the rows are seen in an epoch: 2 is twice each, 0.5 a random half of them. When
+    streaming: the source's share of the rows, relative to the other sources' weights."""
+    max_rows: PositiveInt | None = None
+    """Read this many rows, from the start, and no more."""
     split: Text = "train"
     """Hub data sets only: the split to read."""
     name: Text | None = None
@@ -144,21 +163,68 @@ class Source(Section):
 Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class AuditSection(Section):
+    """Limits, each a share from 0 to 1 of what it counts; null: no limit. A source over a limit stops
+    training before weights are loaded. Rows that can't be learned are left out where the limit lets
+    them pass."""
+
+    empty_answers: Share | None = 0.0
+    """Rows with an empty answer, or none."""
+    not_utf8: Share | None = 0.0
+    """Rows with text that is not UTF-8."""
+    no_supervised_tokens: Share | None = 0.0
+    """Rows of which no token is learned."""
+    answers_left_out: Share | None = 0.0
+    """Rows of which the chat template leaves out an answer or a tool call."""
+    context_left_out: Share | None = 0.0
+    """Rows of which the chat template leaves out the tools or the reasoning. These are not left out."""
+    special_tokens_in_content: Share | None = 0.0
+    """Conversations whose words hold text that becomes a control token, such as an end of turn."""
+    bos: Share | None = 0.0
+    """Rows with other than one beginning-of-sequence token, where the tokenizer adds one to text."""
+    untrained_ends: Share | None = 0.0
+    """Answers whose end token is not learned, from which the model would not learn to stop."""
+    truncated: Share | None = None
+    """Rows that are cut at max_length."""
+    lost_tokens: Share | None = 0.5
+    """Learned tokens that are lost to max_length."""
+    answers_cut_off: Share | None = 0.1
+    """Rows that are left out since max_length cuts off their answers whole."""
+    duplicates: Share | None = 0.5
+    """Training rows that repeat an earlier one. A validation fraction keeps equal rows together."""
+    leaked: Share | None = 0.0
+    """Validation rows that are training rows as well."""
+
+
 class DatasetSection(Section):
     train: Sources
-    """Where the training rows come from; several sources are concatenated."""
+    """Where the training rows come from; several sources are mixed by their weights."""
     validation: Annotated[float, Field(gt=0, lt=1)] | Sources | None = None
     """Held-out rows: a fraction of the training rows, taken at random with the run's seed, or
     sources of their own. None: no evaluation."""
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     """Which tokens are learned: every answer in a conversation with its end-of-turn token
-    (assistant), only the last one (completion), or every token (all). Rows in the text format are
-    always learned whole."""
+    (assistant), only the last one or the completion column (completion), or every token (all). Rows in
+    the text format are always learned whole. A turn or a row with `train: false` or `weight: 0` is not
+    learned."""
+    min_length: PositiveInt | None = None
+    """Leave out rows with fewer tokens than this."""
+    excess_length_strategy: Literal["truncate", "drop"] = "truncate"
+    """What becomes of rows longer than max_length: they are cut at the end, or left out. Both are
+    counted and reported."""
+    streaming: bool = False
+    """Tokenize while training instead of before, for data that should not be read whole first. Needs
+    max_steps. Only the first rows are audited before training, the others as they come."""
+    audit: AuditSection = Field(default_factory=AuditSection)
+    """How much may be wrong with the data before training is refused."""
 
 
 class TrainingSection(Section):
     max_length: PositiveInt = 2048
-    """Tokens per row; longer rows are cut at the end, which is counted and reported."""
+    """Tokens per row; see dataset.excess_length_strategy for longer rows."""
     packing: bool = False
     """Fill each row of max_length tokens with several examples, which do not see each other."""
     num_train_epochs: PositiveFloat | None = None

@@ -1,0 +1,178 @@
+"""The audit: what is counted of the data while it is tokenized, and the limits that gate training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How often something was found, and the first place as a complete line (`file:line: what is wrong`)."""
+
+    count: int
+    first: str
+
+
+@dataclass
+class SourceAudit:
+    """What became of a source's rows.
+
+    Attributes:
+        masks: how the answers were found.
+        read: rows read.
+        rows: rows that can be trained on.
+        tokens: their tokens, after cutting at max_length.
+        supervised_tokens: those of them that are in the loss.
+        answers: answers to learn, before cutting.
+        ends_learned: answers whose end is in the loss, after cutting.
+        lost_tokens: supervised tokens that cutting lost, those of dropped rows included.
+        longest: tokens of the longest row, before cutting.
+        dropped: rows left out, by reason.
+        found: by the name of the audit's rule, how often it was broken.
+    """
+
+    path: str
+    masks: str = ""
+    read: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    answers: int = 0
+    ends_learned: int = 0
+    lost_tokens: int = 0
+    longest: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    found: dict[str, Finding] = field(default_factory=dict)
+
+    def count(self, rule: str, line: str, times: int = 1) -> None:
+        """Count a finding; `line` is kept for the first."""
+        before = self.found.get(rule)
+        self.found[rule] = Finding(before.count + times, before.first) if before else Finding(times, line)
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def of(self, rule: str) -> int:
+        """How many there are of what the rule counts a share of."""
+        return {
+            "untrained_ends": self.answers,
+            "lost_tokens": self.supervised_tokens + self.lost_tokens,
+        }.get(rule, self.read)
+
+
+@dataclass(frozen=True)
+class PartAudit:
+    """The training or the validation rows as they will be used: split, mixed and repeated.
+
+    Attributes:
+        packs: rows of max_length after packing; None without packing.
+    """
+
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    packs: int | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the data is, as counted.
+
+    Attributes:
+        train, validation: the sources, in the recipe's order.
+        training_rows, validation_rows: what is made of them; None without validation.
+        duplicates: training rows that repeat an earlier one.
+        leaked: validation rows that are training rows as well.
+        whole: whether every row was looked at (a stream is looked at in part).
+    """
+
+    train: tuple[SourceAudit, ...]
+    validation: tuple[SourceAudit, ...]
+    training_rows: PartAudit
+    validation_rows: PartAudit | None = None
+    duplicates: Finding | None = None
+    leaked: Finding | None = None
+    whole: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able values, as `from_dict` takes them."""
+        raw = dataclasses.asdict(self)
+        return raw | {"train": list(raw["train"]), "validation": list(raw["validation"])}
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Audit:
+        def finding(value: Any) -> Finding | None:
+            return Finding(**value) if value else None
+
+        def source(value: Any) -> SourceAudit:
+            return source_from_dict(value)
+
+        return Audit(
+            train=tuple(map(source, raw["train"])),
+            validation=tuple(map(source, raw["validation"])),
+            training_rows=PartAudit(**raw["training_rows"]),
+            validation_rows=PartAudit(**raw["validation_rows"]) if raw["validation_rows"] else None,
+            duplicates=finding(raw["duplicates"]),
+            leaked=finding(raw["leaked"]),
+            whole=raw["whole"],
+        )
+
+    @property
+    def masks(self) -> str:
+        return ", ".join(dict.fromkeys(source.masks for source in self.train))
+
+
+def source_from_dict(raw: Mapping[str, Any]) -> SourceAudit:
+    return SourceAudit(**{**raw, "found": {rule: Finding(**value) for rule, value in raw["found"].items()}})
+
+
+RULES: dict[str, str] = {
+    "empty_answers": "rows with an empty answer",
+    "not_utf8": "rows with text that is not UTF-8",
+    "no_supervised_tokens": "rows with nothing to learn",
+    "answers_left_out": "rows of which the chat template leaves out an answer",
+    "context_left_out": "rows of which the chat template leaves out tools or reasoning",
+    "special_tokens_in_content": "rows with control tokens in their words",
+    "bos": "rows with other than one beginning-of-sequence token",
+    "untrained_ends": "answers whose end token is not learned",
+    "truncated": "rows cut at max_length",
+    "lost_tokens": "learned tokens lost to max_length",
+    "answers_cut_off": "rows whose answers max_length cuts off whole",
+    "duplicates": "training rows that repeat an earlier one",
+    "leaked": "validation rows that are training rows, too",
+}
+"""What each rule counts, for tables and messages. The recipe's section `dataset.audit` has their limits."""
+
+Limits = Mapping[str, float | None]
+
+
+def breaches(audit: Audit, limits: Limits) -> Iterator[str]:
+    """A line for every limit that is exceeded, with the first place; per source where a source can break it."""
+    for source in (*audit.train, *audit.validation):
+        yield from source_breaches(source, limits)
+    for rule, finding, part in (
+        ("duplicates", audit.duplicates, audit.training_rows),
+        ("leaked", audit.leaked, audit.validation_rows),
+    ):
+        if finding and part:
+            yield from _breach(rule, finding, part.rows, limits)
+
+
+def source_breaches(source: SourceAudit, limits: Limits) -> Iterator[str]:
+    for rule, finding in source.found.items():
+        yield from _breach(rule, finding, source.of(rule), limits)
+
+
+def _breach(rule: str, finding: Finding, total: int, limits: Limits) -> Iterator[str]:
+    limit = limits.get(rule)
+    share = finding.count / max(total, 1)
+    if limit is None or share <= limit:
+        return
+    yield f"{finding.first} (dataset.audit.{rule}: {finding.count} of {total}, {_percent(share)}, is above {limit:.4g})"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share >= 0.0001 else f"{share:.2g}"

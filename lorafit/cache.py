@@ -1,0 +1,165 @@
+"""Where tokenized data is kept between runs: folders named by the hash of everything that shaped them.
+
+    <cache>/lorafit/rows/<key>/   one source, tokenized: rows.arrow and audit.json
+    <cache>/lorafit/sets/<key>/   what a recipe makes of its sources: audit.json, the order, the packs
+
+Changing a byte of a data file, the tokenizer, the template, a setting or lorafit's own code gives
+another key. Entries are whole or absent, one process makes an entry while others wait, and the least
+recently used entries make way for new ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock, Timeout
+
+from lorafit.staging import discard, staged
+
+if TYPE_CHECKING:
+    from lorafit.plan.types import DataPlan, SourcePlan
+
+T = TypeVar("T")
+DAMAGED = (OSError, ValueError, KeyError, TypeError)
+"""What reading a damaged entry raises (pyarrow's errors are ValueErrors or OSErrors)."""
+LIMIT_BYTES = 20 << 30
+"""What all entries may take together."""
+_PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
+_CODE = ("rows", "data", "template.py", "audit.py")
+_SHAPING = (
+    "loss_on",
+    "max_length",
+    "min_length",
+    "excess_length_strategy",
+    "chat_template",
+    "date",
+    "tokenizer_sha256",
+    "trust_remote_code",
+)
+
+
+def rows_key(plan: DataPlan, source: SourcePlan) -> str | None:
+    """The name of a tokenized source's entry; None where what it is made of is not known."""
+    if source.sha256 is None or plan.tokenizer_sha256 is None:
+        return None
+    shaping = {name: getattr(plan, name) for name in _SHAPING}
+    own = dataclasses.asdict(source)
+    for name in ("rows", "weight", "key"):
+        del own[name]
+    return _hash([own, shaping, code_version()])
+
+
+def set_key(plan: DataPlan) -> str | None:
+    """The name of the entry of all sources together; None where a source has none."""
+    sources = [(rows_key(plan, source), source.weight) for source in plan.train]
+    held_out = [(rows_key(plan, source), source.weight) for source in plan.validation]
+    if any(key is None for key, _ in (*sources, *held_out)):
+        return None
+    return _hash([sources, held_out, plan.validation_fraction, plan.packing, plan.shuffle, plan.seed])
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of what turns rows into tokens: lorafit's own modules, and the versions of the libraries."""
+    package = Path(__file__).parent
+    files = [
+        file for name in _CODE for file in (sorted((package / name).glob("*.py")) or [package / name]) if file.is_file()
+    ]
+    return _hash([[hashlib.sha256(file.read_bytes()).hexdigest() for file in files], [version(p) for p in _PACKAGES]])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/lorafit, or ~/.cache/lorafit; a temporary folder where that can't be written."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError:
+        temporary = tempfile.mkdtemp(prefix="lorafit-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
+
+
+def entry(kind: str, key: str) -> Path:
+    """The folder of an entry, there or not."""
+    return cache_folder() / kind / key
+
+
+def known_audit(plan: DataPlan) -> dict[str, Any] | None:
+    """The audit of exactly this data, if it was made before."""
+    key = set_key(plan)
+    if key is None:
+        return None
+    try:
+        return dict(json.loads((entry("sets", key) / "audit.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def kept(folder: Path, make: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """What `read` gives for an entry, which is made first if it is not there or damaged.
+
+    Args:
+        make: fills a new folder.
+        read: opens a whole one; any error of the kinds in DAMAGED has it made anew.
+    """
+    with held(folder):
+        if folder.is_dir():
+            with contextlib.suppress(*DAMAGED):
+                return read(folder)
+        with staged(folder) as partial:
+            make(partial)
+        return read(folder)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold an entry for this process: others wait, and nobody prunes it. Marks it as used."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(_lock_file(folder)):
+        yield
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def prune(keep: set[Path], limit: int | None = None) -> None:
+    """Remove the least recently used entries until all take at most `limit` bytes.
+
+    Entries in `keep`, and those that another process holds, stay.
+    """
+    limit = LIMIT_BYTES if limit is None else limit
+    found = []
+    for folder in cache_folder().glob("*/[!.]*"):
+        with contextlib.suppress(OSError):  # another process may be pruning as well
+            found.append((folder.stat().st_mtime, sum(f.stat().st_size for f in folder.iterdir()), folder))
+    total = sum(size for _, size, _ in found)
+    for _, size, folder in sorted(found):
+        if total <= limit:
+            return
+        if folder in keep:
+            continue
+        with contextlib.suppress(Timeout, OSError), FileLock(_lock_file(folder)).acquire(timeout=0):
+            discard(folder)
+            total -= size

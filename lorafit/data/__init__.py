@@ -1,0 +1,307 @@
+"""Data sources -> audited, tokenized rows with labels, in the shape that TRL's trainer takes.
+
+    rows (lorafit.rows) -> render (text and spans) -> encode (tokens and labels) -> table (Arrow, cached)
+    -> mix (split, weights, order) -> packs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+from lorafit.audit import Audit, Finding, PartAudit, SourceAudit, breaches
+from lorafit.cache import entry, kept, prune, rows_key, set_key
+from lorafit.data.encode import IGNORED, Lengths, TokenRow, read_examples, tokenize
+from lorafit.data.mix import Indices, repeated, shared, split, weighted
+from lorafit.data.progress import counted
+from lorafit.data.render import Rendered, Renderer, special_tokens
+from lorafit.data.table import TRAINED, column, read_table, write_table
+from lorafit.errors import DataError
+from lorafit.plan.types import DataPlan, SourcePlan, validation_rows
+from lorafit.rows import Row, detect_format, digest, place_of, read_rows
+
+__all__ = [
+    "IGNORED",
+    "Lengths",
+    "Prepared",
+    "Rendered",
+    "Renderer",
+    "TokenRow",
+    "gate",
+    "prepare",
+    "read_examples",
+    "special_tokens",
+    "tokenize",
+]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that can be trained on, and what the data is.
+
+    Attributes:
+        train: `input_ids` and `labels`, unpadded; packed if the plan says so. A stream if it says so.
+        validation: the same, never packed, with all columns of a tokenized source.
+        rows: the training rows before packing, with all columns; None for a stream.
+        streamed: for a stream, what is counted while it is trained on.
+    """
+
+    train: Dataset | IterableDataset
+    validation: Dataset | None
+    audit: Audit
+    rows: Dataset | None = None
+    streamed: tuple[SourceAudit, ...] = ()
+
+    def final_audit(self) -> Audit:
+        """The audit after training: of a stream, what was seen of it."""
+        if not self.streamed:
+            return self.audit
+        totals = (
+            sum(getattr(source, name) for source in self.streamed) for name in ("rows", "tokens", "supervised_tokens")
+        )
+        return dataclasses.replace(self.audit, train=self.streamed, training_rows=PartAudit(*totals))
+
+
+def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: Console | None = None) -> Prepared:
+    """Read, render, tokenize, count, split and mix; from the cache where nothing has changed.
+
+    Raises DataError for what can't be read. Faults that have a limit are counted: see `gate`.
+    """
+    plan = with_digests(plan, tokenizer)
+    if plan.streaming:
+        from lorafit.data.stream import prepare_stream
+
+        return prepare_stream(plan, tokenizer, console)
+    renderer = Renderer(tokenizer, plan.loss_on, plan.date)
+    train = [source_table(plan, source, renderer, console) for source in plan.train]
+    held_out = [source_table(plan, source, renderer, console) for source in plan.validation]
+    folder = entry("sets", str(set_key(plan)))
+    made = kept(
+        folder,
+        lambda partial: make_set(plan, train, held_out, partial),
+        lambda whole: read_set(plan, train, held_out, whole),
+    )
+    prune({folder, *(table.folder for table in (*train, *held_out))})
+    return made
+
+
+def with_digests(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> DataPlan:
+    """The plan with hashes of everything that shapes the data, where the light half could not have them."""
+
+    def settled(source: SourcePlan) -> SourcePlan:
+        known = source.sha256 or (digest(source.path) if source.hub is None else hub_rows(source)._fingerprint)
+        return dataclasses.replace(source, sha256=known)
+
+    own = plan.tokenizer_sha256
+    if own is None:
+        parts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+        own = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+    return dataclasses.replace(
+        plan,
+        train=tuple(map(settled, plan.train)),
+        validation=tuple(map(settled, plan.validation)),
+        tokenizer_sha256=own,
+    )
+
+
+def gate(audit: Audit, limits: dict[str, float | None]) -> None:
+    """Raises DataError with a line for every limit of `dataset.audit` that the data exceeds."""
+    lines = list(breaches(audit, limits))
+    if lines:
+        hint = "mend the data, or raise the limits under dataset.audit; `lorafit preview` shows the rows"
+        raise DataError("\n".join([*lines, hint]))
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A tokenized source."""
+
+    folder: Path
+    rows: Dataset
+    audit: SourceAudit
+
+
+def source_table(plan: DataPlan, source: SourcePlan, renderer: Renderer, console: Console | None) -> SourceTable:
+    """A source's rows as tokens: from the cache, or made and put there."""
+    folder = entry("rows", str(rows_key(plan, source)))
+
+    def make(partial: Path) -> None:
+        audit = SourceAudit(source.path)
+        write_table(partial, counted(tokenize_source(plan, source, renderer, audit), source, console), audit)
+
+    return kept(folder, make, lambda whole: SourceTable(folder, *read_table(whole)))
+
+
+def tokenize_source(
+    plan: DataPlan, source: SourcePlan, renderer: Renderer, audit: SourceAudit
+) -> Iterator[list[TokenRow]]:
+    """A source's rows as tokens, in batches. Raises DataError if it has no rows."""
+    rows = itertools.islice(rows_of(source), source.max_rows)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{source.path}: there are no rows")
+    format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
+    examples = read_examples(itertools.chain([first], rows), source.shape(format), audit)
+    lengths = Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop")
+    yield from tokenize(examples, renderer, lengths, audit)
+
+
+def rows_of(source: SourcePlan) -> Iterator[Row]:
+    """The rows of a source, in order. Raises DataError."""
+    if source.hub is None:
+        return read_rows(source.path)
+    return (Row(source.path, number, dict(fields)) for number, fields in enumerate(hub_rows(source), 1))
+
+
+def hub_rows(source: SourcePlan) -> Dataset:
+    """A hub data set, from the client's cache where it is there. Raises DataError."""
+    hub = source.hub or {}
+    try:
+        return load_dataset(source.path, hub["name"], split=hub["split"], revision=hub["revision"])
+    except Exception as error:  # noqa: BLE001 - the client raises dozens of types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{source.path}: no such local file, and the hub did not give it as a data set: {reason}"
+        ) from None
+
+
+# --- the set of all sources -----------------------------------------------------------------------
+
+
+def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTable], folder: Path) -> None:
+    """Split, mix, compare and pack, and write what came of it."""
+    rows, other = together(train), together(held_out)
+    for tables, part in ((train, rows), (held_out, other)):
+        if tables and not len(part):
+            raise no_row_left(plan, tables)
+    training, validation = split_rows(plan, rows)
+    if not held_out:
+        other = rows
+    else:
+        validation = np.arange(len(other))
+    order = mixed(plan, train, training)
+    np.save(folder / "training.npy", order)
+    np.save(folder / "validation.npy", validation)
+    packs = None
+    if plan.packing:
+        shuffled = np.random.default_rng(plan.seed).permutation(order) if plan.shuffle else order
+        packs = len(pack(rows.select(shuffled), plan.max_length, folder / "packed.arrow"))
+    audit = Audit(
+        train=tuple(table.audit for table in train),
+        validation=tuple(table.audit for table in held_out),
+        training_rows=part_audit(rows, order, packs),
+        validation_rows=part_audit(other, validation) if len(validation) else None,
+        duplicates=duplicates(rows, training),
+        leaked=leaked(rows, training, other, validation),
+    )
+    (folder / "audit.json").write_text(json.dumps(audit.as_dict()), encoding="utf-8")
+
+
+def read_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTable], folder: Path) -> Prepared:
+    """What `make_set` wrote, with the sources' rows in place."""
+    audit = Audit.from_dict(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
+    rows = together(train)
+    validation = np.load(folder / "validation.npy")
+    other = (together(held_out) if held_out else rows).select(validation) if len(validation) else None
+    chosen = rows.select(np.load(folder / "training.npy"))
+    trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(TRAINED)
+    return Prepared(trained, other, audit, chosen)
+
+
+def together(tables: list[SourceTable]) -> Dataset:
+    return concatenate_datasets([table.rows for table in tables]) if tables else Dataset.from_dict({})
+
+
+def prepare_held_out(
+    plan: DataPlan, renderer: Renderer, console: Console | None
+) -> tuple[Dataset | None, tuple[SourceAudit, ...], PartAudit | None]:
+    """The rows of the validation sources alone, for training rows that are streamed."""
+    if not plan.validation:
+        return None, (), None
+    tables = [source_table(plan, source, renderer, console) for source in plan.validation]
+    rows = together(tables)
+    if not len(rows):
+        raise no_row_left(plan, tables)
+    return rows, tuple(table.audit for table in tables), part_audit(rows, np.arange(len(rows)))
+
+
+def split_rows(plan: DataPlan, rows: Dataset) -> tuple[Indices, Indices]:
+    """Training and held-out indices. Raises DataError where a fraction leaves one of them empty."""
+    if plan.validation_fraction is None:
+        return np.arange(len(rows)), np.arange(0)
+    count = validation_rows(len(rows), plan.validation_fraction)
+    training, validation = split(column(rows, "key"), count, plan.seed)
+    if not len(training) or not len(validation):
+        raise DataError(
+            f"dataset.validation: {len(rows)} row{'s' * (len(rows) > 1)} can't be split into training and validation "
+            "rows that differ"
+        )
+    return training, validation
+
+
+def mixed(plan: DataPlan, tables: list[SourceTable], training: Indices) -> Indices:
+    """The training indices, each source's as often as its weight says. Raises DataError if none is left."""
+    bounds = np.cumsum([0, *(len(table.rows) for table in tables)])
+    parts = [
+        weighted(training[(training >= begin) & (training < end)], source.weight, plan.seed + number)
+        for number, (source, begin, end) in enumerate(zip(plan.train, bounds[:-1], bounds[1:], strict=True))
+    ]
+    if not sum(map(len, parts)):
+        raise DataError("dataset.train: the weights leave no row to train on")
+    return np.concatenate(parts)
+
+
+def pack(rows: Dataset, max_length: int, file: Path | None = None) -> Dataset:
+    """Rows of at most `max_length` tokens with several examples each: TRL's best fit, a thousand rows at a time."""
+    where = {"cache_file_name": str(file)} if file else {"keep_in_memory": True}
+    return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
+
+
+def part_audit(rows: Dataset, chosen: Indices, packs: int | None = None) -> PartAudit:
+    tokens, learned = (int(column(rows, name)[chosen].sum()) for name in ("length", "learned"))
+    return PartAudit(len(chosen), tokens, learned, packs)
+
+
+def duplicates(rows: Dataset, training: Indices) -> Finding | None:
+    count, row, earlier = repeated(column(rows, "key")[training])
+    if not count:
+        return None
+    return Finding(count, f"{place(rows, training[row])}: repeats {place(rows, training[earlier])}")
+
+
+def leaked(rows: Dataset, training: Indices, other: Dataset, validation: Indices) -> Finding | None:
+    if not len(validation):
+        return None
+    count, row, known = shared(column(other, "key")[validation], column(rows, "key")[training])
+    if not count:
+        return None
+    line = f"{place(other, validation[row])}: is a training row as well, {place(rows, training[known])}"
+    return Finding(count, line)
+
+
+def place(rows: Dataset, index: int) -> str:
+    """Where a tokenized row comes from."""
+    row = rows.select_columns(["file", "number"])[int(index)]
+    return place_of(row["file"], row["number"])
+
+
+def no_row_left(plan: DataPlan, tables: list[SourceTable]) -> DataError:
+    audits = [table.audit for table in tables]
+    reasons = dict.fromkeys(reason for audit in audits for reason in audit.dropped)
+    found = [audit.found[reason].first for audit in audits for reason in audit.dropped if reason in audit.found]
+    where = found[0] if found else audits[0].path
+    return DataError(f"{where}; no row is left to learn from ({', '.join(reasons)}; max_length {plan.max_length})")

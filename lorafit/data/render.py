@@ -1,0 +1,371 @@
+"""Rows as text: the chat template applied once, and the answers found in it as spans of characters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from trl import get_training_chat_template
+
+from lorafit.errors import DataError
+from lorafit.rows import Example, Fault, Message
+from lorafit.template import GENERATION, inspect_template, uses_date
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_OTHER = "\ue0ff"
+"""An answer that differs from every other in its first character (which is for private use)."""
+UNTRAINED = "train: false"
+"""Why a row is left out that says itself that it is not to be learned."""
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    Attributes:
+        spans: the learned answers with their ends, as character ranges in order.
+        special: whether the tokenizer adds its special tokens (a chat template writes its own).
+        question: what the last answer answers, for people.
+        remarks: what an audit rule counts, without dropping the row: rule -> what it is.
+    """
+
+    file: str
+    number: int
+    text: str
+    spans: tuple[Span, ...]
+    special: bool
+    question: str
+    remarks: dict[str, str]
+
+
+class Renderer:
+    """Renders examples as text and finds their answers.
+
+    Args:
+        loss_on: `assistant`, `completion` or `all`, as in the recipe.
+        date: the day (ISO) that a template which writes the date is given. None: today.
+
+    `masks` says how answers in conversations are found: by `{% generation %}` markers (of the
+    template, or of the training version of it that TRL ships), or, where there are none, by
+    rendering the conversation turn by turn and taking what each assistant turn adds.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, date: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        self.eos = str(tokenizer.eos_token or "")
+        self.special = special_tokens(tokenizer)
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special)) or "(?!)")
+        self._firsts = {token[0] for token in self.special if token}
+        named: Any = tokenizer.chat_template
+        named = named if isinstance(named, dict) else {"default": named}
+        self._templates = {
+            name: ChatTemplate(tokenizer, template, self.special, date)
+            for name, template in named.items()
+            if name in ("default", "tool_use") and template is not None
+        }
+        self.masks = self._templates["default"].masks if "default" in self._templates else "turn by turn"
+
+    def render(self, example: Example) -> Rendered:
+        """Raises DataError for a row that the template refuses, and Fault for one whose answer it leaves out."""
+        if example.text is not None:
+            text = example.text if self.eos and example.text.endswith(self.eos) else example.text + self.eos
+            return Rendered(example.file, example.number, text, ((0, len(text)),), True, "", {})
+        if example.prompt is not None:
+            completion = example.completion or ""
+            ended = completion if self.eos and completion.endswith(self.eos) else completion + self.eos
+            text = example.prompt + ended
+            span = (0 if self.loss_on == "all" else len(example.prompt), len(text))
+            return Rendered(example.file, example.number, text, (span,), True, example.prompt, {})
+        return self._conversation(example)
+
+    def _template_for(self, example: Example) -> ChatTemplate:
+        found = self._templates.get("tool_use") if example.tools else None
+        found = found or self._templates.get("default")
+        if found is None:
+            raise DataError(
+                f"{example.place}: a conversation needs a chat template, and the tokenizer has none; set "
+                "model.chat_template to a Jinja file"
+            )
+        return found
+
+    def _conversation(self, example: Example) -> Rendered:
+        template = self._template_for(example)
+        tools = list(example.tools) if example.tools else None
+        messages = [{key: value for key, value in m.items() if key != "train"} for m in example.messages]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = self._learned(example, answers)
+        everything = self.loss_on == "all" and learned == answers
+        try:
+            if everything and template.ends_turns and template.marked is None:
+                text = template.write(messages, tools)
+                spans = [(0, len(text))]
+            else:
+                text, spans = template.answers(messages, tools, answers, learned, example.place)
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a template may fail in any way
+            raise DataError(f"{example.place}: the chat template refuses the row: {_reason(error)}") from None
+        self._check_shown(text, spans, [messages[index] for index in learned], example)
+        if not template.ends_turns:
+            text, spans = self._end_turns(text, spans)
+        if everything:
+            spans = [(0, len(text))]
+        elif self.loss_on == "all":
+            spans = self._but_untrained(template, messages, tools, example, text)
+        question = next((m["content"] for m in reversed(messages[: learned[-1]]) if m["role"] == "user"), "")
+        remarks = self._remarks(messages, tools, text)
+        return Rendered(example.file, example.number, text, tuple(spans), False, question, remarks)
+
+    def _learned(self, example: Example, answers: list[int]) -> list[int]:
+        """The indices of the messages whose words are learned. Raises Fault if there are none."""
+        trained = [index for index in answers if example.messages[index].get("train", True)]
+        if self.loss_on == "all" and example.completion_start is not None:  # the prompt is learned as well
+            trained = answers
+        if self.loss_on == "completion":
+            begin = answers[-1] if example.completion_start is None else example.completion_start
+            trained = [index for index in trained if index >= begin]
+        if not trained:
+            raise Fault(UNTRAINED, f"{example.place}: the last answer says `train: false`")
+        return trained
+
+    def _but_untrained(
+        self, template: ChatTemplate, messages: list[Message], tools: Any, example: Example, text: str
+    ) -> list[Span]:
+        """The whole text without the turns that say `train: false`."""
+        left_out = [i for i, message in enumerate(example.messages) if not message.get("train", True)]
+        spans, begin = [], 0
+        for start, end in template.turns(text, messages, tools, left_out, example.place):
+            spans.append((begin, start))
+            begin = end
+        return [span for span in [*spans, (begin, len(text))] if span[0] < span[1]]
+
+    def _check_shown(self, text: str, spans: list[Span], answers: list[Message], example: Example) -> None:
+        """Raises Fault for an answer or a tool call that the template does not write."""
+
+        def has_words(part: str) -> bool:
+            return self.special_pattern.sub("", part).strip() != ""
+
+        shown = [text[start:end] for start, end in spans]
+        expected = all(has_words(message["content"]) or message.get("tool_calls") for message in answers)
+        if not shown or (expected and not all(map(has_words, shown))):
+            raise Fault("answers_left_out", f"{example.place}: the chat template leaves out an answer")
+        for message in answers:
+            for call in message.get("tool_calls") or []:
+                name = str((call.get("function") or call).get("name")) if isinstance(call, dict) else str(call)
+                if not any(name in part for part in shown):
+                    raise Fault(
+                        "answers_left_out",
+                        f"{example.place}: the chat template leaves out the tool call {name!r}; use one that knows "
+                        "tools, such as model.chat_template: qwen2_5 for ChatML",
+                    )
+
+    def _remarks(self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        last = messages[-1]
+        reasoning = next((last[key] for key in _REASONING if last.get(key)), None)
+        if isinstance(reasoning, str) and reasoning.strip() and reasoning.strip() not in text:
+            found["context_left_out"] = "the chat template leaves out the reasoning"
+        for tool in tools or []:
+            name = str((tool.get("function") or tool).get("name"))
+            if name not in text:
+                found["context_left_out"] = f"the chat template leaves out the tool {name!r}"
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, str) and any(first in content for first in self._firsts):
+                token = self.special_pattern.search(content)
+                if token:
+                    found["special_tokens_in_content"] = (
+                        f"the content of a turn holds {token.group()!r}, which becomes a control token"
+                    )
+        return found
+
+    def _end_turns(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """Put the end token after every answer that has none, for templates that don't end turns."""
+        parts: list[str] = []
+        ended: list[Span] = []
+        done = length = 0
+        for start, end in spans:
+            answer = text[start:end] if text[start:end].endswith(self.eos) else text[start:end] + self.eos
+            parts += [text[done:start], answer]
+            length += start - done
+            ended.append((length, length + len(answer)))
+            length, done = length + len(answer), end
+        return "".join([*parts, text[done:]]), ended
+
+
+class ChatTemplate:
+    """One chat template of a tokenizer, and how its answers are found."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, special: dict[str, int], date: str | None
+    ) -> None:
+        self.template = template
+        self.special = tuple(special)
+        self.special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self.names = dict(tokenizer.special_tokens_map)
+        named: dict[str, str | None] = {key: str(value) for key, value in self.names.items()}
+        end_of_turn = inspect_template(template, named).end_of_turn
+        self.ends_turns = end_of_turn != ""
+        self.closing = {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
+        self.closing.update(token for token in special if (end_of_turn or "").startswith(token))
+        self.marked = _marked_version(tokenizer, template)
+        self.masks = "turn by turn"
+        if self.marked is not None:
+            own = self.marked == template
+            self.masks = "markers of the chat template" if own else "TRL's training version of the chat template"
+        if date is not None and uses_date(template):
+            day = datetime.fromisoformat(date)
+            for text in {template, self.marked or template}:
+                _compile_jinja_template(text).globals["strftime_now"] = day.strftime
+
+    def write(self, messages: list[Message], tools: Any, *, prompt: bool = False) -> str:
+        """The conversation as text, as training sees it."""
+        return self._render(self.marked or self.template, messages, tools, add_generation_prompt=prompt)[0]
+
+    def answers(
+        self, messages: list[Message], tools: Any, answers: list[int], learned: list[int], place: str
+    ) -> tuple[str, list[Span]]:
+        """The conversation as text, and the spans of its learned answers with their ends."""
+        if self.marked is None:
+            text = self.write(messages, tools)
+            return text, list(self.turns(text, messages, tools, learned, place))
+        text, found = self._render(self.marked, messages, tools, return_assistant_tokens_mask=True)
+        spans: list[Span] = []
+        for start, end in found:
+            if spans and spans[-1][1] == start:  # one answer in several blocks
+                spans[-1] = spans[-1][0], end
+            elif start < end:
+                spans.append((start, end))
+        spans = [self._with_end(text, start, end) for start, end in spans]
+        if learned == answers:
+            return text, spans
+        if len(spans) == len(answers):
+            return text, [span for span, index in zip(spans, answers, strict=True) if index in learned]
+        return text, [span for index in learned for span in self._of_message(text, spans, messages, tools, index)]
+
+    def _of_message(
+        self, text: str, spans: list[Span], messages: list[Message], tools: Any, index: int
+    ) -> Iterable[Span]:
+        """The spans that a message adds, where a message has several."""
+        begin = _common_length(self.write(messages[:index], tools), text) if index else 0
+        end = _common_length(self.write(messages[: index + 1], tools), text)
+        return [span for span in spans if begin <= span[0] < end]
+
+    def turns(self, text: str, messages: list[Message], tools: Any, which: list[int], place: str) -> Iterable[Span]:
+        """What each of some turns adds to the text, found by rendering the conversation up to it."""
+        for index in which:
+            until = self.write(messages[: index + 1], tools).rstrip()
+            while not text.startswith(until):
+                # some templates close the whole conversation with a token, which is not in its midst
+                closing = next((token for token in self.special if until.endswith(token)), None)
+                if closing is None:
+                    raise DataError(
+                        f"{place}: the chat template renders an answer differently when turns follow it, so "
+                        "its tokens can't be told apart; use loss_on: completion or all, or a template with "
+                        "{% generation %} markers"
+                    )
+                until = until.removesuffix(closing).rstrip()
+            start = self._start(messages, index, tools, until)
+            if start >= len(until):
+                raise Fault("answers_left_out", f"{place}: the chat template leaves out an answer")
+            yield self._with_end(text, start, len(until))
+
+    def _start(self, messages: list[Message], index: int, tools: Any, until: str) -> int:
+        """Where a turn's words begin in `until`, the text that they end.
+
+        For an answer that is after the prompt for it. Where the answer is not rendered after just that
+        prompt (one that begins to think, say), or there is no prompt (the first turn, a user's turn), it
+        is where the text changes with the words.
+        """
+        try:
+            answer = messages[index]["role"] == "assistant"
+            prompt = self.write(messages[:index], tools, prompt=True) if index and answer else None
+        except Exception:  # noqa: BLE001 - a template may refuse a system message alone
+            prompt = None
+        if prompt is not None:
+            start = _common_length(prompt, until)
+            if not prompt[start:].strip():
+                return start
+        changed = {key: _OTHER for key in ("content", *_REASONING) if key in messages[index]}
+        return _common_length(self.write([*messages[:index], {**messages[index], **changed}], tools), until)
+
+    def _with_end(self, text: str, start: int, end: int) -> Span:
+        """Trim white space off an answer's end, and take in an end token that follows it."""
+        end = start + len(text[start:end].rstrip())
+        if not text.endswith(self.special, start, end):
+            gap = len(text[end:]) - len(text[end:].lstrip())
+            follows = self.special_pattern.match(text, end + gap)
+            if follows and follows.group() in self.closing:
+                end = follows.end()
+        return start, end
+
+    def _render(self, template: str, messages: list[Message], tools: Any, **how: Any) -> tuple[str, list[Span]]:
+        def render(given: list[Message]) -> tuple[str, list[Span]]:
+            texts, spans = render_jinja_template([given], tools=tools, chat_template=template, **how, **self.names)
+            return str(texts[0]), spans[0] if spans else []
+
+        try:
+            return render(messages)
+        except TypeError:  # some templates join the arguments of a tool call as text
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            return render([_with_text_arguments(message) for message in messages])
+
+
+def _marked_version(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """The template with `{% generation %}` markers: itself, or TRL's training version of it; None without."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    try:
+        return get_training_chat_template(tokenizer) or template
+    except Exception:  # noqa: BLE001 - there is no training version, or the template fails in TRL's trial of tools
+        return template if GENERATION.search(template) else None
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = copy.deepcopy(message["tool_calls"])
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function.get("arguments"), str):
+            function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
+    return {**message, "tool_calls": calls}
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of the tokens that stand for no text, longest first.
+
+    The tokenizer's own list has only those with a name, such as eos_token; many a model ends its turns
+    with one that has none.
+    """
+    tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    tokens |= {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+
+
+def _common_length(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    known, length = 0, min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    while known + 1 < length:  # the first `known` are the same, the first `length` are not
+        middle = (known + length) // 2
+        if first[known:middle] == second[known:middle]:
+            known = middle
+        else:
+            length = middle
+    return known
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,31 @@
+"""Data files -> rows -> examples, with the place of each row for error messages. No heavy imports.
+
+files (lines, lists, tables) -> cells (columns, paths, templates) -> formats (and their turns)
+"""
+
+from lorafit.rows.cells import Format, Shape, check_template
+from lorafit.rows.files import data_files, digest, file_digest, is_local, read_rows, size_digest
+from lorafit.rows.formats import COLUMNS, OPTIONAL, Example, detect_format, to_example
+from lorafit.rows.row import Fault, Row, place_of
+from lorafit.rows.turns import Message
+
+__all__ = [
+    "COLUMNS",
+    "OPTIONAL",
+    "Example",
+    "Fault",
+    "Format",
+    "Message",
+    "Row",
+    "Shape",
+    "check_template",
+    "data_files",
+    "detect_format",
+    "digest",
+    "file_digest",
+    "is_local",
+    "place_of",
+    "read_rows",
+    "size_digest",
+    "to_example",
+]

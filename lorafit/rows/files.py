@@ -1,0 +1,314 @@
+"""Local data files -> rows, a little at a time."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorafit.errors import DataError
+from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, first_line, kind_of
+
+_EXPECTED = f"{', '.join(KINDS)} file (text also as .gz or .zst)"
+_CHUNK = 1 << 20
+_BATCH_ROWS = 200
+_BATCH_BYTES = 8 << 20
+
+
+def is_local(path: str) -> bool:
+    """Whether a source's path names something on this disk rather than a hub data set."""
+    return os.path.exists(path) or kind_of(path) != "" or path.startswith((".", "/", "~")) or glob.has_magic(path)
+
+
+def data_files(path: str) -> list[Path]:
+    """The data files of a file's, a folder's or a glob's path, sorted. Raises DataError."""
+    given = os.path.expanduser(path)
+    if os.path.isdir(given):
+        files = sorted(file for file in Path(given).rglob("*") if kind_of(file.name) and file.is_file())
+        if not files:
+            raise DataError(f"{path}: the folder holds no {_EXPECTED}")
+        return files
+    if os.path.exists(given):  # Path.exists raises for a name that is too long
+        if not kind_of(given):
+            raise DataError(f"{path}: expected a {_EXPECTED}, a folder of them, or a glob")
+        return [Path(given)]
+    if glob.has_magic(given):
+        matches = glob.glob(given, recursive=True) if "\0" not in given else []
+        files = sorted({Path(match) for match in matches if kind_of(match) and os.path.isfile(match)})
+        if not files:
+            raise DataError(f"{path}: the glob matches no {_EXPECTED} (looked in {Path.cwd()})")
+        return files
+    raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a local source: of its file, or of the names and digests of a folder's or glob's files.
+
+    Names are relative to the folder, or to the part of a glob before its first wildcard.
+    """
+    files = data_files(path)
+    given = Path(os.path.expanduser(path))
+    if given.is_file():
+        return file_digest(files[0])
+    base = given if given.is_dir() else Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))
+    lines = "".join(f"{file.relative_to(base)} {file_digest(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def size_digest(path: str) -> str:
+    """What a local source can be told by without reading it: a hash of its files' names, sizes and times."""
+    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(path)]
+    return f"unread:{hashlib.sha256(repr(facts).encode()).hexdigest()}"
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, as it is on the disk."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Every row of a local source, in order; never a whole file in memory. Raises DataError with the place."""
+    for file in data_files(path):
+        try:
+            if (kind := kind_of(file.name)) == ".parquet":
+                yield from _parquet(file)
+            else:
+                with _text(file) as text:
+                    yield from _READERS[kind](str(file), text)
+        except (EOFError, zlib.error) as error:
+            raise DataError(f"{file}: can't be unpacked, the file is damaged or cut off: {first_line(error)}") from None
+        except OSError as error:
+            what = "unpacked, the file is damaged or cut off" if file.suffix in COMPRESSIONS else "read"
+            raise DataError(f"{file}: can't be {what}: {first_line(error.strerror or error)}") from None
+
+
+def _text(file: Path) -> TextIO:
+    """A file's unpacked text, in lines as they are. Raises DataError for UTF-16."""
+    if file.suffix in COMPRESSIONS and file.stat().st_size == 0:
+        raise DataError(f"{file}: can't be unpacked, the file is damaged or cut off: it is empty")
+    stream = io.BufferedReader(_unpacked(file), _CHUNK // 4)
+    if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{file}: is UTF-16 text; save it as UTF-8")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+
+
+def _unpacked(file: Path) -> Any:
+    if file.suffix == ".gz":
+        return gzip.open(file)
+    if file.suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(file), compression="zstd")
+    return io.FileIO(file)
+
+
+def _as_row(file: str, number: int, value: Any, hint: str = "") -> Row:
+    row = Row(file, number, value)
+    if not isinstance(value, dict):
+        raise DataError(f"{row.place}: expected an object with columns, got {brief(value)}{hint}")
+    return row
+
+
+def _jsonl(file: str, text: TextIO) -> Iterator[Row]:
+    for number, line in enumerate(text, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}:{number}: not JSON: {_json_reason(error)}; each line is one row") from None
+        yield _as_row(file, number, value, "; a list of rows is .json" if isinstance(value, list) else "")
+
+
+def _json_reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+
+
+def _json(file: str, text: TextIO) -> Iterator[Row]:
+    window = _JsonWindow(file, text)
+    if window.next() == "[":
+        yield from _json_list(file, window)
+        return
+    value = window.value()
+    if window.next():
+        raise window.error("Extra data; one object per line is .jsonl" if isinstance(value, dict) else "Extra data")
+    if not isinstance(value, dict):
+        raise DataError(f"{file}: expected a list of rows, got {brief(value)}")
+    lists = [item for item in value.values() if isinstance(item, list)]
+    if len(lists) != 1:
+        raise DataError(f"{file}: expected a list of rows, or an object that holds one list")
+    for number, item in enumerate(lists[0], 1):
+        yield _as_row(file, number, item)
+
+
+def _json_list(file: str, window: _JsonWindow) -> Iterator[Row]:
+    window.skip()
+    for number in itertools.count(1):
+        if number == 1 and window.next() == "]":
+            break
+        yield _as_row(file, number, window.value())
+        follows = window.next()
+        if follows not in (",", "]"):
+            raise window.error("Expecting ',' delimiter")
+        if follows == "]":
+            break
+        window.skip()
+    window.skip()
+    if window.next():
+        raise window.error("Extra data")
+
+
+class _JsonWindow:
+    """Takes JSON values one after another out of a stream, holding little more than one of them.
+
+    A value that the window cuts is parsed again with at least twice the text, so that even a huge
+    one costs time in proportion to its size.
+    """
+
+    _decode = json.JSONDecoder().raw_decode
+    _space = re.compile(r"[ \t\r\n]*")
+    _TOKEN = 16
+    """An error this near to the window's end may come from a cut token (`-Infin`, `\\u00`)."""
+
+    def __init__(self, file: str, stream: TextIO) -> None:
+        self.file = file
+        self.stream = stream
+        self.text = ""
+        self.at = 0
+        self.line = 1
+        """Of the window's first character."""
+        self.ended = False
+
+    def next(self) -> str:
+        """The next character that isn't white space; empty at the end."""
+        while True:
+            match = self._space.match(self.text, self.at)
+            self.at = match.end() if match else self.at
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self._read()
+
+    def skip(self) -> None:
+        """Go past the next character."""
+        self.at += 1
+
+    def value(self) -> Any:
+        """The next value. Raises DataError with the line."""
+        self.next()
+        while True:
+            try:
+                value, end = self._decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - self._TOKEN
+                if self.ended or not cut:
+                    raise self.error(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise self.error(first_line(error)) from None
+            else:
+                if end < len(self.text) or self.ended:  # a number at the window's end may go on
+                    self.at = end
+                    return value
+            self._read()
+
+    def error(self, reason: str, position: int | None = None) -> DataError:
+        line = self.line + self.text.count("\n", 0, self.at if position is None else position)
+        return DataError(f"{self.file}:{line}: not JSON: {reason}")
+
+    def _read(self) -> None:
+        self.line += self.text.count("\n", 0, self.at)
+        rest = self.text[self.at :]
+        chunk = self.stream.read(max(_CHUNK, len(rest)))
+        self.text, self.at, self.ended = rest + chunk, 0, not chunk
+
+
+def _csv(file: str, text: TextIO) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(text, strict=True)
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                _no_twins(f"{file}:{reader.line_num}", header)
+                continue
+            if len(cells) != len(header):
+                raise DataError(f"{file}:{reader.line_num}: has {len(cells)} columns, but the header has {len(header)}")
+            yield Row(file, reader.line_num, dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}: not CSV: {str(error).partition(' - ')[0]}") from None
+
+
+def _no_twins(place: str, columns: list[str]) -> None:
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{place}: the column {brief(twice)} is there twice")
+
+
+_READERS: dict[str, Callable[[str, TextIO], Iterator[Row]]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            _no_twins(str(file), list(table.schema_arrow.names))
+            number = 0
+            for group in range(table.num_row_groups):
+                facts = table.metadata.row_group(group)
+                fitting = _BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1)
+                size = min(max(fitting, 1), _BATCH_ROWS)
+                for batch in table.iter_batches(batch_size=size, row_groups=[group]):
+                    columns = [_cells(column) for column in batch.columns]
+                    for number, cells in enumerate(zip(*columns, strict=True), number + 1):  # noqa: B020
+                        yield Row(str(file), number, dict(zip(batch.schema.names, cells, strict=True)))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{file}: not parquet: {first_line(error)}") from None
+
+
+def _cells(column: Any) -> list[Any]:
+    """An Arrow column's values; bytes that aren't UTF-8 are kept in its text as surrogates."""
+    try:
+        return list(column.to_pylist(maps_as_pydicts="strict"))
+    except UnicodeDecodeError:
+        return [_decoded(value) for value in column.cast(_as_bytes(column.type)).to_pylist(maps_as_pydicts="strict")]
+
+
+def _as_bytes(type: Any) -> Any:
+    """An Arrow type with bytes in place of text."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_string(type) or types.is_large_string(type):
+        return pyarrow.large_binary() if types.is_large_string(type) else pyarrow.binary()
+    if types.is_dictionary(type):
+        return _as_bytes(type.value_type)
+    if types.is_list(type) or types.is_large_list(type):
+        return (pyarrow.list_ if types.is_list(type) else pyarrow.large_list)(_as_bytes(type.value_type))
+    if types.is_struct(type):
+        return pyarrow.struct([field.with_type(_as_bytes(field.type)) for field in type])
+    return type
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    return value

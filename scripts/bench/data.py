@@ -1,0 +1,188 @@
+"""Preparing data: lorafit against TRL, cold against warm, and memory by the number of rows.
+
+    .venv/bin/python scripts/bench/data.py ratio          # 100,000 rows, both
+    .venv/bin/python scripts/bench/data.py audit          # the audit's share of tokenizing
+    .venv/bin/python scripts/bench/data.py memory         # 10,000, 100,000 and 1,000,000 rows
+    .venv/bin/python scripts/bench/data.py warm           # a second start with and without data
+
+Rows are made up (seeded words in alpaca's shape). The tokenizer is the quickstart's, the chat template
+TRL's qwen2_5 (the model's own has no training version, which TRL needs to mask). Every figure is of a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+TEMPLATE = "qwen2_5"
+
+
+def write_rows(file: Path, count: int) -> None:
+    """Alpaca-like rows: an instruction of 5 to 30 words, an input in a third of them, an answer of 10 to 200."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlucm", k=draw.randint(2, 9))) for _ in range(5000)]
+
+    def some(least: int, most: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(least, most)))
+
+    with file.open("w", encoding="utf-8") as stream:
+        for _ in range(count):
+            row = {"instruction": some(5, 30), "input": some(5, 40) if draw.random() < 1 / 3 else ""}
+            stream.write(json.dumps(row | {"output": some(10, 200)}) + "\n")
+
+
+def plan_for(file: Path, folder: Path) -> Any:
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{name_or_path: {MODEL}, chat_template: {TEMPLATE}}}\nlora: {{}}\n"
+        f"dataset: {{train: [{{path: {file}}}]}}\ntraining: {{max_length: 1024}}\n"
+    )
+    return plan_recipe(Recipe.load(recipe), recipe, count_rows=False)
+
+
+def lorafit_prepares(file: Path, folder: Path) -> dict[str, Any]:
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.data import prepare
+    from lorafit.model import load_tokenizer
+
+    plan = plan_for(file, folder)
+    tokenizer = load_tokenizer(plan)
+    before = peak_mib()
+    began = time.monotonic()
+    data = prepare(plan_for(file, folder).data, tokenizer)
+    return {
+        "seconds": time.monotonic() - began,
+        "rows": len(data.train),
+        "tokens": data.audit.training_rows.tokens,
+        "learned": data.audit.training_rows.supervised_tokens,
+        "imports_mib": before,
+        "peak_mib": peak_mib(),
+    }
+
+
+def trl_prepares(file: Path, folder: Path) -> dict[str, Any]:
+    """What SFTTrainer does with the same rows as messages, from reading the file to labels."""
+    from lorafit.quiet import hush
+
+    hush()
+    import datasets
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    import trl
+
+    tokenizer.chat_template = (Path(trl.__file__).parent / f"chat_templates/{TEMPLATE}.jinja").read_text()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(len(tokenizer), 64, 128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    )
+    before = peak_mib()
+    began = time.monotonic()
+    rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "datasets"))
+
+    def as_messages(row: dict[str, Any]) -> dict[str, Any]:
+        asked = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+        return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]}
+
+    rows = rows.map(as_messages, remove_columns=rows.column_names)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            str(folder / "out"),
+            assistant_only_loss=True,
+            max_length=1024,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            dataset_num_proc=int(os.environ.get("BENCH_PROCESSES", "0")) or None,
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    seconds = time.monotonic() - began
+    sample = trainer.train_dataset
+    return {"seconds": seconds, "rows": len(sample), "imports_mib": before, "peak_mib": peak_mib()}
+
+
+def peak_mib() -> float:
+    """Peak memory of this process that is its own: what is mapped from files counts as the kernel sees fit."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def apart(what: str, file: Path, folder: Path, **environment: str) -> dict[str, Any]:
+    """Run one measurement in a process of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--one", what, str(file), str(folder)]
+    settings = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")} | environment
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def ratio(folder: Path, count: int) -> None:
+    file = folder / "rows.jsonl"
+    write_rows(file, count)
+    print(f"{count:,} rows, {file.stat().st_size / 1e6:.0f} MB")
+    ours = apart("lorafit", file, folder / "ours")
+    print(f"lorafit            {ours['seconds']:7.1f} s  ({ours['tokens']:,} tokens, {ours['learned']:,} learned)")
+    warm = apart("lorafit", file, folder / "ours")
+    print(f"lorafit, cached    {warm['seconds']:7.2f} s")
+    for processes in ("0", "2"):
+        theirs = apart("trl", file, folder / f"trl{processes}", BENCH_PROCESSES=processes)
+        name = "TRL" if processes == "0" else f"TRL, {processes} processes"
+        print(f"{name:18} {theirs['seconds']:7.1f} s  ({theirs['seconds'] / ours['seconds']:.1f} times lorafit's)")
+
+
+def memory(folder: Path, counts: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> None:
+    for count in counts:
+        file = folder / f"rows{count}.jsonl"
+        write_rows(file, count)
+        found = apart("lorafit", file, folder / str(count))
+        own = found["peak_mib"] - found["imports_mib"]
+        print(
+            f"{count:9,} rows: peak {found['peak_mib']:.0f} MiB, {own:.0f} above the imports', {found['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["ratio", "memory"])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        what, file, folder = arguments.one
+        measure = {"lorafit": lorafit_prepares, "trl": trl_prepares}[what]
+        print(json.dumps(measure(Path(file), Path(folder))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.what == "memory":
+            memory(Path(folder))
+        else:
+            ratio(Path(folder), arguments.rows)
+
+
+if __name__ == "__main__":
+    main()
