@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,30 +149,45 @@ RULES: dict[str, str] = {
 Limits = Mapping[str, float | None]
 
 
-def breaches(audit: Audit, limits: Limits) -> Iterator[str]:
-    """A line for every limit that is exceeded, with the first place; per source where a source can break it."""
+@dataclass(frozen=True)
+class Share:
+    """A finding with the number of what could have been found, and its limit (None: there is none)."""
+
+    rule: str
+    finding: Finding
+    total: int
+    limit: float | None
+
+    @property
+    def share(self) -> float:
+        return self.finding.count / max(self.total, 1)
+
+    @property
+    def is_breach(self) -> bool:
+        return self.limit is not None and self.share > self.limit
+
+    def __str__(self) -> str:
+        percent = f"{self.share:.2%}" if self.share >= 0.0001 else f"{self.share:.2g}"
+        return f"{self.rule}: {self.finding.count:,} of {self.total:,}, {percent}"
+
+
+def findings(audit: Audit, limits: Limits) -> Iterator[Share]:
+    """Everything that was found: per source where a source can break the rule."""
     for source in (*audit.train, *audit.validation):
-        yield from source_breaches(source, limits)
+        yield from source_findings(source, limits)
     for rule, finding, part in (
         ("duplicates", audit.duplicates, audit.training_rows),
         ("leaked", audit.leaked, audit.validation_rows),
     ):
         if finding and part:
-            yield from _breach(rule, finding, part.rows, limits)
+            yield Share(rule, finding, part.rows, limits.get(rule))
 
 
-def source_breaches(source: SourceAudit, limits: Limits) -> Iterator[str]:
+def source_findings(source: SourceAudit, limits: Limits) -> Iterator[Share]:
     for rule, finding in source.found.items():
-        yield from _breach(rule, finding, source.of(rule), limits)
+        yield Share(rule, finding, source.of(rule), limits.get(rule))
 
 
-def _breach(rule: str, finding: Finding, total: int, limits: Limits) -> Iterator[str]:
-    limit = limits.get(rule)
-    share = finding.count / max(total, 1)
-    if limit is None or share <= limit:
-        return
-    yield f"{finding.first} (dataset.audit.{rule}: {finding.count} of {total}, {_percent(share)}, is above {limit:.4g})"
-
-
-def _percent(share: float) -> str:
-    return f"{share:.2%}" if share >= 0.0001 else f"{share:.2g}"
+def breaches(found: Iterable[Share]) -> list[str]:
+    """A line for every limit that is exceeded, with the first place."""
+    return [f"{one.finding.first} (dataset.audit.{one}, is above {one.limit:.4g})" for one in found if one.is_breach]

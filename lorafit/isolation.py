@@ -51,6 +51,6 @@ def check_isolation(trainer: Any) -> None:
         what = "see each other" if seen > moved / 10 else "do not begin at position 0"
         raise ModelError(
             f"packed rows {what} in this {config.model_type} model with attn_implementation "
-            f"{config._attn_implementation}: a row's logits change by {max(seen, moved):.2g} of their spread when it is "
-            "packed; set training.packing: false"
+            f"{config._attn_implementation}: packing changes a row's logits by {max(seen, moved):.2g} of their spread; "
+            "set training.packing: false"
         )

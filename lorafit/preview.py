@@ -12,7 +12,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.audit import breaches
+from lorafit.audit import breaches, findings
 from lorafit.data import IGNORED, Prepared, pack, prepare, special_tokens
 from lorafit.errors import UsageError
 from lorafit.model import load_tokenizer
@@ -57,7 +57,7 @@ def preview(
         "steps": plan.schedule.total_steps if plan.schedule else None,
         "audit": data.audit.as_dict(),
         "limits": plan.data.audit,
-        "breaches": list(breaches(data.audit, plan.data.audit)),
+        "breaches": breaches(findings(data.audit, plan.data.audit)),
         "lengths": lengths(data.rows, plan.data.max_length),
         "packing": packing(plan, data),
         "part": "validation" if validation else "training",
@@ -113,9 +113,7 @@ def lengths(rows: Dataset | None, max_length: int) -> dict[str, Any] | None:
         "p90": int(np.quantile(values, 0.9)),
         "p99": int(np.quantile(values, 0.99)),
         "longest": int(values.max()),
-        "histogram": [
-            {"up_to": int(edge), "rows": int(count)} for edge, count in zip(edges[1:], counts, strict=True)
-        ],
+        "histogram": [{"up_to": int(edge), "rows": int(count)} for edge, count in zip(edges[1:], counts, strict=True)],
     }
 
 

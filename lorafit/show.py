@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.audit import RULES, Audit, Limits
+from lorafit.audit import RULES, Audit, Limits, findings
 from lorafit.memory import MemoryEstimate
 from lorafit.plan import Plan
 
@@ -70,8 +70,8 @@ def print_audit(audit: Audit, limits: Limits, console: Console | None = None) ->
     """What was counted of each source, and what was found wrong, with the limits."""
     console = console or Console()
     table = _table("data", "rows", "used", "tokens", "learned", "longest", "left out")
-    for label in ("rows", "used", "tokens", "learned", "longest"):
-        table.columns[[column.header for column in table.columns].index(label)].justify = "right"
+    for column in table.columns[1:6]:
+        column.justify = "right"
     parts = (("", audit.train), ("validation: ", audit.validation))
     for name, source in ((name, source) for name, sources in parts for source in sources):
         dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
@@ -81,19 +81,10 @@ def print_audit(audit: Audit, limits: Limits, console: Console | None = None) ->
             escape(name + source.path), *(f"{n:,}" for n in numbers), share, f"{source.longest:,}", escape(dropped)
         )
     console.print(table)
-    found = _table("found", "count", "share", "limit", "first")
-    findings = [(source.of(rule), rule, f) for _, group in parts for source in group for rule, f in source.found.items()]
-    findings += [(audit.training_rows.rows, "duplicates", audit.duplicates)] if audit.duplicates else []
-    findings += [(audit.validation_rows.rows, "leaked", audit.leaked)] if audit.leaked and audit.validation_rows else []
-    for total, rule, finding in findings:
-        limit, share = limits.get(rule), finding.count / max(total, 1)
-        style = "red" if limit is not None and share > limit else "yellow"
-        shown = "none" if limit is None else f"{limit:.4g}"
-        found.add_row(
-            f"{RULES[rule]} ({rule})", f"{finding.count:,}", f"{share:.2%}", shown, escape(finding.first), style=style
-        )
-    if findings:
-        console.print(found)
+    for one in findings(audit, limits):
+        limit = "no limit" if one.limit is None else f"limit {one.limit:.4g}"
+        line = f"{one} {RULES[one.rule]} ({limit}); the first: {one.finding.first}"
+        console.print(Text(line, style="red" if one.is_breach else "yellow"), soft_wrap=True)
     part, held_out = audit.training_rows, audit.validation_rows
     packs = f" in {part.packs:,} packed rows" if part.packs is not None else ""
     others = f"; {held_out.rows:,} validation rows" if held_out else ""
@@ -110,9 +101,13 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
     """Rows by loss mask, lengths, packing and the audit on stdout."""
     console = console or Console()
     plain = console.color_system is None
-    legend = "learned text stands in ⟦ ⟧" if plain else "[green]learned[/green], [dim]context[/dim], [cyan]control[/cyan]"
+    legend = (
+        "learned text stands in ⟦ ⟧" if plain else "[green]learned[/green], [dim]context[/dim], [cyan]control[/cyan]"
+    )
     for row in report["rows"]:
-        title = f"{row['place'] or report['part']} · row {row['number']}: {row['tokens']} tokens, {row['learned']} learned"
+        title = (
+            f"{row['place'] or report['part']} · row {row['number']}: {row['tokens']} tokens, {row['learned']} learned"
+        )
         console.print(Text(title, style="bold"), soft_wrap=True)
         text = Text()
         for learned, segments in itertools.groupby(row["segments"], key=lambda segment: segment["learned"]):
@@ -123,7 +118,9 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
             text.append("⟧" * (plain and learned))
         console.print(text, soft_wrap=True)
         if "input_ids" in row:
-            console.print(f"ids    {row['input_ids']}", f"labels {row['labels']}", sep="\n", highlight=False, soft_wrap=True)
+            console.print(
+                f"ids    {row['input_ids']}", f"labels {row['labels']}", sep="\n", highlight=False, soft_wrap=True
+            )
         console.print()
     if report["rows"]:
         console.print(f"({legend})", highlight=False)
@@ -140,10 +137,8 @@ def _print_lengths(report: dict[str, Any], console: Console) -> None:
         for bar in found["histogram"]:
             table.add_row(f"{bar['up_to']:,}", f"{bar['rows']:,}", "█" * round(40 * bar["rows"] / most))
         console.print(table)
-        console.print(
-            f"median {found['median']:,} tokens, 90% {found['p90']:,}, 99% {found['p99']:,}, longest {found['longest']:,}",
-            highlight=False,
-        )
+        quantiles = (f"{name} {found[key]:,}" for name, key in (("median", "median"), ("90%", "p90"), ("99%", "p99")))
+        console.print(f"{', '.join(quantiles)}, longest {found['longest']:,} tokens", highlight=False)
     if packing:
         made = "makes" if packing["on"] else "would make"
         console.print(

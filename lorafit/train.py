@@ -31,8 +31,8 @@ from lorafit.callbacks import (
 )
 from lorafit.card import write_card
 from lorafit.data import Prepared, gate, prepare
-from lorafit.isolation import check_isolation
 from lorafit.errors import DoesNotFitError, Interrupted, ModelError, UsageError
+from lorafit.isolation import check_isolation
 from lorafit.loss import applies_to, score_supervised_positions
 from lorafit.manifest import build_manifest
 from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config

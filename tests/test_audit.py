@@ -117,7 +117,7 @@ def test_the_defaults_refuse_what_is_surely_wrong(audited: Any, tmp_path: Path) 
         file = write_jsonl(tmp_path / "rows.jsonl", with_row(CASES[rule][0]))
         if rule == "answers_cut_off":  # one row of thirteen is within the default of a tenth
             audited(file)
-            file = write_jsonl(tmp_path / "rows.jsonl", with_row(CASES[rule][0]) + [conversation(f"n{LONG}", "no")])
+            file = write_jsonl(tmp_path / "rows.jsonl", [*with_row(CASES[rule][0]), conversation(f"n{LONG}", "no")])
         with pytest.raises(DataError, match=f"dataset.audit.{rule}: "):
             audited(file)
 
@@ -153,9 +153,7 @@ def test_rows_with_other_than_one_beginning(
     )
     backend.save(str(model / "tokenizer.json"))
     file = write_jsonl(tmp_path / "rows.jsonl", clean())
-    audited(
-        file, model={"name_or_path": str(model), **template_file(tmp_path, "{{ bos_token }}" + CHATML)}
-    )
+    audited(file, model={"name_or_path": str(model), **template_file(tmp_path, "{{ bos_token }}" + CHATML)})
     with pytest.raises(DataError, match=f"rows.jsonl:1: begins with {count} .*dataset.audit.bos: 12 of 12"):
         audited(file, model={"name_or_path": str(model), **template_file(tmp_path, template)})
 
@@ -165,7 +163,9 @@ def test_rows_that_repeat_an_earlier_one(audited: Any, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows, rows[3]])
     found = audited(file).duplicates
     assert (found.count, found.first) == (1, f"{file}:13: repeats {file}:4")
-    with pytest.raises(DataError, match=r"rows\.jsonl:13: repeats .*rows\.jsonl:4 \(dataset\.audit\.duplicates: 1 of 13"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:13: repeats .*rows\.jsonl:4 \(dataset\.audit\.duplicates: 1 of 13"
+    ):
         audited(file, dataset={"audit": {"duplicates": 0.05}})
     with pytest.raises(DataError, match=r"dataset\.audit\.duplicates: 24 of 36, 66\.67%, is above 0\.5"):
         audited(write_jsonl(tmp_path / "rows.jsonl", rows * 3))

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer, get_training_chat_template, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import lorafit.data.encode
-from lorafit.audit import SourceAudit, source_breaches
+from lorafit.audit import SourceAudit, breaches, source_findings
 from lorafit.data import IGNORED, Lengths, Renderer, prepare, tokenize
 from lorafit.errors import DataError
 from lorafit.plan import DataPlan, SourcePlan
@@ -111,9 +111,7 @@ def rows_of(
 ) -> tuple[list[dict[str, list[int]]], SourceAudit]:
     audit = SourceAudit("data.jsonl")
     batches = list(tokenize(examples, Renderer(tokenizer, loss_on), Lengths(max_length), audit))
-    rows = [
-        {"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for batch in batches for row in batch
-    ]
+    rows = [{"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for batch in batches for row in batch]
     assert audit.rows == len(rows)
     assert audit.supervised_tokens == sum(label != IGNORED for row in rows for label in row["labels"][1:])
     return rows, audit
@@ -126,7 +124,7 @@ def learned(
     one = given if isinstance(given, Example) else example(given)
     rows, audit = rows_of(tokenizer, one, loss_on=loss_on)
     if not rows:  # as the audit's defaults refuse it
-        raise DataError(next(source_breaches(audit, AuditSection().model_dump())))
+        raise DataError(breaches(source_findings(audit, AuditSection().model_dump()))[0])
     (row,) = rows
     assert all(label in (token, IGNORED) for token, label in zip(row["input_ids"], row["labels"], strict=True))
     runs = itertools.groupby(row["labels"], key=lambda label: label != IGNORED)
@@ -637,7 +635,9 @@ def test_same_labels_as_trl(tokenizer: PreTrainedTokenizerBase, tiny_model: Path
         train_dataset=Dataset.from_list([{"prompt": prompt, "completion": completion} for prompt, completion in pairs]),
         processing_class=tokenizer,
     )
-    rows, _ = rows_of(tokenizer, *(Example("t", 1, prompt=prompt, completion=completion) for prompt, completion in pairs))
+    rows, _ = rows_of(
+        tokenizer, *(Example("t", 1, prompt=prompt, completion=completion) for prompt, completion in pairs)
+    )
     for ours, theirs, (prompt, _) in zip(rows, trainer.train_dataset, pairs, strict=True):
         assert ours["input_ids"] == theirs["input_ids"]
         if prompt or not bos:

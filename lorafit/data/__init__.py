@@ -1,7 +1,7 @@
 """Data sources -> audited, tokenized rows with labels, in the shape that TRL's trainer takes.
 
-    rows (lorafit.rows) -> render (text and spans) -> encode (tokens and labels) -> table (Arrow, cached)
-    -> mix (split, weights, order) -> packs
+rows (lorafit.rows) -> render (text and spans) -> encode (tokens and labels) -> table (Arrow, cached)
+-> mix (split, weights, order) -> packs
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from lorafit.audit import Audit, Finding, PartAudit, SourceAudit, breaches
+from lorafit.audit import Audit, Finding, PartAudit, SourceAudit, breaches, findings
 from lorafit.cache import entry, kept, prune, rows_key, set_key
 from lorafit.data.encode import IGNORED, Lengths, TokenRow, read_examples, tokenize
 from lorafit.data.mix import Indices, repeated, shared, split, weighted
@@ -117,7 +117,7 @@ def with_digests(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> DataPlan
 
 def gate(audit: Audit, limits: dict[str, float | None]) -> None:
     """Raises DataError with a line for every limit of `dataset.audit` that the data exceeds."""
-    lines = list(breaches(audit, limits))
+    lines = breaches(findings(audit, limits))
     if lines:
         hint = "mend the data, or raise the limits under dataset.audit; `lorafit preview` shows the rows"
         raise DataError("\n".join([*lines, hint]))

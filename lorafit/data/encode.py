@@ -173,7 +173,8 @@ class _Encoder:
         self._check_start(ids, place)
         audit.longest = max(audit.longest, len(ids))
         if supervised == 0:
-            return self._drop("no_supervised_tokens", f"{place}: no token of the row would be learned")
+            self._drop("no_supervised_tokens", f"{place}: no token of the row would be learned")
+            return None
         if self.lengths.min_length is not None and len(ids) < self.lengths.min_length:
             audit.drop("shorter than min_length")
             return None
@@ -195,7 +196,8 @@ class _Encoder:
             supervised = kept
         audit.ends_learned += sum(end < limit for end in ends)
         if supervised == 0:
-            return self._drop("answers_cut_off", f"{place}: max_length {limit} cuts off every answer")
+            self._drop("answers_cut_off", f"{place}: max_length {limit} cuts off every answer")
+            return None
         audit.rows += 1
         audit.tokens += len(tokens)
         audit.supervised_tokens += supervised

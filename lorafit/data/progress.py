@@ -11,9 +11,7 @@ from lorafit.data.encode import TokenRow
 from lorafit.plan.types import SourcePlan
 
 
-def counted(
-    batches: Iterable[list[TokenRow]], source: SourcePlan, console: Console | None
-) -> Iterator[list[TokenRow]]:
+def counted(batches: Iterable[list[TokenRow]], source: SourcePlan, console: Console | None) -> Iterator[list[TokenRow]]:
     """The same batches, shown as they go by."""
     if console is None or not console.is_terminal:
         yield from batches

@@ -12,7 +12,7 @@ from datasets.iterable_dataset import ExamplesIterable
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.audit import Audit, PartAudit, SourceAudit, source_breaches
+from lorafit.audit import Audit, PartAudit, SourceAudit, breaches, source_findings
 from lorafit.data import Prepared, pack, prepare_held_out, tokenize_source
 from lorafit.data.encode import TokenRow
 from lorafit.data.render import Renderer
@@ -61,7 +61,7 @@ def _interleaved(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) 
 
     def rows(index: int) -> Iterator[TokenRow]:
         for batch in tokenize_source(plan, plan.train[index], renderer, audits[index]):
-            lines = list(source_breaches(audits[index], limits))
+            lines = breaches(source_findings(audits[index], limits))
             if lines:
                 raise DataError("\n".join(lines))
             yield from batch
@@ -91,4 +91,3 @@ def _examples(plan: DataPlan, rows: Callable[[], Iterator[TokenRow]]) -> Iterato
 def _packed(rows: list[dict[str, Any]], max_length: int) -> Iterator[dict[str, Any]]:
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     return iter(pack(Dataset.from_dict(columns), max_length))
-

@@ -353,10 +353,8 @@ class _Planner:
         known = trl_templates()
         if not os.path.exists(Path(path).expanduser()) and path.removesuffix(".jinja") == path and "/" not in path:
             if path not in known:
-                self.wrong(
-                    ("model", "chat_template"),
-                    f"no such file, and TRL ships no template {path!r}{near(path, list(known))} (docs/data.md lists them)",
-                )
+                hint = near(path, list(known))
+                self.wrong(("model", "chat_template"), f"no such file, and TRL ships no template of that name{hint}")
                 return None
             path = str(known[path])
         try:

@@ -133,10 +133,12 @@ def _columns(path: tuple[str | int, ...], source: Source) -> Iterator[Complaint]
             yield (*path, "columns", column), "is made by the template as well; give one of them"
     if isinstance(source.template, str) and source.format not in ("auto", "text"):
         yield (*path, "template"), f"one text makes the column `text`; for {source.format} name the columns it makes"
-    single = {(): source.template} if isinstance(source.template, str) else {}
-    for rest, template in {**single, **{(name,): text for name, text in templates.items()}}.items():
+    texts: list[tuple[tuple[str, ...], str]] = [((name,), text) for name, text in templates.items()]
+    if isinstance(source.template, str):
+        texts.append(((), source.template))
+    for rest, text in texts:
         try:
-            check_template(template)
+            check_template(text)
         except ValueError as error:
             yield (*path, "template", *rest), str(error)
 

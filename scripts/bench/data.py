@@ -160,10 +160,8 @@ def memory(folder: Path, counts: tuple[int, ...] = (10_000, 100_000, 1_000_000))
         write_rows(file, count)
         found = apart("lorafit", file, folder / str(count))
         own = found["peak_mib"] - found["imports_mib"]
-        print(
-            f"{count:9,} rows: peak {found['peak_mib']:.0f} MiB, {own:.0f} above the imports', {found['seconds']:.0f} s",
-            flush=True,
-        )
+        print(f"{count:9,} rows: peak {found['peak_mib']:.0f} MiB, {own:.0f} above the imports'", end=", ")
+        print(f"{found['seconds']:.0f} s", flush=True)
 
 
 def main() -> None:
