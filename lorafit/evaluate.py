@@ -101,7 +101,9 @@ def _give_fused_head(model: PreTrainedModel) -> None:
         score_supervised_positions(model)
 
 
-def held_out_rows(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console) -> Dataset:
+def held_out_rows(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None = None
+) -> Dataset:
     """Tokenized held-out rows: of a file, else those that the run kept out of training. Raises DataError."""
     if data is not None:
         first = plan.data.train[0]

@@ -62,6 +62,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(choices)
     if plan.audit:
         print_audit(Audit.from_dict(plan.audit), plan.data.audit, console)
+    else:
+        console.print("The data has not been audited yet: `lorafit preview` does it, and so does training, first.")
     for remark in plan.remarks:
         console.print(escape(remark), style="yellow")
 
@@ -81,6 +83,11 @@ def print_audit(audit: Audit, limits: Limits, console: Console | None = None) ->
             escape(name + source.path), *(f"{n:,}" for n in numbers), share, f"{source.longest:,}", escape(dropped)
         )
     console.print(table)
+    print_findings(audit, limits, console)
+
+
+def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
+    """What was found wrong, a line each, and the rows that are left."""
     for one in findings(audit, limits):
         limit = "no limit" if one.limit is None else f"limit {one.limit:.4g}"
         line = f"{one} {RULES[one.rule]} ({limit}); the first: {one.finding.first}"

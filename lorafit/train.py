@@ -39,7 +39,7 @@ from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_confi
 from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir
-from lorafit.show import print_audit
+from lorafit.show import print_findings
 from lorafit.staging import discard, partial_of, staged
 
 
@@ -71,7 +71,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         gate(data.audit, plan.data.audit)
         plan = with_audit(plan, data.audit)
         if main:
-            print_audit(data.audit, plan.data.audit, console)
+            print_findings(data.audit, plan.data.audit, console)
             make_run(run, plan, recipe_text, start)
         source = dequantized_base(plan, run, main)
         trainer = build_trainer(plan, run, data, tokenizer, source)

@@ -52,7 +52,7 @@ def test_a_whole_story(recipe: RecipeMaker, rows: Path, tmp_path: Path) -> None:
     assert code == 0, said
     assert json.loads(result)["steps"] == 4
     run = json.loads(result)["run"]
-    assert "18 rows" in said
+    assert "18 training rows, " in said
     code, report, _ = lorafit("eval", run, "--json", "--max-new-tokens", 4)
     assert code == 0
     assert set(json.loads(report)["models"]) == {"base", "adapter"}
@@ -139,7 +139,7 @@ class TestMistakes:
             assert "not a run directory" in err
 
     def test_a_bug_keeps_its_traceback(self, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lorafit.plan.plan_recipe", lambda *_: 1 / 0)
+        monkeypatch.setattr("lorafit.plan.plan_recipe", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             lorafit("train", recipe(), "--dry-run")
 
@@ -172,7 +172,7 @@ def test_generated_docs_are_fresh() -> None:
 
 def test_nothing_but_the_result_on_stdout(recipe: RecipeMaker, tmp_path: Path) -> None:
     """Not even from the libraries: stdout is data."""
-    more = write_jsonl(tmp_path / "some.jsonl", [conversation("one", "two")] * 4)
+    more = write_jsonl(tmp_path / "some.jsonl", [conversation("one", word) for word in ("a", "b", "c", "d")])
     path = recipe(dataset={"train": [{"path": str(more)}]}, quantization={"load_in_4bit": True})
     done = subprocess.run(
         [sys.executable, "-m", "lorafit", "train", str(path)],
@@ -182,5 +182,5 @@ def test_nothing_but_the_result_on_stdout(recipe: RecipeMaker, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(tmp_path / "runs" / "recipe" / "adapter")]
-    noise = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "4 rows"))]
+    noise = [line for line in done.stderr.splitlines() if not line.startswith(("step ", "4 training rows, "))]
     assert noise == []

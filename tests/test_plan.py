@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
+from lorafit.audit import RULES
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, TokenizerFacts, layout
 from lorafit.hardware import Hardware
 from lorafit.plan import NO_SDPA, Plan, make_plan, make_schedule, plan_recipe, validation_rows
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import sections
+from lorafit.recipe.schema import Source
 
 CPU = Hardware("cpu", "a plain CPU", 16 << 30, None, False)
 CPU_BF16 = Hardware("cpu", "a CPU with AMX", 16 << 30, None, True)
@@ -471,11 +473,18 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dataset.train.path": ("MORE", {}),
     "dataset.train.format": ("text", {"dataset": {"train": [{"path": "TEXTS"}]}}),
     "dataset.train.columns": ({"input": "context"}, {}),
+    "dataset.train.template": ({"prompt": "{{ prompt }}!"}, {}),
+    "dataset.train.weight": (2.0, {}),
+    "dataset.train.max_rows": (5, {}),
     "dataset.train.split": ("test", HUB),
     "dataset.train.name": ("small", HUB),
     "dataset.train.revision": ("v2", HUB),
     "dataset.validation": (0.5, {}),
     "dataset.loss_on": ("all", {}),
+    "dataset.min_length": (3, {}),
+    "dataset.excess_length_strategy": ("drop", {}),
+    "dataset.streaming": (True, {"training": {"max_steps": 3}}),
+    **{f"dataset.audit.{rule}": (0.25, {}) for rule in RULES},
     "training.max_length": (77, {}),
     "training.packing": (True, {}),
     "training.num_train_epochs": (5.5, {}),
@@ -542,7 +551,7 @@ def echo_free(plan: Plan) -> dict[str, Any]:
 
 
 def test_the_table_has_every_field() -> None:
-    sources = {("dataset", "validation", name) for name in ("path", "format", "columns", "split", "name", "revision")}
+    sources = {("dataset", "validation", name) for name in Source.model_fields}
     fields = {field for field in leaf_fields() if tuple(field.split(".")) not in sources}
     assert "dataset.validation" in fields | set(map(".".join, dict(sections())))
     assert fields | {"dataset.validation"} == set(CHANGES)

@@ -141,6 +141,7 @@ def test_every_field_has_a_description() -> None:
         ("dataset",),
         ("dataset", "train"),
         ("dataset", "validation"),
+        ("dataset", "audit"),
         ("training",),
     }
 
@@ -180,8 +181,8 @@ def test_what_is_missing_says_what_it_is() -> None:
     ]
     assert mistakes("model: {}\ndataset:\n  train:\n    - name: x\n") == [
         "r.yaml:1:1: model.name_or_path: is missing (Hub id, local folder, or a `.gguf` file (which is dequantized))",
-        "r.yaml:4:7: dataset.train.0.path: is missing (A .json, .jsonl, .csv or .parquet file, a folder of them, "
-        "or a hub data set's id)",
+        "r.yaml:4:7: dataset.train.0.path: is missing (A .json, .jsonl, .csv or .parquet file (the first three also "
+        "with .gz or .zst), a folder of them, a pattern such as `data/*.jsonl`, or a hub data set's id)",
     ]
     # The misspelt key is the only mistake: what it was meant for isn't missing.
     assert only_mistake(BASE.replace("model:", "modle:")) == "r.yaml:1:1: modle: unknown key; did you mean 'model'?"
@@ -692,12 +693,54 @@ NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
         (
             "      columns: {outptu: a}\n      format: alpaca",
             "6:25: dataset.train.0.columns.outptu: no such column in the format alpaca, which has: instruction, "
-            "output, input, system, tools",
+            "output, input, system, tools, history, train, weight",
         ),
         (
             HELD_OUT.replace("0.1", "[{path: x, columns: {role: a}}]"),
-            "6:42: dataset.validation.0.columns.role: no such column in the format auto, which has: messages, tools, "
-            "conversations, system, instruction, output, input, prompt, completion, text",
+            "6:42: dataset.validation.0.columns.role: no such column in the format auto, which has: chosen, rejected, "
+            "prompt, messages, conversations, instruction, input, system, tools, train, weight, label, completion, "
+            "output, history, text",
+        ),
+        (
+            "      template: {promt: a}\n      format: prompt_completion",
+            "6:25: dataset.train.0.template.promt: no such column in the format prompt_completion, which has: prompt, "
+            "completion, tools, train, weight",
+        ),
+        (
+            "      template: {prompt: a}\n      columns: {prompt: b}",
+            "7:25: dataset.train.0.columns.prompt: is made by the template as well; give one of them",
+        ),
+        (
+            "      template: a\n      format: alpaca",
+            "6:17: dataset.train.0.template: one text makes the column `text`; for alpaca name the columns it makes",
+        ),
+        (
+            HELD_OUT.replace("0.1", "[{path: x, weight: 2}]"),
+            "6:34: dataset.validation.0.weight: has no effect on validation rows; remove it",
+        ),
+        (
+            "  min_length: 9\ntraining: {max_length: 8}",
+            "6:15: dataset.min_length: is above training.max_length (8): no row would be left",
+        ),
+        (
+            "  streaming: true",
+            "6:14: dataset.streaming: the number of rows of a stream is not known; add training.max_steps",
+        ),
+        (
+            "  streaming: true\n  validation: 0.1\ntraining: {max_steps: 2}",
+            "7:15: dataset.validation: no fraction of a stream can be held out; name sources of their own",
+        ),
+        (
+            "  streaming: true\ntraining: {max_steps: 2, dataloader_num_workers: 1}",
+            "7:50: training.dataloader_num_workers: must be 0 for a stream, which is audited as it comes",
+        ),
+        (
+            "  streaming: true\ntraining: {max_steps: 2, save_strategy: epoch}",
+            "7:41: training.save_strategy: a stream's epochs are not known; use steps",
+        ),
+        (
+            "  streaming: true\ntraining: {max_steps: 2, train_sampling_strategy: group_by_length}",
+            "7:51: training.train_sampling_strategy: the lengths of a stream's rows are not known; use random",
         ),
         ("training: {early_stopping_patience: 3}", f"6:37: training.early_stopping_patience: {NEEDS_ROWS}"),
         ("training: {load_best_model_at_end: true}", f"6:36: training.load_best_model_at_end: {NEEDS_ROWS}"),

@@ -355,6 +355,23 @@ def test_parquet_in_row_groups_and_its_padding(here: Path) -> None:
         assert message["tool_calls"][0]["function"]["arguments"] == arguments
 
 
+def test_a_parquet_value_that_python_has_not(here: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    years = pyarrow.array([0, 2**60], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"when": years}), here / "a.parquet")
+    with pytest.raises(DataError, match=r"^a\.parquet: row 1 or one soon after can't be read: .*out of range"):
+        list(read_rows("a.parquet"))
+    map_type = pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    table = pyarrow.table({"map": pyarrow.array([[("a", 1), ("b", 2)], [("a", 1), ("a", 2)]], map_type)})
+    pyarrow.parquet.write_table(table.slice(0, 1), here / "a.parquet")
+    assert [row.fields for row in read_rows("a.parquet")] == [{"map": {"a": 1, "b": 2}}]
+    pyarrow.parquet.write_table(table, here / "a.parquet")
+    with pytest.raises(DataError, match=r"^a\.parquet: row 1 or one soon after can't be read: "):
+        list(read_rows("a.parquet"))
+
+
 def test_a_parquet_column_that_is_there_twice(here: Path) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -702,6 +719,13 @@ def test_a_row_may_say_that_it_is_not_learned(name: str) -> None:
         )
 
 
+def test_flags_in_csv() -> None:
+    rows = rows_of("a.csv", "text,train,weight\na,true,1\nb,false,1\nc,1,0\nd,maybe,1\n")
+    assert [to_example(row, Shape("text")).train for row in rows[:3]] == [True, False, False]
+    with pytest.raises(DataError, match=r"^a\.csv:5: 'train' says .* takes only true and false \(rename it .*\), got "):
+        to_example(rows[3], Shape("text"))
+
+
 # --- templates ------------------------------------------------------------------------------------
 
 
@@ -747,6 +771,12 @@ def test_a_template_makes_turns() -> None:
     assert template_error({"messages": "[oops"}, fields, "messages") == (
         "a.jsonl:3: 'messages' must be a list, got \"[oops\""
     )
+
+
+def test_turns_as_json_text_are_read_by_a_template() -> None:
+    """As CSV has to have them."""
+    cell = json.dumps(turns(("user", "a"), ("assistant", "b"))["messages"])
+    assert len(templated({"messages": "{{ turns }}"}, {"turns": cell}, "messages").messages) == 2
 
 
 @pytest.mark.parametrize(
@@ -855,6 +885,8 @@ def test_function_calls_in_turns_of_their_own() -> None:
     }
     assert len(said({"from": "gpt", "value": "x", "train": False}, call)) == 2  # one is learned, the other is not
     assert len(said({"from": "gpt", "value": "x"}, result, call)) == 3
+    thoughts = ({"from": "gpt", "value": "x", "reasoning": "a"}, {**call, "reasoning": "b"})
+    assert [message["reasoning_content"] for message in said(*thoughts)] == ["a", "b"]  # neither is lost
     assert said_error({"from": "function_call", "value": "f(1)"}) == (
         "a.jsonl:3: the tool call in turn 1 of 'messages' is not JSON: \"f(1)\""
     )
@@ -893,15 +925,22 @@ def test_content_in_parts() -> None:
     assert read.messages[0] == {"role": "user", "content": "q"}
 
 
-@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video", "hologram"])
-def test_content_that_is_not_text(kind: str) -> None:
-    for role in ("user", "tool", "assistant"):
-        assert said_error(
-            {"role": role, "content": [{"type": kind}] if role != "tool" or kind != "hologram" else [{"type": "image"}]}
-        ) in (
-            f"a.jsonl:3: a part of turn 1 of 'messages' is not text, and lorafit trains on text, got \"{name}\""
-            for name in (kind, "image")
-        )
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video", "file"])
+@pytest.mark.parametrize("role", ["user", "tool", "assistant"])
+def test_content_that_is_not_text(kind: str, role: str) -> None:
+    assert said_error({"role": role, "content": [{"type": kind}]}) == (
+        f"a.jsonl:3: a part of turn 1 of 'messages' is not text, and lorafit trains on text, got \"{kind}\""
+    )
+
+
+def test_parts_that_nobody_knows() -> None:
+    assert said_error({"role": "user", "content": [{"type": "hologram"}]}).endswith('trains on text, got "hologram"')
+    assert said_error({"role": "user", "content": [{"type": "text"}]}) == (
+        "a.jsonl:3: a part of turn 1 of 'messages' has no 'text', got {\"type\": \"text\"}"
+    )
+    assert said_error({"role": "user", "content": [{"type": "reasoning", "text": "hm"}]}) == (
+        "a.jsonl:3: turn 1 of 'messages' holds reasoning or tool calls, but is not the assistant's"
+    )
 
 
 def test_reasoning_has_one_name() -> None:

@@ -94,12 +94,11 @@ def with_audit(plan: Plan, audit: Audit) -> Plan:
         audit=audit.as_dict(),
         schedule=schedule,
         choices=plan.choices | {"steps": _steps_choice(schedule, rows, plan.data.packing)},
-        remarks=tuple(remark for remark in plan.remarks if remark not in (_PACKED_LATER, _NOT_AUDITED)),
+        remarks=tuple(remark for remark in plan.remarks if remark != _PACKED_LATER),
     )
 
 
 _PACKED_LATER = "The number of steps is known once the rows are packed."
-_NOT_AUDITED = "The data has not been audited yet: `lorafit preview` does it, and training before it loads weights."
 
 
 def _steps_choice(schedule: Schedule, rows: int | None, packing: bool) -> Choice:
@@ -410,7 +409,7 @@ class _Planner:
         if known is not None:
             return with_audit(plan, Audit.from_dict(known))
         schedule, choices = None, plan.choices
-        remarks = [*plan.remarks, _NOT_AUDITED]
+        remarks = list(plan.remarks)
         if data.streaming:
             schedule = make_schedule(None, plan.training_kwargs, self.hardware.world_size)
         elif data.packing:

@@ -273,11 +273,13 @@ def _parquet(file: Path) -> Iterator[Row]:
                 fitting = _BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1)
                 size = min(max(fitting, 1), _BATCH_ROWS)
                 for batch in table.iter_batches(batch_size=size, row_groups=[group]):
-                    columns = [_cells(column) for column in batch.columns]
+                    columns = list(map(_cells, batch.columns))
                     for number, cells in enumerate(zip(*columns, strict=True), number + 1):  # noqa: B020
                         yield Row(str(file), number, dict(zip(batch.schema.names, cells, strict=True)))
     except pyarrow.ArrowException as error:
         raise DataError(f"{file}: not parquet: {first_line(error)}") from None
+    except (ValueError, KeyError, OverflowError) as error:  # a date of the year 10000, a map with a key twice
+        raise DataError(f"{file}: row {number + 1} or one soon after can't be read: {first_line(error)}") from None
 
 
 def _cells(column: Any) -> list[Any]:

@@ -279,10 +279,13 @@ _READERS: dict[Format, Callable[[Cells], _Fields]] = {
 
 
 def _conversation(cells: Cells, name: str, learned: list[Message], prompt: list[Message] | None = None) -> _Fields:
-    """The fields of a conversation, of which `learned` is what the column `name` holds."""
-    before = [{**message, "train": False} for message in _system(cells, [*(prompt or []), *learned]) + (prompt or [])]
-    if prompt is None:  # there is no prompt to tell apart; system messages are never answers
-        before = [{key: value for key, value in message.items() if key != "train"} for message in before]
+    """The fields of a conversation, of which `learned` is what the column `name` holds.
+
+    Raises Fault if there is nothing to learn in it.
+    """
+    before = _system(cells, [*(prompt or []), *learned])
+    if prompt is not None:
+        before = [{**message, "train": False} for message in (*before, *prompt)]
     answers = [message for message in learned if message["role"] == "assistant"]
     if not answers:
         where = "" if prompt is None else f" in {cells.name(name)}"

@@ -52,6 +52,7 @@ def read_turns(cells: Cells, name: str, value: Any) -> list[Message]:
             is_call
             and before.get("role") == "assistant"
             and "tool_calls" not in before
+            and not ("reasoning_content" in before and "reasoning_content" in message)
             and before.get("train", True) == message.get("train", True)
         ):
             messages[-1] = {**message, **before, "tool_calls": message["tool_calls"]}
