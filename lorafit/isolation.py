@@ -37,20 +37,25 @@ def check_isolation(trainer: Any) -> None:
             found: torch.Tensor = model(**inputs, use_cache=False).logits[0, -SECOND:].float()
         return found
 
+    here = f"this {config.model_type} model with attn_implementation {config._attn_implementation}"
     training = model.training
     model.eval()
     try:
         packed, elsewhere, alone = logits(first, second), logits(other, second), logits(second)
+    except (ValueError, TypeError, NotImplementedError) as error:  # transformers refuses some models itself
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"rows can't be packed for {here}: {reason}; set training.packing: false") from None
     finally:
         model.train(training)
     spread = packed.std().item() or 1.0
     seen = (packed - elsewhere).abs().max().item() / spread
     moved = (packed - alone).abs().max().item() / spread
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    if seen > (1e-4 if exact else 0.05) or moved > (1e-3 if exact else 0.25):
+    # LLM.int8() picks its outliers over all rows at once, so there one row does round another.
+    mixes = getattr(model, "is_loaded_in_8bit", False)
+    if seen > (0.05 if mixes else 1e-4 if exact else 2e-3) or moved > (1e-3 if exact else 0.25):
         what = "see each other" if seen > moved / 10 else "do not begin at position 0"
         raise ModelError(
-            f"packed rows {what} in this {config.model_type} model with attn_implementation "
-            f"{config._attn_implementation}: packing changes a row's logits by {max(seen, moved):.2g} of their spread; "
+            f"packed rows {what} in {here}: packing changes a row's logits by {max(seen, moved):.2g} of their spread; "
             "set training.packing: false"
         )

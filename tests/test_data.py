@@ -15,7 +15,7 @@ from conftest import CHATML, SPECIAL, conversation, make_tokenizer, write_jsonl
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer, get_training_chat_template, pack_dataset
+from trl import SFTConfig, SFTTrainer, get_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import lorafit.data.encode
@@ -740,38 +740,3 @@ def test_a_source_without_rows(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     with pytest.raises(DataError, match=r"empty\.jsonl: there are no rows"):
         prepare(plan(empty), tokenizer)
-
-
-# --- packing --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_do_not_see_each_other(
-    tokenizer: PreTrainedTokenizerBase, tiny_model: Path, attention: str
-) -> None:
-    examples = [example(m) for m in CONVERSATIONS.values() if len(m) < 4]
-    rows, _ = rows_of(tokenizer, *examples, max_length=256)
-    packed = pack_dataset(Dataset.from_list(rows), 256)
-    assert len(packed) < len(rows)
-    assert sum(map(len, packed["seq_lengths"])) == len(rows)
-    model = LlamaForCausalLM.from_pretrained(tiny_model, attn_implementation=attention, dtype=torch.float32).eval()
-    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    alone = {tuple(row["input_ids"]): row["labels"] for row in rows}
-    seen = 0
-    for chosen in ([packed[0]], list(packed)):  # one packed row a batch, and all in one
-        batch = collator(chosen)
-        lengths = [length for row in chosen for length in row["seq_lengths"]]
-        assert len(lengths) > 1
-        labels = batch.pop("labels")[0].tolist()
-        with torch.no_grad():
-            together = model(**batch, use_cache=False).logits[0]
-        start = 0
-        for length in lengths:
-            ids = batch["input_ids"][0, start : start + length]
-            with torch.no_grad():
-                expected = model(input_ids=ids[None], use_cache=False).logits[0]
-            torch.testing.assert_close(together[start : start + length], expected, rtol=0, atol=1e-4)
-            assert labels[start + 1 : start + length] == alone[tuple(ids.tolist())][1:]
-            start += length
-            seen += 1
-    assert seen > len(rows)

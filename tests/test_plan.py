@@ -171,23 +171,6 @@ def test_which_models_know_no_sdpa() -> None:
         assert model_class._supports_sdpa is (model_type not in NO_SDPA), model_type
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
-def test_packed_examples_do_not_see_each_other(model_type: str, planner: Planner) -> None:
-    """With the attention that is planned, and positions alone to tell the examples apart, as TRL packs them."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    attention = planner(facts=facts_of(model_type=model_type)).model_kwargs["attn_implementation"]
-    config = AutoConfig.for_model(model_type, **{k: CONFIG[k] for k in CONFIG if k != "model_type"}, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    first, second = torch.arange(1, 8)[None], torch.arange(20, 29)[None]
-    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
-    with torch.no_grad():
-        alone = model(input_ids=second, use_cache=False).logits
-        packed = model(input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits[:, 7:]
-    torch.testing.assert_close(packed, alone)
-
-
 @pytest.mark.parametrize(
     ("hardware", "world", "training", "batch", "accumulation"),
     [

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import RecipeMaker, Train, write_jsonl
 
-from lorafit import rundir
+from lorafit import staging
 from lorafit.callbacks import StopRequest
 from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
 from lorafit.rundir import RunDir
@@ -296,7 +296,7 @@ class TestFailures:
         assert not (rows.parent / "runs" / "recipe").exists()
 
     def test_rows_that_are_all_cut_off(self, recipe: RecipeMaker, train: Train) -> None:
-        with pytest.raises(DataError, match="max_length 3 cuts the answer off in all 24"):
+        with pytest.raises(DataError, match="max_length 3 cuts off every answer; no row is left"):
             train(recipe(training={"max_length": 3}))
 
     def test_a_truncated_weight_file(self, recipe: RecipeMaker, train: Train, tiny_model: Path, tmp_path: Path) -> None:
@@ -317,8 +317,8 @@ class TestFailures:
 
         whole = train(recipe("whole"))
         path = recipe()
-        original = rundir.sync
-        monkeypatch.setattr(rundir, "sync", lambda f: full(f) if f.name == ".adapter.partial" else original(f))
+        original = staging.sync
+        monkeypatch.setattr(staging, "sync", lambda f: full(f) if f.name == ".adapter.partial" else original(f))
         with pytest.raises(OSError, match="No space left"):
             train(path)
         run = RunDir(path.parent / "runs" / "recipe")

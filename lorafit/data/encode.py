@@ -24,6 +24,7 @@ from lorafit.rows import Example, Fault, Row, Shape, place_of, to_example
 IGNORED = -100
 _BATCH_ROWS = 1000
 _BATCH_CHARACTERS = 4_000_000
+_WHOLE = "text is learned whole"
 Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 
@@ -80,7 +81,6 @@ def tokenize(
     """
     if not renderer.tokenizer.is_fast:
         raise DataError("the tokenizer has no fast version, which is needed to find the answers' tokens")
-    audit.masks = renderer.masks
     encoder = _Encoder(renderer, lengths, audit)
     with ThreadPoolExecutor(1) as pool:
         waiting: tuple[list[Rendered], Any] | None = None
@@ -100,6 +100,9 @@ def _rendered(examples: Iterable[Example], renderer: Renderer, audit: SourceAudi
         except Fault as fault:
             _leave_out(fault, audit)
             continue
+        how = renderer.masks if not row.special else "the completion column" if example.prompt is not None else _WHOLE
+        if how not in audit.masks:
+            audit.masks = f"{audit.masks}, {how}".lstrip(", ")
         for rule, what in row.remarks.items():
             audit.count(rule, f"{example.place}: {what}")
         yield row

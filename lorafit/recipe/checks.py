@@ -12,8 +12,6 @@ from lorafit.recipe.schema import Recipe, Source
 from lorafit.rows import COLUMNS, OPTIONAL, check_template
 
 Complaint = tuple[tuple[str | int, ...], str]
-ROW_COLUMNS = ("train", "weight")
-"""Columns by which a row of any format can say that it is not learned."""
 FOUR_BIT_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
@@ -119,7 +117,6 @@ def _columns(path: tuple[str | int, ...], source: Source) -> Iterator[Complaint]
     """The names in `columns` and `template` have to be the format's."""
     formats = COLUMNS if source.format == "auto" else [source.format]
     known = {column: None for name in formats for column in (*COLUMNS[name], *OPTIONAL[name])}
-    known |= dict.fromkeys(ROW_COLUMNS)
     templates = source.template if isinstance(source.template, dict) else {}
     for where, names in (("columns", source.columns), ("template", templates)):
         for column in names:
