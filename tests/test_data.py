@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trl
 from conftest import CHATML, SPECIAL, conversation, make_tokenizer, write_jsonl
 from datasets import Dataset

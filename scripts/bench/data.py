@@ -30,9 +30,9 @@ TEMPLATE = "qwen2_5"
 
 
 def write_rows(file: Path, count: int) -> None:
-    """Alpaca-like rows: an instruction of 5 to 30 words, an input in a third of them, an answer of 10 to 200."""
+    """Alpaca-like rows: an instruction of 5 to 30 words, an input in a third of them, an answer of 10 to 100."""
     draw = random.Random(0)
-    words = ["".join(draw.choices("etaoinshrdlucm", k=draw.randint(2, 9))) for _ in range(5000)]
+    words = ["".join(draw.choices("etaoinshrdlucm", k=draw.randint(2, 6))) for _ in range(5000)]
 
     def some(least: int, most: int) -> str:
         return " ".join(draw.choices(words, k=draw.randint(least, most)))
@@ -40,7 +40,7 @@ def write_rows(file: Path, count: int) -> None:
     with file.open("w", encoding="utf-8") as stream:
         for _ in range(count):
             row = {"instruction": some(5, 30), "input": some(5, 40) if draw.random() < 1 / 3 else ""}
-            stream.write(json.dumps(row | {"output": some(10, 200)}) + "\n")
+            stream.write(json.dumps(row | {"output": some(10, 100)}) + "\n")
 
 
 def plan_for(file: Path, folder: Path) -> Any:
@@ -77,6 +77,29 @@ def lorafit_prepares(file: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def without_audit(file: Path, folder: Path) -> dict[str, Any]:
+    """The same without what only the audit needs: looking into contents, hashing rows, comparing them."""
+    from lorafit.quiet import hush
+
+    hush()
+    import lorafit.data
+    from lorafit.data.encode import _Encoder
+    from lorafit.data.render import Renderer
+
+    def nothing(*_: Any) -> Any:
+        return None
+
+    class Unhashed:
+        def digest(self) -> bytes:
+            return bytes(8)
+
+    Renderer._remarks = lambda *_: {}  # type: ignore[method-assign]
+    _Encoder._check_start = nothing  # type: ignore[method-assign]
+    lorafit.data.encode.hashlib.blake2b = lambda *_, **__: Unhashed()  # type: ignore[assignment,misc]
+    lorafit.data.duplicates = lorafit.data.leaked = nothing  # type: ignore[assignment]
+    return lorafit_prepares(file, folder)
+
+
 def trl_prepares(file: Path, folder: Path) -> dict[str, Any]:
     """What SFTTrainer does with the same rows as messages, from reading the file to labels."""
     from lorafit.quiet import hush
@@ -94,7 +117,14 @@ def trl_prepares(file: Path, folder: Path) -> dict[str, Any]:
     tokenizer.chat_template = (Path(trl.__file__).parent / f"chat_templates/{TEMPLATE}.jinja").read_text()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
-        LlamaConfig(len(tokenizer), 64, 128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
     )
     before = peak_mib()
     began = time.monotonic()
@@ -154,6 +184,41 @@ def ratio(folder: Path, count: int) -> None:
         print(f"{name:18} {theirs['seconds']:7.1f} s  ({theirs['seconds'] / ours['seconds']:.1f} times lorafit's)")
 
 
+def audit(folder: Path, count: int, rounds: int = 3) -> None:
+    file = folder / "rows.jsonl"
+    write_rows(file, count)
+    seconds: dict[str, list[float]] = {"lorafit": [], "without_audit": []}
+    for turn in range(rounds):
+        for what in seconds:
+            seconds[what].append(apart(what, file, folder / f"{what}{turn}")["seconds"])
+    with_audit, without = (min(found) for found in seconds.values())
+    print(
+        f"{count:,} rows: {with_audit:.2f} s with the audit, {without:.2f} s without ({with_audit / without - 1:+.1%})"
+    )
+
+
+def warm(folder: Path, count: int) -> None:
+    """From the start of `lorafit train` to the first step, with few rows and with many in the cache."""
+    for name, rows in (("few", 100), ("many", count)):
+        file = folder / f"{name}.jsonl"
+        write_rows(file, rows)
+        recipe = folder / f"{name}.yaml"
+        recipe.write_text(
+            f"model: {{name_or_path: {MODEL}, chat_template: {TEMPLATE}}}\nlora: {{}}\n"
+            f"dataset: {{train: [{{path: {file}}}]}}\n"
+            "training: {max_length: 128, max_steps: 1, per_device_train_batch_size: 1, global_batch_size: 1}\n"
+            f"output_dir: {folder / name}\n"
+        )
+        settings = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+        command = [sys.executable, "-m", "lorafit", "train", str(recipe), "--overwrite"]
+        seconds = []
+        for _ in range(4):  # the first fills the cache
+            began = time.monotonic()
+            subprocess.run(command, env=settings, capture_output=True, check=True)
+            seconds.append(time.monotonic() - began)
+        print(f"{rows:9,} rows: {seconds[0]:.1f} s cold, {min(seconds[1:]):.1f} s with a warm cache (one step, saved)")
+
+
 def memory(folder: Path, counts: tuple[int, ...] = (10_000, 100_000, 1_000_000)) -> None:
     for count in counts:
         file = folder / f"rows{count}.jsonl"
@@ -166,20 +231,20 @@ def memory(folder: Path, counts: tuple[int, ...] = (10_000, 100_000, 1_000_000))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["ratio", "memory"])
+    parser.add_argument("what", nargs="?", choices=["ratio", "audit", "memory", "warm"])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         what, file, folder = arguments.one
-        measure = {"lorafit": lorafit_prepares, "trl": trl_prepares}[what]
+        measure = {"lorafit": lorafit_prepares, "without_audit": without_audit, "trl": trl_prepares}[what]
         print(json.dumps(measure(Path(file), Path(folder))))
         return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.what == "memory":
             memory(Path(folder))
         else:
-            ratio(Path(folder), arguments.rows)
+            {"audit": audit, "warm": warm}.get(arguments.what, ratio)(Path(folder), arguments.rows)
 
 
 if __name__ == "__main__":
