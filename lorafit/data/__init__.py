@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ class Prepared:
     validation: Dataset | None
     audit: Audit
     rows: Dataset | None = None
-    streamed: tuple[SourceAudit, ...] = ()
+    streamed: list[SourceAudit] = field(default_factory=list)
 
     def final_audit(self) -> Audit:
         """The audit after training: of a stream, what was seen of it."""
@@ -70,7 +70,7 @@ class Prepared:
         totals = (
             sum(getattr(source, name) for source in self.streamed) for name in ("rows", "tokens", "supervised_tokens")
         )
-        return dataclasses.replace(self.audit, train=self.streamed, training_rows=PartAudit(*totals))
+        return dataclasses.replace(self.audit, train=tuple(self.streamed), training_rows=PartAudit(*totals))
 
 
 def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: Console | None = None) -> Prepared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -29,12 +29,12 @@ def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: 
     """The training rows as a stream, and an audit of the first of them. Validation rows are read whole."""
     renderer = Renderer(tokenizer, plan.loss_on, plan.date)
     validation, held_out, part = prepare_held_out(plan, renderer, console)
-    sample_audits, audits = ([SourceAudit(source.path) for source in plan.train] for _ in range(2))
-    sample = list(itertools.islice(_interleaved(plan, renderer, sample_audits), SAMPLE_ROWS))
+    audits = [SourceAudit(source.path) for source in plan.train]
+    sample = list(itertools.islice(_interleaved(plan, renderer, audits), SAMPLE_ROWS))
     if not sample:
         raise DataError(f"{plan.train[0].path}: no row is left to learn from")
     audit = Audit(
-        train=tuple(sample_audits),
+        train=tuple(audits),
         validation=held_out,
         training_rows=PartAudit(
             len(sample), sum(len(row.input_ids) for row in sample), sum(row.learned for row in sample)
@@ -42,17 +42,40 @@ def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: 
         validation_rows=part,
         whole=False,
     )
-    counting = iter([audits])
+    streamed: list[SourceAudit] = []
+    stream = IterableDataset(ExamplesIterable(_examples, {"plan": plan, "renderer": renderer, "audits": streamed}))
+    return Prepared(stream, validation, audit, None, streamed)
 
-    def rows() -> Iterator[TokenRow]:
-        # Only the first pass counts; later ones see the same rows.
-        live = next(counting, None) or [SourceAudit(source.path) for source in plan.train]
-        return _interleaved(plan, renderer, live)
 
-    stream = IterableDataset(ExamplesIterable(_examples, {"plan": plan, "rows": rows}))
-    if plan.shuffle:
-        stream = stream.shuffle(seed=plan.seed, buffer_size=SHUFFLE_ROWS)
-    return Prepared(stream, validation, audit, None, tuple(audits))
+def _passes(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) -> Iterator[TokenRow]:
+    """Pass after pass over the rows, without end, so that a run which skips its first batches goes on exactly.
+
+    `audits` is filled anew with what the first pass counts; later passes see the same rows.
+    """
+    audits[:] = [SourceAudit(source.path) for source in plan.train]
+    counted = audits
+    for number in itertools.count():
+        rows = _interleaved(plan, renderer, counted)
+        if plan.shuffle:
+            rows = _shuffled(rows, random.Random(f"{plan.seed} {number}"))
+        empty = True
+        for row in rows:
+            empty = False
+            yield row
+        if empty:
+            return
+        counted = [SourceAudit(source.path) for source in plan.train]
+
+
+def _shuffled(rows: Iterator[TokenRow], draw: random.Random) -> Iterator[TokenRow]:
+    """The rows, each drawn from the next SHUFFLE_ROWS."""
+    waiting = list(itertools.islice(rows, SHUFFLE_ROWS))
+    for row in rows:
+        place = draw.randrange(len(waiting))
+        chosen, waiting[place] = waiting[place], row
+        yield chosen
+    draw.shuffle(waiting)
+    yield from waiting
 
 
 def _interleaved(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) -> Iterator[TokenRow]:
@@ -77,15 +100,15 @@ def _interleaved(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) 
             yield row
 
 
-def _examples(plan: DataPlan, rows: Callable[[], Iterator[TokenRow]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _examples(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows for the trainer, packed if the plan says so, with their numbers."""
-    plain = ({"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows())
+    rows = _passes(plan, renderer, audits)
+    plain = ({"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows)
     if not plan.packing:
         yield from enumerate(plain)
         return
     chunks = iter(lambda: list(itertools.islice(plain, SHUFFLE_ROWS)), [])
-    packs = (pack for chunk in chunks for pack in _packed(chunk, plan.max_length))
-    yield from enumerate(packs)
+    yield from enumerate(itertools.chain.from_iterable(_packed(chunk, plan.max_length) for chunk in chunks))
 
 
 def _packed(rows: list[dict[str, Any]], max_length: int) -> Iterator[dict[str, Any]]:
