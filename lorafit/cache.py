@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from lorafit.audit import Audit
 from lorafit.staging import discard, staged
 
 if TYPE_CHECKING:
     from lorafit.plan.types import DataPlan, SourcePlan
 
 T = TypeVar("T")
-DAMAGED = (OSError, ValueError, KeyError, TypeError)
-"""What reading a damaged entry raises (pyarrow's errors are ValueErrors or OSErrors)."""
+KINDS = ("rows", "sets")
 LIMIT_BYTES = 20 << 30
 """What all entries may take together."""
 _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
@@ -86,13 +86,16 @@ def _hash(value: Any) -> str:
 
 @functools.cache
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/lorafit, or ~/.cache/lorafit; a temporary folder where that can't be written."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafit"
+    """$XDG_CACHE_HOME/lorafit (if absolute), or ~/.cache/lorafit; a temporary folder where that can't be written."""
+    asked = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return root
-    except OSError:
+        root = (Path(asked) if os.path.isabs(asked) else Path.home() / ".cache") / "lorafit"
+        for kind in KINDS:
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root / kind):
+                pass
+        return root
+    except (OSError, RuntimeError):  # there may be no home
         temporary = tempfile.mkdtemp(prefix="lorafit-")
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         return Path(temporary)
@@ -109,8 +112,9 @@ def known_audit(plan: DataPlan) -> dict[str, Any] | None:
     if key is None:
         return None
     try:
-        return dict(json.loads((entry("sets", key) / "audit.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        raw = json.loads((entry("sets", key) / "audit.json").read_text(encoding="utf-8"))
+        return Audit.from_dict(raw).as_dict()
+    except Exception:  # noqa: BLE001 - a damaged entry may fail in any way
         return None
 
 
@@ -119,11 +123,11 @@ def kept(folder: Path, make: Callable[[Path], None], read: Callable[[Path], T]) 
 
     Args:
         make: fills a new folder.
-        read: opens a whole one; any error of the kinds in DAMAGED has it made anew.
+        read: opens a whole one; one where this fails is damaged and made anew.
     """
     with held(folder):
         if folder.is_dir():
-            with contextlib.suppress(*DAMAGED):
+            with contextlib.suppress(Exception):
                 return read(folder)
         with staged(folder) as partial:
             make(partial)
@@ -145,21 +149,32 @@ def _lock_file(folder: Path) -> Path:
 
 
 def prune(keep: set[Path], limit: int | None = None) -> None:
-    """Remove the least recently used entries until all take at most `limit` bytes.
+    """Remove what killed writers left, and the least recently used entries until all take at most `limit` bytes.
 
     Entries in `keep`, and those that another process holds, stay.
     """
     limit = LIMIT_BYTES if limit is None else limit
+    for leftover in _folders(".*"):
+        _remove(leftover, leftover.with_name(leftover.name.lstrip(".").partition(".")[0]))
     found = []
-    for folder in cache_folder().glob("*/[!.]*"):
+    for folder in _folders("[!.]*"):
         with contextlib.suppress(OSError):  # another process may be pruning as well
             found.append((folder.stat().st_mtime, sum(f.stat().st_size for f in folder.iterdir()), folder))
     total = sum(size for _, size, _ in found)
     for _, size, folder in sorted(found):
         if total <= limit:
             return
-        if folder in keep:
-            continue
-        with contextlib.suppress(Timeout, OSError), FileLock(_lock_file(folder)).acquire(timeout=0):
-            discard(folder)
+        if folder not in keep and _remove(folder, folder):
             total -= size
+
+
+def _folders(pattern: str) -> list[Path]:
+    return [path for kind in KINDS for path in (cache_folder() / kind).glob(pattern) if path.is_dir()]
+
+
+def _remove(path: Path, folder: Path) -> bool:
+    """Remove an entry's folder, or what is left of making it, unless another process holds the entry."""
+    with contextlib.suppress(Timeout, OSError), FileLock(_lock_file(folder)).acquire(timeout=0):
+        discard(path)
+        return True
+    return False

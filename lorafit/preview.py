@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,14 +92,16 @@ def segments(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBa
     """Runs of tokens of one kind, as text. Together they are the row."""
     special = set(special_tokens(tokenizer).values())
     kinds = [(label != IGNORED, token in special) for token, label in zip(ids, labels, strict=True)]
-    end, before = 0, ""
+    whole = tokenizer.decode(ids)
+    end = shown = 0
     for (learned, control), run in itertools.groupby(kinds):
-        begin, end = end, end + len(list(run))
-        whole = tokenizer.decode(ids[:end])
-        # A tokenizer may write a word differently at the start of a text, so the whole beginning is decoded.
-        text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[begin:end])
-        before = whole
-        yield {"text": text, "learned": learned, "special": control}
+        end += len(list(run))
+        # A token's text may depend on those before it, so the whole beginning is decoded. A character
+        # that the beginning ends within belongs to the next run.
+        beginning = tokenizer.decode(ids[:end])
+        same = len(beginning) if whole.startswith(beginning) else len(os.path.commonprefix([beginning, whole]))
+        begin, shown = shown, max(same, shown)
+        yield {"text": whole[begin:shown], "learned": learned, "special": control}
 
 
 def lengths(rows: Dataset | None, max_length: int) -> dict[str, Any] | None:
@@ -107,7 +110,7 @@ def lengths(rows: Dataset | None, max_length: int) -> dict[str, Any] | None:
         return None
     values = rows.with_format("numpy").select_columns(["length"])[:]["length"]
     edges = np.unique(np.linspace(0, min(int(values.max()), max_length), BARS + 1).astype(int))
-    counts, edges = np.histogram(values, edges if len(edges) > 1 else [0, 1])
+    counts, _ = np.histogram(values, edges + 0.5)  # a bar counts what is above the edge before and up to its own
     return {
         "median": int(np.median(values)),
         "p90": int(np.quantile(values, 0.9)),
@@ -124,15 +127,15 @@ def packing(plan: Plan, data: Prepared) -> dict[str, Any] | None:
         return None
     tokens, packs, tried = part.tokens, part.packs, part.rows
     values = rows.with_format("numpy").select_columns(["length"])[:]["length"]
-    if packs is None:
-        sample = rows.select(range(min(len(rows), PACKED_ROWS)))
-        tried, tokens = len(sample), int(values[: len(sample)].sum())
-        packs = len(pack(sample, plan.data.max_length))
-    batch = plan.training_kwargs["per_device_train_batch_size"]
     order = np.random.default_rng(plan.data.seed).permutation(len(values))
-    padded = sum(
-        int(values[order[at : at + batch]].max()) * len(order[at : at + batch]) for at in range(0, len(order), batch)
-    )
+    if packs is None:
+        chosen = (order if plan.data.shuffle else np.arange(len(values)))[:PACKED_ROWS]
+        tried, tokens = len(chosen), int(values[chosen].sum())
+        packs = len(pack(rows.select(chosen), plan.data.max_length))
+    batch = plan.training_kwargs["per_device_train_batch_size"]
+    starts = np.arange(0, len(order), batch)
+    longest = np.maximum.reduceat(values[order], starts).astype(np.int64)
+    padded = int((longest * np.diff([*starts, len(order)])).sum())
     return {
         "on": plan.data.packing,
         "rows": tried,

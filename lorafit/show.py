@@ -16,6 +16,8 @@ from lorafit.memory import MemoryEstimate
 from lorafit.plan import Plan
 
 GIB = 1 << 30
+_HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
+"""Line breaks, spaces, and what joins letters and emoji."""
 
 
 def _table(*columns: str) -> Table:
@@ -91,7 +93,7 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
     for one in findings(audit, limits):
         limit = "no limit" if one.limit is None else f"limit {one.limit:.4g}"
         line = f"{one} {RULES[one.rule]} ({limit}); the first: {one.finding.first}"
-        console.print(Text(line, style="red" if one.is_breach else "yellow"), soft_wrap=True)
+        console.print(Text(_printable(line), style="red" if one.is_breach else "yellow"), soft_wrap=True)
     part, held_out = audit.training_rows, audit.validation_rows
     packs = f" in {part.packs:,} packed rows" if part.packs is not None else ""
     others = f"; {held_out.rows:,} validation rows" if held_out else ""
@@ -107,7 +109,7 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
 def print_preview(report: dict[str, Any], console: Console | None = None) -> None:
     """Rows by loss mask, lengths, packing and the audit on stdout."""
     console = console or Console()
-    plain = console.color_system is None
+    plain = console.color_system is None or console.no_color
     legend = (
         "learned text stands in ⟦ ⟧" if plain else "[green]learned[/green], [dim]context[/dim], [cyan]control[/cyan]"
     )
@@ -115,7 +117,7 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
         title = (
             f"{row['place'] or report['part']} · row {row['number']}: {row['tokens']} tokens, {row['learned']} learned"
         )
-        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(Text(_printable(title), style="bold"), soft_wrap=True)
         text = Text()
         for learned, segments in itertools.groupby(row["segments"], key=lambda segment: segment["learned"]):
             text.append("⟦" * (plain and learned))
@@ -158,7 +160,7 @@ def _print_lengths(report: dict[str, Any], console: Console) -> None:
 
 def _printable(text: str) -> str:
     """Text without the characters by which data could command a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in _HARMLESS else ascii(c)[1:-1] for c in text)
 
 
 def print_memory(plan: Plan, estimate: MemoryEstimate, console: Console | None = None) -> None:

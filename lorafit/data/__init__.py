@@ -142,6 +142,8 @@ def source_table(plan: DataPlan, source: SourcePlan, renderer: Renderer, console
     def make(partial: Path) -> None:
         audit = SourceAudit(source.path)
         write_table(partial, counted(tokenize_source(plan, source, renderer, audit), source, console), audit)
+        if source.hub is None and digest(source.path) != source.sha256:
+            raise DataError(f"{source.path}: was changed while it was being read; start again")
 
     return kept(folder, make, lambda whole: SourceTable(folder, *read_table(whole)))
 
@@ -212,13 +214,16 @@ def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
 
 
 def read_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTable], folder: Path) -> Prepared:
-    """What `make_set` wrote, with the sources' rows in place."""
+    """What `make_set` wrote, with the sources' rows in place. Raises ValueError for a damaged folder."""
     audit = Audit.from_dict(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
     rows = together(train)
     validation = np.load(folder / "validation.npy")
     other = (together(held_out) if held_out else rows).select(validation) if len(validation) else None
     chosen = rows.select(np.load(folder / "training.npy"))
     trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(TRAINED)
+    part = audit.training_rows
+    if len(chosen) != part.rows or len(trained) != (part.packs if plan.packing else part.rows):
+        raise ValueError(f"{folder}: has other rows than its audit says")
     return Prepared(trained, other, audit, chosen)
 
 

@@ -37,7 +37,7 @@ def weighted(indices: Indices, weight: float, seed: int) -> Indices:
     """The indices as often as the weight says: all of them for each whole, and a random part for the rest."""
     whole = int(weight)
     parts = [indices] * whole
-    rest = round((weight - whole) * len(indices))
+    rest = round(weight * len(indices)) - whole * len(indices)
     if rest:
         parts.append(np.sort(np.random.default_rng(seed).choice(indices, rest, replace=False)))
     return np.concatenate(parts) if parts else indices[:0]
