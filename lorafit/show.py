@@ -82,7 +82,11 @@ def print_audit(audit: Audit, limits: Limits, console: Console | None = None) ->
         share = f"{source.supervised_tokens / source.tokens:.0%}" if source.tokens else ""
         numbers = (source.read, source.rows, source.tokens)
         table.add_row(
-            escape(name + source.path), *(f"{n:,}" for n in numbers), share, f"{source.longest:,}", escape(dropped)
+            Text(_printable(name + source.path)),
+            *(f"{n:,}" for n in numbers),
+            share,
+            f"{source.longest:,}",
+            Text(_printable(dropped)),
         )
     console.print(table)
     print_findings(audit, limits, console)

@@ -26,7 +26,7 @@ from lorafit.data.encode import IGNORED, Lengths, TokenRow, read_examples, token
 from lorafit.data.mix import Indices, repeated, shared, split, weighted
 from lorafit.data.progress import counted
 from lorafit.data.render import Rendered, Renderer, special_tokens
-from lorafit.data.table import TRAINED, column, read_table, write_table
+from lorafit.data.table import TRAINED, Numbers, read_table, write_table
 from lorafit.errors import DataError
 from lorafit.plan.types import DataPlan, SourcePlan, validation_rows
 from lorafit.rows import Row, detect_format, digest, place_of, read_rows
@@ -54,6 +54,7 @@ class Prepared:
         train: `input_ids` and `labels`, unpadded; packed if the plan says so. A stream if it says so.
         validation: the same, never packed, with all columns of a tokenized source.
         rows: the training rows before packing, with all columns; None for a stream.
+        numbers: `key`, `learned` and `length` of each of them.
         streamed: for a stream, what is counted while it is trained on.
     """
 
@@ -61,6 +62,7 @@ class Prepared:
     validation: Dataset | None
     audit: Audit
     rows: Dataset | None = None
+    numbers: Numbers | None = None
     streamed: list[SourceAudit] = field(default_factory=list)
 
     def final_audit(self) -> Audit:
@@ -132,6 +134,7 @@ class SourceTable:
 
     folder: Path
     rows: Dataset
+    numbers: Numbers
     audit: SourceAudit
 
 
@@ -190,11 +193,13 @@ def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
     for tables, part in ((train, rows), (held_out, other)):
         if tables and not len(part):
             raise no_row_left(plan, tables)
-    training, validation = split_rows(plan, rows)
-    if not held_out:
-        other = rows
+    numbers = numbers_of(train)
+    training, validation = split_rows(plan, numbers)
+    others = numbers
+    if held_out:
+        validation, others = np.arange(len(other)), numbers_of(held_out)
     else:
-        validation = np.arange(len(other))
+        other = rows
     order = mixed(plan, train, training)
     np.save(folder / "training.npy", order)
     np.save(folder / "validation.npy", validation)
@@ -205,10 +210,10 @@ def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
     audit = Audit(
         train=tuple(table.audit for table in train),
         validation=tuple(table.audit for table in held_out),
-        training_rows=part_audit(rows, order, packs),
-        validation_rows=part_audit(other, validation) if len(validation) else None,
-        duplicates=duplicates(rows, training),
-        leaked=leaked(rows, training, other, validation),
+        training_rows=part_audit(numbers[order], packs),
+        validation_rows=part_audit(others[validation]) if len(validation) else None,
+        duplicates=duplicates(rows, numbers, training),
+        leaked=leaked(rows, numbers, training, other, others, validation),
     )
     (folder / "audit.json").write_text(json.dumps(audit.as_dict()), encoding="utf-8")
 
@@ -219,16 +224,21 @@ def read_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
     rows = together(train)
     validation = np.load(folder / "validation.npy")
     other = (together(held_out) if held_out else rows).select(validation) if len(validation) else None
-    chosen = rows.select(np.load(folder / "training.npy"))
+    training = np.load(folder / "training.npy")
+    chosen = rows.select(training)
     trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(TRAINED)
     part = audit.training_rows
     if len(chosen) != part.rows or len(trained) != (part.packs if plan.packing else part.rows):
         raise ValueError(f"{folder}: has other rows than its audit says")
-    return Prepared(trained, other, audit, chosen)
+    return Prepared(trained, other, audit, chosen, numbers_of(train)[training])
 
 
 def together(tables: list[SourceTable]) -> Dataset:
     return concatenate_datasets([table.rows for table in tables]) if tables else Dataset.from_dict({})
+
+
+def numbers_of(tables: list[SourceTable]) -> Numbers:
+    return np.concatenate([table.numbers for table in tables])
 
 
 def prepare_held_out(
@@ -241,19 +251,19 @@ def prepare_held_out(
     rows = together(tables)
     if not len(rows):
         raise no_row_left(plan, tables)
-    return rows, tuple(table.audit for table in tables), part_audit(rows, np.arange(len(rows)))
+    return rows, tuple(table.audit for table in tables), part_audit(numbers_of(tables))
 
 
-def split_rows(plan: DataPlan, rows: Dataset) -> tuple[Indices, Indices]:
+def split_rows(plan: DataPlan, numbers: Numbers) -> tuple[Indices, Indices]:
     """Training and held-out indices. Raises DataError where a fraction leaves one of them empty."""
     if plan.validation_fraction is None:
-        return np.arange(len(rows)), np.arange(0)
-    count = validation_rows(len(rows), plan.validation_fraction)
-    training, validation = split(column(rows, "key"), count, plan.seed)
+        return np.arange(len(numbers)), np.arange(0)
+    count = validation_rows(len(numbers), plan.validation_fraction)
+    training, validation = split(numbers["key"], count, plan.seed)
     if not len(training) or not len(validation):
         raise DataError(
-            f"dataset.validation: {len(rows)} row{'s' * (len(rows) > 1)} can't be split into training and validation "
-            "rows that differ"
+            f"dataset.validation: {len(numbers)} row{'s' * (len(numbers) > 1)} can't be split into training and "
+            "validation rows that differ"
         )
     return training, validation
 
@@ -276,22 +286,24 @@ def pack(rows: Dataset, max_length: int, file: Path | None = None) -> Dataset:
     return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
 
 
-def part_audit(rows: Dataset, chosen: Indices, packs: int | None = None) -> PartAudit:
-    tokens, learned = (int(column(rows, name)[chosen].sum()) for name in ("length", "learned"))
-    return PartAudit(len(chosen), tokens, learned, packs)
+def part_audit(numbers: Numbers, packs: int | None = None) -> PartAudit:
+    tokens, learned = (int(numbers[name].sum(dtype=np.int64)) for name in ("length", "learned"))
+    return PartAudit(len(numbers), tokens, learned, packs)
 
 
-def duplicates(rows: Dataset, training: Indices) -> Finding | None:
-    count, row, earlier = repeated(column(rows, "key")[training])
+def duplicates(rows: Dataset, numbers: Numbers, training: Indices) -> Finding | None:
+    count, row, earlier = repeated(numbers["key"][training])
     if not count:
         return None
     return Finding(count, f"{place(rows, training[row])}: repeats {place(rows, training[earlier])}")
 
 
-def leaked(rows: Dataset, training: Indices, other: Dataset, validation: Indices) -> Finding | None:
+def leaked(
+    rows: Dataset, numbers: Numbers, training: Indices, other: Dataset, others: Numbers, validation: Indices
+) -> Finding | None:
     if not len(validation):
         return None
-    count, row, known = shared(column(other, "key")[validation], column(rows, "key")[training])
+    count, row, known = shared(others["key"][validation], numbers["key"][training])
     if not count:
         return None
     line = f"{place(other, validation[row])}: is a training row as well, {place(rows, training[known])}"

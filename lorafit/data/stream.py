@@ -44,7 +44,7 @@ def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: 
     )
     streamed: list[SourceAudit] = []
     stream = IterableDataset(ExamplesIterable(_examples, {"plan": plan, "renderer": renderer, "audits": streamed}))
-    return Prepared(stream, validation, audit, None, streamed)
+    return Prepared(stream, validation, audit, streamed=streamed)
 
 
 def _passes(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) -> Iterator[TokenRow]:
