@@ -574,9 +574,9 @@ def test_two_processes_at_once(recipe: RecipeMaker, tmp_path: Path, cache: Path)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert outputs[0] == outputs[1] == f"{prepared(path).train['input_ids'][:]}\n"
     assert (tmp_path / "log").read_text() == "tokenized\n"
     assert len(entries(cache)) == 2
+    assert outputs[0] == outputs[1] == f"{prepared(path).train['input_ids'][:]}\n"
 
 
 # --- weights, the split and duplicates ------------------------------------------------------------

@@ -111,7 +111,7 @@ def with_digests(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> DataPlan
         own = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
     return dataclasses.replace(
         plan,
-        train=tuple(map(settled, plan.train)),
+        train=plan.train if plan.streaming else tuple(map(settled, plan.train)),
         validation=tuple(map(settled, plan.validation)),
         tokenizer_sha256=own,
     )
@@ -155,7 +155,7 @@ def tokenize_source(
     plan: DataPlan, source: SourcePlan, renderer: Renderer, audit: SourceAudit
 ) -> Iterator[list[TokenRow]]:
     """A source's rows as tokens, in batches. Raises DataError if it has no rows."""
-    rows = itertools.islice(rows_of(source), source.max_rows)
+    rows = itertools.islice(rows_of(source, plan.streaming), source.max_rows)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source.path}: there are no rows")
@@ -165,18 +165,18 @@ def tokenize_source(
     yield from tokenize(examples, renderer, lengths, audit)
 
 
-def rows_of(source: SourcePlan) -> Iterator[Row]:
+def rows_of(source: SourcePlan, streaming: bool = False) -> Iterator[Row]:
     """The rows of a source, in order. Raises DataError."""
     if source.hub is None:
         return read_rows(source.path)
-    return (Row(source.path, number, dict(fields)) for number, fields in enumerate(hub_rows(source), 1))
+    return (Row(source.path, number, dict(fields)) for number, fields in enumerate(hub_rows(source, streaming), 1))
 
 
-def hub_rows(source: SourcePlan) -> Dataset:
+def hub_rows(source: SourcePlan, streaming: bool = False) -> Dataset | IterableDataset:
     """A hub data set, from the client's cache where it is there. Raises DataError."""
     hub = source.hub or {}
     try:
-        return load_dataset(source.path, hub["name"], split=hub["split"], revision=hub["revision"])
+        return load_dataset(source.path, hub["name"], split=hub["split"], revision=hub["revision"], streaming=streaming)
     except Exception as error:  # noqa: BLE001 - the client raises dozens of types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(

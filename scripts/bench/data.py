@@ -250,7 +250,7 @@ def memory(folder: Path, counts: tuple[int, ...] = (10_000, 100_000, 1_000_000))
         found = apart("lorafit", file, folder / str(count))
         own, imports, resident = found["peak_mib"], found["before_mib"], found["resident_mib"]
         print(
-            f"{count:9,} rows: {own:.0f} MiB of its own at most ({own - imports:.0f} more than with the libraries alone), "
+            f"{count:9,} rows: {own:.0f} MiB of its own at most ({own - imports:.0f} more than the libraries alone), "
             f"{resident:.0f} MiB resident with files, {found['seconds']:.0f} s",
             flush=True,
         )
