@@ -37,7 +37,7 @@ KINDS = ("rows", "sets")
 LIMIT_BYTES = 20 << 30
 """What all entries may take together."""
 _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
-_CODE = ("rows", "data", "template.py", "audit.py")
+_CODE = ("rows", "data", "template.py", "audit.py", "plan/types.py")
 _SHAPING = (
     "loss_on",
     "max_length",

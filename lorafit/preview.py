@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import breaches, findings
 from lorafit.data import IGNORED, Prepared, pack, prepare, special_tokens
-from lorafit.data.table import Numbers
+from lorafit.data.encode import Tokens
 from lorafit.errors import UsageError
 from lorafit.model import load_tokenizer
 from lorafit.plan import Plan, with_audit
@@ -59,7 +59,7 @@ def preview(
         "audit": data.audit.as_dict(),
         "limits": plan.data.audit,
         "breaches": breaches(findings(data.audit, plan.data.audit)),
-        "lengths": lengths(data.numbers, plan.data.max_length),
+        "lengths": lengths(data.lengths, plan.data.max_length),
         "packing": packing(plan, data),
         "part": "validation" if validation else "training",
         "rows": [shown_row(rows[number - 1], number, tokenizer, ids) for number in chosen],
@@ -105,11 +105,10 @@ def segments(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBa
         yield {"text": whole[begin:shown], "learned": learned, "special": control}
 
 
-def lengths(numbers: Numbers | None, max_length: int) -> dict[str, Any] | None:
+def lengths(values: Tokens | None, max_length: int) -> dict[str, Any] | None:
     """How long the rows are, in tokens after cutting: a histogram, and some of the quantiles."""
-    if numbers is None:
+    if values is None:
         return None
-    values = numbers["length"]
     edges = np.unique(np.linspace(0, min(int(values.max()), max_length), BARS + 1).astype(int))
     counts, _ = np.histogram(values, edges + 0.5)  # a bar counts what is above the edge before and up to its own
     return {
@@ -124,10 +123,10 @@ def lengths(numbers: Numbers | None, max_length: int) -> dict[str, Any] | None:
 def packing(plan: Plan, data: Prepared) -> dict[str, Any] | None:
     """How full the packed rows are, and how much of the batches would be padding without packing."""
     rows, part = data.rows, data.audit.training_rows
-    if rows is None or data.numbers is None:
+    if rows is None or data.lengths is None:
         return None
     tokens, packs, tried = part.tokens, part.packs, part.rows
-    values = data.numbers["length"]
+    values = data.lengths
     order = np.random.default_rng(plan.data.seed).permutation(len(values))
     if packs is None:
         chosen = (order if plan.data.shuffle else np.arange(len(values)))[:PACKED_ROWS]

@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 import lorafit.preview
 from lorafit.cli import app
 from lorafit.data import IGNORED, pack, prepare
-from lorafit.data.table import NUMBERS
 from lorafit.model import load_tokenizer
 from lorafit.plan import plan_recipe
 from lorafit.preview import lengths, segments
@@ -183,7 +182,7 @@ def test_breaches_are_printed(rows_of: Callable[..., Path], tmp_path: Path) -> N
 
 @pytest.mark.parametrize("values", [[1], [5] * 9, [1, 2], [3, 64], list(range(1, 65)), [10, 20, 30, 64, 64]])
 def test_every_row_is_in_the_bar_of_its_length(values: list[int]) -> None:
-    found = lengths(np.array([(0, 1, value) for value in values], NUMBERS), 64)
+    found = lengths(np.array(values, np.int32), 64)
     assert found is not None
     below = 0
     for bar in found["histogram"]:
@@ -349,6 +348,19 @@ def test_segments_are_the_row_wherever_they_are_cut(kind: str, text: str, tmp_pa
             parts = list(segments(ids, labels, tokenizer))
             assert "".join(part["text"] for part in parts) == whole
             assert all("\ufffd" not in part["text"] for part in parts) or "\ufffd" in text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+def test_a_character_that_is_cut_belongs_to_the_later_segment(kind: str, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(tmp_path) if kind == "bytes" else spaced_tokenizer()
+    ids = tokenizer("the 🙂 sat")["input_ids"]
+    cuts = [at for at in range(1, len(ids)) if tokenizer.decode(ids[:at]).endswith("\ufffd")]
+    assert len(cuts) == 3
+    for cut in cuts:
+        labels = [IGNORED] * cut + ids[cut:]
+        parts = list(segments(ids, labels, tokenizer))
+        for learned, text in ((False, "the "), (True, "🙂 sat")):
+            assert "".join(part["text"] for part in parts if part["learned"] is learned) == text
 
 
 # --- what it does not do --------------------------------------------------------------------------

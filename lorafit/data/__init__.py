@@ -22,7 +22,7 @@ from trl import pack_dataset
 
 from lorafit.audit import Audit, Finding, PartAudit, SourceAudit, breaches, findings
 from lorafit.cache import entry, kept, prune, rows_key, set_key
-from lorafit.data.encode import IGNORED, Lengths, TokenRow, read_examples, tokenize
+from lorafit.data.encode import IGNORED, Lengths, TokenRow, Tokens, read_examples, tokenize
 from lorafit.data.mix import Indices, repeated, shared, split, weighted
 from lorafit.data.progress import counted
 from lorafit.data.render import Rendered, Renderer, special_tokens
@@ -54,7 +54,7 @@ class Prepared:
         train: `input_ids` and `labels`, unpadded; packed if the plan says so. A stream if it says so.
         validation: the same, never packed, with all columns of a tokenized source.
         rows: the training rows before packing, with all columns; None for a stream.
-        numbers: `key`, `learned` and `length` of each of them.
+        lengths: of each of them, in tokens.
         streamed: for a stream, what is counted while it is trained on.
     """
 
@@ -62,7 +62,7 @@ class Prepared:
     validation: Dataset | None
     audit: Audit
     rows: Dataset | None = None
-    numbers: Numbers | None = None
+    lengths: Tokens | None = None
     streamed: list[SourceAudit] = field(default_factory=list)
 
     def final_audit(self) -> Audit:
@@ -230,7 +230,7 @@ def read_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
     part = audit.training_rows
     if len(chosen) != part.rows or len(trained) != (part.packs if plan.packing else part.rows):
         raise ValueError(f"{folder}: has other rows than its audit says")
-    return Prepared(trained, other, audit, chosen, numbers_of(train)[training])
+    return Prepared(trained, other, audit, chosen, numbers_of(train)["length"][training])
 
 
 def together(tables: list[SourceTable]) -> Dataset:
@@ -238,7 +238,7 @@ def together(tables: list[SourceTable]) -> Dataset:
 
 
 def numbers_of(tables: list[SourceTable]) -> Numbers:
-    return np.concatenate([table.numbers for table in tables])
+    return tables[0].numbers if len(tables) == 1 else np.concatenate([table.numbers for table in tables])
 
 
 def prepare_held_out(

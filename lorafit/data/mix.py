@@ -8,7 +8,7 @@ import numpy as np
 
 Indices: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 Keys: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
-_ROWS_AT_ONCE = 1 << 21
+_ROWS_AT_ONCE = 1 << 18
 
 
 def split(keys: Keys, count: int, seed: int) -> tuple[Indices, Indices]:

@@ -49,7 +49,8 @@ def read_table(folder: Path) -> tuple[Dataset, Numbers, SourceAudit]:
     """What `write_table` wrote. The tokens stay on the disk. Raises ValueError for a damaged file."""
     audit = source_from_dict(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
     rows = Dataset.from_file(str(folder / "rows.arrow"))
-    numbers = np.fromfile(folder / "numbers.bin", NUMBERS)
+    file = folder / "numbers.bin"
+    numbers: Numbers = np.memmap(file, NUMBERS, "r") if file.stat().st_size else np.empty(0, NUMBERS)
     if not len(rows) == len(numbers) == audit.rows:
         raise ValueError(f"{folder}: has {len(rows)} rows and {len(numbers)} numbers instead of {audit.rows}")
     return rows, numbers, audit

@@ -161,7 +161,9 @@ def _digest(path: Path) -> str | None:
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     if not files or files[0].name not in TOKENIZER_FILES[:3]:
         return None
+    # transformers picks the tokenizer's class by config.json; a model's own code may be one.
+    files += [path / "config.json", *sorted(path.glob("*.py")), *sorted(path.glob("additional_chat_templates/*.jinja"))]
     digest = hashlib.sha256()
-    for file in files:
+    for file in filter(Path.is_file, files):
         digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
