@@ -31,3 +31,12 @@ def test_training_with_the_automatic_choices(quantization: object, recipe: Recip
 def test_loftq(recipe: RecipeMaker, train: Train) -> None:
     lora = {"init_lora_weights": "loftq", "r": 4, "lora_alpha": 4}
     assert train(recipe(quantization={"load_in_4bit": True}, lora=lora)).adapter.is_dir()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_packed_rows_are_isolated(attention: str, recipe: RecipeMaker, train: Train) -> None:
+    """Training with packing proves it on the model before the first step, with the kernel that it uses."""
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    run = train(recipe(model={"dtype": "auto", "attn_implementation": attention}, training={"packing": True}))
+    assert run.adapter.is_dir()
