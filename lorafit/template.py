@@ -100,9 +100,17 @@ def trl_templates() -> dict[str, Path]:
     return {file.stem: file for file in files if not file.stem.endswith("_training")}
 
 
+def template_families() -> list[tuple[str, bool]]:
+    """The chat templates that TRL ships, by name, each with whether TRL ships a training version of it, too."""
+    return [(name, _training_version(file).is_file()) for name, file in trl_templates().items()]
+
+
+def _training_version(original: Path) -> Path:
+    return original.with_name(f"{original.stem}_training.jinja")
+
+
 def _has_training_version(template: str) -> bool:
     for original in trl_templates().values():
-        trained = original.with_name(f"{original.stem}_training.jinja")
-        if trained.is_file() and original.read_text(encoding="utf-8") == template:
+        if _training_version(original).is_file() and original.read_text(encoding="utf-8") == template:
             return True
     return False

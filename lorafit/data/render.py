@@ -19,6 +19,7 @@ from lorafit.rows import Example, Fault, Message
 from lorafit.template import GENERATION, inspect_template, uses_date
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_WORD = re.compile(r"\w+")
 _OTHER = "\ue0ff"
 """An answer that differs from every other in its first character (which is for private use)."""
 UNTRAINED = "train: false"
@@ -102,8 +103,9 @@ class Renderer:
         tools = list(example.tools) if example.tools else None
         messages = [{key: value for key, value in m.items() if key != "train"} for m in example.messages]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        learned = self._learned(example, answers)
-        everything = self.loss_on == "all" and learned == answers
+        untrained = self._untrained(example)
+        learned = self._learned(example, answers, untrained)
+        everything = self.loss_on == "all" and not untrained
         try:
             if everything and template.ends_turns and template.marked is None:
                 text = template.write(messages, tools)
@@ -120,33 +122,27 @@ class Renderer:
         if everything:
             spans = [(0, len(text))]
         elif self.loss_on == "all":
-            spans = self._but_untrained(template, messages, tools, example, text)
+            spans = _without(template.turns(text, messages, tools, untrained, example.place), len(text))
         question = next((m["content"] for m in reversed(messages[: learned[-1]]) if m["role"] == "user"), "")
-        remarks = self._remarks(messages, tools, text)
+        remarks = self._remarks(messages, [messages[index] for index in learned], text)
+        if any(not template.knows_tools or _name(tool) not in text for tool in tools or []):
+            remarks["context_left_out"] = "the chat template leaves out the tools"
         return Rendered(example.file, example.number, text, tuple(spans), False, question, remarks)
 
-    def _learned(self, example: Example, answers: list[int]) -> list[int]:
+    def _untrained(self, example: Example) -> list[int]:
+        """The indices of the messages that say `train: false`. A prompt's all do, but `all` learns a prompt, too."""
+        begin = (example.completion_start or 0) if self.loss_on == "all" else 0
+        return [i for i, message in enumerate(example.messages) if i >= begin and not message.get("train", True)]
+
+    def _learned(self, example: Example, answers: list[int], untrained: list[int]) -> list[int]:
         """The indices of the messages whose words are learned. Raises Fault if there are none."""
-        trained = [index for index in answers if example.messages[index].get("train", True)]
-        if self.loss_on == "all" and example.completion_start is not None:  # the prompt is learned as well
-            trained = answers
+        trained = [index for index in answers if index not in untrained]
         if self.loss_on == "completion":
             begin = answers[-1] if example.completion_start is None else example.completion_start
             trained = [index for index in trained if index >= begin]
         if not trained:
             raise Fault(UNTRAINED, f"{example.place}: the last answer says `train: false`")
         return trained
-
-    def _but_untrained(
-        self, template: ChatTemplate, messages: list[Message], tools: Any, example: Example, text: str
-    ) -> list[Span]:
-        """The whole text without the turns that say `train: false`."""
-        left_out = [i for i, message in enumerate(example.messages) if not message.get("train", True)]
-        spans, begin = [], 0
-        for start, end in template.turns(text, messages, tools, left_out, example.place):
-            spans.append((begin, start))
-            begin = end
-        return [span for span in [*spans, (begin, len(text))] if span[0] < span[1]]
 
     def _check_shown(self, text: str, spans: list[Span], answers: list[Message], example: Example) -> None:
         """Raises Fault for an answer or a tool call that the template does not write."""
@@ -160,7 +156,7 @@ class Renderer:
             raise Fault("answers_left_out", f"{example.place}: the chat template leaves out an answer")
         for message in answers:
             for call in message.get("tool_calls") or []:
-                name = str((call.get("function") or call).get("name")) if isinstance(call, dict) else str(call)
+                name = _name(call)
                 if not any(name in part for part in shown):
                     raise Fault(
                         "answers_left_out",
@@ -168,16 +164,17 @@ class Renderer:
                         "tools, such as model.chat_template: qwen2_5 for ChatML",
                     )
 
-    def _remarks(self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> dict[str, str]:
+    def _remarks(self, messages: list[Message], learned: list[Message], text: str) -> dict[str, str]:
         found: dict[str, str] = {}
-        last = messages[-1]
-        reasoning = next((last[key] for key in _REASONING if last.get(key)), None)
-        if isinstance(reasoning, str) and reasoning.strip() and reasoning.strip() not in text:
-            found["context_left_out"] = "the chat template leaves out the reasoning"
-        for tool in tools or []:
-            name = str((tool.get("function") or tool).get("name"))
-            if name not in text:
-                found["context_left_out"] = f"the chat template leaves out the tool {name!r}"
+        for message in learned:
+            reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
+            if isinstance(reasoning, str) and reasoning.strip() not in text:
+                found["context_left_out"] = "the chat template leaves out the reasoning of an answer"
+            if message.get("tool_calls") and not _shows(text, message["content"]):
+                found["context_left_out"] = "the chat template leaves out the words beside a tool call"
+        for message in messages:
+            if message["role"] != "assistant" and not _shows(text, message["content"]):
+                found["context_left_out"] = f"the chat template leaves out a turn of the role {message['role']!r}"
         for message in messages:
             content = message["content"]
             if isinstance(content, str) and any(first in content for first in self._firsts):
@@ -213,17 +210,18 @@ class ChatTemplate:
         self.special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self.names = dict(tokenizer.special_tokens_map)
         named: dict[str, str | None] = {key: str(value) for key, value in self.names.items()}
-        end_of_turn = inspect_template(template, named).end_of_turn
+        self.marked = _marked_version(tokenizer, template)
+        end_of_turn = inspect_template(self.marked or template, named).end_of_turn
         self.ends_turns = end_of_turn != ""
         self.closing = {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
         self.closing.update(token for token in special if (end_of_turn or "").startswith(token))
-        self.marked = _marked_version(tokenizer, template)
+        self.knows_tools = re.search(r"\btools\b", template) is not None
         self.masks = "turn by turn"
         if self.marked is not None:
             own = self.marked == template
             self.masks = "markers of the chat template" if own else "TRL's training version of the chat template"
-        if date is not None and uses_date(template):
-            day = datetime.fromisoformat(date)
+        if uses_date(template):
+            day = datetime.fromisoformat(date) if date else datetime.now()
             for text in {template, self.marked or template}:
                 _compile_jinja_template(text).globals["strftime_now"] = day.strftime
 
@@ -238,27 +236,30 @@ class ChatTemplate:
         if self.marked is None:
             text = self.write(messages, tools)
             return text, list(self.turns(text, messages, tools, learned, place))
-        text, found = self._render(self.marked, messages, tools, return_assistant_tokens_mask=True)
+        text, blocks = self._render(self.marked, messages, tools, return_assistant_tokens_mask=True)
+        if learned != answers:
+            blocks = self._blocks_of(learned, answers, blocks, text, messages, tools)
         spans: list[Span] = []
-        for start, end in found:
+        for start, end in blocks:
             if spans and spans[-1][1] == start:  # one answer in several blocks
                 spans[-1] = spans[-1][0], end
             elif start < end:
                 spans.append((start, end))
-        spans = [self._with_end(text, start, end) for start, end in spans]
-        if learned == answers:
-            return text, spans
-        if len(spans) == len(answers):
-            return text, [span for span, index in zip(spans, answers, strict=True) if index in learned]
-        return text, [span for index in learned for span in self._of_message(text, spans, messages, tools, index)]
+        return text, [self._with_end(text, start, end) for start, end in spans]
 
-    def _of_message(
-        self, text: str, spans: list[Span], messages: list[Message], tools: Any, index: int
-    ) -> Iterable[Span]:
-        """The spans that a message adds, where a message has several."""
-        begin = _common_length(self.write(messages[:index], tools), text) if index else 0
-        end = _common_length(self.write(messages[: index + 1], tools), text)
-        return [span for span in spans if begin <= span[0] < end]
+    def _blocks_of(
+        self, which: list[int], answers: list[int], blocks: list[Span], text: str, messages: list[Message], tools: Any
+    ) -> list[Span]:
+        """The blocks of some answers: from where the text changes with an answer to where it does with the next."""
+        found: list[Span] = []
+        until = len(text)
+        for index in reversed(answers):
+            other = [*messages[:index], _with_other_words(messages[index]), *messages[index + 1 :]]
+            begin = min(until, _common_length(self.write(other, tools), text))
+            if index in which:
+                found = [block for block in blocks if begin < block[1] <= until] + found
+            until = begin
+        return found
 
     def turns(self, text: str, messages: list[Message], tools: Any, which: list[int], place: str) -> Iterable[Span]:
         """What each of some turns adds to the text, found by rendering the conversation up to it."""
@@ -351,6 +352,33 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     tokens |= {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+
+
+def _with_other_words(message: Message) -> Message:
+    """An answer of the same form, every word of which is another."""
+    changed: Message = {key: _OTHER for key in ("content", *_REASONING) if message.get(key)}
+    if message.get("tool_calls"):
+        changed["tool_calls"] = calls = copy.deepcopy(message["tool_calls"])
+        for call in calls:
+            call.get("function", call)["name"] = _OTHER
+    return {**message, **(changed or {"content": _OTHER})}
+
+
+def _name(called: Any) -> str:
+    """The name of a tool or of a call of it."""
+    return str((called.get("function") or called).get("name")) if isinstance(called, dict) else str(called)
+
+
+def _without(spans: Iterable[Span], length: int) -> list[Span]:
+    """What some spans, in order, leave of a text."""
+    bounds = [0, *(bound for span in spans for bound in span), length]
+    return [(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]
+
+
+def _shows(text: str, content: str) -> bool:
+    """Whether a text shows a message's content, by its first word: a template may trim it or write it as JSON."""
+    word = _WORD.search(content)
+    return word is None or word.group() in text
 
 
 def _common_length(first: str, second: str) -> int:
