@@ -72,15 +72,23 @@ def _end_of_turn(template: str, special_tokens: dict[str, str | None]) -> str | 
 
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
-    messages = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = environment.from_string(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=False, **special_tokens
-        )
-    except Exception:  # noqa: BLE001 - a template may fail in any way; training will say how
-        return None
-    _, found, after = text.partition(_ANSWER)
-    return after.strip() if found else None
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": _ANSWER}]
+    for probe in (messages, in_parts(messages)):
+        try:
+            text = environment.from_string(template).render(
+                messages=probe, tools=None, documents=None, add_generation_prompt=False, **special_tokens
+            )
+        except Exception:  # noqa: BLE001 - a template may fail in any way; training will say how
+            continue
+        _, found, after = text.partition(_ANSWER)
+        if found:
+            return after.strip()
+    return None
+
+
+def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages with their text as a list of one part, as the templates of models for images want it."""
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def uses_date(template: str) -> bool:

@@ -91,7 +91,7 @@ gemma4_v4               =      =     =      =    =    x    =     ~         ~
 gemma4_v5               =      =     =      =    =    x    =     =         x
 glm4moe                 =      =     =      =    =    =    =     =         ~
 gptoss                  =      =     =      =    =    ~    =     =         ~
-idefics3                -      -     -      -    x    -    x     -         -
+idefics3                =      =     =      =    -    -    -     ~         ~
 lfm2                    =      =     =      =    -    -    -     ~         ~
 lfm2_2_5                =      =     =      =    =    =    =     =         ~
 lfm2_2_5_v2             =      =     =      =    =    =    =     =         ~
@@ -100,7 +100,7 @@ lfm2_v2                 =      =     =      =    =    =    =     ~         ~
 llama3                  =      =     =      =    -    -    -     ~         ~
 llama3_1                =      =     =      =    =    ~    x     ~         ~
 llama3_2                =      =     =      =    =    ~    x     ~         ~
-llava_next              x      x     x      x    x    x    x     x         x
+llava_next              =      =     =      =    x    x    x     ~         ~
 muse_glimmer            =      =     =      =    =    ~    =     =         =
 nemotron_3_5_lightning  =      =     =      =    =    =    =     =         ~
 nemotron_3_nano         =      =     =      =    =    =    =     =         ~
@@ -117,7 +117,7 @@ qwen3_6                 =      =     =      =    =    =    =     =         =
 qwen3_8                 =      =     =      =    =    =    =     =         =
 qwen3_instruct_2507     =      =     =      =    =    =    =     ~         ~
 qwen3_vl                =      =     =      =    =    =    =     ~         ~
-smolvlm                 -      -     -      -    x    -    x     -         -
+smolvlm                 =      =     =      =    -    -    -     ~         ~
 """
 HEAD, *LINES = [line.split() for line in TABLE.strip().splitlines()]
 OUTCOMES = {name: dict(zip(HEAD, codes, strict=True)) for name, *codes in LINES}
@@ -183,6 +183,15 @@ def with_template(shared: PreTrainedTokenizerBase, name: str, end: str | None = 
     assert ("bos_token" in written) == (bos is not None)
     tokenizer.chat_template = template
     return tokenizer
+
+
+IMAGES = ("idefics3", "llava_next", "smolvlm")
+"""Templates of models for images, which show no plain text."""
+
+
+def as_wanted(name: str, messages: Any) -> Messages:
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    return parts if name in IMAGES else list(messages)
 
 
 def example(messages: Messages, tools: bool = False, **rest: Any) -> Example:
@@ -262,7 +271,7 @@ def test_same_tokens_as_trl(shared: PreTrainedTokenizerBase, name: str, end: str
             refused.append(shape)
             continue
         theirs = tokenizer.apply_chat_template(
-            list(given.messages),
+            as_wanted(name, given.messages),
             tools=given.tools,
             chat_template=training,
             return_assistant_tokens_mask=True,
@@ -289,19 +298,12 @@ def test_what_trls_template_refuses(shared: PreTrainedTokenizerBase, name: str) 
     tokenizer = with_template(shared, name)
     for shape in (shape for shape, code in OUTCOMES[name].items() if code == "x"):
         with pytest.raises(Exception) as theirs:  # noqa: PT011 - whatever Jinja raises
-            tokenizer.apply_chat_template(SHAPES[shape], chat_template=get_training_chat_template(tokenizer))
+            tokenizer.apply_chat_template(
+                as_wanted(name, SHAPES[shape]), chat_template=get_training_chat_template(tokenizer)
+            )
         with pytest.raises(DataError) as ours:
             learned(tokenizer, of_shape(shape))
         assert str(ours.value) == f"data.jsonl:7: the chat template refuses the row: {theirs.value}"
-
-
-def test_templates_that_want_parts_of_content(shared: PreTrainedTokenizerBase) -> None:
-    """Of models for images, which lorafit does not train; they show no plain text."""
-    wanting = [name for name in NAMES if OUTCOMES[name]["single"] in "x-"]
-    assert wanting == ["idefics3", "llava_next", "smolvlm"]
-    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in SHAPES["single"]]
-    for name in wanting:
-        assert "yes or no" in with_template(shared, name).apply_chat_template(parts, tokenize=False)
 
 
 # --- without markers ------------------------------------------------------------------------------
@@ -401,8 +403,8 @@ def test_all_but_some_turns(shared: PreTrainedTokenizerBase, name: str) -> None:
         ids, mask, _ = row_of(tokenizer, example(untrained(MULTI, index)), "all")
         (left_out,) = runs(tokenizer, ids, [not is_learned for is_learned in mask])
         assert message["content"] in left_out
-        # without what its prompt gives, and for a user with the end of the turn
-        assert left_out in turns[index] or left_out.startswith(turns[index])
+        # without what its prompt gives but for a space before a word; and for a user with the end of the turn
+        assert left_out.strip() in turns[index] or left_out.lstrip(" ").startswith(turns[index])
         assert not any(other["content"] in left_out for other in MULTI if other is not message)
     _, mask, _ = row_of(tokenizer, example(untrained(MULTI, 0, 1), completion_start=1), "all")
     (left_out,) = runs(tokenizer, ids, [not is_learned for is_learned in mask])
@@ -460,6 +462,26 @@ def test_several_blocks_of_an_answer(shared: PreTrainedTokenizerBase) -> None:
     call = GEMMA_CALLS[0]
     assert learned(tokenizer, example(untrained(SHAPES["said"], 3), tools=True)) == [call, "let me see"]
     assert learned(tokenizer, example(untrained(SHAPES["said"], 1), tools=True)) == ["red green<turn|>"]
+
+
+BLOCKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% if m['reasoning_content'] %}{% generation %}{{ '<' + m['reasoning_content'] + '>' }}{% endgeneration %}"
+    "{{ '\n' }}{% endif %}{% if m['content'] != 'blue' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{% endif %}{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
+def test_blocks_of_answers_that_are_not_shown_or_empty(shared: PreTrainedTokenizerBase) -> None:
+    tokenizer = copy.copy(shared)
+    tokenizer.chat_template = BLOCKS
+    hidden = [*MULTI, user("five"), assistant("blue"), user("six"), assistant("yes", reasoning_content="no")]
+    assert learned(tokenizer, example(untrained(hidden, 1, 5, 7))) == ["red green<|im_end|>"]
+    assert learned(tokenizer, example(untrained(hidden, 1, 3, 5))) == ["<no>", "yes<|im_end|>"]
+    with pytest.raises(Fault, match="leaves out an answer"):
+        learned(tokenizer, example(untrained(hidden, 1, 3, 7)))
+    empty = [*MULTI, user("five"), assistant("")]
+    assert learned(tokenizer, example(untrained(empty, 1, 5))) == ["red green<|im_end|>"]
 
 
 def test_the_end_of_an_answer_that_only_the_training_version_ends(shared: PreTrainedTokenizerBase) -> None:

@@ -16,7 +16,7 @@ from trl import get_training_chat_template
 
 from lorafit.errors import DataError
 from lorafit.rows import Example, Fault, Message
-from lorafit.template import GENERATION, inspect_template, uses_date
+from lorafit.template import GENERATION, in_parts, inspect_template, uses_date
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _WORD = re.compile(r"\w+")
@@ -122,7 +122,7 @@ class Renderer:
         if everything:
             spans = [(0, len(text))]
         elif self.loss_on == "all":
-            spans = _without(template.turns(text, messages, tools, untrained, example.place), len(text))
+            spans = _without(template.turns(text, messages, tools, untrained, example.place), text)
         question = next((m["content"] for m in reversed(messages[: learned[-1]]) if m["role"] == "user"), "")
         remarks = self._remarks(messages, [messages[index] for index in learned], text)
         if any(not template.knows_tools or _name(tool) not in text for tool in tools or []):
@@ -211,6 +211,8 @@ class ChatTemplate:
         self.names = dict(tokenizer.special_tokens_map)
         named: dict[str, str | None] = {key: str(value) for key, value in self.names.items()}
         self.marked = _marked_version(tokenizer, template)
+        self.wants_parts = False
+        self.wants_parts = not self._shows_words()
         end_of_turn = inspect_template(self.marked or template, named).end_of_turn
         self.ends_turns = end_of_turn != ""
         self.closing = {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
@@ -224,6 +226,14 @@ class ChatTemplate:
             day = datetime.fromisoformat(date) if date else datetime.now()
             for text in {template, self.marked or template}:
                 _compile_jinja_template(text).globals["strftime_now"] = day.strftime
+
+    def _shows_words(self) -> bool:
+        """Whether words given as plain text are written."""
+        try:
+            probe: list[Message] = [{"role": role, "content": _OTHER} for role in ("user", "assistant")]
+            return _OTHER in self.write(probe, None)
+        except Exception:  # noqa: BLE001 - a template may fail in any way
+            return False
 
     def write(self, messages: list[Message], tools: Any, *, prompt: bool = False) -> str:
         """The conversation as text, as training sees it."""
@@ -311,6 +321,7 @@ class ChatTemplate:
 
     def _render(self, template: str, messages: list[Message], tools: Any, **how: Any) -> tuple[str, list[Span]]:
         def render(given: list[Message]) -> tuple[str, list[Span]]:
+            given = in_parts(given) if self.wants_parts else given
             texts, spans = render_jinja_template([given], tools=tools, chat_template=template, **how, **self.names)
             return str(texts[0]), spans[0] if spans else []
 
@@ -369,9 +380,9 @@ def _name(called: Any) -> str:
     return str((called.get("function") or called).get("name")) if isinstance(called, dict) else str(called)
 
 
-def _without(spans: Iterable[Span], length: int) -> list[Span]:
-    """What some spans, in order, leave of a text."""
-    bounds = [0, *(bound for span in spans for bound in span), length]
+def _without(spans: Iterable[Span], text: str) -> list[Span]:
+    """What some spans, in order, leave of a text. A space before one is of the same token as its first word."""
+    bounds = [0, *(bound for start, end in spans for bound in (len(text[:start].rstrip(" ")), end)), len(text)]
     return [(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]
 
 
