@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -77,11 +78,11 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.stopping = self.request.agreed()
-        if self.stopping is not None and state.global_step < state.max_steps:
+        if self.stopping is not None and not control.should_training_stop:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.stopping is not None and state.global_step < state.max_steps:
+        if self.stopping is not None and not control.should_training_stop:  # else the run is finished rather
             raise Interrupted(
                 f"{self.run.path}: stopped after step {state.global_step} of {state.max_steps}; a checkpoint was "
                 "saved, go on with --resume",
@@ -106,10 +107,31 @@ class RefuseNonFinite(TrainerCallback):
         for name in ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
-                raise GateError(
-                    f"{name} is {value} at step {state.global_step}: the run diverged; lower training.learning_rate, "
-                    "or look at the rows of this step"
-                )
+                raise _diverged(f"{name} is {value}", state.global_step)
+
+
+def check_finite(model: torch.nn.Module, step: int) -> None:
+    """Refuse to keep trained parameters that are no numbers, whether their step was logged or not."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise _diverged(f"{name} is not finite", step)
+
+
+def _diverged(what: str, step: int) -> GateError:
+    return GateError(
+        f"{what} at step {step}: the run diverged; lower training.learning_rate, or look at the rows of this step"
+    )
+
+
+class RunningSums(TrainerCallback):
+    """Goes on with the sums of a checkpoint; the trainer sets them to zero before this event."""
+
+    def __init__(self, trainer: Any, checkpoint: Path) -> None:
+        self.trainer = trainer
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.load_sums(self.checkpoint)
 
 
 class MetricsFile(TrainerCallback):
@@ -119,11 +141,10 @@ class MetricsFile(TrainerCallback):
         self.run = run
         self.started = time.monotonic()
 
-    def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Take out what an interrupted run logged after its checkpoint; returns what is left."""
+    def keep_until(self, step: int) -> None:
+        """Take out what an interrupted run logged after its checkpoint."""
         kept = self.run.metrics_until(step)
         write_text(self.run.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
-        return kept
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

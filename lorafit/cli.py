@@ -9,14 +9,16 @@ import errno
 import functools
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorafit.errors import DataError, DoesNotFitError, Interrupted, LorafitError, UsageError
+from lorafit.errors import DataError, DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,15 +44,19 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+HEAD_START = 3.0
+"""Seconds that the first of several processes has for saying what is wrong."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def reporting(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn expected failures into one message on stderr and their exit code."""
+    """Turn expected failures, and SIGTERM, into one message on stderr and their exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = signal.signal(signal.SIGTERM, terminated)
         try:
             return command(*args, **kwargs)
         except Interrupted as error:
@@ -59,17 +65,26 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             fail(str(error), error.exit_code)
         except KeyboardInterrupt:
             fail("interrupted", 130)
-        except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-            fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
         except BrokenPipeError:
             sys.stderr.close()
             raise typer.Exit(0) from None
         except Exception as error:
-            if not is_disk_full(error):
-                raise
-            fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
+            if is_disk_full(error):
+                fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
+            if is_out_of_memory(error):
+                fail(f"out of memory: {error}", DoesNotFitError.exit_code)
+            if isinstance(error, OSError) and error.filename:
+                fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return wrapped
+
+
+def terminated(number: int, _: Any) -> NoReturn:
+    """SIGTERM outside the steps of a training: what is being written is given up, whole."""
+    raise Interrupted("terminated; nothing is half written, and a run goes on from its last checkpoint", number)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -85,8 +100,18 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
+    """Say what is wrong and exit.
+
+    Of several processes the first speaks. What another one meets alone it says after a while: if the first met it
+    too, torchrun has ended this process by then.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         typer.echo(message, err=True)
+    elif code < 128:  # a signal is for all
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(HEAD_START)
+        typer.echo(f"process {rank}: {message}", err=True)
     raise typer.Exit(code)
 
 
@@ -123,12 +148,15 @@ def train(
     """Train as a recipe says, into its run directory."""
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other", 2)
+    written = config.read_bytes() if config.is_file() else b""
     plan = make_plan(config, overrides, count_rows=dry_run)
     if dry_run:
         from lorafit.show import print_plan
 
         show(json.loads(plan.to_json())) if as_json else print_plan(plan)
         return
+    if not written or config.read_bytes() != written:
+        fail(f"{config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2)
     from lorafit.quiet import hush
 
     hush()
@@ -138,7 +166,7 @@ def train(
     console = talk()
     for remark in plan.remarks:
         console.print(remark, style="yellow", highlight=False, soft_wrap=True)
-    run = run_training(plan, config.read_bytes(), Start(resume, overwrite), console)
+    run = run_training(plan, written, Start(resume, overwrite), console)
     result = run.load_manifest().get("result", {}) | {"run": str(run.path), "result": str(run.result)}
     if os.environ.get("RANK", "0") != "0":
         return

@@ -45,8 +45,10 @@ class GateError(LorafitError):
     exit_code = 6
 
 
-class Interrupted(LorafitError):
-    """The run was stopped by a signal, after saving what can be resumed.
+class Interrupted(BaseException):
+    """The command was stopped by a signal; a run in its steps, after saving what can be resumed.
+
+    Like KeyboardInterrupt no Exception: a signal that comes while a library loads is not that library's error.
 
     Attributes:
         signal_number: the signal that asked for the stop (2 SIGINT, 15 SIGTERM). The exit code is
@@ -56,6 +58,12 @@ class Interrupted(LorafitError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, from torch or Python, says that memory is too small."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported everywhere
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 EXIT_CODES: dict[int, str] = {

@@ -19,8 +19,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lorafit.data import IGNORED, prepare, special_tokens
 from lorafit.errors import DataError
-from lorafit.loss import applies_to, score_supervised_positions
-from lorafit.model import base_source, load_adapter, load_base, load_tokenizer
+from lorafit.loss import settle_head
+from lorafit.model import base_source, load_adapter, load_base, load_tokenizer, on_cpu
 from lorafit.plan import Plan, SourcePlan
 from lorafit.quiet import hush_progress
 from lorafit.rows import digest
@@ -41,7 +41,17 @@ def evaluate(path: Path, data: Path | None, limit: int, max_new_tokens: int, con
     DataError without held-out rows.
     """
     hush_progress()
-    run, plan = open_run(path)
+    with open_run(path) as (run, plan):
+        report = _evaluate(run, plan, data, limit, max_new_tokens, console)
+        with staged(run.eval) as folder:
+            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+            (folder / "results.json").write_text(text, encoding="utf-8")
+    return report
+
+
+def _evaluate(
+    run: RunDir, plan: Plan, data: Path | None, limit: int, max_new_tokens: int, console: Console
+) -> dict[str, Any]:
     tokenizer = load_tokenizer(plan, run.result)
     rows = held_out_rows(plan, tokenizer, data, console)
     questions = [question for row in rows if (question := as_question(row, tokenizer))][:limit]
@@ -53,7 +63,7 @@ def evaluate(path: Path, data: Path | None, limit: int, max_new_tokens: int, con
         answers[name] = generate(model, questions, tokenizer, batch_size, max_new_tokens, console, name)
         right = [answer == question.expected for answer, question in zip(answers[name], questions, strict=True)]
         scores[name]["exact_match"] = sum(right) / len(right) if right else None
-    report = {
+    return {
         "results_version": 1,
         "run": str(run.path),
         "rows": len(rows),
@@ -68,37 +78,34 @@ def evaluate(path: Path, data: Path | None, limit: int, max_new_tokens: int, con
             for index, question in enumerate(questions)
         ],
     }
-    with staged(run.eval) as folder:
-        (folder / "results.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return report
 
 
 def models(run: RunDir, plan: Plan) -> Iterator[tuple[str, Model]]:
-    """The base, then the adapter on it (or the fully trained model), each ready for inference."""
-    base = load_base(plan, base_source(run))
-    base.config.use_cache = True
-    base.eval()
-    _give_fused_head(base)
+    """The base, then the adapter on it (or the fully trained model), each ready for inference.
+
+    The base is scored before the adapter is on it: an adapter that is turned off leaves the biases it trained.
+    """
+    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
+        plan = on_cpu(plan)
+    base = _ready(load_base(plan, base_source(plan, run)), plan)
+    yield "base", base
     if plan.lora_kwargs is None:
-        yield "base", base
         del base
-        trained = load_base(plan, run.model)
-        trained.config.use_cache = True
-        trained.eval()
-        _give_fused_head(trained)
-        yield "trained", trained
-        return
-    model = load_adapter(base, run.adapter)
-    with model.disable_adapter():
-        yield "base", model
-    yield "adapter", model
+        yield "trained", _ready(load_base(plan, run.model), plan)
+    else:
+        yield "adapter", load_adapter(base, run.adapter)
 
 
-def _give_fused_head(model: PreTrainedModel) -> None:
-    """The head that the training used, so that losses mean the same."""
+def _ready(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """On the device it was trained on, with the head that the training used, so that losses mean the same."""
+    if plan.quantization_kwargs is None:  # else it is there already
+        model.to(plan.hardware.device)
+    model.config.use_cache = True
+    model.eval()
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
-    if applies_to(model):
-        score_supervised_positions(model)
+    with _autocast(model):
+        settle_head(model)
+    return model
 
 
 def held_out_rows(

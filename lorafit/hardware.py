@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # count GPUs as nvidia-smi does: CUDA starts after this
+
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 """CPU flags for bfloat16 arithmetic. Measured on a CPU with avx512_bf16: a training step of SmolLM2-135M
 takes half as long in bfloat16 as in float32; without such instructions it is emulated, and slower."""

@@ -17,8 +17,46 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from lorafit.errors import ModelError
+
 CHUNK_BYTES = 256 * 1024 * 1024
 """Logits held at once, in bytes of float32. More positions are taken in chunks and recomputed."""
+
+
+def settle_head(model: PreTrainedModel) -> None:
+    """Choose between the heads on a model that has TRL's: only one that scores as the model itself is used.
+
+    Call it in the mode and the arithmetic in which the model is used. Raises ModelError if TRL's head does not know
+    this model.
+    """
+    if not _scores_as_itself(model):
+        raise ModelError(
+            f"the loss of {model.config.model_type} models would be wrong: TRL computes it from the weights of the "
+            "output head, and this head does more with them; another model is needed"
+        )
+    if applies_to(model):
+        trls = model.forward
+        score_supervised_positions(model)
+        if not _scores_as_itself(model):
+            model.forward = trls
+
+
+@torch.no_grad()
+def _scores_as_itself(model: PreTrainedModel) -> bool:
+    """Whether the fused head gives the log-probabilities of the model's own logits, up to rounding, on a short row."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, 16), generator=draw).to(model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.random.fork_rng():  # the same dropout in both
+        torch.manual_seed(0)
+        logits = model(**inputs).logits[0, :-1].float()
+        torch.manual_seed(0)
+        fused = model(**inputs, labels=ids, fused_lm_head=True).log_probs[0]
+    own = functional.log_softmax(logits, dim=-1).gather(-1, ids[0, 1:, None])[:, 0]
+    # A 16-bit type rounds a logit by up to 1/256 of it; float32 by less than 1e-6, or 1e-3 where a GPU uses TF32.
+    rounded = model.dtype != torch.float32 or torch.is_autocast_enabled(model.device.type)
+    allowed = (2e-2 if rounded else 2e-3) * logits.abs().max()
+    return bool((fused - own).abs().max() <= allowed)
 
 
 def applies_to(model: PreTrainedModel) -> bool:

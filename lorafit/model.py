@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorafit.errors import DoesNotFitError, LorafitError, ModelError
+from lorafit.errors import DoesNotFitError, LorafitError, ModelError, is_out_of_memory
+from lorafit.manifest import changed_base
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir
 from lorafit.staging import staged
@@ -65,14 +67,21 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
         kwargs["device_map"] = {"": _device(plan)}
     try:
         model = AutoModelForCausalLM.from_pretrained(*_location(name), **_gguf(name), **kwargs)
-    except torch.cuda.OutOfMemoryError as error:
-        raise DoesNotFitError(f"{name}: the weights don't fit into the GPU's memory: {_first_line(error)}") from error
     except LorafitError:
         raise
     except Exception as error:
         raise _cannot_load("model", name, error) from error
     model.config.use_cache = False
     return model
+
+
+def on_cpu(plan: Plan) -> Plan:
+    """The plan for its model on the CPU, with attention that runs there."""
+    kwargs = dict(plan.model_kwargs)
+    if kwargs["attn_implementation"].startswith("flash"):
+        kwargs["attn_implementation"] = None  # transformers takes sdpa, or eager where that won't do
+    hardware = dataclasses.replace(plan.hardware, device="cpu")
+    return dataclasses.replace(plan, model_kwargs=kwargs, hardware=hardware)
 
 
 def quantization_config(kwargs: dict[str, Any]) -> BitsAndBytesConfig:
@@ -106,9 +115,20 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     return model
 
 
-def base_source(run: RunDir) -> Path | None:
-    """Where a run's base is, if not where its recipe says: a GGUF file's dequantized weights."""
-    return run.base if run.base.is_dir() else None
+def base_source(plan: Plan, run: RunDir) -> Path | None:
+    """Where a run's base is, if not where its recipe says: a GGUF file's dequantized weights.
+
+    Raises ModelError if what stands there is no longer what was trained on.
+    """
+    if run.base.is_dir():
+        return run.base
+    changed = changed_base(plan, run)
+    if changed:
+        raise ModelError(
+            f"{plan.model['name_or_path']}: is not the base that {run.path} was trained on (changed: "
+            f"{', '.join(changed[:5])}); bring it back"
+        )
+    return None
 
 
 def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
@@ -147,8 +167,8 @@ def _device(plan: Plan) -> str | int:
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> LorafitError:
-    if isinstance(error, MemoryError):
-        return DoesNotFitError(f"{name}: the {what} does not fit into memory")
+    if is_out_of_memory(error):
+        return DoesNotFitError(f"{name}: the {what} does not fit into memory: {_first_line(error)}")
     return ModelError(f"{name}: the {what} can't be loaded: {_first_line(error)}")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +66,11 @@ class RunDir:
         return self.path / "base"
 
     @property
+    def fingerprint(self) -> Path:
+        """Hashes of the base's files, as the run began."""
+        return self.path / "fingerprint.json"
+
+    @property
     def start(self) -> Path:
         """The untrained adapter, kept for starts that change the base (PiSSA, OLoRA) or read data."""
         return self.path / "start"
@@ -82,7 +86,7 @@ class RunDir:
     @property
     def replaced(self) -> Path:
         """Where `--overwrite` keeps the run before until the new one is finished."""
-        return self.path.with_name(self.path.name + ".replaced")
+        return self.path.with_name(f".{self.path.name}.replaced")
 
     @property
     def result(self) -> Path | None:
@@ -124,19 +128,36 @@ class RunDir:
         return max(found)[1] if found else None
 
     def begin(self, plan: Plan, recipe_text: bytes) -> None:
-        """Make the directory of a new run, with the recipe and the plan."""
-        with staged(self.path) as folder:
+        """Make the directory of a new run, or fill an empty one, with the recipe and the plan."""
+        with contextlib.nullcontext(self.path) if self.path.exists() else staged(self.path) as folder:
             (folder / "recipe.yaml").write_bytes(recipe_text)
-            (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+            write_text(folder / "plan.json", plan.to_json())  # makes it a run, so it comes last
+
+    def clear(self) -> None:
+        """Take out what is in the directory, which may be one that can't be renamed, such as a mount point."""
+        for entry in sorted(self.path.iterdir(), key=self.plan_file.__eq__):  # a run to the last
+            discard(entry) if entry.is_dir() else entry.unlink()
 
     def set_aside(self) -> None:
         """Make way for a new run: keep this one until that is finished, if it holds anything."""
-        if not self.path.exists():
+        if not self.is_run:
             return
-        if self.is_empty or self.replaced.exists():
+        if self.is_empty:
+            self.clear()
+        elif self.replaced.exists():
             discard(self.path)
         else:
             self.path.rename(self.replaced)
+
+    def base_files(self) -> dict[str, str] | None:
+        """What `write_base_files` wrote; None if it did not."""
+        try:
+            return dict(json.loads(self.fingerprint.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def write_base_files(self, files: dict[str, str]) -> None:
+        write_text(self.fingerprint, json.dumps(files, indent=2) + "\n")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -154,27 +175,37 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for one process. Raises UsageError if another one has it."""
+        """Hold the run for one process. Raises UsageError if another one has it.
+
+        The lock's file stays: who takes it away lets one process lock the old file and another a new one.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UsageError(f"{self.path}: another process is training this run") from None
+            raise UsageError(f"{self.path}: another process is at work on this run") from None
         try:
             yield
         finally:
             lock.release()
-            with contextlib.suppress(OSError):
-                os.unlink(lock.lock_file)
 
 
-def open_run(path: str | Path) -> tuple[RunDir, Plan]:
-    """A finished run and its plan. Raises UsageError."""
-    run = RunDir(Path(path))
+def located(path: str | Path) -> Path:
+    """A path as it was written if that is plain; what it means if it has a `~`, links, `.` or `..` in it."""
+    written = Path(path).expanduser()
+    real = written.resolve()
+    return written if written.name and written.absolute() == real else real
+
+
+@contextlib.contextmanager
+def open_run(path: str | Path) -> Iterator[tuple[RunDir, Plan]]:
+    """A finished run and its plan, held for this process until the block ends. Raises UsageError."""
+    run = RunDir(located(path))
     if not run.path.exists():
         raise UsageError(f"{path}: no such run directory")
-    plan = run.load_plan()
-    if run.result is None:
-        raise UsageError(f"{path}: the run is not finished; go on with `lorafit train … --resume`")
-    return run, plan
+    with run.lock():
+        plan = run.load_plan()
+        if run.result is None:
+            raise UsageError(f"{path}: the run is not finished; go on with `lorafit train … --resume`")
+        yield run, plan

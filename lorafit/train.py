@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from lorafit.callbacks import (
@@ -25,20 +25,22 @@ from lorafit.callbacks import (
     MetricsFile,
     ProgressDisplay,
     RefuseNonFinite,
+    RunningSums,
     StopOnSignal,
     StopRequest,
+    check_finite,
     peak_memory_bytes,
 )
 from lorafit.card import write_card
 from lorafit.data import Prepared, gate, prepare
-from lorafit.errors import DoesNotFitError, Interrupted, ModelError, UsageError
+from lorafit.errors import DoesNotFitError, ModelError, UsageError, is_out_of_memory
 from lorafit.isolation import check_isolation
-from lorafit.loss import applies_to, score_supervised_positions
-from lorafit.manifest import build_manifest
+from lorafit.loss import settle_head
+from lorafit.manifest import build_manifest, changed_base, model_fingerprint
 from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config
 from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.quiet import hush_progress
-from lorafit.rundir import RunDir
+from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
 from lorafit.staging import discard, partial_of, staged
 
@@ -58,14 +60,15 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     expected to go wrong; Interrupted when a signal stopped the run after saving a checkpoint.
     """
     began = time.time()
-    signal.signal(signal.SIGTERM, _terminated)
     hush_progress()
-    run = RunDir(Path(plan.output_dir))
+    run = RunDir(located(plan.output_dir))
     main = is_main_process()
     plan = as_begun(run, plan, start)
     check_start(run, plan, start)
     settle_device(plan, console)
     with run.lock() if main else contextlib.nullcontext():
+        if main:  # another process may have been at it until now
+            check_start(run, plan, start)
         tokenizer = load_tokenizer(plan)
         data = prepare(plan.data, tokenizer, console)
         gate(data.audit, plan.data.audit)
@@ -73,32 +76,32 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if main:
             print_findings(data.audit, plan.data.audit, console)
             make_run(run, plan, recipe_text, start)
-        source = dequantized_base(plan, run, main)
-        trainer = build_trainer(plan, run, data, tokenizer, source)
+        trainer = build_trainer(plan, run, data, tokenizer)
         if plan.data.packing:
             check_isolation(trainer)
+        if main and run.base_files() is None:
+            run.write_base_files(model_fingerprint(plan))
         checkpoint = run.last_checkpoint() if start.resume else None
         request = StopRequest()
         schedule = plan.schedule
         assert schedule is not None
         display = add_callbacks(trainer, plan, run, schedule, request, console, checkpoint)
         try:
-            with request.listening(), explained_out_of_memory(plan):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint and is_last(checkpoint):
+                trainer.take_up(checkpoint)
+            else:
+                with request.listening(), explained_out_of_memory(plan):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
                 trainer._load_best_model()
         finally:
             display.close()
+        check_finite(trainer.model, trainer.state.global_step)
         if main:
-            manifest = build_manifest(plan, run, data, trainer, schedule, began, peak_memory_bytes())
+            manifest = build_manifest(plan, data, trainer, schedule, began, peak_memory_bytes())
             save_result(trainer, plan, run, tokenizer, manifest)
         wait_for_everyone()
     return run
-
-
-def _terminated(number: int, _: Any) -> None:
-    """SIGTERM before the first step or after the last: what is being written is given up, whole."""
-    raise Interrupted("terminated; nothing is half written, --resume goes on from a checkpoint if there is one", number)
 
 
 def is_main_process() -> bool:
@@ -150,6 +153,12 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
             f"{path}: the recipe is the same, but the data or the machine is not ({', '.join(changed[:5])}), so the "
             "run can't go on exactly; bring back what changed, or start anew with --overwrite"
         )
+    changed = changed_base(plan, run)
+    if changed and start.resume:
+        raise UsageError(
+            f"{path}: the base {plan.model['name_or_path']} is not the one that the run began with (changed: "
+            f"{', '.join(changed[:5])}); bring it back, or start anew with --overwrite"
+        )
     if not start.resume:
         raise UsageError(f"{path}: holds an unfinished run; go on with --resume, or start anew with --overwrite")
 
@@ -168,24 +177,30 @@ def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
 
 
 def make_run(run: RunDir, plan: Plan, recipe_text: bytes, start: Start) -> None:
-    if start.resume and run.is_run:
+    if start.resume and not run.is_empty:
         return
-    if run.is_run or run.path.exists():
-        if start.overwrite:
-            run.set_aside()
-        else:
-            discard(run.path)
+    if start.overwrite:
+        run.set_aside()
+    elif run.is_run:
+        run.clear()
     run.begin(plan, recipe_text)
 
 
-def dequantized_base(plan: Plan, run: RunDir, main: bool) -> Path | None:
-    """The folder that a GGUF base is loaded from; None for other bases."""
+def is_last(checkpoint: Path) -> bool:
+    """Whether the training was over when a checkpoint was saved: all steps done, or stopped early."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    control = state["stateful_callbacks"]["TrainerControl"]["args"]
+    return bool(state["global_step"] >= state["max_steps"] or control["should_training_stop"])
+
+
+def dequantized_base(plan: Plan, run: RunDir) -> Path | None:
+    """The folder that a GGUF base is loaded from; None for other bases. The first process makes it."""
     if plan.model["kind"] != "gguf":
         return None
-    if main and not run.base.is_dir():
+    wait_for_everyone()  # until the run directory is the new run's: the one that it replaces has a base too
+    if is_main_process() and not run.base.is_dir():
         dequantize_gguf(plan.model["name_or_path"], run.base, plan.model_kwargs["dtype"])
-    while not run.base.is_dir():  # other processes wait for the first
-        time.sleep(0.2)
+    wait_for_everyone()
     return run.base
 
 
@@ -213,8 +228,7 @@ def explained_out_of_memory(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         rows = plan.training_kwargs["per_device_train_batch_size"]
         raise DoesNotFitError(
@@ -235,6 +249,7 @@ class Trainer(SFTTrainer):
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
         self.loraplus_lr_ratio = loraplus_lr_ratio
         super().__init__(*args, **kwargs)
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None  # not by transformers
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
@@ -269,6 +284,7 @@ class Trainer(SFTTrainer):
 
         The steps are those of transformers.Trainer._save_checkpoint.
         """
+        check_finite(self.model, self.state.global_step)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         beside = contextlib.nullcontext(partial_of(folder))  # the first process makes it, for all
         with staged(folder) if self.args.should_save else beside as partial:
@@ -282,6 +298,7 @@ class Trainer(SFTTrainer):
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
+            self.save_sums(partial)
             if self.args.should_save:
                 self.state.stateful_callbacks.update(
                     {
@@ -293,24 +310,51 @@ class Trainer(SFTTrainer):
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
+            self.rotate_checkpoints()
         wait_for_everyone()
 
+    def rotate_checkpoints(self) -> None:
+        """Keep the newest checkpoints, as many as asked for, and the best one. As transformers', but never half."""
+        if not self.save_total_limit:
+            return
+        best = self.state.best_model_checkpoint
+        found = sort_checkpoints(output_dir=self.args.output_dir, best_model_checkpoint=best)  # these two come last
+        for checkpoint in found[: -max(self.save_total_limit, 2 if best not in (None, found[-1]) else 1)]:
+            discard(Path(checkpoint))
 
-def build_trainer(
-    plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenizerBase, source: Path | None
-) -> Trainer:
+    def sums_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"running_sums_{self.args.process_index}.json"
+
+    def save_sums(self, checkpoint: Path) -> None:
+        """What was summed up since the last log, so that the next one is the same after an interruption."""
+        sums = {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "tokens": self._total_train_tokens,
+            "metrics": self._metrics["train"],
+        }
+        self.sums_file(checkpoint).write_text(json.dumps(sums), encoding="utf-8")
+
+    def load_sums(self, checkpoint: Path) -> None:
+        sums = json.loads(self.sums_file(checkpoint).read_text(encoding="utf-8"))
+        self._tr_loss += sums["loss"]
+        self._globalstep_last_logged = sums["last_logged"]
+        self._total_train_tokens = sums["tokens"]
+        self._metrics["train"].update(sums["metrics"])
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Stand where the training ended: the weights and the state of its last checkpoint."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> Trainer:
     """The trainer with model, adapter and data in place."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-    base = load_base(plan, source)
+    args = training_arguments(plan, run)  # from here on, several processes know each other
     trainer = Trainer(
-        model=base,
-        args=training_arguments(plan, run),
+        model=load_base(plan, dequantized_base(plan, run)),
+        args=args,
         train_dataset=data.train,
         eval_dataset=data.validation,
         processing_class=tokenizer,
@@ -321,8 +365,9 @@ def build_trainer(
     settle_adapter(trainer, plan, run)
     check_parameters(trainer, plan)
     inner = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
-    if applies_to(inner):
-        score_supervised_positions(inner)
+    trainer.model.train()  # 4-bit layers on a CPU that once run for inference compute otherwise ever after
+    with trainer.compute_loss_context_manager():
+        settle_head(inner)
     return trainer
 
 
@@ -376,10 +421,11 @@ def add_callbacks(
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     display = ProgressDisplay(console, schedule.total_steps, step)
     trainer.add_callback(RefuseNonFinite())
+    if checkpoint:
+        trainer.add_callback(RunningSums(trainer, checkpoint))
     if is_main_process():
         metrics = MetricsFile(run)
-        kept = metrics.keep_until(step)
-        trainer._total_train_tokens = max((int(entry.get("num_tokens", 0)) for entry in kept), default=0)
+        metrics.keep_until(step)
         trainer.add_callback(metrics)
         trainer.add_callback(display)
     trainer.add_callback(StopOnSignal(request, run))

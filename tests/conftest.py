@@ -162,3 +162,11 @@ def train() -> Train:
         return run_training(plan, path.read_bytes(), Start(resume, overwrite), Console(stderr=True))
 
     return go
+
+
+def as_planned(run: Any, **changes: Any) -> None:
+    """Change a run's stored plan: as if it had been made on another machine."""
+    plan = json.loads(run.plan_file.read_text())
+    for name, value in changes.items():
+        plan[name] = plan[name] | value
+    run.plan_file.write_text(json.dumps(plan))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import RecipeMaker, conversation, write_jsonl
 from typer.testing import CliRunner
 
 from lorafit import __version__
+from lorafit import plan as lorafit_plan
 from lorafit.cli import app
 from lorafit.errors import (
     EXIT_CODES,
@@ -154,6 +157,88 @@ class TestMistakes:
         code, _, err = lorafit("train", recipe())
         assert code == 5
         assert "the disk is full" in err
+
+    @pytest.mark.parametrize(
+        "error", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=["py", "cpp"]
+    )
+    @pytest.mark.parametrize("where", ["prepare", "build_trainer"])
+    def test_too_little_memory_outside_the_steps(
+        self, where: str, error: Exception, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def big(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(f"lorafit.train.{where}", big)
+        code, _, err = lorafit("train", recipe())
+        assert code == 5
+        assert "out of memory" in err
+
+    def test_paths_that_can_not_be(self, recipe: RecipeMaker, tmp_path: Path) -> None:
+        for output_dir in (tmp_path / ("x" * 300), "/proc/nowhere/run"):
+            code, _, err = lorafit("train", recipe(output_dir=str(output_dir)))
+            assert code == 2
+            assert len(err.strip().splitlines()) == 1
+            assert str(output_dir)[:10] in err
+
+    def test_a_recipe_that_is_edited_while_it_is_read(
+        self, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = recipe()
+        original = lorafit_plan.plan_recipe
+
+        def slow(*args: Any, **more: Any) -> Any:
+            path.write_text(path.read_text() + "# a remark\n")
+            return original(*args, **more)
+
+        monkeypatch.setattr("lorafit.plan.plan_recipe", slow)
+        code, _, err = lorafit("train", path)
+        assert code == 2
+        assert "has changed while it was read" in err
+        assert not (path.parent / "runs").exists()
+
+    def test_what_only_another_process_meets(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("RANK", "3")
+        monkeypatch.setattr("lorafit.cli.HEAD_START", 0)
+        code, _, err = lorafit("train", tmp_path / "nowhere.yaml")
+        assert code == 2
+        assert err.startswith("process 3: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        ("train", "lorafit.model.AutoTokenizer.from_pretrained"),
+        ("train", "lorafit.model.AutoModelForCausalLM.from_pretrained"),
+        ("merge", "lorafit.model.PeftModel.from_pretrained"),
+        ("merge", "lorafit.merge.AutoModelForCausalLM.from_pretrained"),
+        ("eval", "lorafit.evaluate.token_scores"),
+    ],
+)
+def test_sigterm_outside_the_steps(
+    command: str, where: str, recipe: RecipeMaker, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a library is loading, which is not that library's error; and nothing is left half written."""
+    path = recipe(dataset={"train": [{"path": str(rows)}], "validation": 0.25})
+    run = tmp_path / "runs" / "recipe"
+    if command != "train":
+        assert lorafit("train", path)[0] == 0
+    monkeypatch.setattr(where, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = lorafit(command, path if command == "train" else run)
+    assert code == 143
+    assert err.strip().splitlines()[-1].startswith("terminated; nothing is half written")
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("asked", [None, "FASTEST_FIRST"])
+def test_gpus_are_counted_as_nvidia_smi_counts_them(asked: str | None) -> None:
+    """The plan is made for the GPU that nvidia-smi calls the first, so it must be torch's first too."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, lorafit.hardware; print(os.environ['CUDA_DEVICE_ORDER'])"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)} | ({"CUDA_DEVICE_ORDER": asked} if asked else {}),
+    )
+    assert done.stdout.strip() == (asked or "PCI_BUS_ID")
 
 
 def test_version() -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RecipeMaker, Train, conversation, write_jsonl
+from conftest import RecipeMaker, Train, as_planned, conversation, make_model, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit.data import IGNORED
-from lorafit.errors import DataError
-from lorafit.evaluate import evaluate, held_out_rows
+from lorafit.errors import DataError, ModelError, UsageError
+from lorafit.evaluate import evaluate, held_out_rows, models
+from lorafit.merge import merge
 from lorafit.rundir import RunDir
 
 QUIET = Console(file=io.StringIO())
@@ -99,3 +100,52 @@ def test_without_held_out_rows(recipe: RecipeMaker, train: Train, tmp_path: Path
     empty.write_text("")
     with pytest.raises(DataError, match="there are no rows"):
         evaluate(run.path, empty, 1, 1, QUIET)
+
+
+def test_trained_biases_are_not_the_bases(recipe: RecipeMaker, train: Train, rows: Path, tiny_model: Path) -> None:
+    biased = make_model(rows.parent / "biased", attention_bias=True)
+    run = train(
+        recipe(
+            model={"name_or_path": str(biased)},
+            lora={"bias": "all"},
+            dataset={"train": [{"path": str(rows)}], "validation": 0.4},
+            training={"learning_rate": 0.1},
+        )
+    )
+    report = evaluate(run.path, None, 1, 1, QUIET)
+    held_out = held_out_rows(run.load_plan(), AutoTokenizer.from_pretrained(run.adapter), None)
+    base = AutoModelForCausalLM.from_pretrained(biased)
+    assert report["models"]["base"]["loss"] == pytest.approx(plain_loss(base, held_out), rel=1e-5)
+    assert report["models"]["adapter"]["loss"] != pytest.approx(report["models"]["base"]["loss"], rel=1e-3)
+
+
+def test_a_run_of_a_gpu_on_a_machine_without_one(run: RunDir) -> None:
+    before = evaluate(run.path, None, 2, 4, QUIET)
+    as_planned(run, hardware={"device": "cuda"}, model_kwargs={"attn_implementation": "flash_attention_2"})
+    assert evaluate(run.path, None, 2, 4, QUIET)["models"] == before["models"]
+
+
+def test_the_model_is_moved_to_the_plans_device(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    as_planned(run, hardware={"device": "cuda"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("lorafit.model.PreTrainedModel.to", lambda self, device: moved.append(device) or self)
+    next(models(run, run.load_plan()))
+    assert moved == ["cuda"]
+
+
+def test_another_base_than_the_one_trained_on(recipe: RecipeMaker, train: Train, rows: Path) -> None:
+    base = make_model(rows.parent / "base")
+    dataset = {"train": [{"path": str(rows)}], "validation": 0.4}
+    run = train(recipe(model={"name_or_path": str(base)}, dataset=dataset))
+    make_model(base, seed=1)
+    with pytest.raises(ModelError, match=r"is not the base that .* was trained on \(changed: model.safetensors\)"):
+        evaluate(run.path, None, 1, 1, QUIET)
+    with pytest.raises(ModelError, match="is not the base"):
+        merge(run.path, None, QUIET)
+
+
+def test_one_process_at_a_time(run: RunDir) -> None:
+    for command in (lambda: evaluate(run.path, None, 1, 1, QUIET), lambda: merge(run.path, None, QUIET)):
+        with run.lock(), pytest.raises(UsageError, match="another process"):
+            command()

@@ -6,10 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from lorafit import loss
+from lorafit.errors import ModelError
 
 
 def batch(supervised: str) -> dict[str, torch.Tensor]:
@@ -93,6 +103,11 @@ def test_only_the_supervised_positions_reach_the_head(tiny_model: Path) -> None:
 
 def test_heads_that_scale_or_cap_their_logits_keep_trls_path(tiny_model: Path) -> None:
     assert loss.applies_to(AutoModelForCausalLM.from_pretrained(tiny_model))
+    assert not loss.applies_to(capped())
+
+
+def capped() -> PreTrainedModel:
+    """A model with a soft cap that TRL knows, and logits of the size at which it matters."""
     config = Gemma2Config(
         vocab_size=64,
         hidden_size=32,
@@ -103,4 +118,47 @@ def test_heads_that_scale_or_cap_their_logits_keep_trls_path(tiny_model: Path) -
         head_dim=16,
         final_logit_softcapping=30.0,
     )
-    assert not loss.applies_to(Gemma2ForCausalLM(config))
+    return loud(Gemma2ForCausalLM(config))
+
+
+def loud(model: PreTrainedModel) -> PreTrainedModel:
+    model.get_output_embeddings().weight.data *= 200
+    return model
+
+
+def test_a_head_that_is_not_what_it_seems_falls_back_to_trls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "applies_to", lambda _: True)
+    model = capped()
+    add_fused_lm_head(model)
+    loss.settle_head(model)
+    inputs = {"input_ids": torch.arange(12)[None], "labels": torch.arange(12)[None]}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, fused_lm_head=True).loss, model(**inputs).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_head_is_taken_in_every_type(dtype: torch.dtype, tiny_model: Path) -> None:
+    model = loud(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype))
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    trls = model.forward
+    state = torch.get_rng_state()
+    model.train()
+    model.model.layers[0].self_attn.attention_dropout = 0.5  # the same in both, and nothing is drawn from the run's
+    loss.settle_head(model)
+    assert model.forward != trls
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def heads_that_trl_does_not_know() -> dict[str, PreTrainedModel]:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    griffin = RecurrentGemmaConfig(**sizes, num_attention_heads=2, block_types=("attention",), logits_soft_cap=30.0)
+    bert = BertConfig(**sizes, num_attention_heads=2, is_decoder=True)
+    return {"recurrent_gemma": RecurrentGemmaForCausalLM(griffin), "bert": BertLMHeadModel(bert)}
+
+
+@pytest.mark.parametrize("family", ["recurrent_gemma", "bert"])
+def test_a_head_that_trl_does_not_know_is_refused(family: str) -> None:
+    model = loud(heads_that_trl_does_not_know()[family])
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    with pytest.raises(ModelError, match=f"the loss of {family} models would be wrong"):
+        loss.settle_head(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RecipeMaker, Train, make_model
+from conftest import RecipeMaker, Train, as_planned, make_model
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,3 +96,55 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         merge(run.path, mine, QUIET)
     assert merge(run.path, tmp_path / "a b" / "merged", QUIET).is_dir()
     assert merge(run.path, tmp_path / "a b" / "merged", QUIET).is_dir(), "merging again replaces"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_to_16_bits_is_no_wrong_merge(
+    dtype: str, recipe: RecipeMaker, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a model of many layers makes much of it. (float16 can't be trained on a CPU.)"""
+    deep = make_model(tmp_path / "deep", num_hidden_layers=24, initializer_range=0.2)
+    run = train(recipe(model={"name_or_path": str(deep), "dtype": "bfloat16"}, training={"max_steps": 2}))
+    as_planned(run, model_kwargs={"dtype": dtype})
+    destination = merge(run.path, None, QUIET)
+    merged = AutoModelForCausalLM.from_pretrained(destination)
+    assert merged.dtype == getattr(torch, dtype)
+    report = json.loads((destination / "merge_report.json").read_text())
+    assert report["logit_difference"] <= report["allowed"]
+    assert report["logit_change_by_rounding"] > report["allowed"], "rounding must be told apart from a wrong merge"
+
+
+def test_an_adapter_that_rounding_loses_is_reported(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe(model={"dtype": "bfloat16"}, training={"learning_rate": 1e-6}))
+    said = io.StringIO()
+    merge(run.path, None, Console(file=said))
+    assert "partly lost in the merged model" in said.getvalue()
+
+
+def test_a_run_with_flash_attention_is_merged_on_the_cpu(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    as_planned(run, model_kwargs={"attn_implementation": "flash_attention_2"})
+    assert merge(run.path, None, QUIET).is_dir()
+
+
+def test_a_saved_model_that_loads_differently_is_not_kept(
+    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the difference is smaller than what rounding makes. The model's own code is trusted as in training."""
+    run = train(recipe(model={"dtype": "bfloat16", "trust_remote_code": True}))
+    trusted = []
+    original = AutoModelForCausalLM.from_pretrained
+
+    def lossy(name: str, **kwargs: Any) -> Any:
+        trusted.append(kwargs["trust_remote_code"])
+        model = original(name, **kwargs)
+        model.lm_head.weight.data[5:20] *= 1.01
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafit.merge.AutoModelForCausalLM.from_pretrained", lossy)
+        with pytest.raises(GateError, match="loaded again") as caught:
+            merge(run.path, None, QUIET)
+    assert trusted[-1] is True
+    assert "tied" not in str(caught.value)
+    assert not run.merged.exists()

@@ -123,7 +123,7 @@ def test_the_loss_over_a_packed_epoch_is_that_of_an_unpacked_one(
         data, plan = packed_rows(packing=packing)
         plan.model_kwargs["attn_implementation"] = attention
         run = RunDir(tmp_path / f"run-{packing}")
-        trainer: Trainer = build_trainer(plan, run, data, load_tokenizer(plan), None)
+        trainer: Trainer = build_trainer(plan, run, data, load_tokenizer(plan))
         trainer.model.eval()
         count, total = 0, 0.0
         for batch in trainer.get_train_dataloader():

@@ -467,7 +467,7 @@ def test_several_blocks_of_an_answer(shared: PreTrainedTokenizerBase) -> None:
 BLOCKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% if m['reasoning_content'] %}{% generation %}{{ '<' + m['reasoning_content'] + '>' }}{% endgeneration %}"
-    "{{ '\n' }}{% endif %}{% if m['content'] != 'blue' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+    "{{ '\n' }}{% endif %}{% if loop.index0 != 5 %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
     "{% endgeneration %}{% endif %}{% else %}{{ m['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 
@@ -480,8 +480,8 @@ def test_blocks_of_answers_that_are_not_shown_or_empty(shared: PreTrainedTokeniz
     assert learned(tokenizer, example(untrained(hidden, 1, 3, 5))) == ["<no>", "yes<|im_end|>"]
     with pytest.raises(Fault, match="leaves out an answer"):
         learned(tokenizer, example(untrained(hidden, 1, 3, 7)))
-    empty = [*MULTI, user("five"), assistant("")]
-    assert learned(tokenizer, example(untrained(empty, 1, 5))) == ["red green<|im_end|>"]
+    empty = [*MULTI[:3], assistant("")]
+    assert learned(tokenizer, example(untrained(empty, 3))) == ["two three<|im_end|>"]
 
 
 def test_the_end_of_an_answer_that_only_the_training_version_ends(shared: PreTrainedTokenizerBase) -> None:
@@ -506,8 +506,8 @@ def test_the_end_of_an_answer_that_only_the_training_version_ends(shared: PreTra
         ("gptoss", "said", "assistant", "the words beside a tool call"),
         ("gptoss", "said", "completion", None),
         ("qwen2_5", "said", "assistant", None),
-        ("deepseekv3", "call", "assistant", "the tools"),  # it shows the call
-        ("phi3", "call", "completion", "the tools"),
+        ("deepseekv3", "call", "assistant", "the tool 'weather'"),  # it shows the call
+        ("phi3", "call", "completion", "the tool 'weather'"),
     ],
 )
 def test_what_is_left_out_is_counted(

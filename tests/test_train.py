@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from conftest import RecipeMaker, Train, write_jsonl
+from conftest import RecipeMaker, Train, make_model, write_jsonl
+from safetensors.torch import load_file
 
 from lorafit import staging
 from lorafit.callbacks import StopRequest
 from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
 from lorafit.rundir import RunDir
+from lorafit.train import dequantized_base
 
 
 def digest(run: RunDir) -> str:
@@ -68,14 +73,15 @@ def test_a_run_writes_what_the_design_says(recipe: RecipeMaker, train: Train, ro
     } <= names
     assert "lorafit" in (run.adapter / "README.md").read_text()
     assert not [file for file in run.path.rglob("*") if file.name == "training_args.bin"], "a pickle was written"
-    assert not list(run.path.parent.glob(".*")), "something was left beside the run"
+    beside = {file.name for file in run.path.parent.iterdir()}
+    assert beside == {"recipe", ".recipe.lock"}, "something was left beside the run"
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6, 7])
 def test_an_interrupted_run_ends_with_the_same_weights(
     stop: int, recipe: RecipeMaker, train: Train, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in the middle of an epoch, at its end, with dropout, accumulation, evaluation and the best kept."""
+    """Also in the middle of an epoch, at its end, between logs, with dropout, accumulation and the best kept."""
     settings: dict[str, Any] = {
         "lora": {"lora_dropout": 0.2},
         "dataset": {"train": [{"path": str(rows)}], "validation": 0.25},
@@ -84,6 +90,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(
             "num_train_epochs": 3,
             "gradient_accumulation_steps": 2,
             "per_device_train_batch_size": 3,
+            "logging_steps": 2,
         },
     }
     whole = train(recipe("whole", **settings))
@@ -108,6 +115,39 @@ def test_a_signal_in_the_last_step_finishes_the_run(
 ) -> None:
     stop_at(4, monkeypatch)
     assert train(recipe()).result is not None
+
+
+EARLY = {
+    "max_steps": 60,
+    "learning_rate": 0.1,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "early_stopping_patience": 3,
+    "lr_scheduler_type": "constant",
+}
+
+
+@pytest.mark.parametrize("training", [{"save_strategy": "steps", "save_steps": 2}, EARLY])
+def test_a_run_that_was_stopped_after_its_last_step_trains_no_more(
+    training: dict[str, Any], recipe: RecipeMaker, train: Train, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kill before the result was saved; and by a signal in the step in which early stopping decides."""
+    settings = {"dataset": {"train": [{"path": str(rows)}], "validation": 0.5}, "training": training}
+    whole = train(recipe("whole", **settings))
+    result = whole.load_manifest()["result"]
+    path = recipe("killed", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafit.train.save_result", lambda *_: [][0])
+        with pytest.raises(IndexError):
+            train(path)
+    killed = train(path, resume=True)
+    with monkeypatch.context() as patch:
+        stop_at(result["steps"], patch)
+        signalled = train(recipe("signalled", **settings))
+    for run in (killed, signalled):
+        assert digest(run) == digest(whole)
+        assert run.load_manifest()["result"] == result
+        assert [e["step"] for e in run.metrics_until(99)] == [e["step"] for e in whole.metrics_until(99)]
 
 
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(recipe: RecipeMaker, train: Train) -> None:
@@ -235,6 +275,74 @@ class TestStarting:
         with RunDir(tmp_path / "runs" / "recipe").lock(), pytest.raises(UsageError, match="another process"):
             train(path)
 
+    def test_a_run_that_ends_just_before_the_lock_is_taken(
+        self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = recipe()
+        before = []
+
+        def meanwhile(*_: object) -> None:
+            monkeypatch.undo()
+            before.append(digest(train(path)))
+
+        monkeypatch.setattr("lorafit.train.settle_device", meanwhile)
+        with pytest.raises(UsageError, match="the run is finished"):
+            train(path)
+        assert before == [digest(RunDir(path.parent / "runs" / "recipe"))]
+
+    def test_a_lock_is_never_held_twice(self, tmp_path: Path) -> None:
+        """Not by one who opened the file before it was released and one who came after that."""
+        run = RunDir(tmp_path / "run")
+        with run.lock():
+            waiting = (tmp_path / ".run.lock").open("w")
+        with waiting:
+            fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with pytest.raises(UsageError, match="another process"), run.lock():
+                pass
+
+    def test_another_base_is_no_resume(
+        self, recipe: RecipeMaker, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = make_model(tmp_path / "base")
+        path = recipe(model={"name_or_path": str(base)})
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        monkeypatch.undo()
+        make_model(base, seed=1)
+        with pytest.raises(UsageError, match=r"is not the one that the run began with \(changed: model.safetensors\)"):
+            train(path, resume=True)
+        make_model(base)
+        assert train(path, resume=True).result is not None
+
+    def test_a_run_that_is_called_as_if_it_were_replaced(self, recipe: RecipeMaker, train: Train) -> None:
+        other = train(recipe("mine.replaced"))
+        assert train(recipe("mine")).result is not None
+        assert other.result is not None
+
+    @pytest.mark.parametrize("written", ["link", "~/home", ".", "empty/../empty", "empty"])
+    def test_paths_that_mean_another(
+        self, written: str, recipe: RecipeMaker, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An empty folder is filled and not replaced: it may be a mount point, or where one stands."""
+        path = recipe(output_dir=written)
+        here = tmp_path / "here"
+        folder = {"link": here / "empty", "~/home": tmp_path / "home", ".": here}.get(written, here / "empty")
+        folder.mkdir(parents=True)
+        here.mkdir(exist_ok=True)
+        if written == "link":
+            (here / "link").symlink_to(folder)
+        number = folder.stat().st_ino
+        monkeypatch.chdir(here)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        train(path, resume=True)
+        assert RunDir(folder).result is not None
+        assert folder.stat().st_ino == number
+        assert not (here / "~").exists()
+
     def test_a_path_with_spaces(self, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         assert train(recipe(output_dir=str(tmp_path / "my runs" / "a b"))).adapter.is_dir()
 
@@ -244,14 +352,7 @@ class TestTraining:
         run = train(
             recipe(
                 dataset={"train": [{"path": str(rows)}], "validation": 0.5},
-                training={
-                    "max_steps": 60,
-                    "learning_rate": 0.1,
-                    "eval_strategy": "steps",
-                    "eval_steps": 2,
-                    "early_stopping_patience": 3,
-                    "lr_scheduler_type": "constant",
-                },
+                training=EARLY,
             )
         )
         result = run.load_manifest()["result"]
@@ -279,6 +380,23 @@ class TestTraining:
             train(path)
         assert RunDir(path.parent / "runs" / "recipe").result is None
 
+    @pytest.mark.parametrize("save", ["no", "steps"])
+    def test_a_run_that_diverges_between_logs_keeps_its_good_checkpoints(
+        self, save: str, recipe: RecipeMaker, train: Train
+    ) -> None:
+        diverging = {"learning_rate": 1e30, "max_steps": 5, "max_grad_norm": 0, "warmup_steps": 0, "logging_steps": 99}
+        saving = {"save_steps": 1, "save_total_limit": 1} if save == "steps" else {}
+        path = recipe(training={**diverging, "save_strategy": save, **saving})
+        with pytest.raises(GateError, match="diverged"):
+            train(path)
+        run = RunDir(path.parent / "runs" / "recipe")
+        assert run.result is None
+        checkpoint = run.last_checkpoint()
+        assert (checkpoint is not None) == (save == "steps")
+        if checkpoint:
+            weights = load_file(checkpoint / "adapter_model.safetensors")
+            assert all(tensor.isfinite().all() for tensor in weights.values())
+
     def test_packed_rows_make_fewer_steps(self, recipe: RecipeMaker, train: Train) -> None:
         run = train(recipe(training={"packing": True, "max_steps": ..., "num_train_epochs": 1}))
         assert run.load_manifest()["schedule"]["total_steps"] < 6
@@ -286,6 +404,22 @@ class TestTraining:
     def test_save_total_limit(self, recipe: RecipeMaker, train: Train) -> None:
         run = train(recipe(training={"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}))
         assert sorted(f.name for f in run.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+    def test_old_checkpoints_go_whole_and_the_best_stays(
+        self, recipe: RecipeMaker, train: Train, rows: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        removed = []
+        original = shutil.rmtree
+        monkeypatch.setattr(
+            shutil, "rmtree", lambda path, *a, **k: [removed.append(Path(path)), original(path, *a, **k)]
+        )
+        dataset = {"train": [{"path": str(rows)}], "validation": 0.5}
+        run = train(recipe(dataset=dataset, training={**EARLY, "save_total_limit": 1}))
+        result = run.load_manifest()["result"]
+        kept = {f"checkpoint-{result['best_step']}", f"checkpoint-{result['steps']}"}
+        assert {f.name for f in run.checkpoints.iterdir()} == kept
+        assert removed
+        assert all(folder.name.startswith(".") for folder in removed)
 
 
 class TestFailures:
@@ -300,8 +434,6 @@ class TestFailures:
             train(recipe(training={"max_length": 3}))
 
     def test_a_truncated_weight_file(self, recipe: RecipeMaker, train: Train, tiny_model: Path, tmp_path: Path) -> None:
-        import shutil
-
         broken = tmp_path / "broken model"
         shutil.copytree(tiny_model, broken)
         weights = broken / "model.safetensors"
@@ -326,6 +458,18 @@ class TestFailures:
         assert not list(run.path.glob(".*"))
         monkeypatch.undo()
         assert digest(train(path, resume=True)) == digest(whole)
+
+
+def test_another_process_does_not_take_the_base_of_the_run_that_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    (run.base / "old").mkdir(parents=True)
+    main = iter([lambda: shutil.rmtree(run.base), lambda: (run.base / "new").mkdir(parents=True)])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("lorafit.train.wait_for_everyone", lambda: next(main)())
+    base = dequantized_base(SimpleNamespace(model={"kind": "gguf"}), run)
+    assert [entry.name for entry in base.iterdir()] == ["new"]
 
 
 def test_secrets_stay_out_of_the_run(recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,8 +125,9 @@ class Renderer:
             spans = _without(template.turns(text, messages, tools, untrained, example.place), text)
         question = next((m["content"] for m in reversed(messages[: learned[-1]]) if m["role"] == "user"), "")
         remarks = self._remarks(messages, [messages[index] for index in learned], text)
-        if any(not template.knows_tools or _name(tool) not in text for tool in tools or []):
-            remarks["context_left_out"] = "the chat template leaves out the tools"
+        left_out = [_name(tool) for tool in tools or [] if not template.knows_tools or _name(tool) not in text]
+        if left_out:
+            remarks["context_left_out"] = f"the chat template leaves out the tool {left_out[0]!r}"
         return Rendered(example.file, example.number, text, tuple(spans), False, question, remarks)
 
     def _untrained(self, example: Example) -> list[int]:
