@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorafit.errors import DataError
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -134,7 +136,7 @@ RULES: dict[str, str] = {
     "not_utf8": "rows with text that is not UTF-8",
     "no_supervised_tokens": "rows with nothing to learn",
     "answers_left_out": "rows of which the chat template leaves out an answer",
-    "context_left_out": "rows of which the chat template leaves out tools or reasoning",
+    "context_left_out": "rows of which the chat template leaves out a turn, the tools or reasoning",
     "special_tokens_in_content": "rows with control tokens in their words",
     "bos": "rows with other than one beginning-of-sequence token",
     "untrained_ends": "answers whose end token is not learned",
@@ -191,3 +193,11 @@ def source_findings(source: SourceAudit, limits: Limits) -> Iterator[Share]:
 def breaches(found: Iterable[Share]) -> list[str]:
     """A line for every limit that is exceeded, with the first place."""
     return [f"{one.finding.first} (dataset.audit.{one}, is above {one.limit:.4g})" for one in found if one.is_breach]
+
+
+def gate(audit: Audit, limits: Limits) -> None:
+    """Raises DataError with a line for every limit of `dataset.audit` that the data exceeds."""
+    lines = breaches(findings(audit, limits))
+    if lines:
+        hint = "mend the data, or raise the limits under dataset.audit; `lorafit preview` shows the rows"
+        raise DataError("\n".join([*lines, hint]))

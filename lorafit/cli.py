@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import signal
@@ -154,6 +155,10 @@ def train(
         from lorafit.show import print_plan
 
         show(json.loads(plan.to_json())) if as_json else print_plan(plan)
+        if plan.audit:
+            from lorafit.audit import Audit, gate
+
+            gate(Audit.from_dict(plan.audit), plan.data.audit)
         return
     if not written or config.read_bytes() != written:
         fail(f"{config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2)
@@ -292,4 +297,7 @@ def root(
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # what a terminal can't show is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

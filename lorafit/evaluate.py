@@ -17,15 +17,17 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
+from lorafit.audit import gate
 from lorafit.data import IGNORED, prepare, special_tokens
 from lorafit.errors import DataError
 from lorafit.loss import settle_head
-from lorafit.model import base_source, load_adapter, load_base, load_tokenizer, on_cpu
+from lorafit.model import base_source, load_adapter, load_base, on_cpu
 from lorafit.plan import Plan, SourcePlan
 from lorafit.quiet import hush_progress
 from lorafit.rows import digest
 from lorafit.rundir import RunDir, open_run
 from lorafit.staging import staged
+from lorafit.tokenizer import load_tokenizer
 
 Model: TypeAlias = Any
 """A PreTrainedModel, or a PeftModel around one."""
@@ -118,7 +120,9 @@ def held_out_rows(
         alone = dataclasses.replace(
             plan.data, train=(source,), validation=(), validation_fraction=None, packing=False, streaming=False
         )
-        rows = prepare(alone, tokenizer, console).rows
+        made = prepare(alone, tokenizer, console)
+        gate(made.audit, plan.data.audit | dict.fromkeys(("duplicates", "truncated", "lost_tokens")))
+        rows = made.rows
     elif not plan.data.validation and plan.data.validation_fraction is None:
         raise DataError("the run held no rows out of training; name some with --data")
     else:

@@ -12,11 +12,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.errors import GateError, UsageError
-from lorafit.model import base_source, load_adapter, load_base, load_tokenizer, on_cpu
+from lorafit.model import base_source, load_adapter, load_base, on_cpu
 from lorafit.plan import Plan
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located, open_run
 from lorafit.staging import staged
+from lorafit.tokenizer import load_tokenizer
 
 PROBE = (
     "The cat sat on the mat. Write a function that adds 12 and 30, and explain in one sentence why it is right: "

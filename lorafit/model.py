@@ -14,39 +14,14 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from lorafit.errors import DoesNotFitError, LorafitError, ModelError, is_out_of_memory
+from lorafit.errors import LorafitError, ModelError
 from lorafit.manifest import changed_base
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir
 from lorafit.staging import staged
-
-
-def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base, with the plan's chat template. Raises ModelError.
-
-    A tokenizer without a padding token pads with its end token: labels are padded by position, so
-    that end tokens in the rows stay learned.
-    """
-    name = str(source or plan.model["name_or_path"])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            *_location(name),
-            **_gguf(name),
-            revision=plan.model_kwargs["revision"] if source is None else None,
-            trust_remote_code=plan.model_kwargs["trust_remote_code"],
-        )
-    except Exception as error:
-        raise _cannot_load("tokenizer", name, error) from error
-    if plan.data.chat_template is not None:
-        tokenizer.chat_template = plan.data.chat_template
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(f"{name}: the tokenizer has neither a padding token nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+from lorafit.tokenizer import cannot_load, gguf, location
 
 
 def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
@@ -66,11 +41,11 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
         kwargs["quantization_config"] = quantization_config(plan.quantization_kwargs)
         kwargs["device_map"] = {"": _device(plan)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(*_location(name), **_gguf(name), **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)
     except LorafitError:
         raise
     except Exception as error:
-        raise _cannot_load("model", name, error) from error
+        raise cannot_load("model", name, error) from error
     model.config.use_cache = False
     return model
 
@@ -110,7 +85,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, str(adapter))
     except Exception as error:
-        raise _cannot_load("adapter", str(adapter), error) from error
+        raise cannot_load("adapter", str(adapter), error) from error
     model.eval()
     return model
 
@@ -138,10 +113,10 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
     that mark it saves, and loads again, like any other.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(*_location(file), **_gguf(file), dtype=getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(*_location(file), **_gguf(file))
+        model = AutoModelForCausalLM.from_pretrained(*location(file), **gguf(file), dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(*location(file), **gguf(file))
     except Exception as error:
-        raise _cannot_load("model", file, error) from error
+        raise cannot_load("model", file, error) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -151,26 +126,7 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _location(name: str) -> tuple[str]:
-    path = Path(name).expanduser()
-    return (str(path.parent),) if name.endswith(".gguf") else (str(path) if path.exists() else name,)
-
-
-def _gguf(name: str) -> dict[str, str]:
-    return {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
-
-
 def _device(plan: Plan) -> str | int:
     if plan.hardware.device == "cpu":
         return "cpu"
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _cannot_load(what: str, name: str, error: Exception) -> LorafitError:
-    if is_out_of_memory(error):
-        return DoesNotFitError(f"{name}: the {what} does not fit into memory: {_first_line(error)}")
-    return ModelError(f"{name}: the {what} can't be loaded: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,10 +16,10 @@ from lorafit.audit import breaches, findings
 from lorafit.data import IGNORED, Prepared, pack, prepare, special_tokens
 from lorafit.data.encode import Tokens
 from lorafit.errors import UsageError
-from lorafit.model import load_tokenizer
 from lorafit.plan import Plan, with_audit
 from lorafit.quiet import hush_progress
 from lorafit.rows import place_of
+from lorafit.tokenizer import load_tokenizer
 
 BARS = 10
 PACKED_ROWS = 10_000

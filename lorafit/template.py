@@ -32,7 +32,7 @@ class TemplateFacts:
         end_of_turn: the text that follows an answer, without surrounding white space; empty if the
             template does not end the turn; None if the probe could not be rendered.
         marks_answers: whether it has `{% generation %}` markers.
-        has_training_version: whether TRL ships a training version of exactly this template.
+        has_training_version: whether TRL ships a training version of exactly this template, which is then used.
     """
 
     end_of_turn: str | None
@@ -51,11 +51,12 @@ class _Generation(jinja2.ext.Extension):
 
 
 def inspect_template(template: str, special_tokens: dict[str, str | None]) -> TemplateFacts:
-    """Render a question and an answer, and look at what follows the answer."""
+    """Render a question and an answer, as training does, and look at what follows the answer."""
+    trained = training_version(template)
     return TemplateFacts(
-        end_of_turn=_end_of_turn(template, special_tokens),
+        end_of_turn=_end_of_turn(trained or template, special_tokens),
         marks_answers=GENERATION.search(template) is not None,
-        has_training_version=_has_training_version(template),
+        has_training_version=trained is not None,
     )
 
 
@@ -117,8 +118,10 @@ def _training_version(original: Path) -> Path:
     return original.with_name(f"{original.stem}_training.jinja")
 
 
-def _has_training_version(template: str) -> bool:
+def training_version(template: str) -> str | None:
+    """The training version that TRL ships of exactly this template: it marks answers and keeps what was said."""
     for original in trl_templates().values():
-        if _training_version(original).is_file() and original.read_text(encoding="utf-8") == template:
-            return True
-    return False
+        trained = _training_version(original)
+        if trained.is_file() and original.read_text(encoding="utf-8") == template:
+            return trained.read_text(encoding="utf-8")
+    return None

@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from lorafit.audit import gate
 from lorafit.callbacks import (
     EvaluateAtTheEnd,
     MetricsFile,
@@ -32,17 +33,18 @@ from lorafit.callbacks import (
     peak_memory_bytes,
 )
 from lorafit.card import write_card
-from lorafit.data import Prepared, gate, prepare
+from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, ModelError, UsageError, is_out_of_memory
 from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
 from lorafit.manifest import build_manifest, changed_base, model_fingerprint
-from lorafit.model import dequantize_gguf, load_base, load_tokenizer, lora_config
+from lorafit.model import dequantize_gguf, load_base, lora_config
 from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
 from lorafit.staging import discard, partial_of, staged
+from lorafit.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
 import lorafit.train
-from lorafit.audit import RULES, Audit
+from lorafit.audit import RULES, Audit, gate
 from lorafit.cli import app
-from lorafit.data import gate, prepare
+from lorafit.data import prepare
 from lorafit.errors import DataError
-from lorafit.model import load_tokenizer
 from lorafit.plan import Plan, plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import AuditSection
+from lorafit.tokenizer import load_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 KNOWS_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHATML

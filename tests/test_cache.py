@@ -25,9 +25,9 @@ from lorafit.cli import app
 from lorafit.data import Prepared, prepare
 from lorafit.data.mix import repeated, shared, split, weighted
 from lorafit.errors import DataError
-from lorafit.model import load_tokenizer
 from lorafit.plan import Plan, plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -540,7 +540,7 @@ PREPARE = """
 import sys, time
 from pathlib import Path
 import lorafit.data
-from lorafit.model import load_tokenizer
+from lorafit.tokenizer import load_tokenizer
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 

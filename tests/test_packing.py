@@ -20,10 +20,10 @@ import lorafit.isolation
 from lorafit.data import IGNORED, prepare
 from lorafit.errors import ModelError
 from lorafit.isolation import check_isolation
-from lorafit.model import load_tokenizer
 from lorafit.plan import NO_SDPA, plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.rundir import RunDir
+from lorafit.tokenizer import load_tokenizer
 from lorafit.train import Trainer, build_trainer
 
 SIZES = {

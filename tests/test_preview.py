@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 import lorafit.preview
 from lorafit.cli import app
 from lorafit.data import IGNORED, pack, prepare
-from lorafit.model import load_tokenizer
 from lorafit.plan import plan_recipe
 from lorafit.preview import lengths, segments
 from lorafit.recipe import Recipe
 from lorafit.show import print_preview
+from lorafit.tokenizer import load_tokenizer
 
 TERMINAL = {"force_terminal": True, "color_system": "truecolor", "width": 200}
 

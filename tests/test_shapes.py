@@ -15,10 +15,11 @@ import pytest
 from conftest import RecipeMaker, Train, make_model, write_jsonl
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.data import IGNORED, gate, prepare
-from lorafit.model import load_tokenizer
+from lorafit.audit import gate
+from lorafit.data import IGNORED, prepare
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.tokenizer import load_tokenizer
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'

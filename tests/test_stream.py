@@ -14,9 +14,9 @@ import lorafit.data.encode
 import lorafit.data.stream
 from lorafit.data import prepare
 from lorafit.errors import DataError, Interrupted
-from lorafit.model import load_tokenizer
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.tokenizer import load_tokenizer
 
 
 def rows_with(count: int, word: str = "n") -> list[dict[str, Any]]:

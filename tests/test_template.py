@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.template import in_parts, inspect_template
+from lorafit.template import in_parts, inspect_template, training_version
 
 SPECIAL: dict[str, str | None] = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": None}
 CHATML = (
@@ -65,12 +65,13 @@ def test_as_transformers_renders() -> None:
         template = file.read_text(encoding="utf-8")
         special = {key: value for key, value in SPECIAL.items() if value is not None}
         try:
-            rendered, _ = render_jinja_template([messages], chat_template=template, **special)
+            written = training_version(template) or template
+            rendered, _ = render_jinja_template([messages], chat_template=written, **special)
         except Exception:  # noqa: BLE001 - wants other messages
             continue
         _, found, after = rendered[0].partition("ANSWER")
         if not found:
-            rendered, _ = render_jinja_template([in_parts(messages)], chat_template=template, **special)
+            rendered, _ = render_jinja_template([in_parts(messages)], chat_template=written, **special)
             _, found, after = rendered[0].partition("ANSWER")
         expected = after.strip() if found else None
         assert inspect_template(template, SPECIAL).end_of_turn == expected, file.name

@@ -18,9 +18,8 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from trl import pack_dataset
 
-from lorafit.audit import Audit, Finding, PartAudit, SourceAudit, breaches, findings
+from lorafit.audit import Audit, Finding, PartAudit, SourceAudit
 from lorafit.cache import entry, kept, prune, rows_key, set_key
 from lorafit.data.encode import IGNORED, Lengths, TokenRow, Tokens, read_examples, tokenize
 from lorafit.data.mix import Indices, repeated, shared, split, weighted
@@ -38,7 +37,6 @@ __all__ = [
     "Rendered",
     "Renderer",
     "TokenRow",
-    "gate",
     "prepare",
     "read_examples",
     "special_tokens",
@@ -78,7 +76,7 @@ class Prepared:
 def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: Console | None = None) -> Prepared:
     """Read, render, tokenize, count, split and mix; from the cache where nothing has changed.
 
-    Raises DataError for what can't be read. Faults that have a limit are counted: see `gate`.
+    Raises DataError for what can't be read. Faults that have a limit are counted: see `lorafit.audit.gate`.
     """
     plan = with_digests(plan, tokenizer)
     if plan.streaming:
@@ -115,14 +113,6 @@ def with_digests(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> DataPlan
         validation=tuple(map(settled, plan.validation)),
         tokenizer_sha256=own,
     )
-
-
-def gate(audit: Audit, limits: dict[str, float | None]) -> None:
-    """Raises DataError with a line for every limit of `dataset.audit` that the data exceeds."""
-    lines = breaches(findings(audit, limits))
-    if lines:
-        hint = "mend the data, or raise the limits under dataset.audit; `lorafit preview` shows the rows"
-        raise DataError("\n".join([*lines, hint]))
 
 
 # --- sources --------------------------------------------------------------------------------------
@@ -282,6 +272,8 @@ def mixed(plan: DataPlan, tables: list[SourceTable], training: Indices) -> Indic
 
 def pack(rows: Dataset, max_length: int, file: Path | None = None) -> Dataset:
     """Rows of at most `max_length` tokens with several examples each: TRL's best fit, a thousand rows at a time."""
+    from trl import pack_dataset  # takes seconds, and only packing needs it
+
     where = {"cache_file_name": str(file)} if file else {"keep_in_memory": True}
     return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
 

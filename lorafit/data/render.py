@@ -12,11 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
-from trl import get_training_chat_template
 
 from lorafit.errors import DataError
-from lorafit.rows import Example, Fault, Message
-from lorafit.template import GENERATION, in_parts, inspect_template, uses_date
+from lorafit.rows import Example, Fault, Message, printable
+from lorafit.template import GENERATION, in_parts, inspect_template, training_version, uses_date
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _WORD = re.compile(r"\w+")
@@ -211,10 +210,10 @@ class ChatTemplate:
         self.special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self.names = dict(tokenizer.special_tokens_map)
         named: dict[str, str | None] = {key: str(value) for key, value in self.names.items()}
-        self.marked = _marked_version(tokenizer, template)
+        self.marked = training_version(template) or (template if GENERATION.search(template) else None)
         self.wants_parts = False
-        self.wants_parts = not self._shows_words()
-        end_of_turn = inspect_template(self.marked or template, named).end_of_turn
+        self.wants_parts = not self._shows_words() and self._shows_words(parts=True)
+        end_of_turn = inspect_template(template, named).end_of_turn
         self.ends_turns = end_of_turn != ""
         self.closing = {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
         self.closing.update(token for token in special if (end_of_turn or "").startswith(token))
@@ -228,11 +227,11 @@ class ChatTemplate:
             for text in {template, self.marked or template}:
                 _compile_jinja_template(text).globals["strftime_now"] = day.strftime
 
-    def _shows_words(self) -> bool:
-        """Whether words given as plain text are written."""
+    def _shows_words(self, parts: bool = False) -> bool:
+        """Whether words given as plain text, or as a list of parts, are written."""
+        probe: list[Message] = [{"role": role, "content": _OTHER} for role in ("user", "assistant")]
         try:
-            probe: list[Message] = [{"role": role, "content": _OTHER} for role in ("user", "assistant")]
-            return _OTHER in self.write(probe, None)
+            return _OTHER in self.write(in_parts(probe) if parts else probe, None)
         except Exception:  # noqa: BLE001 - a template may fail in any way
             return False
 
@@ -334,16 +333,6 @@ class ChatTemplate:
             return render([_with_text_arguments(message) for message in messages])
 
 
-def _marked_version(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
-    """The template with `{% generation %}` markers: itself, or TRL's training version of it; None without."""
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = template
-    try:
-        return get_training_chat_template(tokenizer) or template
-    except Exception:  # noqa: BLE001 - there is no training version, or the template fails in TRL's trial of tools
-        return template if GENERATION.search(template) else None
-
-
 def _with_text_arguments(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message
@@ -408,4 +397,4 @@ def _common_length(first: str, second: str) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])

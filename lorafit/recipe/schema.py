@@ -180,7 +180,8 @@ class AuditSection(Section):
     answers_left_out: Share | None = 0.0
     """Rows of which the chat template leaves out an answer or a tool call."""
     context_left_out: Share | None = 0.0
-    """Rows of which the chat template leaves out the tools or the reasoning. These are not left out."""
+    """Rows of which the chat template leaves out a turn, the tools, or the reasoning of an answer that is
+    learned. These rows stay in."""
     special_tokens_in_content: Share | None = 0.0
     """Conversations whose words hold text that becomes a control token, such as an end of turn."""
     bos: Share | None = 0.0

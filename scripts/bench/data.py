@@ -61,7 +61,7 @@ def lorafit_prepares(file: Path, folder: Path) -> dict[str, Any]:
 
     hush()
     from lorafit.data import prepare
-    from lorafit.model import load_tokenizer
+    from lorafit.tokenizer import load_tokenizer
 
     plan = plan_for(file, folder)
     tokenizer = load_tokenizer(plan)

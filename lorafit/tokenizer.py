@@ -1,0 +1,57 @@
+"""Loading tokenizers: without torch's weight, for commands that look at data only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lorafit.errors import DoesNotFitError, LorafitError, ModelError, is_out_of_memory
+from lorafit.plan import Plan
+
+
+def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base, with the plan's chat template. Raises ModelError.
+
+    A tokenizer without a padding token pads with its end token: labels are padded by position, so
+    that end tokens in the rows stay learned.
+    """
+    name = str(source or plan.model["name_or_path"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            *location(name),
+            **gguf(name),
+            revision=plan.model_kwargs["revision"] if source is None else None,
+            trust_remote_code=plan.model_kwargs["trust_remote_code"],
+        )
+    except Exception as error:
+        raise cannot_load("tokenizer", name, error) from error
+    if plan.data.chat_template is not None:
+        tokenizer.chat_template = plan.data.chat_template
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{name}: the tokenizer has neither a padding token nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def location(name: str) -> tuple[str]:
+    """What from_pretrained is told for a model: a hub id, a folder, or the folder of a GGUF file."""
+    path = Path(name).expanduser()
+    return (str(path.parent),) if name.endswith(".gguf") else (str(path) if path.exists() else name,)
+
+
+def gguf(name: str) -> dict[str, str]:
+    """The argument by which from_pretrained reads a GGUF file."""
+    return {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
+
+
+def cannot_load(what: str, name: str, error: Exception) -> LorafitError:
+    """An error of a library as one of ours, on one line."""
+    if is_out_of_memory(error):
+        return DoesNotFitError(f"{name}: the {what} does not fit into memory: {first_line(error)}")
+    return ModelError(f"{name}: the {what} can't be loaded: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
