@@ -230,7 +230,7 @@ def warm(folder: Path, count: int) -> None:
         recipe.write_text(
             f"model: {{name_or_path: {MODEL}, chat_template: {TEMPLATE}}}\nlora: {{}}\n"
             f"dataset: {{train: [{{path: {file}}}]}}\n"
-            "training: {max_length: 128, max_steps: 1, per_device_train_batch_size: 1, global_batch_size: 1}\n"
+            "training: {max_length: 1024, max_steps: 1, per_device_train_batch_size: 1, global_batch_size: 1}\n"
             f"output_dir: {folder / name}\n"
         )
         settings = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")}
