@@ -88,6 +88,7 @@ class Audit:
         training_rows, validation_rows: what is made of them; None without validation.
         duplicates: training rows that repeat an earlier one.
         leaked: validation rows that are training rows as well.
+        unweighted_rows: training rows before sources are repeated or thinned by their weights.
         whole: whether every row was looked at (a stream is looked at in part).
     """
 
@@ -98,6 +99,7 @@ class Audit:
     duplicates: Finding | None = None
     leaked: Finding | None = None
     whole: bool = True
+    unweighted_rows: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, as `from_dict` takes them."""
@@ -120,6 +122,7 @@ class Audit:
             duplicates=finding(raw["duplicates"]),
             leaked=finding(raw["leaked"]),
             whole=raw["whole"],
+            unweighted_rows=raw["unweighted_rows"],
         )
 
     @property
@@ -177,12 +180,10 @@ def findings(audit: Audit, limits: Limits) -> Iterator[Share]:
     """Everything that was found: per source where a source can break the rule."""
     for source in (*audit.train, *audit.validation):
         yield from source_findings(source, limits)
-    for rule, finding, part in (
-        ("duplicates", audit.duplicates, audit.training_rows),
-        ("leaked", audit.leaked, audit.validation_rows),
-    ):
-        if finding and part:
-            yield Share(rule, finding, part.rows, limits.get(rule))
+    if audit.duplicates:
+        yield Share("duplicates", audit.duplicates, audit.unweighted_rows, limits.get("duplicates"))
+    if audit.leaked and audit.validation_rows:
+        yield Share("leaked", audit.leaked, audit.validation_rows.rows, limits.get("leaked"))
 
 
 def source_findings(source: SourceAudit, limits: Limits) -> Iterator[Share]:

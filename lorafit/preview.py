@@ -58,6 +58,7 @@ def preview(
         "steps": plan.schedule.total_steps if plan.schedule else None,
         "audit": data.audit.as_dict(),
         "limits": plan.data.audit,
+        "remarks": list(plan.remarks),
         "breaches": breaches(findings(data.audit, plan.data.audit)),
         "lengths": lengths(data.lengths, plan.data.max_length),
         "packing": packing(plan, data),

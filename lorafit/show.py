@@ -139,6 +139,8 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
         console.print(f"({legend})", highlight=False)
     _print_lengths(report, console)
     print_audit(Audit.from_dict(report["audit"]), report["limits"], console)
+    for remark in report["remarks"]:
+        console.print(escape(remark), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _print_lengths(report: dict[str, Any], console: Console) -> None:

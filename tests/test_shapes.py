@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import gate
 from lorafit.data import IGNORED, prepare
+from lorafit.errors import DataError
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.tokenizer import load_tokenizer
@@ -228,3 +229,94 @@ def test_what_says_that_it_is_not_learned_is_not(
         else:
             assert found == [["two" + END]]
             assert data.audit.train[0].dropped == {"train: false": 1}
+
+
+# --- what would go wrong in silence ---------------------------------------------------------------
+
+
+def planned(recipe: RecipeMaker, file: Path, **source: Any) -> Any:
+    path = recipe(dataset={"train": [{"path": str(file), **source}]})
+    return plan_recipe(Recipe.load(path), path)
+
+
+@pytest.mark.parametrize("label", [0, 1, "0", "1"])
+def test_a_label_that_may_be_a_class_wants_a_format(label: Any, recipe: RecipeMaker, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "completion": "bad", "label": label}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: label .* name the format with dataset\.train\.0\.format"):
+        planned(recipe, file)
+    assert planned(recipe, file, format="prompt_completion").data.train[0].format == "prompt_completion"
+
+
+def test_columns_that_are_not_read_are_said(recipe: RecipeMaker, tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "context": "b", "response": "c", "category": "d"}]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    some = planned(recipe, file, format="alpaca", columns={"output": "response"})
+    assert "dataset.train.0: not read: the columns context, category." in some.remarks
+    more = planned(recipe, file, format="alpaca", columns={"output": "response", "input": "context"})
+    assert "dataset.train.0: not read: the column category." in more.remarks
+
+
+def test_hidden_copies_are_no_data(recipe: RecipeMaker, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for file in (folder / "rows.jsonl", folder / ".ipynb_checkpoints" / "rows-checkpoint.jsonl"):
+        write_jsonl(file, [{"text": "once"}])
+    assert planned(recipe, folder).data.train[0].rows == 1
+
+
+def test_all_but_an_untrained_turn_is_clean_data(recipe: RecipeMaker, tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two", "train": False},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four"},
+    ]
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
+    path = recipe(dataset={"train": [{"path": str(file)}], "loss_on": "all"})
+    plan = plan_recipe(Recipe.load(path), path)
+    tokenizer = load_tokenizer(plan)
+    data = prepare(plan.data, tokenizer)
+    gate(data.audit, plan.data.audit)
+    assert "two" not in "".join(learned(data.train[0], tokenizer))
+    assert data.audit.train[0].answers == data.audit.train[0].ends_learned == 1
+
+
+def test_rendered_text_is_not_ended_twice(recipe: RecipeMaker, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "the cat<|im_end|>\n"}])
+    plan = planned(recipe, file)
+    tokenizer = load_tokenizer(plan)
+    assert tokenizer.decode(prepare(plan.data, tokenizer).train[0]["input_ids"]) == "the cat<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "rule"),
+    [
+        ({"content": "<think>long</think>short"}, "context_left_out"),
+        ({"content": "short", "reasoning_content": "x <|im_end|> y"}, "special_tokens_in_content"),
+    ],
+)
+def test_words_that_a_template_drops_or_turns_into_control(
+    message: dict[str, Any], rule: str, recipe: RecipeMaker, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m['reasoning_content'] or '') }}"
+        "{{ m['content'].split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **message}]}]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = recipe(model={"chat_template": str(template)}, dataset={"train": [{"path": str(file)}]})
+    plan = plan_recipe(Recipe.load(path), path)
+    data = prepare(plan.data, load_tokenizer(plan))
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*dataset\.audit\.{rule}"):
+        gate(data.audit, plan.data.audit)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+def test_weights_do_not_hide_duplicates(weight: float, recipe: RecipeMaker, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {n % 4}"} for n in range(12)])
+    plan = planned(recipe, file, weight=weight)
+    data = prepare(plan.data, load_tokenizer(plan))
+    with pytest.raises(DataError, match=r"dataset\.audit\.duplicates: 8 of 12, 66\.67%"):
+        gate(data.audit, plan.data.audit)

@@ -90,7 +90,7 @@ gemma4_v3               =      =     =      =    =    x    =     ~         ~
 gemma4_v4               =      =     =      =    =    x    =     ~         ~
 gemma4_v5               =      =     =      =    =    x    =     =         x
 glm4moe                 =      =     =      =    =    =    =     =         ~
-gptoss                  =      =     =      =    =    ~    =     =         ~
+gptoss                  =      =     =      =    =    ~    -     =         ~
 idefics3                =      =     =      =    -    -    -     ~         ~
 lfm2                    =      =     =      =    -    -    -     ~         ~
 lfm2_2_5                =      =     =      =    =    =    =     =         ~
@@ -503,7 +503,7 @@ def test_the_end_of_an_answer_that_only_the_training_version_ends(shared: PreTra
         ("qwen2_5", "reasoning", "assistant", "the reasoning of an answer"),
         ("gptoss", "reasonings", "assistant", "the reasoning of an answer"),
         ("gptoss", "reasonings", "completion", None),  # the earlier answer isn't learned
-        ("gptoss", "said", "assistant", "the words beside a tool call"),
+        ("gptoss", "said", "assistant", "words of an answer"),
         ("gptoss", "said", "completion", None),
         ("qwen2_5", "said", "assistant", None),
         ("deepseekv3", "call", "assistant", "the tool 'weather'"),  # it shows the call

@@ -182,7 +182,7 @@ def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
     rows, other = together(train), together(held_out)
     for tables, part in ((train, rows), (held_out, other)):
         if tables and not len(part):
-            raise no_row_left(plan, tables)
+            raise no_row_left(plan, [table.audit for table in tables])
     numbers = numbers_of(train)
     training, validation = split_rows(plan, numbers)
     others = numbers
@@ -203,6 +203,7 @@ def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
         training_rows=part_audit(numbers[order], packs),
         validation_rows=part_audit(others[validation]) if len(validation) else None,
         duplicates=duplicates(rows, numbers, training),
+        unweighted_rows=len(training),
         leaked=leaked(rows, numbers, training, other, others, validation),
     )
     (folder / "audit.json").write_text(json.dumps(audit.as_dict()), encoding="utf-8")
@@ -240,7 +241,7 @@ def prepare_held_out(
     tables = [source_table(plan, source, renderer, console) for source in plan.validation]
     rows = together(tables)
     if not len(rows):
-        raise no_row_left(plan, tables)
+        raise no_row_left(plan, [table.audit for table in tables])
     return rows, tuple(table.audit for table in tables), part_audit(numbers_of(tables))
 
 
@@ -308,9 +309,9 @@ def place(rows: Dataset, index: int) -> str:
     return place_of(row["file"], row["number"])
 
 
-def no_row_left(plan: DataPlan, tables: list[SourceTable]) -> DataError:
-    audits = [table.audit for table in tables]
+def no_row_left(plan: DataPlan, audits: list[SourceAudit]) -> DataError:
+    """Why nothing is left of some sources, with the first row that was left out."""
     reasons = dict.fromkeys(reason for audit in audits for reason in audit.dropped)
     found = [audit.found[reason].first for audit in audits for reason in audit.dropped if reason in audit.found]
-    where = found[0] if found else audits[0].path
-    return DataError(f"{where}; no row is left to learn from ({', '.join(reasons)}; max_length {plan.max_length})")
+    where = f"{found[0]};" if found else f"{audits[0].path}:"
+    return DataError(f"{where} no row is left to learn from ({', '.join(reasons)}; max_length {plan.max_length})")

@@ -172,6 +172,9 @@ class _Encoder:
         place = place_of(row.file, row.number)
         tokens = np.array(ids, dtype=np.int32)
         labels, ends = self._labels(row.spans, tokens, offsets)
+        answers = row.spans if row.answers is None else row.answers
+        if row.answers is not None:
+            _, ends = self._labels(answers, tokens, offsets)
         supervised = int((labels[1:] != IGNORED).sum())
         self._check_start(ids, place)
         audit.longest = max(audit.longest, len(ids))
@@ -184,10 +187,10 @@ class _Encoder:
         if self.lengths.drop_excess and len(ids) > limit:
             audit.drop("longer than max_length")
             return None
-        audit.answers += len(row.spans)
-        if self.stops and len(ends) < len(row.spans):
+        audit.answers += len(answers)
+        if self.stops and len(ends) < len(answers):
             line = f"{place}: an answer does not end with a token by which the model would learn to stop"
-            audit.count("untrained_ends", line, len(row.spans) - len(ends))
+            audit.count("untrained_ends", line, len(answers) - len(ends))
         if len(ids) > limit:
             line = f"{place}: has {len(ids)} tokens and is cut at max_length {limit}"
             audit.count("truncated", line)

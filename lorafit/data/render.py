@@ -31,7 +31,8 @@ class Rendered:
     """A row as text.
 
     Attributes:
-        spans: the learned answers with their ends, as character ranges in order.
+        spans: what is learned, as character ranges in order: the answers with their ends.
+        answers: the answers, where more than they is learned in several spans; None: they are the spans.
         special: whether the tokenizer adds its special tokens (a chat template writes its own).
         question: what the last answer answers, for people.
         remarks: what an audit rule counts, without dropping the row: rule -> what it is.
@@ -44,6 +45,7 @@ class Rendered:
     special: bool
     question: str
     remarks: dict[str, str]
+    answers: tuple[Span, ...] | None = None
 
 
 class Renderer:
@@ -77,15 +79,18 @@ class Renderer:
     def render(self, example: Example) -> Rendered:
         """Raises DataError for a row that the template refuses, and Fault for one whose answer it leaves out."""
         if example.text is not None:
-            text = example.text if self.eos and example.text.endswith(self.eos) else example.text + self.eos
+            text = example.text if self._is_ended(example.text) else example.text + self.eos
             return Rendered(example.file, example.number, text, ((0, len(text)),), True, "", {})
         if example.prompt is not None:
             completion = example.completion or ""
-            ended = completion if self.eos and completion.endswith(self.eos) else completion + self.eos
+            ended = completion if self._is_ended(completion) else completion + self.eos
             text = example.prompt + ended
             span = (0 if self.loss_on == "all" else len(example.prompt), len(text))
             return Rendered(example.file, example.number, text, (span,), True, example.prompt, {})
         return self._conversation(example)
+
+    def _is_ended(self, text: str) -> bool:
+        return self.eos != "" and text.rstrip().endswith(self.eos)
 
     def _template_for(self, example: Example) -> ChatTemplate:
         found = self._templates.get("tool_use") if example.tools else None
@@ -118,16 +123,18 @@ class Renderer:
         self._check_shown(text, spans, [messages[index] for index in learned], example)
         if not template.ends_turns:
             text, spans = self._end_turns(text, spans)
+        answers_only: tuple[Span, ...] | None = None
         if everything:
             spans = [(0, len(text))]
         elif self.loss_on == "all":
+            answers_only = tuple(spans)
             spans = _without(template.turns(text, messages, tools, untrained, example.place), text)
         question = next((m["content"] for m in reversed(messages[: learned[-1]]) if m["role"] == "user"), "")
         remarks = self._remarks(messages, [messages[index] for index in learned], text)
         left_out = [_name(tool) for tool in tools or [] if not template.knows_tools or _name(tool) not in text]
         if left_out:
             remarks["context_left_out"] = f"the chat template leaves out the tool {left_out[0]!r}"
-        return Rendered(example.file, example.number, text, tuple(spans), False, question, remarks)
+        return Rendered(example.file, example.number, text, tuple(spans), False, question, remarks, answers_only)
 
     def _untrained(self, example: Example) -> list[int]:
         """The indices of the messages that say `train: false`. A prompt's all do, but `all` learns a prompt, too."""
@@ -155,9 +162,9 @@ class Renderer:
         if not shown or (expected and not all(map(has_words, shown))):
             raise Fault("answers_left_out", f"{example.place}: the chat template leaves out an answer")
         for message in answers:
-            for call in message.get("tool_calls") or []:
-                name = _name(call)
-                if not any(name in part for part in shown):
+            names = [_name(call) for call in message.get("tool_calls") or []]
+            for name in dict.fromkeys(names):
+                if sum(part.count(name) for part in shown) < names.count(name):
                     raise Fault(
                         "answers_left_out",
                         f"{example.place}: the chat template leaves out the tool call {name!r}; use one that knows "
@@ -170,19 +177,17 @@ class Renderer:
             reasoning = next((message[key] for key in _REASONING if message.get(key)), None)
             if isinstance(reasoning, str) and reasoning.strip() not in text:
                 found["context_left_out"] = "the chat template leaves out the reasoning of an answer"
-            if message.get("tool_calls") and not _shows(text, message["content"]):
-                found["context_left_out"] = "the chat template leaves out the words beside a tool call"
+            if not _shows_all(text, message["content"]):
+                found["context_left_out"] = "the chat template leaves out words of an answer"
         for message in messages:
             if message["role"] != "assistant" and not _shows(text, message["content"]):
                 found["context_left_out"] = f"the chat template leaves out a turn of the role {message['role']!r}"
-        for message in messages:
-            content = message["content"]
-            if isinstance(content, str) and any(first in content for first in self._firsts):
-                token = self.special_pattern.search(content)
-                if token:
-                    found["special_tokens_in_content"] = (
-                        f"the content of a turn holds {token.group()!r}, which becomes a control token"
-                    )
+        for words in (part for message in messages for part in _words(message)):
+            token = self.special_pattern.search(words) if any(first in words for first in self._firsts) else None
+            if token:
+                found["special_tokens_in_content"] = (
+                    f"the content of a turn holds {token.group()!r}, which becomes a control token"
+                )
         return found
 
     def _end_turns(self, text: str, spans: list[Span]) -> tuple[str, list[Span]]:
@@ -374,6 +379,18 @@ def _without(spans: Iterable[Span], text: str) -> list[Span]:
     """What some spans, in order, leave of a text. A space before one is of the same token as its first word."""
     bounds = [0, *(bound for start, end in spans for bound in (len(text[:start].rstrip(" ")), end)), len(text)]
     return [(start, end) for start, end in zip(bounds[::2], bounds[1::2], strict=True) if start < end]
+
+
+def _words(message: Message) -> Iterable[str]:
+    """Everything in a message that its row gives: its content, its reasoning, its tool calls."""
+    yield from (message[key] for key in ("content", *_REASONING) if isinstance(message.get(key), str))
+    if message.get("tool_calls"):
+        yield json.dumps(message["tool_calls"], ensure_ascii=False)
+
+
+def _shows_all(text: str, content: str) -> bool:
+    """Whether a text shows all of an answer; its white space may be another."""
+    return content.strip() in text or "".join(content.split()) in "".join(text.split())
 
 
 def _shows(text: str, content: str) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import Audit, PartAudit, SourceAudit, breaches, source_findings
-from lorafit.data import Prepared, pack, prepare_held_out, tokenize_source
+from lorafit.data import Prepared, no_row_left, pack, prepare_held_out, tokenize_source
 from lorafit.data.encode import TokenRow
 from lorafit.data.render import Renderer
 from lorafit.errors import DataError
@@ -32,7 +32,7 @@ def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: 
     audits = [SourceAudit(source.path) for source in plan.train]
     sample = list(itertools.islice(_interleaved(plan, renderer, audits), SAMPLE_ROWS))
     if not sample:
-        raise DataError(f"{plan.train[0].path}: no row is left to learn from")
+        raise no_row_left(plan, audits)
     audit = Audit(
         train=tuple(audits),
         validation=held_out,

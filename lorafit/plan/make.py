@@ -18,7 +18,18 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect
 from lorafit.plan.types import Choice, DataPlan, Plan, Schedule, SourcePlan, make_schedule, validation_rows
 from lorafit.recipe import Mistake, Recipe, RecipeError, Source
-from lorafit.rows import Format, detect_format, digest, is_local, read_rows, size_digest
+from lorafit.rows import (
+    COLUMNS,
+    OPTIONAL,
+    Format,
+    Row,
+    detect_format,
+    digest,
+    is_local,
+    printable,
+    read_rows,
+    size_digest,
+)
 from lorafit.targets import (
     OUTPUT_HEADS,
     TargetError,
@@ -394,6 +405,9 @@ class _Planner:
         if format is None:
             format, reason = detect_format(first, asked.columns, asked.template, key)
             self.choose(f"{key}.format", format, reason)
+        unread = unread_columns(first, format, asked)
+        if unread:
+            self.remarks.append(f"{key}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}.")
         if format == "preference":
             self.remarks.append(f"{key}: of each pair the chosen answer is learned.")
         if format == "unpaired_preference":
@@ -621,6 +635,15 @@ class _Planner:
         best = has_validation and training.eval_strategy != "no" and training.save_strategy != "no"
         reason = "of the lowest validation loss" if best else "there is no validation loss to choose by"
         return bool(self.choose("training.load_best_model_at_end", best, reason))
+
+
+def unread_columns(row: Row, format: Format, source: SourcePlan) -> list[str]:
+    """A row's columns that its format does not read. A template may read any."""
+    if source.template is not None:
+        return []
+    known = {source.columns.get(name, name) for name in (*COLUMNS[format], *OPTIONAL[format])}
+    read = known | {name.split(".")[0] for name in known}
+    return [printable(name) for name in row.fields if name not in read]
 
 
 def _counted(source: SourcePlan) -> SourcePlan:

@@ -147,7 +147,7 @@ class Source(Section):
     template: Text | dict[str, Text] | None = None
     """Jinja (sandboxed) that makes the format's columns from a row's, for rows of another shape: one
     text for the column `text`, or texts by column, such as `prompt: "Q: {{ question }}"`."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often the rows are seen in an epoch: 2 is twice each, 0.5 a random half of them. When
     streaming: the source's share of the rows, relative to the other sources' weights."""
     max_rows: PositiveInt | None = None

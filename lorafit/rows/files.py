@@ -34,7 +34,11 @@ def data_files(path: str) -> list[Path]:
     """The data files of a file's, a folder's or a glob's path, sorted. Raises DataError."""
     given = os.path.expanduser(path)
     if os.path.isdir(given):
-        files = sorted(file for file in Path(given).rglob("*") if kind_of(file.name) and file.is_file())
+        files = sorted(
+            file
+            for file in Path(given).rglob("*")
+            if kind_of(file.name) and file.is_file() and not _is_hidden(file.relative_to(given))
+        )
         if not files:
             raise DataError(f"{path}: the folder holds no {_EXPECTED}")
         return files
@@ -49,6 +53,11 @@ def data_files(path: str) -> list[Path]:
             raise DataError(f"{path}: the glob matches no {_EXPECTED} (looked in {Path.cwd()})")
         return files
     raise DataError(f"{path}: no such file or folder (looked in {Path.cwd()})")
+
+
+def _is_hidden(file: Path) -> bool:
+    """Whether a file is one of a tool's own copies, such as .ipynb_checkpoints/train-checkpoint.jsonl."""
+    return any(part.startswith(".") for part in file.parts)
 
 
 def digest(path: str) -> str:

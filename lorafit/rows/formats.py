@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.errors import DataError
 from lorafit.rows.cells import Cells, Format, Shape, as_bool
-from lorafit.rows.row import Fault, Row, names, place_of
+from lorafit.rows.row import Fault, Row, brief, names, place_of
 from lorafit.rows.turns import Message, read_tools, read_turns
 
 COLUMNS: dict[Format, tuple[str, ...]] = {
@@ -49,6 +49,11 @@ def detect_format(
         found = needed
         if name == "unpaired_preference":  # a label alone may be anything
             found = (*needed, *[column for column in _LABELLED if cells.has(column)][:1])
+            if len(found) > 1 and _may_be_yes_or_no(cells):
+                raise DataError(
+                    f"{row.place}: label {brief(cells.get('label'))} may say that the answer is good or bad, or be a "
+                    f"class; name the format with {key}.format (unpaired_preference learns the good ones only)"
+                )
             if len(found) == 1 or not _is_yes_or_no(cells):
                 continue
         if all(map(cells.has, found)):
@@ -70,6 +75,11 @@ def _is_yes_or_no(cells: Cells) -> bool:
     """Whether the label is true or false. Numbers may be classes, and CSV knows only text."""
     label = cells.get("label") if cells.has("label") else None
     return isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))
+
+
+def _may_be_yes_or_no(cells: Cells) -> bool:
+    label = cells.get("label") if cells.has("label") else None
+    return not isinstance(label, bool) and label in (0, 1, "0", "1")
 
 
 @dataclass(frozen=True)
