@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, first_line
 
 FIRST, SECOND = 7, 9
 """Tokens of the two rows of the proof."""
@@ -43,8 +43,7 @@ def check_isolation(trainer: Any) -> None:
     try:
         packed, elsewhere, alone = logits(first, second), logits(other, second), logits(second)
     except (ValueError, TypeError, NotImplementedError) as error:  # transformers refuses some models itself
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"rows can't be packed for {here}: {reason}; set training.packing: false") from None
+        raise ModelError(f"rows can't be packed for {here}: {first_line(error)}; set training.packing: false") from None
     finally:
         model.train(training)
     spread = packed.std().item() or 1.0

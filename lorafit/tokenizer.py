@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lorafit.errors import DoesNotFitError, LorafitError, ModelError, is_out_of_memory
+from lorafit.errors import DoesNotFitError, LorafitError, ModelError, first_line, is_out_of_memory
 from lorafit.plan import Plan
 
 
@@ -51,7 +51,3 @@ def cannot_load(what: str, name: str, error: Exception) -> LorafitError:
     if is_out_of_memory(error):
         return DoesNotFitError(f"{name}: the {what} does not fit into memory: {first_line(error)}")
     return ModelError(f"{name}: the {what} can't be loaded: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

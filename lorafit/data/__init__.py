@@ -26,7 +26,7 @@ from lorafit.data.mix import Indices, repeated, shared, split, weighted
 from lorafit.data.progress import counted
 from lorafit.data.render import Rendered, Renderer, special_tokens
 from lorafit.data.table import TRAINED, Numbers, read_table, write_table
-from lorafit.errors import DataError
+from lorafit.errors import DataError, first_line
 from lorafit.plan.types import DataPlan, SourcePlan, validation_rows
 from lorafit.rows import Row, detect_format, digest, place_of, read_rows
 
@@ -168,9 +168,8 @@ def hub_rows(source: SourcePlan, streaming: bool = False) -> Dataset | IterableD
     try:
         return load_dataset(source.path, hub["name"], split=hub["split"], revision=hub["revision"], streaming=streaming)
     except Exception as error:  # noqa: BLE001 - the client raises dozens of types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{source.path}: no such local file, and the hub did not give it as a data set: {reason}"
+            f"{source.path}: no such local file, and the hub did not give it as a data set: {first_line(error)}"
         ) from None
 
 

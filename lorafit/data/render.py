@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from lorafit.errors import DataError
-from lorafit.rows import Example, Fault, Message, printable
+from lorafit.errors import DataError, first_line
+from lorafit.rows import Example, Fault, Message
 from lorafit.template import GENERATION, in_parts, inspect_template, training_version, uses_date
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -119,7 +119,7 @@ class Renderer:
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001 - a template may fail in any way
-            raise DataError(f"{example.place}: the chat template refuses the row: {_reason(error)}") from None
+            raise DataError(f"{example.place}: the chat template refuses the row: {first_line(error)}") from None
         self._check_shown(text, spans, [messages[index] for index in learned], example)
         if not template.ends_turns:
             text, spans = self._end_turns(text, spans)
@@ -411,7 +411,3 @@ def _common_length(first: str, second: str) -> int:
         else:
             length = middle
     return known
-
-
-def _reason(error: Exception) -> str:
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafit.audit import Audit
 from lorafit.cache import known_audit
-from lorafit.errors import DataError
+from lorafit.errors import DataError, printable
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect
 from lorafit.plan.types import Choice, DataPlan, Plan, Schedule, SourcePlan, make_schedule, validation_rows
@@ -26,7 +26,6 @@ from lorafit.rows import (
     detect_format,
     digest,
     is_local,
-    printable,
     read_rows,
     size_digest,
 )

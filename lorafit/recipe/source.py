@@ -18,17 +18,12 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
+from lorafit.errors import printable
+
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
 MAX_DEPTH = 64
 MAX_FILES = 64
-
-
-def printable(text: str) -> str:
-    """The text on one line: control characters, line breaks and lone surrogates are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shorten(text: str, limit: int = 60) -> str:

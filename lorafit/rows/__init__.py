@@ -6,7 +6,7 @@ files (lines, lists, tables) -> cells (columns, paths, templates) -> formats (an
 from lorafit.rows.cells import Format, Shape, check_template
 from lorafit.rows.files import data_files, digest, file_digest, is_local, read_rows, size_digest
 from lorafit.rows.formats import COLUMNS, OPTIONAL, Example, detect_format, to_example
-from lorafit.rows.row import Fault, Row, place_of, printable
+from lorafit.rows.row import Fault, Row, place_of
 from lorafit.rows.turns import Message
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "file_digest",
     "is_local",
     "place_of",
-    "printable",
     "read_rows",
     "size_digest",
     "to_example",

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lorafit.errors import DataError
-from lorafit.rows.row import TEXT_KINDS, Fault, Row, brief, first_line, kind_of, names
+from lorafit.errors import DataError, first_line
+from lorafit.rows.row import TEXT_KINDS, Fault, Row, brief, kind_of, names
 
 Format = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "preference", "unpaired_preference"]
 MISSING: Any = object()

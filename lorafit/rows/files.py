@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorafit.errors import DataError
-from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, first_line, kind_of
+from lorafit.errors import DataError, first_line
+from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, kind_of
 
 _EXPECTED = f"{', '.join(KINDS)} file (text also as .gz or .zst)"
 _CHUNK = 1 << 20

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorafit.errors import DataError
+from lorafit.errors import DataError, printable
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 KINDS = (*TEXT_KINDS, ".parquet")
@@ -58,15 +58,6 @@ class Fault(DataError):
     def __init__(self, rule: str, message: str) -> None:
         super().__init__(message)
         self.rule = rule
-
-
-def first_line(error: object) -> str:
-    """The first line of an error's text, printable."""
-    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
-
-
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def brief(value: Any, limit: int = 40) -> str:
