@@ -76,4 +76,4 @@ def _hub_file(name: str, file: str, revision: str | None) -> Path | None:
 def known_models() -> dict[str, dict[str, Any]]:
     """The bundled configurations by lower-case name; their sources are in the file."""
     text = resources.files("lorafit.facts").joinpath("known_models.json").read_text(encoding="utf-8")
-    return {key.lower(): value for key, value in json.loads(text)["models"].items()}
+    return {name.lower(): entry["config"] for entry in json.loads(text)["models"] for name in entry["names"]}

@@ -97,11 +97,24 @@ class ModelFacts:
         Experts and routers are left out: transformers 5 keeps experts in fused parameters and
         routers in modules of their own, neither of them a linear layer. So are vision and audio.
         """
-        return {module: tensor for module, tensor in self.quantizable.items() if not _NOT_TEXT.search(module)}
+        return {module: tensor for module, tensor in self._matrices.items() if not _NOT_TEXT.search(module)}
 
     @cached_property
     def quantizable(self) -> dict[str, Tensor]:
-        """The linear layers that bitsandbytes quantizes by default: those of vision and audio too."""
+        """The linear layers that bitsandbytes quantizes by default: those of vision and audio too.
+
+        transformers replaces torch's own class only (integrations/bitsandbytes.py: replace_with_bnb_linear).
+        """
+        if self.model_type in _OWN_LINEAR:
+            return {}
+        last = _LAST_LINEAR.get(self.model_type)
+        if last is None or any("norm" in tensor.name or tensor.name.startswith("lm_head") for tensor in self.tensors):
+            return self._matrices
+        kept = f".layers.{(self.layers or 0) - 1}.{last}"
+        return {module: tensor for module, tensor in self._matrices.items() if not module.endswith(kept)}
+
+    @cached_property
+    def _matrices(self) -> dict[str, Tensor]:
         found = {}
         for tensor in self.tensors:
             module, _, leaf = tensor.name.rpartition(".")
@@ -120,14 +133,18 @@ class ModelFacts:
 
     @cached_property
     def is_moe(self) -> bool:
-        return any(re.search(r"\.experts\.", tensor.name) for tensor in self.tensors)
+        return any(re.search(r"\.(experts|block_sparse_moe)\.", tensor.name) for tensor in self.tensors)
 
 
 _NOT_LINEAR = re.compile(
     r"(^|\.)(lm_head|embed_out|output|embed_tokens|embed_in|wte|wpe|word_embeddings|embed_positions|shared)$"
-    r"|norm|\.experts(\.|$)|(mlp|block_sparse_moe|feed_forward)\.(gate|router)$"
-    r"|embed|rotary"
+    r"|norm|\.experts(\.|$)|(mlp|block_sparse_moe|feed_forward)\.(gate|router)(\.layer)?$"
+    r"|embed|rotary|(^|\.)vision_tower\.head\.attention\."
 )
+_OWN_LINEAR = ("falcon",)
+"""Families whose layers are of a subclass of torch.nn.Linear."""
+_LAST_LINEAR = {"olmo": "mlp.down_proj", "opt": "fc2"}
+"""The last linear layer of families that may end without norm or head: transformers keeps a model's last module."""
 _NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio)")
 
 
