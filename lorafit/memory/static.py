@@ -1,17 +1,15 @@
-"""Memory of a training run, by arithmetic on real tensor shapes. No torch.
-
-So far: weights, quantization constants, adapter, gradients and optimizer states. Activations, the
-loss and what CUDA itself takes are not in yet, so the sum is a lower bound.
-"""
+"""What a training process holds all the time: weights, adapter, gradients and optimizer states, by shape."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 from math import prod
 
 from lorafit.facts import ModelFacts, Tensor
-from lorafit.plan import Plan
+from lorafit.memory.setup import Setup
+from lorafit.memory.types import Term
 from lorafit.recipe import LoraSection
 from lorafit.targets import MAGNITUDE, find_targets, is_skipped, trained_tensors
 
@@ -42,101 +40,106 @@ STATE_BLOCK = 256
 """8-bit states that share a float32 (bitsandbytes/optim/optimizer.py: init_state)."""
 MIN_8BIT_SIZE = 4096
 """Tensors smaller than this keep their 8-bit optimizer's states in float32."""
+PAGED_SIZE = 100_000
+"""Tensors smaller than this are not paged (bitsandbytes/optim/optimizer.py: get_state_buffer)."""
 
 
-@dataclass(frozen=True)
-class Term:
-    """One part of the memory: bytes, and why."""
-
-    name: str
-    bytes: int
-    why: str
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """The parts of a training run's memory on one device.
-
-    Attributes:
-        terms: what is counted.
-        missing: what is not.
-    """
-
-    terms: tuple[Term, ...]
-    missing: tuple[str, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(term.bytes for term in self.terms)
-
-
-def estimate_memory(plan: Plan, facts: ModelFacts) -> MemoryEstimate:
-    """The static memory of a plan on one device. Needs facts with tensors."""
-    dtype = plan.model_kwargs["dtype"]
-    optimizer = plan.training_kwargs["optim"]
-    terms = _weights(plan, facts)
-    tensors = _trained(plan, facts)
-    count = sum(tensor.size for tensor in tensors)
-    size = sum(tensor.size * BYTES[tensor.dtype] for tensor in tensors)
-    if plan.lora_kwargs is None:
-        terms.append(Term("gradients", size, f"one for each parameter, in {dtype}"))
-    else:
-        terms.append(Term("adapter", size, f"{count:,} parameters in {plan.adapter_dtype}"))
-        terms.append(Term("gradients", size, "one for each adapter parameter, in its type"))
-    states = sum(_state_bytes(optimizer, tensor) for tensor in tensors)
-    terms.append(Term("optimizer", states, _why_states(optimizer)))
-    missing = ("activations", "the loss and its logits", "the CUDA context", "the allocator's slack")
-    return MemoryEstimate(tuple(terms), missing)
-
-
-def _trained(plan: Plan, facts: ModelFacts) -> list[Tensor]:
-    """What is trained, with the type it is kept in: magnitudes of DoRA in float32 whatever the adapter's type."""
-    if plan.lora_kwargs is None:
-        return [replace(tensor, dtype=plan.model_kwargs["dtype"]) for tensor in facts.tensors]
-    lora = LoraSection.model_validate(plan.recipe["lora"])
-    tensors = trained_tensors(lora, find_targets(lora, facts), facts)
-    return [replace(t, dtype="float32" if MAGNITUDE in t.name else plan.adapter_dtype) for t in tensors]
-
-
-def _weights(plan: Plan, facts: ModelFacts) -> list[Term]:
+def weight_terms(setup: Setup) -> list[Term]:
     """Weights by type; quantized ones as bitsandbytes packs them."""
-    dtype = plan.model_kwargs["dtype"]
-    weight_bytes = BYTES[dtype]
-    quantization = plan.quantization_kwargs
+    dtype, facts, quantization = setup.dtype, setup.facts, setup.quantization
     if quantization is None:
-        return [Term("weights", facts.parameters * weight_bytes, f"{facts.parameters:,} parameters in {dtype}")]
-    skipped = quantization["llm_int8_skip_modules"] or ()
-    quantized = [tensor for module, tensor in facts.quantizable.items() if not is_skipped(module, skipped)]
+        return [Term("weights", base_bytes(setup), f"{facts.parameters:,} parameters in {dtype}", "shapes")]
+    quantized = quantized_tensors(setup)
     count = sum(tensor.size for tensor in quantized)
     rest = facts.parameters - count
     other = Term(
-        "other weights", rest * weight_bytes, f"{rest:,} parameters in {dtype}: embeddings, norms, the output head"
+        "other weights",
+        base_bytes(setup) - sum(packed_bytes(setup, tensor) for tensor in quantized),
+        f"{rest:,} parameters that bitsandbytes leaves alone, in {dtype}: embeddings, norms, the output head"
+        + (", experts" if facts.is_moe else ""),
+        "transformers/integrations/bitsandbytes.py",
     )
     if quantization.get("load_in_8bit"):
-        constants = sum(tensor.shape[0] for tensor in quantized) * 4
-        return [
-            Term("8-bit weights", count, f"{count:,} parameters of {len(quantized)} linear layers, 1 byte each"),
-            Term("quantization constants", constants, "a float32 for each output"),
-            other,
-        ]
-    double = quantization["bnb_4bit_use_double_quant"]
-    kind = quantization["bnb_4bit_quant_type"]
-    return [
-        Term(
+        why = "a float32 for each output"
+        packed = Term("8-bit weights", count, f"{count:,} parameters of {len(quantized)} linear layers, 1 byte each")
+    else:
+        double = quantization["bnb_4bit_use_double_quant"]
+        why = f"for each {BLOCK} weights, {f'a byte, itself quantized by {NESTED_BLOCK}' if double else 'a float32'}"
+        kind = quantization["bnb_4bit_quant_type"]
+        packed = Term(
             "4-bit weights",
             sum(math.ceil(tensor.size / 2) for tensor in quantized),
             f"{count:,} parameters of {len(quantized)} linear layers in {kind}",
-        ),
-        Term(
-            "quantization constants",
-            sum(_constants(tensor, double) for tensor in quantized),
-            f"for each {BLOCK} weights, {f'a byte, itself quantized by {NESTED_BLOCK}' if double else 'a float32'}",
-        ),
-        other,
-    ]
+            "bitsandbytes/functional.py: quantize_4bit",
+        )
+    constants = sum(packed_bytes(setup, tensor) for tensor in quantized) - packed.bytes
+    return [packed, Term("quantization constants", constants, why, "bitsandbytes/functional.py"), other]
 
 
-def _constants(tensor: Tensor, double: bool) -> int:
+def base_bytes(setup: Setup) -> int:
+    """All of the base's weights as they are held."""
+    quantized = {tensor.name for tensor in quantized_tensors(setup)}
+    width = BYTES[setup.dtype]
+    upcast = setup.stack.upcast
+
+    def held(tensor: Tensor) -> int:
+        if tensor.name in quantized:
+            return packed_bytes(setup, tensor)
+        wide = upcast == "all" or upcast == "norms" and "norm" in tensor.name
+        return tensor.size * (4 if wide else width)
+
+    return sum(held(tensor) for tensor in setup.facts.tensors)
+
+
+def quantized_tensors(setup: Setup) -> list[Tensor]:
+    if setup.quantization is None:
+        return []
+    skipped = setup.quantization.get("llm_int8_skip_modules") or ()
+    return [tensor for module, tensor in setup.facts.quantizable.items() if not is_skipped(module, skipped)]
+
+
+def packed_bytes(setup: Setup, tensor: Tensor) -> int:
+    """A quantized weight with its constants."""
+    assert setup.quantization is not None
+    if setup.quantization.get("load_in_8bit"):
+        return tensor.size + tensor.shape[0] * 4
+    return math.ceil(tensor.size / 2) + constants_bytes(tensor, setup.quantization["bnb_4bit_use_double_quant"])
+
+
+def trained(setup: Setup) -> list[Tensor]:
+    """What is trained, with the type it is kept in: DoRA's magnitudes in float32 whatever the adapter's type."""
+    if setup.lora is None:
+        return [replace(tensor, dtype=setup.dtype) for tensor in setup.facts.tensors]
+    lora = lora_section(setup)
+    tensors = trained_tensors(lora, find_targets(lora, setup.facts), setup.facts)
+    return [replace(t, dtype="float32" if MAGNITUDE in t.name else setup.adapter_dtype) for t in tensors]
+
+
+def lora_section(setup: Setup) -> LoraSection:
+    values = {key: value for key, value in (setup.lora or {}).items() if key != "task_type" and value is not None}
+    return LoraSection.model_validate(values)
+
+
+def trained_bytes(setup: Setup) -> int:
+    return sum(tensor.size * BYTES[tensor.dtype] for tensor in trained(setup))
+
+
+def state_bytes(setup: Setup) -> tuple[int, int]:
+    """Bytes of optimizer states: in torch's allocator, and paged in managed memory."""
+    held = paged = 0
+    for tensor in trained(setup):
+        size = _state_bytes(setup.optimizer, tensor)
+        if setup.optimizer.startswith("paged") and tensor.size >= PAGED_SIZE:
+            blocks = OPTIMIZER_STATES[setup.optimizer] * 4 * math.ceil(tensor.size / STATE_BLOCK)
+            kept = blocks if setup.optimizer.endswith("8bit") else 0
+            held += kept
+            paged += size - kept
+        else:
+            held += size
+    return held, paged
+
+
+def constants_bytes(tensor: Tensor, double: bool) -> int:
     """Bytes of a 4-bit tensor's constants (bitsandbytes/functional.py: quantize_4bit).
 
     The 16-entry code book is float32; with double quantization there are also a 256-entry code
@@ -165,7 +168,7 @@ def _state_bytes(optimizer: str, tensor: Tensor) -> int:
     return states * tensor.size * (4 if optimizer.endswith("bit") else BYTES[tensor.dtype])
 
 
-def _why_states(optimizer: str) -> str:
+def why_states(optimizer: str) -> str:
     states = OPTIMIZER_STATES[optimizer]
     if optimizer == "adafactor":
         return "adafactor: a row and a column for each matrix, float32"

@@ -1,0 +1,31 @@
+"""Memory of a training step, from tensor shapes alone: no torch, no weights, no GPU."""
+
+from __future__ import annotations
+
+from lorafit.memory.from_plan import setup_of
+from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack
+from lorafit.memory.types import CONTEXT, GIB, MIB, Band, Estimate, Term, fits
+
+__all__ = [
+    "CONTEXT",
+    "GIB",
+    "MIB",
+    "Band",
+    "Estimate",
+    "Kernel",
+    "LossPath",
+    "Setup",
+    "Sharding",
+    "Stack",
+    "Term",
+    "estimate",
+    "fits",
+    "setup_of",
+]
+
+
+def estimate(setup: Setup) -> Estimate:
+    """The closed form's estimate. Raises ModelError for models whose layers are not known."""
+    from lorafit.memory.closed import closed_form
+
+    return closed_form(setup)

@@ -1,0 +1,95 @@
+"""An estimate as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MIB = 1 << 20
+GIB = 1 << 30
+CONTEXT = (300 * MIB, 900 * MIB, 1500 * MIB)
+"""Bytes that CUDA takes for its context and the loaded kernels: least, usual, most.
+
+About 300 MiB with lazily loaded kernels (CUDA 11.7 on), 600 to 700 on a B200 with CUDA 13, 1.3 to 1.5 GB on an
+RTX 5070 Ti with Triton and bitsandbytes loaded; measured runs on an A100 lie 0.6 to 0.95 GiB above what torch reserves.
+"""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the memory: bytes, how many and why, and where that is known from."""
+
+    name: str
+    bytes: int
+    why: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Band:
+    """How far estimates of this kind were off: relative to measured runs, and how many of them there were.
+
+    Attributes:
+        error: such as 0.03; an assumption where `rows` is 0.
+        rows: measured runs with the same features.
+        features: what the runs share with this one; what no run covers.
+    """
+
+    error: float
+    rows: int
+    features: str
+
+    @property
+    def status(self) -> str:
+        return f"validated, {self.rows} rows" if self.rows else "unvalidated"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of one training process at its peak, in bytes.
+
+    Attributes:
+        terms: what is allocated at the peak; their sum is `allocated`.
+        moment: when that is, such as "backward pass of a layer".
+        reserved: what torch's caching allocator holds at most, fragmentation included.
+        paged: optimizer states in managed memory: on the GPU while there is room, in main memory otherwise.
+        method: "closed form" or "trace".
+        notes: what the estimate assumes, a sentence each.
+        timeline: (event, allocated, reserved) of a trace.
+        phases: (index of the first event, name) of a trace.
+        device: "cuda" or "cpu".
+    """
+
+    terms: tuple[Term, ...]
+    moment: str
+    reserved: int
+    method: str
+    band: Band
+    paged: int = 0
+    notes: tuple[str, ...] = ()
+    timeline: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
+    phases: tuple[tuple[int, str], ...] = field(default=(), repr=False)
+    device: str = "cuda"
+
+    @property
+    def allocated(self) -> int:
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def total(self) -> int:
+        """What the device shows as used: reserved and CUDA's context."""
+        return self.reserved + (CONTEXT[1] if self.device == "cuda" else 0)
+
+    @property
+    def least(self) -> int:
+        return round(self.reserved * (1 - self.band.error)) + (CONTEXT[0] if self.device == "cuda" else 0)
+
+    @property
+    def most(self) -> int:
+        return round(self.reserved * (1 + self.band.error)) + (CONTEXT[2] if self.device == "cuda" else 0)
+
+
+def fits(estimate: Estimate, capacity: int) -> str:
+    """Whether a device with so many bytes will do: "fits", "tight" (within the error) or "does not fit"."""
+    if estimate.most <= capacity:
+        return "fits"
+    return "tight" if estimate.least <= capacity else "does not fit"

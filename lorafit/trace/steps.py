@@ -1,0 +1,148 @@
+"""The recording itself: a short model's passes in segments, and the optimizer's step on every parameter."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lorafit.memory.setup import Setup
+from lorafit.trace.log import SHORT, Recorder, template_of
+from lorafit.trace.loss import compute_loss
+from lorafit.trace.optimizers import make_optimizer
+from lorafit.trace.standins import Autocast
+
+Tensor = torch.Tensor
+
+
+def record_weights(model: nn.Module, recorder: Recorder) -> None:
+    """Every parameter, buffer and quantization constant as allocated, layer by layer, then the adapter's."""
+    adapter: list[tuple[int | None, Tensor]] = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+        layer = int(found[1]) if found else None
+        if "lora_" in name or "modules_to_save" in name:
+            adapter.append((layer, tensor))
+            continue
+        recorder.begin("weights", layer)
+        recorder.see(tensor)
+        state = getattr(tensor, "quant_state", None)
+        for constant in _constants(state):
+            recorder.see(constant)
+    for layer, tensor in adapter:
+        recorder.begin("adapter", layer)
+        recorder.see(tensor)
+
+
+def _constants(state: Any) -> list[Tensor]:
+    """A 4-bit weight's constants; the code books and the offset too."""
+    if state is None:
+        return []
+    found = [state.absmax, state.code]
+    if state.nested:
+        found += [state.offset, state.state2.absmax, state.state2.code]
+    return found
+
+
+def record_pass(model: nn.Module, setup: Setup, recorder: Recorder, autocast: Autocast, number: int) -> None:
+    """One forward and backward pass; gradients are added to those of the passes before."""
+    recorder.begin(f"forward {number}")
+    with autocast.enabled():
+        loss, kept = compute_loss(model, setup)
+    recorder.begin(f"backward {number}")
+    with autocast.recomputing():
+        loss.backward()
+    del kept
+
+
+def record_evaluation(model: nn.Module, setup: Setup, recorder: Recorder, autocast: Autocast) -> None:
+    recorder.begin("evaluation")
+    model.eval()
+    with torch.no_grad(), autocast.enabled():
+        compute_loss(model, setup, setup.eval_batch)
+    model.train()
+
+
+def mark_layers(layers: list[nn.Module], recorder: Recorder) -> None:
+    """Begin a segment at each decoder layer, forward and backward.
+
+    In the backward pass a layer begins when the gradient of its output is known. What follows the last layer in
+    either direction gets a phase of its own, called "head" and "embeddings".
+    """
+
+    def wrap(layer: nn.Module, index: int) -> None:
+        forward = layer.forward
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            phase = recorder.phase
+            recorder.begin(phase, index)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            backward = phase.replace("forward", "backward")
+            if index == 0 and hidden.requires_grad:
+                hidden.register_hook(lambda _: recorder.begin(backward + " embeddings"))
+            result = forward(*args, **kwargs)
+            hidden = result if isinstance(result, torch.Tensor) else result[0]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: recorder.begin(backward, index))
+            if index == len(layers) - 1:
+                recorder.begin(phase + " head")
+            return result
+
+        layer.forward = marked  # type: ignore[method-assign]
+
+    for index, layer in enumerate(layers):
+        wrap(layer, index)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, empty if transformers' base class for layers is not found."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module and isinstance(module[0], GradientCheckpointingLayer):
+            return list(module)
+    return []
+
+
+def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers: int) -> None:
+    """Clipping and two steps of the optimizer on all parameters of the whole model.
+
+    Matrices get weight decay, vectors none, in two groups, as transformers' Trainer makes them.
+    """
+    parameters = [
+        nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in _trained(model, layers)
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = make_optimizer(setup.optimizer, [group for group in groups if group["params"]], setup.device)
+    recorder.begin("known")
+    for parameter in parameters:
+        recorder.see(parameter)
+        recorder.see(parameter.grad)
+    with recorder:
+        for number in (1, 2):
+            recorder.begin(f"clipping {number}")
+            if setup.stack.clip_gradients:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            recorder.begin(f"optimizer {number}")
+            optimizer.step()
+        recorder.begin("after")
+
+
+def _trained(model: nn.Module, layers: int) -> list[tuple[torch.Size, torch.dtype]]:
+    """Shapes and types of the trained parameters, the middle layer's repeated."""
+    found: dict[int | None, list[tuple[torch.Size, torch.dtype]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+            layer = int(match[1]) if match else None
+            found.setdefault(layer, []).append((parameter.shape, parameter.dtype))
+    result = found.get(None, [])
+    for index in range(layers):
+        result = result + found.get(template_of(index, layers) if layers > SHORT else index, [])
+    return result
