@@ -89,7 +89,7 @@ def score_supervised_positions(model: PreTrainedModel) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels != -100
         head = self.get_output_embeddings()
-        scores = _score(hidden[mask], head.weight, getattr(head, "bias", None), labels[mask])
+        scores = score(hidden[mask], head.weight, getattr(head, "bias", None), labels[mask])
         log_probs, entropy, is_top1 = (_spread(values, mask) for values in scores)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items),
@@ -107,7 +107,7 @@ def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def _score(
+def score(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probability, entropy and top-1 hit of each label. All of shape (supervised,)."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.facts import Tensor
-from lorafit.memory.operations import Operations
+from lorafit.memory.operations import Anchor, Operations
 from lorafit.memory.setup import Setup
-from lorafit.memory.static import BYTES, NESTED_BLOCK, lora_section, quantized_tensors
+from lorafit.memory.static import BYTES, lora_section, quantized_tensors
 from lorafit.memory.tape import Parameter, Value
 from lorafit.targets import find_targets, rank_of
 
@@ -78,6 +78,7 @@ class Decoder:
         heads: int = config["num_attention_heads"]
         self.heads = heads
         tensors = {tensor.name: tensor for tensor in setup.facts.tensors}
+        self.parameters: list[Parameter] = []
         self.layers = self._layers(tensors)
         self.embedding = self._plain(next(t for n, t in tensors.items() if n.endswith("embed_tokens.weight")))
         self.final_norm = self._plain(tensors["model.norm.weight"])
@@ -91,18 +92,12 @@ class Decoder:
 
     def _plain(self, tensor: Tensor) -> Parameter:
         wide = self.setup.stack.upcast == "all" or (self.setup.stack.upcast == "norms" and "norm" in tensor.name)
-        return Parameter(tensor.size, 4 if wide else self.width, self._trains(tensor.name))
+        return self._made(tensor.size, 4 if wide else self.width, self._trains(tensor.name))
 
-    def parameters(self) -> list[Parameter]:
-        """All parameters that can have a gradient."""
-        found = [self.embedding, self.final_norm, self.head]
-        for layer in self.layers:
-            for part in layer.values():
-                if isinstance(part, Linear):
-                    found += [p for p in (part.weight, part.bias, part.down, part.up, part.magnitude) if p]
-                else:
-                    found.append(part[0])
-        return found
+    def _made(self, elements: int, width: int, trained: bool) -> Parameter:
+        parameter = Parameter(elements, width, trained)
+        self.parameters.append(parameter)
+        return parameter
 
     def _trains(self, name: str) -> bool:
         if self.setup.lora is None:
@@ -131,10 +126,10 @@ class Decoder:
                 if lora and path in adapted:
                     linear.rank = rank_of(lora, path)
                     a = BYTES[setup.adapter_dtype]
-                    linear.down = Parameter(linear.rank * linear.inputs, a, True)
-                    linear.up = Parameter(linear.rank * linear.out, a, True)
+                    linear.down = self._made(linear.rank * linear.inputs, a, True)
+                    linear.up = self._made(linear.rank * linear.out, a, True)
                     if lora.use_dora:
-                        linear.magnitude = Parameter(linear.out, 4, True)
+                        linear.magnitude = self._made(linear.out, 4, True)
                 layer[module] = linear
             else:
                 layer[module] = (parameter, tensor.shape)
@@ -165,12 +160,12 @@ class Decoder:
         x = do.new(tokens * self.hidden_size, self.embedding.width)
         checkpointing = setup.checkpointing != "none" and do.ledger.recording
         if self.embedding.trained:
-            x = do.made(x, [_needed(do)], self._embedding_gradient)
+            x = do.made(x, [Anchor()], self._embedding_gradient)
         elif setup.lora is not None and setup.checkpointing != "none":
-            x = do.made(x, [_needed(do)], lambda g: [None])  # enable_input_require_grads
+            x = do.made(x, [Anchor()], lambda g: [None])  # enable_input_require_grads
         if self.family.get("embedding_scale") or self.family.get("scaled"):
             x = do.scale(x)
-        rotary = self._rotary(batch)
+        shared = [x, *self._rotary(batch)]  # transformers holds the embeddings through the whole pass
         mask = self._mask(batch)
         for layer in self.layers:
             trains = setup.lora is None or any(
@@ -181,11 +176,14 @@ class Decoder:
                 return self._layer(value, layer, batch, mask)
 
             x = do.checkpoint(run, x, trains) if checkpointing else run(x)
-        del rotary
+        del shared
         return self.norm(x, self.final_norm, self.hidden_size, "final norm")
 
     def _embedding_gradient(self, g: Value) -> Sequence[Value | None]:
-        self.embedding.accumulate(self.do.ledger.new(self.embedding.elements, self.embedding.width, "gradients"))
+        made = self.do.ledger.new(self.embedding.elements, self.embedding.width, "gradients")
+        if self.embedding.gradient is not None and self.head is self.embedding:  # added into a third
+            made = self.do.ledger.new(self.embedding.elements, self.embedding.width, "gradients")
+        self.embedding.accumulate(made)
         return [None]
 
     def _rotary(self, batch: int) -> list[Value]:
@@ -274,13 +272,14 @@ class Decoder:
         return self.project(out, layer["self_attn.o_proj"])
 
     def _queries_keys_values(self, h: Value, layer: dict[str, Any]) -> tuple[Value, Value, Value]:
+        do = self.do
         if "self_attn.qkv_proj" in layer:
             fused: Linear = layer["self_attn.qkv_proj"]
             qkv = self.project(h, fused)
             rows = qkv.elements // fused.out
             queries = self.heads * self.head_dim
             keys = (fused.out - queries) // 2
-            return self._split(qkv, [rows * queries, rows * keys, rows * keys])
+            return do.slice(qkv, rows * queries), do.slice(qkv, rows * keys), do.slice(qkv, rows * keys)
         q = self.project(h, layer["self_attn.q_proj"])
         q = self._head_norm(q, layer, "self_attn.q_norm")
         k = self.project(h, layer["self_attn.k_proj"])
@@ -292,15 +291,6 @@ class Decoder:
             return x
         weight, shape = layer[name]
         return self.norm(x, weight, shape[-1])
-
-    def _split(self, x: Value, sizes: list[int]) -> tuple[Value, ...]:
-        """Slices: views; in the backward pass each makes a whole tensor of zeros (slice_backward)."""
-        whole, width = x.elements, x.width
-        parts = []
-        for size in sizes:
-            part = Value(x.storage, size, width)
-            parts.append(self.do.made(part, [x], lambda g: [self.do.gradient(whole, width)]))
-        return tuple(parts)
 
     def _rotate(self, x: Value) -> Value:
         """x * cos + rotate_half(x) * sin."""
@@ -328,10 +318,11 @@ class Decoder:
         return y
 
     def _repeat(self, x: Value, groups: int) -> Value:
+        """Keys or values for every query; of a single key, a view does."""
         elements, width = x.elements, x.width
-        return self.do.made(
-            self.do.new(elements * groups, width), [x], lambda g: [self.do.gradient(elements, width)]
-        )
+        more = elements * groups
+        y = Value(x.storage, more, width) if groups == self.heads else self.do.new(more, width)
+        return self.do.made(y, [x], lambda g: [self.do.gradient(elements, width)])
 
     def _fused(self, q: Value, k: Value, v: Value, batch: int, mask: Value | None) -> Value:
         """Flash or memory-efficient attention: q, k, v, the output and the log-sum-exp are kept."""
@@ -358,7 +349,7 @@ class Decoder:
         return do.made(out, [q, k, v], back)
 
     def _eager(self, q: Value, k: Value, v: Value, batch: int, mask: Value | None) -> Value:
-        """Scores of every pair of positions, in 16 bits and, after the softmax, in float32 (eager_attention_forward)."""
+        """Scores of every pair of positions, in 16 bits and in float32 (eager_attention_forward)."""
         do, setup = self.do, self.setup
         do.label = "attention scores"
         length = batch * setup.length if setup.packed else setup.length
@@ -406,7 +397,7 @@ class Decoder:
             return self._experts(h, layer)
         if "mlp.gate_up_proj" in layer:
             both = self.project(h, layer["mlp.gate_up_proj"], "gate, up and activation")
-            gate, up = self._split(both, [both.elements // 2] * 2)
+            gate, up = (do.slice(both, both.elements // 2) for _ in range(2))
             del both
             do.label = "gate, up and activation"
             product = do.times(up, do.function(gate))
@@ -438,7 +429,7 @@ class Decoder:
         both = do.linear(chosen, weight, 2 * inner, size)
         del chosen
         do.label = "gate, up and activation"
-        gate, up = self._split(both, [both.elements // 2] * 2)
+        gate, up = (do.slice(both, both.elements // 2) for _ in range(2))
         del both
         product = do.times(do.function(gate), up)
         del gate, up
@@ -458,13 +449,24 @@ class Decoder:
         """A linear layer with its adapter."""
         do = self.do
         do.label = label
-        if linear.dequantized:
-            y = self._quantized(x, linear)
-        else:
-            y = do.linear(x, linear.weight, linear.out, linear.inputs)
-        if linear.down is None:
+        y = self._quantized(x, linear) if linear.dequantized else do.linear(x, linear.weight, linear.out, linear.inputs)
+        if linear.down is None or linear.up is None:
             return y
-        return self._adapted(x, y, linear, label)
+        width = y.width
+        if linear.dequantized:
+            y = do.copied(y)  # PEFT clones the output of a quantized layer
+        do.label = "adapters' inputs"
+        if not (linear.dequantized and do.compute):
+            x = do.to(x, linear.down.width)
+        low = do.linear(self._dropped(x), linear.down, linear.rank, linear.inputs)
+        do.label = "adapters' outputs"
+        update = do.scale(do.linear(low, linear.up, linear.out, linear.rank))
+        del low
+        if linear.dequantized and not do.compute:
+            update = do.to(update, width)
+        do.label = label
+        y = do.add(y, update)
+        return do.to(y, width)
 
     def _quantized(self, x: Value, linear: Linear) -> Value:
         do = self.do
@@ -493,31 +495,5 @@ class Decoder:
 
         return do.to(do.made(y, [x], back), before)
 
-    def _adapted(self, x: Value, y: Value, linear: Linear, label: str) -> Value:
-        """result + B(A(dropout(x))) * scaling, in the adapter's type where autocast does not say otherwise."""
-        do = self.do
-        assert linear.down is not None and linear.up is not None
-        width, a = y.width, linear.down.width
-        if linear.dequantized:
-            do.label = label
-            y = do.copied(y)  # PEFT clones the output of a quantized layer
-        do.label = "adapters' inputs"
-        if not (linear.dequantized and do.compute):
-            x = do.to(x, a)
-        if (self.setup.lora or {}).get("lora_dropout"):
-            x = do.dropout(x)
-        low = do.linear(x, linear.down, linear.rank, linear.inputs)
-        del x
-        do.label = "adapters' outputs"
-        update = do.scale(do.linear(low, linear.up, linear.out, linear.rank))
-        del low
-        if linear.dequantized and not do.compute:
-            update = do.to(update, width)
-        do.label = label
-        return do.to(do.add(y, update), width)
-
-
-def _needed(do: Operations) -> Value:
-    from lorafit.memory.operations import _anchor
-
-    return _anchor(do.ledger)
+    def _dropped(self, x: Value) -> Value:
+        return self.do.dropout(x) if (self.setup.lora or {}).get("lora_dropout") else x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorafit.facts import ModelFacts
-from lorafit.memory.setup import Sharding, Setup, Stack
+from lorafit.memory.setup import Setup, Sharding, Stack
 from lorafit.plan import Plan
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lorafit.memory.tape import Ledger, Node, Parameter, Value, backward, leaf
 
@@ -57,6 +55,11 @@ class Operations:
         """A copy; adding something without a gradient: the gradient passes as it is."""
         return self.made(self.new(x.elements, x.width), [x], lambda g: [g.view()])
 
+    def slice(self, x: Value, elements: int) -> Value:
+        """A part: a view. Its gradient is a whole tensor of zeros around the part's (slice_backward)."""
+        whole, width = x.elements, x.width
+        return self.made(Value(x.storage, elements, width), [x], lambda g: [self.gradient(whole, width)])
+
     def add(self, a: Value, b: Value) -> Value:
         width = max(a.width, b.width)
         widths = a.width, b.width
@@ -86,7 +89,7 @@ class Operations:
     def times_weight(self, x: Value, weight: Parameter) -> Value:
         """A product with a vector of weights, such as a norm's."""
         kept = x if weight.trained else None
-        parents = [x if x.needs else _anchor(self.ledger) if weight.trained else None]
+        parents = [x if x.needs else Anchor() if weight.trained else None]
 
         def back(g: Value) -> Sequence[Value | None]:
             result = self.like(g)
@@ -101,6 +104,7 @@ class Operations:
 
     def function(self, x: Value) -> Value:
         """An activation function: its input is kept."""
+
         def back(g: Value) -> Sequence[Value | None]:
             _ = x
             return [self.like(g)]
@@ -150,15 +154,17 @@ class Operations:
             dequantized: bytes of the weight as it is made for the product, and of its constants; 0 if it is not
                 quantized.
         """
-        cast = self.weight(weight)
+        given = x
         x = self.to(x, self.compute) if self.compute and not dequantized else x
+        cast = self.weight(weight)
         rows = x.elements // inputs
         width = x.width
         if dequantized:
             self.ledger.borrow("dequantized weight", dequantized)
         y = self.new(rows * out, width)
+        del given
         kept = x if weight.trained else None
-        parents = [x if x.needs else _anchor(self.ledger) if weight.trained else None]
+        parents = [x if x.needs else Anchor() if weight.trained else None]
         flows = x.needs
 
         def back(g: Value) -> Sequence[Value | None]:
@@ -198,7 +204,7 @@ class Operations:
         """Keep only the input, and run the function again in the backward pass (torch.utils.checkpoint)."""
         with self.ledger.without_backward():
             y = function(x.view())
-        parents = [x if x.needs else _anchor(self.ledger) if trains else None]
+        parents = [x if x.needs else Anchor() if trains else None]
 
         def back(g: Value) -> Sequence[Value | None]:
             received: list[Value] = []
@@ -213,12 +219,9 @@ class Operations:
         return self.made(y, parents, back)
 
 
-def _anchor(ledger: Ledger) -> Value:
+class Anchor(Value):
     """Stands for an input without a gradient where a weight's is wanted."""
-    return _Anchor()
 
-
-class _Anchor(Value):
     __slots__ = ()
 
     def __init__(self) -> None:

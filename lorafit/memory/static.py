@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 from math import prod
 
-from lorafit.facts import ModelFacts, Tensor
+from lorafit.facts import Tensor
 from lorafit.memory.setup import Setup
 from lorafit.memory.types import Term
 from lorafit.recipe import LoraSection
@@ -85,7 +84,7 @@ def base_bytes(setup: Setup) -> int:
     def held(tensor: Tensor) -> int:
         if tensor.name in quantized:
             return packed_bytes(setup, tensor)
-        wide = upcast == "all" or upcast == "norms" and "norm" in tensor.name
+        wide = upcast == "all" or (upcast == "norms" and "norm" in tensor.name)
         return tensor.size * (4 if wide else width)
 
     return sum(held(tensor) for tensor in setup.facts.tensors)
@@ -124,19 +123,22 @@ def trained_bytes(setup: Setup) -> int:
     return sum(tensor.size * BYTES[tensor.dtype] for tensor in trained(setup))
 
 
-def state_bytes(setup: Setup) -> tuple[int, int]:
-    """Bytes of optimizer states: in torch's allocator, and paged in managed memory."""
-    held = paged = 0
+def state_sizes(setup: Setup) -> list[tuple[int, bool]]:
+    """Bytes of each optimizer state, and whether it is paged: in managed memory, beside torch's allocator."""
+    count = OPTIMIZER_STATES[setup.optimizer]
+    eight, pages = setup.optimizer.endswith("8bit"), setup.optimizer.startswith("paged")
+    result: list[tuple[int, bool]] = []
     for tensor in trained(setup):
         size = _state_bytes(setup.optimizer, tensor)
-        if setup.optimizer.startswith("paged") and tensor.size >= PAGED_SIZE:
-            blocks = OPTIMIZER_STATES[setup.optimizer] * 4 * math.ceil(tensor.size / STATE_BLOCK)
-            kept = blocks if setup.optimizer.endswith("8bit") else 0
-            held += kept
-            paged += size - kept
+        paged = pages and tensor.size >= PAGED_SIZE
+        if not size:
+            continue
+        if eight and size < count * tensor.size * 4:  # 8 bits, and a float32 for each block, which is never paged
+            scales = 4 * math.ceil(tensor.size / STATE_BLOCK)
+            result += [(tensor.size, paged), (scales, False)] * count
         else:
-            held += size
-    return held, paged
+            result += [(size // max(count, 1), paged)] * max(count, 1)
+    return result
 
 
 def constants_bytes(tensor: Tensor, double: bool) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from lorafit.memory.allocator import Replay, replay
+from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, highest
 from lorafit.memory.setup import Setup
-from lorafit.trace.log import FREE, SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
+from lorafit.memory.static import state_sizes, trained, weight_terms
+from lorafit.memory.types import CONTEXT, Estimate, Term
+from lorafit.memory.validated import band_of
+from lorafit.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.trace.model import build
 from lorafit.trace.standins import fuse, standing_in
 from lorafit.trace.steps import (
+    LAYER,
     decoder_layers,
     mark_layers,
     record_evaluation,
@@ -20,9 +24,6 @@ from lorafit.trace.steps import (
     record_weights,
 )
 
-CUBLAS_WORKSPACE = {9: 32 << 20}
-CUBLAS_WORKSPACE_BEFORE = 8_519_680
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -30,14 +31,72 @@ class Trace:
 
     Attributes:
         events: (storage, bytes), FREE in place of the bytes where a storage ends.
-        phases: (index of its first event, name) of each part.
+        phases: (index of the first event, name) of each part.
     """
 
     events: tuple[Event, ...]
     phases: tuple[tuple[int, str], ...]
 
     def replay(self, capacity: int | None = None) -> Replay:
+        """What torch's allocator does with it, on a card with so many bytes for it."""
         return replay(self.events, capacity)
+
+
+def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
+    """The trace's estimate; `capacity` is the card's memory in bytes. Raises ModelError."""
+    found = trace(setup)
+    index = highest(found.events)
+    parts: Counter[str] = Counter()
+    for storage, size in alive(found.events[: index + 1]).items():
+        parts[_part(storage)] += size  # type: ignore[index]
+    parts.pop("weights", None)
+    limit = None if capacity is None else max(capacity - CONTEXT[1], 0)
+    served = found.replay(limit)
+    notes = []
+    if limit is not None and not served.fits:
+        notes.append("The trace runs out of memory at the given capacity.")
+        served = found.replay()
+    elif served.retries:
+        notes.append("At the given capacity, torch gives cached memory back to go on: training will be slower.")
+    return Estimate(
+        terms=(*weight_terms(setup), *(Term(name, size, WHAT[name]) for name, size in parts.most_common())),
+        moment=_moment(found.phases, index),
+        reserved=served.max_reserved if setup.device == "cuda" else served.max_allocated,
+        method="trace",
+        band=band_of(setup),
+        paged=sum(size for size, paged in state_sizes(setup) if paged),
+        notes=tuple(notes),
+        timeline=served.timeline,
+        phases=found.phases,
+        device=setup.device,
+    )
+
+
+WHAT = {
+    "adapter": "its trained weights",
+    "cuBLAS workspace": "kept for matrix products",
+    "forward pass": "what the layers keep for the backward pass, and what is in use",
+    "output head and loss": "hidden states of the supervised positions, logits as far as they exist",
+    "backward pass": "gradients so far, a recomputed layer, and what flows through it",
+    "optimizer": "states, and copies during the update",
+    "evaluation": "what is in use",
+}
+
+
+def _part(storage: tuple[str, int | None, int]) -> str:
+    phase = storage[0]
+    if phase.startswith("forward"):
+        return "output head and loss" if phase.endswith("head") else "forward pass"
+    names = {"weights": "weights", "adapter": "adapter", "start": "cuBLAS workspace", "optimizer": "optimizer"}
+    return names.get(phase) or ("evaluation" if phase.startswith("evaluation") else "backward pass")
+
+
+def _moment(phases: tuple[tuple[int, str], ...], index: int) -> str:
+    name = next(name for start, name in reversed(phases) if start <= index)
+    kind = name.split()[0]
+    if kind == "forward":
+        return "output head and loss" if name.endswith("head") else "forward pass"
+    return {"backward": "backward pass", "optimizer": "optimizer's step", "clipping": "clipping"}.get(kind, kind)
 
 
 def trace(setup: Setup) -> Trace:
@@ -50,8 +109,13 @@ def trace(setup: Setup) -> Trace:
 
 
 def _uniform(setup: Setup) -> bool:
-    """Whether all layers but the first and the last two have tensors of the same shapes."""
-    return True
+    """Whether the layers have tensors of the same shapes, and adapters on the same of them."""
+    shapes: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for tensor in (*setup.facts.tensors, *trained(setup)):
+        found = LAYER.search(tensor.name)
+        if found:
+            shapes.setdefault(found[1], []).append((tensor.name[found.end() :], tensor.shape))
+    return len({tuple(sorted(found)) for found in shapes.values()}) == 1
 
 
 def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
@@ -62,7 +126,7 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     with standing_in(setup, recorder) as autocast, recorder:
         if setup.device == "cuda":
             recorder.begin("start")
-            recorder.keep(CUBLAS_WORKSPACE.get(setup.compute_capability[0], CUBLAS_WORKSPACE_BEFORE))
+            recorder.keep(HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE)
         fuse(model, setup.stack.kernels)
         mark_layers(decoder_layers(model), recorder)
         for number in range(passes):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lorafit.loss import score
 from lorafit.memory.setup import Setup
 
 Tensor = torch.Tensor
@@ -32,6 +33,8 @@ def compute_loss(model: nn.Module, setup: Setup, batch: int | None = None) -> tu
     if stack.loss == "logits":
         out = model(**inputs, labels=labels)
         return out.loss, out if stack.keep_outputs else None
+    if stack.loss == "compact":
+        return _compact(model, inputs, labels, setup), None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     out = base.model(**inputs)
     head = base.get_output_embeddings()
@@ -52,14 +55,46 @@ def compute_loss(model: nn.Module, setup: Setup, batch: int | None = None) -> tu
     return loss, (out, logits) if stack.keep_outputs else None
 
 
+def _compact(model: Any, inputs: dict[str, Any], labels: Tensor, setup: Setup) -> Tensor:
+    """lorafit's own head for CPUs: supervised positions only (lorafit/loss.py). Which ones depends on values, so that
+    here the first ones are taken."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    targets = labels[:, 1:]
+    mask = targets != -100
+    count = round(mask.numel() * setup.supervised)
+    head = base.get_output_embeddings()
+    chosen, chosen_targets = _Chosen.apply(hidden, count), targets.reshape(-1)[:count].clone()
+    scores = score(chosen, head.weight, getattr(head, "bias", None), chosen_targets)
+    spread = [values.new_zeros(mask.shape).masked_scatter(mask, values) for values in scores]
+    log_probs = spread[0]
+    loss = -log_probs.sum() / mask.sum().clamp(min=1)
+    return (-log_probs).sum() / torch.as_tensor(mask.sum()).clamp(min=1) + 0 * loss.detach()
+
+
+class _Chosen(torch.autograd.Function):
+    """hidden[mask]: the chosen rows, and their positions for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, count: int) -> Tensor:
+        positions = [hidden.new_empty(count, dtype=torch.long) for _ in range(2)]
+        ctx.save_for_backward(*positions)
+        ctx.shape = hidden.shape
+        return hidden.new_empty((count, hidden.shape[-1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors
+        return gradients[0].new_zeros(ctx.shape), None
+
+
 def _integers(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.long, device="meta")
 
 
 def _upcast_head(hidden: Tensor, head: nn.Module) -> Tensor:
-    logits = head(hidden)
-    logits = logits.float()
-    return logits
+    logits: Tensor = head(hidden)
+    return logits.float()
 
 
 def _shifted(logits: Tensor, labels: Tensor, fused: bool) -> Tensor:

@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
 from trl.trainer.utils import add_fused_lm_head
 
 from lorafit.errors import ModelError, first_line
@@ -23,17 +22,22 @@ Model = PreTrainedModel | PeftModel
 
 
 def build(setup: Setup, layers: int | None) -> Model:
-    """The model with `layers` layers (None: all), quantized and with its adapter, ready to train."""
+    """The model with `layers` layers (None: all) on the meta device, quantized and with its adapter, ready to train."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             configuration(setup, layers), dtype=getattr(torch, setup.dtype), attn_implementation="eager"
         )
-    attention = FLASH if setup.attention.startswith("flash") else setup.attention
-    model.config._attn_implementation = attention
+    model.config._attn_implementation = FLASH if setup.attention.startswith("flash") else setup.attention
     if setup.quantization is not None:
         model = quantize(model, setup.quantization)
     if setup.stack.upcast != "none":
         upcast(model, setup.stack.upcast)
+    with torch.device("meta"):
+        return prepare(model, setup)
+
+
+def prepare(model: PreTrainedModel, setup: Setup) -> Model:
+    """Put on a base what training needs: TRL's head, checkpointing, the adapter in its type."""
     if setup.stack.loss == "fused":
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     model.config.use_cache = setup.stack.use_cache
@@ -45,8 +49,9 @@ def build(setup: Setup, layers: int | None) -> Model:
         return model.train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with torch.device("meta"):
-        adapted = get_peft_model(model, LoraConfig(**_lora(setup, layers)))
+    values = dict(setup.lora)
+    values["init_lora_weights"] = bool(values.get("init_lora_weights", True))  # how it starts takes no memory
+    adapted = get_peft_model(model, LoraConfig(**values))
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
             parameter.data = parameter.data.to(getattr(torch, setup.adapter_dtype))
@@ -61,7 +66,9 @@ def configuration(setup: Setup, layers: int | None) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(kind, **values)
     except Exception as error:
-        raise ModelError(f"{setup.facts.name}: transformers can't use its configuration: {first_line(error)}") from error
+        raise ModelError(
+            f"{setup.facts.name}: transformers can't use its configuration: {first_line(error)}"
+        ) from error
     text = config.get_text_config()
     if layers is not None:
         text.num_hidden_layers = layers
@@ -69,12 +76,6 @@ def configuration(setup: Setup, layers: int | None) -> PreTrainedConfig:
             if isinstance(value, list) and len(value) == setup.facts.layers:
                 setattr(text, name, value[:layers])
     return config
-
-
-def _lora(setup: Setup, layers: int | None) -> dict[str, Any]:
-    values = dict(setup.lora or {})
-    values["init_lora_weights"] = True if values.get("init_lora_weights") else values.get("init_lora_weights", True)
-    return values
 
 
 def quantize(model: PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:

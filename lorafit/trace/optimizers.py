@@ -66,4 +66,3 @@ class _Kept(torch.optim.Optimizer):
                 yield torch.zeros_like(parameter, dtype=torch.float32)
         if self.like_parameter:
             yield parameter.new_zeros((), dtype=torch.float32)
-

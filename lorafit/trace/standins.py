@@ -114,7 +114,7 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, recorder: Recorder) -> Tensor:
-        batch, heads, length, dim = q.shape
+        batch, heads, length, _ = q.shape
         out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
         lse = q.new_empty((batch, heads, length), dtype=torch.float32)
         ctx.save_for_backward(q, k, v, bias, out, lse)
@@ -123,7 +123,7 @@ class _Kernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, lse = ctx.saved_tensors
+        q, k, v, *_kept = ctx.saved_tensors
         batch, heads, length, dim = q.shape
         rounded = math.ceil(length / 128) * 128
         dq, dk, dv = (x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in (q, k, v))
@@ -219,7 +219,7 @@ class _FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, weight, _ = ctx.saved_tensors
+        _x, weight, _ = ctx.saved_tensors
         return gradients[0], torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 

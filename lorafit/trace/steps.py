@@ -12,17 +12,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lorafit.memory.setup import Setup
 from lorafit.trace.log import SHORT, Recorder, template_of
 from lorafit.trace.loss import compute_loss
-from lorafit.trace.optimizers import make_optimizer
+from lorafit.trace.optimizers import Groups, make_optimizer
 from lorafit.trace.standins import Autocast
 
 Tensor = torch.Tensor
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+"""Where a parameter's name has its layer."""
 
 
 def record_weights(model: nn.Module, recorder: Recorder) -> None:
     """Every parameter, buffer and quantization constant as allocated, layer by layer, then the adapter's."""
     adapter: list[tuple[int | None, Tensor]] = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+        found = LAYER.search(name)
         layer = int(found[1]) if found else None
         if "lora_" in name or "modules_to_save" in name:
             adapter.append((layer, tensor))
@@ -106,20 +108,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers: int) -> None:
-    """Clipping and two steps of the optimizer on all parameters of the whole model.
-
-    Matrices get weight decay, vectors none, in two groups, as transformers' Trainer makes them.
-    """
+    """Clipping and two steps of the optimizer on all parameters of the whole model."""
     parameters = [
         nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in _trained(model, layers)
     ]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = make_optimizer(setup.optimizer, [group for group in groups if group["params"]], setup.device)
+    optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device)
     recorder.begin("known")
     for parameter in parameters:
         recorder.see(parameter)
@@ -134,12 +129,21 @@ def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers:
         recorder.begin("after")
 
 
+def decay_groups(parameters: list[nn.Parameter]) -> Groups:
+    """Matrices with weight decay, vectors without, as transformers' Trainer groups them."""
+    groups: Groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def _trained(model: nn.Module, layers: int) -> list[tuple[torch.Size, torch.dtype]]:
     """Shapes and types of the trained parameters, the middle layer's repeated."""
     found: dict[int | None, list[tuple[torch.Size, torch.dtype]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            match = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+            match = LAYER.search(name)
             layer = int(match[1]) if match else None
             found.setdefault(layer, []).append((parameter.shape, parameter.dtype))
     result = found.get(None, [])
