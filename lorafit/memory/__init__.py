@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 
-def estimate(setup: Setup) -> Estimate:
-    """The closed form's estimate. Raises ModelError for models whose layers are not known."""
+def estimate(setup: Setup, capacity: int | None = None) -> Estimate:
+    """The closed form's estimate, on a card with so many bytes. Raises ModelError for layers that aren't known."""
     from lorafit.memory.closed import closed_form
 
-    return closed_form(setup)
+    return closed_form(setup, capacity)

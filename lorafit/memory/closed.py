@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from lorafit.memory.allocator import replay
+from lorafit.memory.allocator import Replay, replay
 from lorafit.memory.decoder import Decoder
 from lorafit.memory.losses import loss_of
 from lorafit.memory.operations import Operations
 from lorafit.memory.setup import Setup
+from lorafit.memory.sharding import NCCL, own_buffers, share
 from lorafit.memory.static import (
     BYTES,
     packed_bytes,
@@ -23,15 +25,34 @@ from lorafit.memory.static import (
     weight_terms,
 )
 from lorafit.memory.tape import FREE, Ledger, Storage, backward
-from lorafit.memory.types import Estimate, Term
+from lorafit.memory.types import CONTEXT, Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.memory.why import explained
 
+TEMPORARY = ("adamw_torch", "rmsprop", "adagrad")
+"""Optimizers that copy every state for a moment: torch updates all tensors at once on a GPU."""
 HOPPER_WORKSPACE, WORKSPACE = 32 << 20, 8_519_680
 """cuBLAS keeps a workspace in torch's allocator: 8.1 MiB, 32 MiB from Hopper on (aten/cuda/CublasHandlePool.cpp)."""
 
 
-def closed_form(setup: Setup) -> Estimate:
+def serve(
+    events: Sequence[tuple[object, int]], setup: Setup, capacity: int | None
+) -> tuple[Replay, bool, tuple[str, ...]]:
+    """What torch's allocator reserves for a record; whether a card with so many bytes serves it; what to say of it.
+
+    Short of memory, torch gives cached blocks back and goes on: then less is reserved than without a limit.
+    """
+    beside = CONTEXT[1] + (NCCL if setup.world > 1 else 0)
+    if capacity is None or setup.device == "cpu":
+        return replay(events), True, ()
+    found = replay(events, max(capacity - beside, 0))
+    if not found.fits:
+        return replay(events), False, ("At the given capacity the step runs out of memory.",)
+    again = "At the given capacity torch gives cached memory back to go on, which takes time."
+    return found, True, (again,) if found.retries else ()
+
+
+def closed_form(setup: Setup, capacity: int | None = None) -> Estimate:
     """Raises ModelError if the model's layers are not known here."""
     ledger = Ledger()
     run(setup, ledger)
@@ -40,20 +61,27 @@ def closed_form(setup: Setup) -> Estimate:
     parts: Counter[str] = Counter()
     for number, size in alive(ledger.events[: index + 1]).items():
         parts[ledger.labels[number]] += size
-    found = replay(ledger.events)
+    found, served, notes = serve(ledger.events, setup, capacity)
     return Estimate(
-        terms=(*weight_terms(setup), *terms_of(parts, setup)),
+        terms=tuple(terms_of(parts, setup)),
         moment=moment,
         reserved=found.max_reserved if setup.device == "cuda" else found.max_allocated,
         method="closed form",
         band=band_of(setup),
         paged=sum(size for size, paged in state_sizes(setup) if paged),
         device=setup.device,
+        served=served,
+        notes=notes,
     )
 
 
 def terms_of(parts: Counter[str], setup: Setup) -> Iterator[Term]:
-    """The parts but the weights as terms, the largest first."""
+    """The parts as terms: the weights, then the largest first."""
+    if parts["weights"]:
+        whole = weight_terms(setup)
+        total = sum(term.bytes for term in whole)
+        for term in whole:
+            yield replace(term, bytes=term.bytes * parts["weights"] // total)
     for name, size in sorted(parts.items(), key=lambda part: -part[1]):
         if name != "weights" and size:
             yield explained(name, size, setup)
@@ -91,7 +119,7 @@ def run(setup: Setup, ledger: Ledger) -> None:
     do = Operations(ledger, compute, setup.device == "cuda")
     decoder = Decoder(setup, do)
     ledger.begin("loading")
-    held = list(weights(setup, ledger))
+    held = [*weights(setup, ledger), *own_buffers(setup, ledger)]
     if setup.device == "cuda":
         size = HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE
         held.append(Storage(ledger, size, "cuBLAS workspace"))
@@ -102,7 +130,7 @@ def run(setup: Setup, ledger: Ledger) -> None:
         ledger.begin("optimizer's step")
         update(setup, ledger, states)
         for parameter in decoder.parameters:
-            parameter.gradient = None
+            parameter.forget()
     if setup.eval_batch:
         ledger.begin("evaluation")
         with ledger.without_backward():
@@ -114,11 +142,14 @@ def run(setup: Setup, ledger: Ledger) -> None:
 def one_pass(decoder: Decoder, batch: int) -> None:
     ledger = decoder.do.ledger
     ledger.begin("forward pass")
+    root = decoder.shards.root(ledger) if decoder.shards else None
     loss, kept = loss_of(decoder, batch)
     decoder.do.forget_casts()
     ledger.begin("backward pass")
     backward(ledger, loss, ledger.new(1, 4, "loss"))
-    del kept
+    del kept, root
+    if decoder.shards:
+        decoder.shards.lingering = None
 
 
 def weights(setup: Setup, ledger: Ledger) -> Iterator[Storage]:
@@ -129,11 +160,11 @@ def weights(setup: Setup, ledger: Ledger) -> Iterator[Storage]:
         size = tensor.size * width_of(setup, tensor.name)
         if tensor.name in quantized:
             size = -(-tensor.size // per_byte)
-            yield Storage(ledger, packed_bytes(setup, tensor) - size, "weights")
-        yield Storage(ledger, size, "weights")
+            yield Storage(ledger, share(setup, packed_bytes(setup, tensor) - size, "weights"), "weights")
+        yield Storage(ledger, share(setup, size, "weights"), "weights")
     if setup.lora is not None:
         for tensor in trained(setup):
-            yield Storage(ledger, tensor.size * BYTES[tensor.dtype], "adapter")
+            yield Storage(ledger, share(setup, tensor.size * BYTES[tensor.dtype], "weights"), "adapter")
 
 
 def width_of(setup: Setup, name: str) -> int:
@@ -144,9 +175,16 @@ def width_of(setup: Setup, name: str) -> int:
 def update(setup: Setup, ledger: Ledger, states: list[Storage]) -> None:
     """The optimizer's states, made in the first step, and the copies that torch's updates of many tensors make."""
     if not states:
-        states += [Storage(ledger, size, "optimizer states") for size, paged in state_sizes(setup) if not paged]
-    if setup.optimizer in ("adamw_torch", "rmsprop", "adagrad") and setup.device == "cuda":
+        states += [
+            Storage(ledger, share(setup, size, "states"), "optimizer states")
+            for size, paged in state_sizes(setup)
+            if not paged and setup.sharding != "fsdp_offload"
+        ]
+    if setup.optimizer in TEMPORARY and setup.device == "cuda" and setup.sharding != "fsdp_offload":
         for matrices in (True, False):  # with weight decay and without: two groups
             group = [tensor for tensor in trained(setup) if (len(tensor.shape) >= 2) == matrices]
-            made = [Storage(ledger, t.size * BYTES[t.dtype], "optimizer's temporary copies") for t in group]
+            made = [
+                Storage(ledger, share(setup, t.size * BYTES[t.dtype], "states"), "optimizer's temporary copies")
+                for t in group
+            ]
             del made

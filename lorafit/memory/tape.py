@@ -23,6 +23,7 @@ class Ledger:
         labels: what each storage is, by number.
         marks: (index of the first event, name) of each phase.
         recording: whether operations are kept for a backward pass.
+        now, top: bytes alive, and the most since `top` was last set.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Ledger:
         self.labels: list[str] = []
         self.marks: list[tuple[int, str]] = []
         self.recording = True
-        self.kept: object = None
+        self.now = self.top = 0
         self._nodes = 0
 
     def begin(self, phase: str) -> None:
@@ -69,9 +70,12 @@ class Storage:
     def __init__(self, ledger: Ledger, size: int, label: str) -> None:
         self.ledger, self.number, self.bytes, self.users = ledger, len(ledger.labels), size, 0
         ledger.labels.append(label)
+        ledger.now += size
+        ledger.top = max(ledger.top, ledger.now)
         ledger.events.append((self.number, size))
 
     def __del__(self) -> None:
+        self.ledger.now -= self.bytes
         self.ledger.events.append((self.number, FREE))
 
 
@@ -105,15 +109,20 @@ class Value:
 
 
 class Parameter:
-    """A weight: its gradient is kept when the backward pass has made it."""
+    """A weight: its gradient is kept when the backward pass has made it, or this process's share of it."""
 
     def __init__(self, elements: int, width: float, trained: bool) -> None:
         self.elements, self.width, self.trained = elements, width, trained
         self.gradient: Value | None = None
+        self.shard: Storage | None = None
 
     def accumulate(self, gradient: Value) -> None:
         if self.gradient is None:
             self.gradient = gradient.view()
+
+    def forget(self) -> None:
+        self.gradient = None
+        self.shard = None
 
 
 Back = Callable[[Value], Sequence[Value | None]]

@@ -57,6 +57,7 @@ class Estimate:
         timeline: (event, allocated, reserved) of a trace.
         phases: (index of the first event, name) of a trace.
         device: "cuda" or "cpu".
+        served: whether torch's allocator can serve every request at the capacity that was asked for.
     """
 
     terms: tuple[Term, ...]
@@ -69,6 +70,7 @@ class Estimate:
     timeline: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
     phases: tuple[tuple[int, str], ...] = field(default=(), repr=False)
     device: str = "cuda"
+    served: bool = True
 
     @property
     def allocated(self) -> int:

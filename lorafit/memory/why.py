@@ -49,6 +49,9 @@ WHY = {
     "gradients of activations": ("what flows back through a layer at this moment", "torch's autograd engine"),
     "optimizer's temporary copies": ("one of each trained number", "torch/optim/_multi_tensor"),
     "cuBLAS workspace": ("kept for matrix products", "aten/cuda/CublasHandlePool.cpp"),
+    "gathered weights": ("a layer's and the next one's, and those outside the layers", "torch/distributed/fsdp"),
+    "a second layer's activations": ("held until the next layer is through, as measured FSDP runs show", ""),
+    "gradients to be sent": ("DDP's buckets: a copy of the gradients", "torch/nn/parallel/distributed.py"),
     "loss": ("a number", ""),
 }
 

@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lorafit.memory.allocator import Replay, replay
-from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, highest
+from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, highest, serve
 from lorafit.memory.setup import Setup
 from lorafit.memory.static import state_sizes, trained, weight_terms
-from lorafit.memory.types import CONTEXT, Estimate, Term
+from lorafit.memory.types import Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.trace.model import build
@@ -50,14 +50,7 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
     for storage, size in alive(found.events[: index + 1]).items():
         parts[_part(storage)] += size  # type: ignore[index]
     parts.pop("weights", None)
-    limit = None if capacity is None else max(capacity - CONTEXT[1], 0)
-    served = found.replay(limit)
-    notes = []
-    if limit is not None and not served.fits:
-        notes.append("The trace runs out of memory at the given capacity.")
-        served = found.replay()
-    elif served.retries:
-        notes.append("At the given capacity, torch gives cached memory back to go on: training will be slower.")
+    served, fits, notes = serve(found.events, setup, capacity)
     return Estimate(
         terms=(*weight_terms(setup), *(Term(name, size, WHAT[name]) for name, size in parts.most_common())),
         moment=_moment(found.phases, index),
@@ -65,7 +58,8 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
         method="trace",
         band=band_of(setup),
         paged=sum(size for size, paged in state_sizes(setup) if paged),
-        notes=tuple(notes),
+        notes=notes,
+        served=fits,
         timeline=served.timeline,
         phases=found.phases,
         device=setup.device,
