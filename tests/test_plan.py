@@ -53,7 +53,7 @@ def facts_of(tokenizer: TokenizerFacts | None = TOKENIZER, **config: Any) -> Mod
 
 @pytest.fixture(autouse=True)
 def trackers_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.plan.make.is_installed", lambda module: module != "wandb")
+    monkeypatch.setattr("lorafit.plan.training.is_installed", lambda module: module != "wandb")
 
 
 FACTS = facts_of()

@@ -7,7 +7,8 @@ what is shown before a run is what runs. No torch, no transformers.
 
 from __future__ import annotations
 
-from lorafit.plan.make import NO_SDPA, make_plan, plan_recipe, with_audit
+from lorafit.plan.make import make_plan, plan_recipe, with_audit
+from lorafit.plan.model import NO_SDPA
 from lorafit.plan.types import (
     Choice,
     DataPlan,

@@ -1,0 +1,132 @@
+"""How rows become tokens: their length, the chat template, what is learned, padding."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+from lorafit.plan.context import Context
+from lorafit.plan.types import DataPlan, SourcePlan
+from lorafit.recipe import Recipe
+from lorafit.targets import near
+from lorafit.template import TemplateFacts, inspect_template, trl_templates, uses_date
+
+
+def choose_max_length(context: Context) -> int:
+    """The most tokens that a row may have."""
+    training, limit = context.recipe.training, context.facts.max_position_embeddings
+    asked = training.max_length
+    if limit is None or asked <= limit:
+        return asked
+    if "max_length" in training.model_fields_set:
+        context.wrong(("training", "max_length"), f"{asked} is above the model's context of {limit} tokens")
+        return asked
+    return context.choose("training.max_length", limit, f"the model's context is shorter than {asked} tokens")
+
+
+def read_chat_template(context: Context) -> str | None:
+    """The text of the recipe's chat template, a file or one of TRL's; None for the tokenizer's own."""
+    path = context.recipe.model.chat_template
+    if path is None:
+        return None
+    known = trl_templates()
+    if not os.path.exists(Path(path).expanduser()) and path.removesuffix(".jinja") == path and "/" not in path:
+        if path not in known:
+            hint = near(path, list(known))
+            context.wrong(("model", "chat_template"), f"no such file, and TRL ships no template of that name{hint}")
+            return None
+        path = str(known[path])
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        context.wrong(("model", "chat_template"), f"can't be read: {error}")
+        return None
+
+
+def plan_data(
+    context: Context, train: list[SourcePlan], validation: list[SourcePlan], max_length: int, chat_template: str | None
+) -> DataPlan:
+    """What is read, and how it becomes tokens."""
+    recipe = context.recipe
+    if any(source.format not in ("text", "prompt_completion", None) for source in (*train, *validation)):
+        _conversations(context, chat_template)
+    _padding(context)
+    fraction = recipe.dataset.validation if isinstance(recipe.dataset.validation, float) else None
+    tokenizer = context.facts.tokenizer
+    template = chat_template or (tokenizer.chat_template if tokenizer else None)
+    return DataPlan(
+        train=tuple(train),
+        validation=tuple(validation),
+        validation_fraction=fraction,
+        loss_on=recipe.dataset.loss_on,
+        max_length=max_length,
+        packing=recipe.training.packing,
+        seed=recipe.training.seed,
+        chat_template=chat_template,
+        trust_remote_code=recipe.model.trust_remote_code,
+        min_length=recipe.dataset.min_length,
+        excess_length_strategy=recipe.dataset.excess_length_strategy,
+        streaming=recipe.dataset.streaming,
+        shuffle=recipe.training.train_sampling_strategy != "sequential",
+        audit=recipe.dataset.audit.model_dump(),
+        date=datetime.date.today().isoformat() if template and uses_date(template) else None,
+        tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+    )
+
+
+def _conversations(context: Context, replaced: str | None) -> None:
+    """How the answers in conversations end and are found, as far as the files tell."""
+    recipe, tokenizer = context.recipe, context.facts.tokenizer
+    if tokenizer is None and replaced is None:
+        return
+    template = replaced or (tokenizer.chat_template if tokenizer else None)
+    loss_on = recipe.dataset.loss_on
+    if template is None:
+        with_packing = " (with packing, this would go unnoticed)" if recipe.training.packing else ""
+        context.wrong(
+            ("dataset", "loss_on"),
+            f"the tokenizer has no chat template, so conversations can't be rendered and loss_on: {loss_on} can't "
+            f"be masked{with_packing}; set model.chat_template to a Jinja file",
+        )
+        return
+    eos = tokenizer.eos_token if tokenizer else None
+    special: dict[str, str | None] = {
+        "eos_token": eos or "",
+        "bos_token": (tokenizer.bos_token if tokenizer else None) or "",
+        "pad_token": (tokenizer.pad_token if tokenizer else None) or "",
+    }
+    facts = inspect_template(template, special)
+    context.choose("chat template", _template_name(replaced, recipe), _how_masked(facts))
+    if facts.end_of_turn is None:
+        context.remarks.append("The chat template could not be probed; the rows will show whether it renders.")
+    elif facts.end_of_turn == "":
+        context.choose(
+            "end of turn", eos, "the chat template does not end an answer; the end token is added and learned"
+        )
+    else:
+        context.choose("end of turn", facts.end_of_turn, "the chat template ends an answer with it; it is learned")
+
+
+def _template_name(replaced: str | None, recipe: Recipe) -> str:
+    return str(recipe.model.chat_template) if replaced else "the tokenizer's"
+
+
+def _how_masked(facts: TemplateFacts) -> str:
+    if facts.marks_answers:
+        return "marks its answers itself"
+    if facts.has_training_version:
+        return "answers are marked by TRL's training version of it"
+    return "answers are found by rendering the conversation turn by turn"
+
+
+def _padding(context: Context) -> None:
+    tokenizer = context.facts.tokenizer
+    if tokenizer is None:
+        return
+    token, reason = tokenizer.pad_token, "the tokenizer's own"
+    if token is None:
+        token, reason = tokenizer.eos_token, "the tokenizer has none; padding is masked by position, not by token"
+    elif token == tokenizer.eos_token:
+        reason = "same as the end token; padding is masked by position, so the end is learned"
+    context.choose("padding token", token, reason)

@@ -1,0 +1,150 @@
+"""How the model is loaded: its type, its attention, its quantization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorafit.plan.context import Context
+from lorafit.targets import OUTPUT_HEADS, Targets, is_skipped, near, trainable_parameters
+
+NO_SDPA = frozenset(
+    (
+        "deepseek_v4",
+        "flint",
+        "gemma2",
+        "gpt_oss",
+        "granite_swa",
+        "granitemoe_swa",
+        "hy_v4",
+        "mimo_v2_flash",
+        "vaultgemma",
+    )
+)
+"""Models that transformers does not run with sdpa, which knows no soft caps and no attention sinks."""
+FLASH_NEEDS = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
+"""The compute capability from which a kernel runs."""
+
+
+def choose_dtype(context: Context) -> str:
+    """The type of the model's weights."""
+    recipe, hardware = context.recipe, context.hardware
+    asked, key = recipe.model.dtype, "model.dtype"
+    if asked != "auto":
+        if asked == "float16" and hardware.device == "cpu":
+            context.wrong(("model", "dtype"), "float16 can't be trained on a CPU; use auto")
+        elif asked == "float16" and recipe.lora is None:
+            context.wrong(("model", "dtype"), "float16 weights can't be trained in full; use auto")
+        if asked == "bfloat16" and not hardware.fast_bf16:
+            context.remarks.append(f"bfloat16 is slow on {hardware.name}, which has no fast arithmetic for it.")
+        return context.choose(key, asked, "as the recipe says")
+    if recipe.lora is None:
+        return context.choose(key, "float32", "training in full: small updates get lost in 16-bit weights")
+    if hardware.fast_bf16:
+        return context.choose(key, "bfloat16", f"{hardware.name} has fast bfloat16 arithmetic")
+    if context.on_gpu:
+        reason = f"{hardware.name} has no bfloat16 arithmetic; the loss is scaled for float16"
+        return context.choose(key, "float16", reason)
+    return context.choose(key, "float32", f"a CPU without instructions for bfloat16 ({hardware.name})")
+
+
+def mixed_dtype(context: Context, dtype: str) -> str | None:
+    """The 16-bit type that arithmetic is done in, if any."""
+    if context.recipe.lora is None and context.on_gpu and context.hardware.fast_bf16:
+        return "bfloat16"
+    return None if dtype == "float32" else dtype
+
+
+def model_kwargs(context: Context, dtype: str) -> dict[str, Any]:
+    """For from_pretrained."""
+    model, stored = context.recipe.model, context.facts.stored_quantization
+    if stored:
+        context.wrong(
+            ("model", "name_or_path"),
+            f"its weights are stored quantized ({stored}); name the model that it was made "
+            "from, and quantize that with the quantization section",
+        )
+    return {
+        "revision": model.revision,
+        "dtype": dtype,
+        "attn_implementation": _attention(context, dtype),
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def _attention(context: Context, dtype: str) -> str:
+    asked, key = context.recipe.model.attn_implementation, "model.attn_implementation"
+    family, hardware = context.facts.model_type, context.hardware
+    if asked == "auto":
+        if family in NO_SDPA:
+            return context.choose(key, "eager", f"transformers does not run {family} models with sdpa")
+        return context.choose(key, "sdpa", "fast everywhere and part of torch")
+    wrong = None
+    if asked == "sdpa" and family in NO_SDPA:
+        wrong = f"transformers does not run {family} models with sdpa"
+    elif asked in FLASH_NEEDS:
+        major, minor = needed = FLASH_NEEDS[asked]
+        if hardware.device == "cpu":
+            wrong = f"{asked} needs a CUDA GPU"
+        elif hardware.compute_capability and hardware.compute_capability < needed:
+            wrong = f"{asked} needs compute capability {major}.{minor}, which {hardware.name} does not have"
+        elif dtype == "float32" and not mixed_dtype(context, dtype):
+            wrong = f"{asked} does not compute in float32"
+    if wrong:
+        context.wrong(("model", "attn_implementation"), f"{wrong}; use auto")
+    return asked
+
+
+def quantization_kwargs(context: Context, dtype: str) -> dict[str, Any] | None:
+    """For BitsAndBytesConfig; None without quantization."""
+    quantization = context.recipe.quantization
+    if quantization is None:
+        return None
+    skip = _unquantized(context, quantization.llm_int8_skip_modules)
+    if quantization.load_in_8bit:
+        return {
+            "load_in_8bit": True,
+            "llm_int8_threshold": quantization.llm_int8_threshold,
+            "llm_int8_skip_modules": skip,
+        }
+    compute: str = quantization.bnb_4bit_compute_dtype
+    if compute == "auto":
+        compute = context.choose("quantization.bnb_4bit_compute_dtype", dtype, "as the model's dtype")
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quantization.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": quantization.bnb_4bit_use_double_quant,
+        "bnb_4bit_compute_dtype": compute,
+        "llm_int8_skip_modules": skip,
+    }
+
+
+def _unquantized(context: Context, asked: tuple[str, ...] | None) -> list[str] | None:
+    """What bitsandbytes leaves alone. A list replaces its default, which is the output head."""
+    if asked is None:
+        return None
+    names = list(context.facts.quantizable)
+    for index, name in enumerate(asked):
+        if names and name not in OUTPUT_HEADS and not any(is_skipped(module, [name]) for module in names):
+            context.wrong(
+                ("quantization", "llm_int8_skip_modules", index),
+                f"'{name}' matches no linear layer of the model{near(name, names)}",
+            )
+    heads = [head for head in OUTPUT_HEADS if head in context.facts.modules] or ["lm_head"]
+    reason = "the recipe's list, and the output head, from whose weight the loss is computed"
+    return list(context.choose("quantization.llm_int8_skip_modules", list(dict.fromkeys((*asked, *heads))), reason))
+
+
+def model_summary(context: Context, targets: Targets | None) -> dict[str, Any]:
+    """Name, kind and source of the facts, parameter counts."""
+    facts = context.facts
+    known = bool(facts.tensors)
+    trainable = trainable_parameters(context.recipe.lora, targets, facts) if known else 0
+    return {
+        "name_or_path": facts.name,
+        "kind": facts.kind,
+        "source": facts.source,
+        "model_type": facts.model_type,
+        "parameters": facts.parameters,
+        "trainable_parameters": trainable,
+        "adapted_modules": len(targets.modules) if targets else 0,
+    }

@@ -1,0 +1,93 @@
+"""The data sources: their formats and columns, and how many rows they have."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from lorafit.errors import DataError, printable
+from lorafit.plan.context import Context
+from lorafit.plan.types import SourcePlan
+from lorafit.recipe import Source
+from lorafit.rows import (
+    COLUMNS,
+    OPTIONAL,
+    Format,
+    Row,
+    detect_format,
+    digest,
+    is_local,
+    read_rows,
+    size_digest,
+)
+
+
+def plan_sources(context: Context, read_data: bool) -> tuple[list[SourcePlan], list[SourcePlan]]:
+    """The sources of training rows and those of validation rows."""
+    dataset = context.recipe.dataset
+    train = [_source(context, source, f"dataset.train.{i}", read_data) for i, source in enumerate(dataset.train)]
+    if not isinstance(dataset.validation, tuple):
+        return train, []
+    return train, [_source(context, s, f"dataset.validation.{i}", read_data) for i, s in enumerate(dataset.validation)]
+
+
+def counted(source: SourcePlan) -> SourcePlan:
+    """The source with its number of rows, if it is local."""
+    if source.hub is not None:
+        return source
+    rows = sum(1 for _ in itertools.islice(read_rows(source.path), source.max_rows))
+    return dataclasses.replace(source, rows=rows)
+
+
+def unread_columns(row: Row, format: Format, source: SourcePlan) -> list[str]:
+    """A row's columns that its format does not read. A template may read any."""
+    if source.template is not None:
+        return []
+    known = {source.columns.get(name, name) for name in (*COLUMNS[format], *OPTIONAL[format])}
+    read = known | {name.split(".")[0] for name in known}
+    return [printable(name) for name in row.fields if name not in read]
+
+
+def _source(context: Context, source: Source, key: str, read_data: bool) -> SourcePlan:
+    asked = SourcePlan(
+        source.path,
+        key,
+        _given(source.format),
+        dict(source.columns),
+        dict(source.template) if isinstance(source.template, dict) else source.template,
+        source.weight,
+        source.max_rows,
+    )
+    if not is_local(source.path):
+        hub = {"split": source.split, "name": source.name, "revision": source.revision}
+        return dataclasses.replace(asked, hub=hub)
+    for name in ("split", "name", "revision"):
+        if name in source.model_fields_set:
+            context.wrong((*_recipe_path(key), name), "is for hub data sets; this is a local path")
+    if not read_data:
+        return asked
+    first = next(read_rows(source.path), None)
+    if first is None:
+        raise DataError(f"{source.path}: there are no rows")
+    format = asked.format
+    if format is None:
+        format, reason = detect_format(first, asked.columns, asked.template, key)
+        context.choose(f"{key}.format", format, reason)
+    unread = unread_columns(first, format, asked)
+    if unread:
+        context.remarks.append(f"{key}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}.")
+    if format == "preference":
+        context.remarks.append(f"{key}: of each pair the chosen answer is learned.")
+    if format == "unpaired_preference":
+        context.remarks.append(f"{key}: the rows whose label is false are left out.")
+    streamed = context.recipe.dataset.streaming and key.startswith("dataset.train")
+    sha256 = size_digest(source.path) if streamed else digest(source.path)
+    return dataclasses.replace(asked, format=format, sha256=sha256)
+
+
+def _given(format: str) -> Format | None:
+    return None if format == "auto" else format  # type: ignore[return-value]
+
+
+def _recipe_path(key: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
