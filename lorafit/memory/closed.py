@@ -29,8 +29,8 @@ from lorafit.memory.types import CONTEXT, Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.memory.why import explained
 
-TEMPORARY = ("adamw_torch", "rmsprop", "adagrad")
-"""Optimizers that copy every state for a moment: torch updates all tensors at once on a GPU."""
+COPIES = {"adamw_torch": 1, "rmsprop": 2, "adagrad": 1}
+"""Copies of every trained number that torch's updates of many tensors at once make (torch/optim: _multi_tensor_…)."""
 HOPPER_WORKSPACE, WORKSPACE = 32 << 20, 8_519_680
 """cuBLAS keeps a workspace in torch's allocator: 8.1 MiB, 32 MiB from Hopper on (aten/cuda/CublasHandlePool.cpp)."""
 
@@ -133,6 +133,7 @@ def run(setup: Setup, ledger: Ledger) -> None:
             parameter.forget()
     if setup.eval_batch:
         ledger.begin("evaluation")
+        do.training = False
         with ledger.without_backward():
             loss_of(decoder, setup.eval_batch)
             do.forget_casts()
@@ -180,11 +181,15 @@ def update(setup: Setup, ledger: Ledger, states: list[Storage]) -> None:
             for size, paged in state_sizes(setup)
             if not paged and setup.sharding != "fsdp_offload"
         ]
-    if setup.optimizer in TEMPORARY and setup.device == "cuda" and setup.sharding != "fsdp_offload":
-        for matrices in (True, False):  # with weight decay and without: two groups
-            group = [tensor for tensor in trained(setup) if (len(tensor.shape) >= 2) == matrices]
-            made = [
-                Storage(ledger, share(setup, t.size * BYTES[t.dtype], "states"), "optimizer's temporary copies")
-                for t in group
-            ]
-            del made
+    if setup.sharding == "fsdp_offload":  # on the CPU
+        return
+    if setup.optimizer == "adafactor":  # a tensor after the other, in float32 (transformers/optimization.py)
+        largest = max(trained(setup), key=lambda tensor: tensor.size)
+        ledger.borrow("optimizer's temporary copies", largest.size * (8 if BYTES[largest.dtype] == 4 else 16))
+    for matrices in (True, False) if setup.device == "cuda" else ():  # with weight decay and without: two groups
+        group = [tensor for tensor in trained(setup) if (len(tensor.shape) >= 2) == matrices]
+        made = [
+            Storage(ledger, share(setup, t.size * BYTES[t.dtype], "states"), "optimizer's temporary copies")
+            for t in group * COPIES.get(setup.optimizer, 0)
+        ]
+        del made

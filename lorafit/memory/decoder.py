@@ -85,6 +85,8 @@ class Decoder:
         self.embedding = self._plain(next(t for n, t in tensors.items() if n.endswith("embed_tokens.weight")))
         self.final_norm = self._plain(tensors["model.norm.weight"])
         self.head = self._plain(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else self.embedding
+        if self.head is self.embedding:
+            self.head.uses = 2
         self.experts_per_token = int(config.get("num_experts_per_tok") or config.get("num_experts_per_token") or 0)
         self.vocabulary: int = config["vocab_size"]
         first = self.layers[0]
@@ -93,8 +95,10 @@ class Decoder:
     # --- parameters -----------------------------------------------------------------------------
 
     def _plain(self, tensor: Tensor) -> Parameter:
+        trains = self._trains(tensor.name)
         wide = self.setup.stack.upcast == "all" or (self.setup.stack.upcast == "norms" and "norm" in tensor.name)
-        return self._made(tensor.size, 4 if wide else self.width, self._trains(tensor.name))
+        own = BYTES[self.setup.adapter_dtype] if trains and self.setup.lora is not None else self.width
+        return self._made(tensor.size, 4 if wide else own, trains)
 
     def _made(self, elements: int, width: int, trained: bool) -> Parameter:
         parameter = Parameter(elements, width, trained)
@@ -185,8 +189,6 @@ class Decoder:
 
     def _embedding_gradient(self, g: Value) -> Sequence[Value | None]:
         made = self.do.ledger.new(self.embedding.elements, self.embedding.width, "gradients")
-        if self.embedding.gradient is not None and self.head is self.embedding:  # added into a third
-            made = self.do.ledger.new(self.embedding.elements, self.embedding.width, "gradients")
         self.embedding.accumulate(made)
         return [None]
 
@@ -424,10 +426,7 @@ class Decoder:
         size = self.hidden_size
         tokens = h.elements // size
         rows = tokens * self.experts_per_token
-        do.label = "router"
-        logits = do.new(tokens * experts, h.width)
-        probabilities = do.new(tokens * experts, 4)
-        del logits
+        scores = self._route(h, tokens, experts)
         do.label = "tokens sorted by expert"
         chosen = self._gather(h, rows * size)
         both = do.linear(chosen, weight, 2 * inner, size)
@@ -439,9 +438,31 @@ class Decoder:
         del gate, up
         do.label = "experts' outputs"
         out = do.linear(product, down, size, inner)
-        del product, probabilities
-        out = do.scale(out)
-        return self._gather(out, tokens * size)
+        del product
+        weighted = do.times(out, scores)
+        del out, scores
+        sorted_back = self._gather(weighted, rows * size)
+        del weighted
+        return do.made(
+            do.new(tokens * size, h.width), [sorted_back], lambda g: [Value(g.storage, rows * size, g.width)]
+        )
+
+    def _route(self, h: Value, tokens: int, experts: int) -> Value:
+        """Each token's weights for its experts: a softmax over all, in float32."""
+        do = self.do
+        do.label = "router"
+        width, rows = h.width, tokens * self.experts_per_token
+        logits = do.new(tokens * experts, width)
+        probabilities = do.new(tokens * experts, 4)
+        positions = do.new(3 * rows, 8)
+        del logits
+
+        def back(g: Value) -> Sequence[Value | None]:
+            _ = probabilities, positions
+            do.ledger.borrow("router", tokens * experts * 4, tokens * experts * 4, tokens * experts * width)
+            return [do.gradient(tokens * self.hidden_size, width)]
+
+        return do.made(do.new(rows, width), [h], back)
 
     def _gather(self, x: Value, elements: int) -> Value:
         do, before, width = self.do, x.elements, x.width
@@ -459,6 +480,8 @@ class Decoder:
         width = y.width
         if linear.dequantized:
             y = do.copied(y)  # PEFT clones the output of a quantized layer
+        if linear.magnitude is not None:
+            return self._decomposed(x, y, linear)
         do.label = "adapters' inputs"
         if not (linear.dequantized and do.compute):
             x = do.to(x, linear.down.width)
@@ -481,8 +504,10 @@ class Decoder:
         rows = x.elements // linear.inputs
         # a fused kernel serves few rows; 8-bit products never make the weight in the forward pass
         makes = linear.bits == 4 and (rows > FUSED_ROWS or not do.cuda)
+        given = x if linear.bits == 8 else None  # kept as it was
         if linear.bits == 8:
-            do.ledger.borrow("8-bit input and product", x.elements + 4 * rows, rows * linear.out * 4)
+            half = 2 * x.elements if self.setup.dtype == "bfloat16" else 0
+            do.ledger.borrow("8-bit input and product", half, x.elements, rows * linear.out * 4)
         elif makes:
             do.ledger.borrow("dequantized weight", linear.dequantized)
         y = do.new(rows * linear.out, compute)
@@ -490,6 +515,7 @@ class Decoder:
         inputs = linear.inputs
 
         def back(g: Value) -> Sequence[Value | None]:
+            _ = given
             if not flows:
                 return [None]
             buffer = do.ledger.new(1, linear.dequantized, "dequantized weight")
@@ -499,5 +525,64 @@ class Decoder:
 
         return do.to(do.made(y, [x], back), before)
 
+    def _decomposed(self, x: Value, y: Value, linear: Linear) -> Value:
+        """DoRA: the norms of base and update need both as whole matrices (peft/tuners/lora/dora.py, variants.py).
+
+        With dropout the base's product is made again, from the dropped input and a copy of the weight that is kept.
+        """
+        do, width = self.do, y.width
+        assert linear.down is not None
+        assert linear.up is not None
+        do.label = "adapters' inputs"
+        x = x if linear.dequantized and do.compute else do.to(x, linear.down.width)
+        drops = bool((self.setup.lora or {}).get("lora_dropout")) and do.training
+        given, x = x, do.dropout(x) if drops else x
+        size = linear.out * linear.inputs
+        product = do.compute or linear.down.width
+        do.label = "DoRA's whole matrices"
+        identity = do.new(linear.inputs**2, linear.down.width)
+        identity = identity if product == linear.down.width else do.new(linear.inputs**2, product)
+        delta = do.new(size, product)
+        delta = delta if product == x.width else do.new(size, x.width)
+        weight = None
+        if linear.dequantized or linear.weight.width != x.width:
+            weight = do.new(size, x.width)
+        scaled = do.new(size, x.width)
+        total = do.new(size, x.width)
+        del scaled, total
+        do.label = "adapters' outputs"
+        low = do.linear(x, linear.down, linear.rank, linear.inputs)
+        update = do.linear(low, linear.up, linear.out, linear.rank)
+        del low
+        do.label = "DoRA's products"
+        base = self._again(x, linear, weight) if drops else y
+        magnitude = do.made(do.new(linear.out, 4), [Anchor()], lambda g: [None])
+        first = do.times(magnitude, base)
+        del base
+        second = do.scale(do.times(magnitude, update))
+        del update
+        both = do.add(first, second)
+        del first, second
+        y = do.add(y, both)
+        del given, identity, delta, weight  # the update's matrix is not detached: what made it stays until here
+        return do.to(y, width)
+
+    def _again(self, x: Value, linear: Linear, weight: Value | None) -> Value:
+        """The base's product with a copy of its weight, which the backward pass needs."""
+        do = self.do
+        kept = weight
+        if do.compute and weight is not None and weight.width != do.compute:
+            do.label = "DoRA's whole matrices"
+            kept = do.new(weight.elements, do.compute)
+        do.label = "DoRA's products"
+        given = do.to(x, do.compute) if do.compute else x
+        rows, width = x.elements // linear.inputs, given.width
+
+        def back(g: Value) -> Sequence[Value | None]:
+            _ = kept
+            return [do.gradient(rows * linear.inputs, width)]
+
+        return do.made(do.new(rows * linear.out, width), [given], back)
+
     def _dropped(self, x: Value) -> Value:
-        return self.do.dropout(x) if (self.setup.lora or {}).get("lora_dropout") else x
+        return self.do.dropout(x) if self.do.training and (self.setup.lora or {}).get("lora_dropout") else x

@@ -52,10 +52,12 @@ def _fused(decoder: Decoder, hidden: Value) -> Value:
     def back(g: Value) -> Sequence[Value | None]:
         result = do.gradient(rows * size, 4) if chosen.needs else None
         made = do.ledger.new(weight.elements, 4, "output head's gradient, in float32") if weight.trained else None
-        do.ledger.borrow("tile of logits", tile, cast)
+        buffer = do.ledger.new(1, tile + cast, "tile of logits")
         if made is not None:
             weight.accumulate(made if weight.width == 4 else do.ledger.new(weight.elements, weight.width, "gradients"))
-        return [do.gradient(rows * size, before) if before != 4 and result else result]
+        result = do.gradient(rows * size, before) if before != 4 and result else result
+        del buffer
+        return [result]
 
     return do.made(do.new(rows, 4), [chosen], back)
 
@@ -129,7 +131,9 @@ def _whole(decoder: Decoder, batch: int) -> tuple[Value, object]:
         logits = do.to(logits, 4)
         loss = _cross_entropy(decoder, do.copied(logits))
     elif stack.loss == "logits_shifted":
-        loss = _cross_entropy(decoder, do.copied(do.to(logits, 4)))
+        wide = do.to(logits, 4)
+        loss = _cross_entropy(decoder, do.copied(wide))
+        del wide
         if stack.autocast:
             do.ledger.borrow(LOGITS, logits.elements * 4)  # accelerate: convert_outputs_to_fp32
     else:

@@ -15,13 +15,14 @@ class Operations:
     Attributes:
         compute: bytes an element that autocast computes matrix products in; None without autocast.
         label: what values made from here on are called.
+        training: whether dropout drops.
         caching: whether 16-bit copies of weights are kept until the forward pass ends.
     """
 
     def __init__(self, ledger: Ledger, compute: int | None, cuda: bool) -> None:
         self.ledger, self.compute, self.cuda = ledger, compute, cuda
         self.label = ""
-        self.caching = True
+        self.caching = self.training = True
         self._casts: dict[int, Value] = {}
 
     # --- values ---------------------------------------------------------------------------------

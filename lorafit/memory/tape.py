@@ -114,9 +114,18 @@ class Parameter:
     def __init__(self, elements: int, width: float, trained: bool) -> None:
         self.elements, self.width, self.trained = elements, width, trained
         self.gradient: Value | None = None
+        self.waiting: Value | None = None
         self.shard: Storage | None = None
+        self.uses = 1
 
     def accumulate(self, gradient: Value) -> None:
+        """Add a gradient. Of a weight with two uses, the first waits for the second and both for their sum."""
+        if self.uses > 1:
+            if self.waiting is None:
+                self.waiting = gradient.view()
+                return
+            gradient = gradient.storage.ledger.new(gradient.elements, gradient.width, "gradients")
+        self.waiting = None
         if self.gradient is None:
             self.gradient = gradient.view()
 

@@ -35,6 +35,11 @@ WHY = {
         "peft/tuners/lora/layer.py: Linear.forward",
     ),
     "adapters' outputs": ("tokens x outputs, until they are added", "peft/tuners/lora/layer.py"),
+    "DoRA's whole matrices": (
+        "base and update of a layer as matrices, for their norms; with dropout a copy of the weight stays",
+        "peft/tuners/lora/dora.py",
+    ),
+    "DoRA's products": ("tokens x outputs of base and update, kept for the magnitudes", "peft/tuners/lora/dora.py"),
     "dropout masks": ("a {mask} for each number of an adapter's input", "aten/native/cuda/Dropout.cu"),
     "dequantized weight": (
         "one weight at a time in 16 bits, for products of more than 1536 rows and in the backward pass",

@@ -97,6 +97,10 @@ def quantize(model: PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
                 packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
             )
             module.quant_state = state
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            shape = module.weight.shape
+            module.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8, device="meta"), requires_grad=False)
+            module.register_buffer("SCB", torch.empty(shape[0], dtype=torch.float32, device="meta"))
     return model
 
 

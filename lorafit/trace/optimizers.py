@@ -14,8 +14,13 @@ from lorafit.memory.static import MIN_8BIT_SIZE, OPTIMIZER_STATES, PAGED_SIZE, S
 Groups = list[dict[str, Any]]
 
 
-def make_optimizer(name: str, groups: Groups, device: str) -> torch.optim.Optimizer:
-    """The optimizer that transformers makes for a name (transformers/trainer_optimizer.py)."""
+def make_optimizer(
+    name: str, groups: Groups, device: str, embeddings: frozenset[int] = frozenset()
+) -> torch.optim.Optimizer:
+    """The optimizer that transformers makes for a name (transformers/trainer_optimizer.py).
+
+    `embeddings` are the ids of parameters whose states stay in float32 (transformers/trainer.py: create_optimizer).
+    """
     foreach = device == "cuda"  # torch's default there; a CPU updates one tensor after the other
     if name == "adamw_torch":
         return torch.optim.AdamW(groups, foreach=foreach)
@@ -29,7 +34,8 @@ def make_optimizer(name: str, groups: Groups, device: str) -> torch.optim.Optimi
         return torch.optim.RMSprop(groups, foreach=foreach)
     if name == "adafactor":
         return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
-    return _Kept(groups, OPTIMIZER_STATES[name], eight_bit=name.endswith("8bit"), paged=name.startswith("paged"))
+    eight_bit, paged = name.endswith("8bit"), name.startswith("paged")
+    return _Kept(groups, OPTIMIZER_STATES[name], eight_bit=eight_bit, paged=paged, embeddings=embeddings)
 
 
 class _Kept(torch.optim.Optimizer):
@@ -39,10 +45,17 @@ class _Kept(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, groups: Groups, states: int, like_parameter: bool = False, eight_bit: bool = False, paged: bool = False
+        self,
+        groups: Groups,
+        states: int,
+        like_parameter: bool = False,
+        eight_bit: bool = False,
+        paged: bool = False,
+        embeddings: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__(groups, {})
         self.states, self.like_parameter, self.eight_bit, self.paged = states, like_parameter, eight_bit, paged
+        self.embeddings = embeddings
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -58,7 +71,7 @@ class _Kept(torch.optim.Optimizer):
         for _ in range(self.states):
             if self.like_parameter:
                 yield torch.zeros_like(parameter)
-            elif self.eight_bit and parameter.numel() >= MIN_8BIT_SIZE:
+            elif self.eight_bit and parameter.numel() >= MIN_8BIT_SIZE and id(parameter) not in self.embeddings:
                 if not paged:
                     yield torch.zeros_like(parameter, dtype=torch.uint8)
                 yield parameter.new_zeros(math.ceil(parameter.numel() / STATE_BLOCK), dtype=torch.float32)

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import bitsandbytes.functional
+import bitsandbytes.nn
 import torch
 from torch.nn import functional
 from transformers import masking_utils
@@ -57,6 +58,8 @@ def standing_in(setup: Setup, recorder: Recorder) -> Iterator[Autocast]:
         if setup.quantization is not None and setup.quantization.get("load_in_4bit"):
             put(torch.ops.bitsandbytes.gemm_4bit, "default", _gemm_4bit(setup, recorder))
             put(bitsandbytes.functional, "dequantize_4bit", _dequantize_4bit)
+        if setup.quantization is not None and setup.quantization.get("load_in_8bit"):
+            put(bitsandbytes.nn.Linear8bitLt, "forward", lambda module, x: _Int8.apply(x, module.weight, recorder))
         autocast = Autocast(getattr(torch, setup.stack.autocast or setup.dtype))
         put(torch, "is_autocast_enabled", lambda *_: autocast.on and bool(setup.stack.autocast))
         put(torch, "get_autocast_dtype", lambda *_: autocast.dtype)
@@ -203,6 +206,30 @@ def _dequantize_4bit(b: Tensor, state: Any, *_: Any, **__: Any) -> Tensor:
         absmax = torch.empty_like(state.absmax, dtype=torch.float32)
         absmax = absmax + state.offset
     return b.new_empty(tuple(state.shape), dtype=state.dtype)
+
+
+class _Int8(torch.autograd.Function):
+    """A product in 8 bits, without outliers: the input is quantized and kept as it was
+    (bitsandbytes/autograd/_functions.py: MatMul8bitLt)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recorder: Recorder) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        half = x if x.dtype == torch.float16 else torch.empty_like(x, dtype=torch.float16)
+        quantized = torch.empty_like(x, dtype=torch.int8)
+        recorder.hidden(rows * weight.shape[0] * 4)
+        result = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        ctx.save_for_backward(x, weight)
+        del half, quantized
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        whole = torch.empty_like(weight, dtype=x.dtype)
+        result = torch.empty_like(x)
+        del whole
+        return result, None, None
 
 
 # --- fused kernels --------------------------------------------------------------------------------

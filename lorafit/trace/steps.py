@@ -109,12 +109,12 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers: int) -> None:
     """Clipping and two steps of the optimizer on all parameters of the whole model."""
-    parameters = [
-        nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in _trained(model, layers)
-    ]
+    trained = _trained(model, layers)
+    parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for _, shape, dtype in trained]
+    embeddings = frozenset(id(p) for p, (name, *_) in zip(parameters, trained, strict=True) if "embed" in name)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device)
+    optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device, embeddings)
     recorder.begin("known")
     for parameter in parameters:
         recorder.see(parameter)
@@ -138,14 +138,14 @@ def decay_groups(parameters: list[nn.Parameter]) -> Groups:
     return [group for group in groups if group["params"]]
 
 
-def _trained(model: nn.Module, layers: int) -> list[tuple[torch.Size, torch.dtype]]:
-    """Shapes and types of the trained parameters, the middle layer's repeated."""
-    found: dict[int | None, list[tuple[torch.Size, torch.dtype]]] = {}
+def _trained(model: nn.Module, layers: int) -> list[tuple[str, torch.Size, torch.dtype]]:
+    """Names, shapes and types of the trained parameters, the middle layer's repeated."""
+    found: dict[int | None, list[tuple[str, torch.Size, torch.dtype]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             match = LAYER.search(name)
             layer = int(match[1]) if match else None
-            found.setdefault(layer, []).append((parameter.shape, parameter.dtype))
+            found.setdefault(layer, []).append((name, parameter.shape, parameter.dtype))
     result = found.get(None, [])
     for index in range(layers):
         result = result + found.get(template_of(index, layers) if layers > SHORT else index, [])
