@@ -39,6 +39,7 @@ def build_manifest(
     schedule: Schedule,
     began: float,
     peak_bytes: int,
+    memory: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything but secrets: no environment variables, no tokens, no user names."""
     state = trainer.state
@@ -71,6 +72,7 @@ def build_manifest(
             "stopped_early": state.global_step < state.max_steps,
         },
         "peak_memory_bytes": peak_bytes,
+        "memory": memory,
         "seconds": round(ended.timestamp() - began, 3),
         "finished": ended.isoformat(timespec="seconds"),
     }

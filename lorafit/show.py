@@ -1,4 +1,4 @@
-"""Plans, estimates and evaluations as people read them."""
+"""Plans, audits and evaluations as people read them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.audit import RULES, Audit, Limits, findings
-from lorafit.memory import MemoryEstimate
 from lorafit.plan import Plan
 
-GIB = 1 << 30
 _HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
 """Line breaks, spaces, and what joins letters and emoji."""
 
@@ -167,19 +165,6 @@ def _print_lengths(report: dict[str, Any], console: Console) -> None:
 def _printable(text: str) -> str:
     """Text without the characters by which data could command a terminal."""
     return "".join(c if c.isprintable() or c in _HARMLESS else ascii(c)[1:-1] for c in text)
-
-
-def print_memory(plan: Plan, estimate: MemoryEstimate, console: Console | None = None) -> None:
-    """The terms as a table on stdout, and what is missing."""
-    console = console or Console()
-    table = _table("part", "GiB", "because")
-    table.columns[1].justify = "right"
-    for term in estimate.terms:
-        table.add_row(term.name, f"{term.bytes / GIB:.3f}", escape(term.why))
-    table.add_section()
-    table.add_row("sum, a lower bound", f"{estimate.bytes / GIB:.3f}", escape(f"{plan.model['name_or_path']}"))
-    console.print(table)
-    console.print(f"Not in yet: {', '.join(estimate.missing)}.", style="yellow")
 
 
 def print_evaluation(report: dict[str, Any], show_rows: int, console: Console | None = None) -> None:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from lorafit.audit import gate
+from lorafit.calibrate import Meter, memory_record
 from lorafit.callbacks import (
     EvaluateAtTheEnd,
     MetricsFile,
@@ -78,6 +79,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if main:
             print_findings(data.audit, plan.data.audit, console)
             make_run(run, plan, recipe_text, start)
+        meter = Meter.start(plan.hardware.device)
         trainer = build_trainer(plan, run, data, tokenizer)
         if plan.data.packing:
             check_isolation(trainer)
@@ -88,19 +90,22 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         schedule = plan.schedule
         assert schedule is not None
         display = add_callbacks(trainer, plan, run, schedule, request, console, checkpoint)
+        measured = None
         try:
             if checkpoint and is_last(checkpoint):
                 trainer.take_up(checkpoint)
             else:
                 with request.listening(), explained_out_of_memory(plan):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                measured = meter.measured()
             if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
                 trainer._load_best_model()
         finally:
             display.close()
         check_finite(trainer.model, trainer.state.global_step)
         if main:
-            manifest = build_manifest(plan, data, trainer, schedule, began, peak_memory_bytes())
+            memory = memory_record(plan, meter, measured) if measured else None
+            manifest = build_manifest(plan, data, trainer, schedule, began, peak_memory_bytes(), memory)
             save_result(trainer, plan, run, tokenizer, manifest)
         wait_for_everyone()
     return run

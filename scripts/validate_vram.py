@@ -25,6 +25,7 @@ from lorafit.errors import LorafitError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Stack, estimate
 from lorafit.memory.static import BYTES, trained
+from lorafit.memory.validated import GROUPED, features_of
 
 GIB = 1 << 30
 UNITS = {"GiB": GIB, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6, "B": 1}
@@ -299,17 +300,16 @@ def rule(setup: Setup) -> float:
 
 
 def accelerate_says(setup: Setup) -> float:
-    """`accelerate estimate-memory`: the figure for training with Adam in the base's type."""
+    """`accelerate estimate-memory`: training with Adam in the base's type (its table's last column)."""
     from accelerate.commands.estimate import estimate_training_usage
     from accelerate.utils import calculate_maximum_sizes
 
     from lorafit.trace.model import build
 
-    plain = dataclasses.replace(setup, lora=None, quantization=None, checkpointing="none")
-    total, _ = calculate_maximum_sizes(build(plain, None))
-    kind = {"bfloat16": "bf16", "float16": "float16", "float32": "float32"}[setup.dtype]
-    usage = estimate_training_usage(total * 4 // BYTES[setup.dtype], kind if kind != "bf16" else "float16")
-    return max(float(value) for value in usage.values())
+    wide = dataclasses.replace(setup, lora=None, quantization=None, dtype="float32", checkpointing="none")
+    total, _ = calculate_maximum_sizes(build(wide, None))
+    kind = "float32" if setup.dtype == "float32" else "float16"
+    return max(float(value) for value in estimate_training_usage(total, kind).values())
 
 
 @dataclass(frozen=True)
@@ -317,6 +317,7 @@ class Result:
     id: str
     group: str
     features: str
+    having: dict[str, str]
     quantity: str
     measured: float
     predicted: dict[str, float]
@@ -331,7 +332,7 @@ def results_of(case: Case, methods: dict[str, Method], others: bool) -> Iterator
         predicted = {name: getattr(prediction, quantity) for name, prediction in made.items()}
         if others and quantity in ("allocated", "reserved"):
             predicted |= {"accelerate": accelerate_says(case.setup), "rule": rule(case.setup)}
-        yield Result(case.id, case.group, features(case.setup), quantity, measured, predicted)
+        yield Result(case.id, case.group, features(case.setup), features_of(case.setup), quantity, measured, predicted)
 
 
 def features(setup: Setup) -> str:
@@ -351,6 +352,63 @@ def summary(results: list[Result], method: str) -> dict[str, Any]:
         "p95": errors[last],
         "bias": statistics.median(result.error(method) for result in results),
     }
+
+
+def bands(results: list[Result]) -> dict[str, Any]:
+    """Errors by what rows have in common, and how many rows have each feature."""
+    best = {
+        (r.id, r.quantity): abs(r.error("trace" if "trace" in r.predicted else "closed form"))
+        for r in results
+        if r.id != FITTED_ROW
+    }
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        if (result.id, result.quantity) in best and result.quantity in ("device", "reserved"):
+            groups.setdefault(tuple(result.having[name] for name in GROUPED), []).append(result)
+    covered: dict[str, dict[str, int]] = {}
+    for having in {result.id: result.having for result in results}.values():
+        for name, value in having.items():
+            counts = covered.setdefault(name, {})
+            counts[value] = counts.get(value, 0) + 1
+    found = []
+    for key, members in sorted(groups.items()):
+        errors = sorted(best[r.id, r.quantity] for r in members)
+        last = errors[min(len(errors) - 1, round(0.95 * (len(errors) - 1)))]
+        found.append({**dict(zip(GROUPED, key, strict=True)), "rows": len(members), "error": round(last, 4)})
+    return {"about": "made by scripts/validate_vram.py --record", "groups": found, "covered": covered}
+
+
+def write_docs(file: Path, results: list[Result], skipped: list[tuple[str, str]], summaries: dict[str, Any]) -> None:
+    """Put the summary and every row between the page's markers."""
+    lines = ["| rows | quantity | method | rows | median | 95% | bias |", "|---|---|---|--:|--:|--:|--:|"]
+    for kind, found in summaries.items():
+        gpus, quantity = kind.split(", ")
+        for method, figures in found.items():
+            cells = (f"{figures[name]:.1%}" for name in ("median", "p95"))
+            lines.append(
+                f"| {gpus} | {quantity} | {method} | {figures['rows']} | {' | '.join(cells)} | {figures['bias']:+.1%} |"
+            )
+    lines += ["", "| row | what | quantity | measured | closed form | trace | accelerate | rule |"]
+    lines.append("|--:|---|---|--:|--:|--:|--:|--:|")
+    for result in results:
+        size, unit = (1, " tokens") if result.quantity == "longest" else (GIB, "")
+        cells = []
+        for method in ("closed form", "trace", "accelerate", "rule"):
+            given = method in result.predicted
+            cells.append(f"{result.predicted[method] / size:.2f} ({result.error(method):+.1%})" if given else "")
+        what = f"{result.group}: {result.features}"
+        measured = f"{result.measured / size:.2f}{unit}"
+        lines.append(f"| {result.id} | {what} | {result.quantity} | {measured} | {' | '.join(cells)} |")
+    reasons: dict[str, list[str]] = {}
+    for identifier, reason in skipped:
+        reasons.setdefault(reason, []).append(identifier)
+    lines += ["", "Not modelled:", ""]
+    lines += [f"- {reason}: {', '.join(identifiers)}" for reason, identifiers in reasons.items()]
+    before, begin, rest = file.read_text(encoding="utf-8").partition("<!-- validation: begin -->")
+    _, end, after = rest.partition("<!-- validation: end -->")
+    if not end:
+        raise SystemExit(f"{file}: has no markers for the validation")
+    file.write_text("\n".join([before + begin, *lines, end + after]), encoding="utf-8")
 
 
 def kind_of(result: Result) -> str:
@@ -375,6 +433,8 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--no-trace", action="store_true", help="the closed form alone")
+    parser.add_argument("--record", type=Path, help="write the error bands that estimates show")
+    parser.add_argument("--docs", type=Path, help="write the figures into a page, between its markers")
     parser.add_argument("--others", action="store_true", help="compare with accelerate and parameters x bytes")
     options = parser.parse_args()
     rows = read(options.rows)
@@ -407,6 +467,10 @@ def main() -> None:
         }
         for kind, found in sorted(groups.items())
     }
+    if options.record:
+        options.record.write_text(json.dumps(bands(results), indent=1) + "\n", encoding="utf-8")
+    if options.docs:
+        write_docs(options.docs, results, skipped, summaries)
     if options.json:
         print(json.dumps({"summary": summaries, "rows": [as_json(r) for r in results], "left_out": skipped}, indent=2))
     else:

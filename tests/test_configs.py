@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -10,7 +11,7 @@ import pytest
 
 from lorafit.facts import ModelFacts, known_models, layout
 from lorafit.hardware import Hardware
-from lorafit.memory import estimate_memory
+from lorafit.memory import estimate, fits, setup_of
 from lorafit.plan import make_plan
 from lorafit.recipe import Recipe
 from lorafit.recipe.docs import json_schema
@@ -36,7 +37,8 @@ def test_a_config_loads_and_is_planned(config: Path) -> None:
     plan = make_plan(recipe, facts, A_GPU, config.stem, read_data=False)
     assert plan.output_dir == f"runs/{config.stem}"
     assert 0 < plan.trainable_parameters < facts.parameters
-    assert estimate_memory(plan, facts).bytes < 80 << 30
+    meant = re.search(r"GPU of (\d+) GB", config.read_text())
+    assert fits(estimate(setup_of(plan, facts)), int(meant[1] if meant else 8) << 30) == "fits"
 
 
 @pytest.mark.parametrize("path", CONFIGS + METHODS, ids=names(CONFIGS + METHODS))

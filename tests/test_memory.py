@@ -10,7 +10,17 @@ from pydantic import TypeAdapter
 
 from lorafit.facts import ModelFacts, Tensor, known_models, layout, read_facts
 from lorafit.hardware import Hardware
-from lorafit.memory import BYTES, OPTIMIZER_STATES, MemoryEstimate, _constants, _state_bytes, estimate_memory
+from lorafit.memory import Setup, setup_of
+from lorafit.memory.static import (
+    BYTES,
+    OPTIMIZER_STATES,
+    _state_bytes,
+    constants_bytes,
+    state_sizes,
+    trained,
+    trained_bytes,
+    weight_terms,
+)
 from lorafit.plan import Plan, make_plan
 from lorafit.recipe import Recipe, TrainingSection
 from lorafit.targets import find_targets
@@ -24,8 +34,16 @@ def plan_for(facts: ModelFacts, hardware: Hardware = GPU, **sections: Any) -> Pl
     return make_plan(TypeAdapter(Recipe).validate_python(content), facts, hardware, read_data=False)
 
 
-def terms(estimate: MemoryEstimate) -> dict[str, int]:
-    return {term.name: term.bytes for term in estimate.terms}
+def setup_for(facts: ModelFacts, hardware: Hardware = GPU, **sections: Any) -> Setup:
+    return setup_of(plan_for(facts, hardware, **sections), facts)
+
+
+def weights(setup: Setup) -> dict[str, int]:
+    return {term.name: term.bytes for term in weight_terms(setup)}
+
+
+def states(setup: Setup) -> int:
+    return sum(size for size, _ in state_sizes(setup))
 
 
 def bundled(name: str) -> ModelFacts:
@@ -39,23 +57,23 @@ NF4 = {"load_in_4bit": True}
 def test_llama3_8b_qlora() -> None:
     """By hand: 6,979,321,856 quantized weights in 224 layers, the rest in bfloat16."""
     facts = bundled("meta-llama/Meta-Llama-3-8B-Instruct")
-    plan = plan_for(facts, lora={"r": 16}, quantization=NF4)
-    counted = terms(estimate_memory(plan, facts))
+    setup = setup_for(facts, lora={"r": 16}, quantization=NF4)
+    counted = weights(setup)
     quantized = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
     assert counted["4-bit weights"] == quantized // 2
     assert counted["other weights"] == 2 * (8_030_261_248 - quantized)
     blocks = quantized // 64
     assert counted["quantization constants"] == blocks + blocks // 256 * 4 + 224 * (1024 + 4 + 64)
-    assert plan.trainable_parameters == 41_943_040
-    assert counted["adapter"] == counted["gradients"] == 2 * 41_943_040  # bfloat16
-    assert counted["optimizer"] == 2 * 41_943_040 + 2 * 4 * 41_943_040 // 256
+    assert sum(tensor.size for tensor in trained(setup)) == 41_943_040
+    assert trained_bytes(setup) == 2 * 41_943_040  # bfloat16
+    assert states(setup) == 2 * 41_943_040 + 2 * 4 * 41_943_040 // 256
 
 
 def test_full_training_takes_sixteen_bytes_a_parameter() -> None:
+    """Weights, gradients of the same size, and two states."""
     facts = bundled("HuggingFaceTB/SmolLM2-135M-Instruct")
-    estimate = estimate_memory(plan_for(facts), facts)
-    assert estimate.bytes == 16 * facts.parameters
-    assert "activations" in estimate.missing
+    setup = setup_for(facts)
+    assert weights(setup)["weights"] + trained_bytes(setup) + states(setup) == 16 * facts.parameters
 
 
 def test_every_optimizer_of_the_schema_is_counted() -> None:
@@ -80,7 +98,7 @@ def test_four_bits_as_bitsandbytes_packs_them(shape: tuple[int, int], kind: str,
         parts += [state.offset, state.state2.absmax, state.state2.code]
     tensor = Tensor("x.weight", shape)
     assert weight.numel() * weight.element_size() == -(-tensor.size // 2)
-    assert sum(part.numel() * part.element_size() for part in parts) == _constants(tensor, double)
+    assert sum(part.numel() * part.element_size() for part in parts) == constants_bytes(tensor, double)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -148,14 +166,11 @@ def test_whole_models_as_transformers_quantizes_them(model_folder: Path, quantiz
         facts, CPU, model={"name_or_path": facts.name, "dtype": "float32"}, lora={}, quantization=quantization
     )
     model = load_base(plan)
-    counted = terms(estimate_memory(plan, facts))
-    weights = sum(
-        counted.get(name, 0) for name in ("4-bit weights", "8-bit weights", "quantization constants", "other weights")
-    )
+    counted = sum(weights(setup_of(plan, facts)).values())
     spare = 0
     if quantization.get("load_in_4bit") and quantization.get("bnb_4bit_use_double_quant", True):
         spare = SHARED_CODE_BOOK * (len(facts.quantizable) - 1)  # layers may share it
-    assert weights - spare <= bytes_of(model) <= weights
+    assert counted - spare <= bytes_of(model) <= counted
     assert type(model.get_output_embeddings()).__name__ == "Linear"
 
 
@@ -191,10 +206,8 @@ def test_states_as_the_real_optimizers_keep_them(
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from lorafit.memory import _trained
-
-    plan = plan_for(QWEN, training={"optim": optimizer}, **ADAPTERS[adapter])
-    tensors = _trained(plan, QWEN)
+    setup = setup_for(QWEN, training={"optim": optimizer}, **ADAPTERS[adapter])
+    tensors = trained(setup)
     optimizer_class, values = Trainer.get_optimizer_cls_and_kwargs(
         TrainingArguments(output_dir=str(tmp_path), optim=optimizer, use_cpu=True, report_to=[])
     )
@@ -219,13 +232,14 @@ def test_states_as_the_real_optimizers_keep_them(
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and key not in apart
     )
-    assert terms(estimate_memory(plan, QWEN))["optimizer"] == kept
+    assert states(setup) == kept
 
 
 def test_magnitudes_stay_float32_in_a_bfloat16_adapter() -> None:
     plan = plan_for(QWEN, **ADAPTERS["dora"])
+    setup = setup_of(plan, QWEN)
     outputs = sum(QWEN.linear[module].shape[0] for module in find_targets(_lora(plan), QWEN).modules)
-    assert terms(estimate_memory(plan, QWEN))["adapter"] == 2 * plan.trainable_parameters + 2 * outputs
+    assert trained_bytes(setup) == 2 * plan.trainable_parameters + 2 * outputs
 
 
 def _lora(plan: Plan) -> Any:

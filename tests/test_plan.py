@@ -766,7 +766,7 @@ print("HEAVY", sorted(heavy & sys.modules.keys()), file=sys.stderr)
         (["--help"], "estimate-vram"),
         (["train", "CONFIG", "--dry-run"], "steps"),
         (["train", "CONFIG", "--dry-run", "--json"], '"trainable_parameters"'),
-        (["estimate-vram", "CONFIG"], "a lower bound"),
+        (["estimate-vram", "CONFIG"], "On the GPU: "),
         (["train", "CONFIG", "--dry-run", "--set", "training.optim=none"], "training.optim"),
     ],
 )

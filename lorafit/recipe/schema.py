@@ -6,7 +6,7 @@ Validators check; nothing here rewrites a value. `auto` is resolved later, in `l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -354,6 +354,14 @@ class Recipe(Section):
         from lorafit.recipe.load import load
 
         return load(path, overrides)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], written: str, overrides: Iterable[str] = ()) -> Recipe:
+        """A recipe of plain values, with `--set` overrides. Raises RecipeError, which names `written` as the place."""
+        from lorafit.recipe.load import validate
+        from lorafit.recipe.source import draft_of
+
+        return validate(draft_of(values, written, overrides))
 
     def remember_source(self, root: Located) -> None:
         """Keep where each value was written, for mistakes that only the plan can see."""

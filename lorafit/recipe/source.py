@@ -388,6 +388,18 @@ def read_recipe(path: Path, overrides: Iterable[str], environment: Mapping[str, 
     return Draft(root, files.mistakes, files.complete)
 
 
+def draft_of(values: Mapping[str, Any], written: str, overrides: Iterable[str]) -> Draft:
+    """A recipe from plain values instead of a file, with `--set` arguments; `written` names where they stand."""
+    root = _locate(dict(values), Position(written))
+    mistakes: list[Mistake] = []
+    for argument in overrides:
+        try:
+            root = _apply_override(root, argument, os.environ)
+        except SourceMistakes as error:
+            mistakes += error.mistakes
+    return Draft(root, mistakes, True)
+
+
 @dataclass
 class _Files:
     """Recipe files, each read once."""

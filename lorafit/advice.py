@@ -1,0 +1,225 @@
+"""What to change so that a recipe fits, in order of the harm done, each change planned and estimated anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from lorafit.errors import LorafitError
+from lorafit.memory import Sharding
+from lorafit.vram import Advice, Case, Solver, Subject
+
+SHORTEST = 512
+"""Tokens below which rows are not cut further."""
+GPU_COUNTS = (2, 4, 8)
+WORTH = 0.01
+"""Share of the total below which a saving alone is not worth a word."""
+SMALLER_STATES = {
+    "adamw_torch": ("adamw_8bit", "paged_adamw_8bit"),
+    "adamw_torch_fused": ("adamw_8bit", "paged_adamw_8bit"),
+    "adamw_8bit": ("paged_adamw_8bit",),
+    "paged_adamw_32bit": ("paged_adamw_8bit",),
+    "lion_32bit": ("lion_8bit", "paged_lion_8bit"),
+    "lion_8bit": ("paged_lion_8bit",),
+    "paged_lion_32bit": ("paged_lion_8bit",),
+    "ademamix_8bit": ("paged_ademamix_8bit",),
+}
+"""Optimizers with the same update and smaller states, the nearest first."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One way to lower the memory, as overrides or as more GPUs."""
+
+    does: str
+    costs: str
+    overrides: tuple[str, ...] = ()
+    harmful: bool = False
+    gpus: int = 1
+    sharding: Sharding | None = None
+
+    def made(self, subject: Subject) -> Subject:
+        changed = subject.changed(*self.overrides)
+        return changed.over(self.gpus, self.sharding) if self.sharding else changed
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return ("--gpus", str(self.gpus), "--sharding", self.sharding) if self.sharding else ()
+
+
+def advise(solve: Solver, subject: Subject, capacity: int) -> list[Advice]:
+    """The changes that help, the least harmful first; also those that are enough together, if no harmless one is.
+
+    Of a change that can be made in several degrees the mildest that fits is shown, else the strongest.
+    """
+    return _Adviser(solve, subject, capacity).advice()
+
+
+@dataclass
+class _Adviser:
+    solve: Solver
+    subject: Subject
+    capacity: int
+
+    def advice(self) -> list[Advice]:
+        try:
+            total = self.solve.estimate(self.subject).total
+            levers = list(changes(self.solve.case(self.subject)))
+        except LorafitError:  # only traced: nothing light can be said
+            return []
+        tried = [best[1] for lever in levers if (best := self._degree([], lever)) is not None]
+        found = [one for one in tried if one.verdict == "fits" or one.estimate.total < (1 - WORTH) * total]
+        if not any(one.verdict == "fits" and not one.harmful for one in found):
+            together = self._together(levers)
+            if together is not None and (together.verdict == "fits" or not any(o.verdict == "fits" for o in found)):
+                found.append(together)
+        return sorted(found, key=lambda one: one.harmful)
+
+    def _advice(self, made: list[Change]) -> Advice | None:
+        """What some changes together lead to; None where the plan refuses one of them."""
+        subject = self.subject
+        for change in made:
+            subject = change.made(subject)
+        try:
+            estimate, verdict = self.solve.judged(subject, self.capacity)
+        except LorafitError:
+            return None
+        return Advice(
+            overrides=tuple(override for change in made for override in change.overrides),
+            options=tuple(word for change in made for word in change.options),
+            does="; ".join(change.does for change in made),
+            costs="; ".join(dict.fromkeys(change.costs for change in made)),
+            harmful=any(change.harmful for change in made),
+            estimate=estimate,
+            verdict=verdict,
+        )
+
+    def _degree(self, before: list[Change], lever: list[Change]) -> tuple[Change, Advice] | None:
+        """The mildest degree of a lever that fits, on top of other changes; else the one that takes least."""
+        tried = [(change, advice) for change in lever if (advice := self._advice([*before, change])) is not None]
+        fitting = next(((change, advice) for change, advice in tried if advice.verdict == "fits"), None)
+        return fitting or min(tried, key=lambda pair: pair[1].estimate.total, default=None)
+
+    def _together(self, levers: list[list[Change]]) -> Advice | None:
+        """The changes with the least harm that are enough together; all that help, where even they are not."""
+        made: list[Change] = []
+        best: Advice | None = None
+        for lever in levers:
+            found = self._degree(made, lever)
+            if found is None or (best is not None and found[1].estimate.total >= best.estimate.total):
+                continue
+            made, best = [*made, found[0]], found[1]
+            if best.verdict == "fits":
+                made, best = self._milder(made, best, levers)
+                break
+        return best if len(made) > 1 else None
+
+    def _milder(self, made: list[Change], best: Advice, levers: list[list[Change]]) -> tuple[list[Change], Advice]:
+        """Without the changes that aren't needed, and with the others as mild as will do; the most harmful first."""
+        for change in reversed(made[:-1]):
+            fewer = [other for other in made if other is not change]
+            advice = self._advice(fewer)
+            if advice is not None and advice.verdict == "fits":
+                made, best = fewer, advice
+        for place, change in reversed([*enumerate(made)]):
+            lever = next(lever for lever in levers if change in lever)
+            for milder in lever[: lever.index(change)]:
+                others = [*made[:place], milder, *made[place + 1 :]]
+                advice = self._advice(others)
+                if advice is not None and advice.verdict == "fits":
+                    made, best = others, advice
+                    break
+        return made, best
+
+
+def changes(case: Case) -> Iterator[list[Change]]:
+    """What can be changed in a plan, the least harmful first, each in degrees from mild to strong."""
+    levers: Iterable[Iterator[Change]] = (
+        _fewer_rows_in_evaluation(case),
+        _fewer_rows(case),
+        _checkpointing(case),
+        _smaller_states(case),
+        _four_bits(case),
+        _shorter_rows(case),
+        _adapter(case),
+        _more_gpus(case),
+    )
+    for lever in levers:
+        degrees = list(lever)
+        if degrees:
+            yield degrees
+
+
+def _fewer_rows_in_evaluation(case: Case) -> Iterator[Change]:
+    if case.recipe.training.per_device_eval_batch_size != "auto" and case.setup.eval_batch > 1:
+        override = "training.per_device_eval_batch_size=1"
+        yield Change("one row at once in evaluation", "slower evaluation", (override,))
+
+
+def _fewer_rows(case: Case) -> Iterator[Change]:
+    """Halves of the rows at once, with more passes a step."""
+    rows, setup = case.setup.batch, case.setup
+    each = rows * setup.accumulation
+    counted = case.recipe.training.global_batch_size is not None
+    size = rows // 2
+    while size:
+        if each % size == 0:
+            overrides = [f"training.per_device_train_batch_size={size}"]
+            if not counted:
+                overrides.append(f"training.gradient_accumulation_steps={each // size}")
+            yield Change(f"{size} row{'s' * (size > 1)} at once, {each // size} passes a step", "slower", (*overrides,))
+        size //= 2
+
+
+def _checkpointing(case: Case) -> Iterator[Change]:
+    if case.setup.checkpointing == "none":
+        yield Change(
+            "gradient checkpointing",
+            "about a third more arithmetic",
+            ("training.gradient_checkpointing=true",),
+        )
+
+
+def _smaller_states(case: Case) -> Iterator[Change]:
+    for name in SMALLER_STATES.get(case.setup.optimizer, ()):
+        paged = " that move to main memory when short" * name.startswith("paged")
+        yield Change(f"optimizer states in 8 bits{paged}", "states are rounded", (f"training.optim={name}",))
+
+
+def _four_bits(case: Case) -> Iterator[Change]:
+    asked = case.recipe.quantization
+    if case.recipe.lora is None or (asked is not None and asked.load_in_4bit):
+        return
+    override = "quantization.load_in_4bit=true" if asked is None else "quantization={load_in_4bit: true}"
+    yield Change("base in 4 bits (QLoRA)", "the base's weights are rounded; slower", (override,))
+
+
+def _shorter_rows(case: Case) -> Iterator[Change]:
+    length = case.setup.length // 2
+    while length >= SHORTEST:
+        yield Change(f"max_length {length}", "longer rows are cut", (f"training.max_length={length}",), True)
+        length //= 2
+
+
+def _adapter(case: Case) -> Iterator[Change]:
+    if case.recipe.lora is None:
+        costs = "only an adapter is trained; wants a higher learning rate"
+        yield Change("LoRA in place of full training", costs, ("lora={}",), True)
+        overrides = ("lora={}", "quantization.load_in_4bit=true")
+        costs += "; the base's weights are rounded"
+        yield Change("QLoRA in place of full training", costs, overrides, True)
+
+
+def _more_gpus(case: Case) -> Iterator[Change]:
+    """FSDP's full shard, with as many rows a step as before where they can be divided."""
+    setup, training = case.setup, case.recipe.training
+    if setup.world > 1:
+        return
+    for count in GPU_COUNTS:
+        overrides: tuple[str, ...] = ()
+        rows = setup.batch * setup.accumulation
+        if training.gradient_accumulation_steps != "auto":
+            overrides = (f"training.gradient_accumulation_steps={max(setup.accumulation // count, 1)}",)
+        elif training.global_batch_size is not None and rows % (setup.batch * count):
+            continue
+        yield Change(f"{count} GPUs with FSDP", f"{count} GPUs to pay for", overrides, True, count, "fsdp")

@@ -1,0 +1,120 @@
+"""What is typed after `lorafit estimate-vram`, understood and answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import UsageError
+from lorafit.gpus import GIB, Device, find_gpu, parse_device, parse_memory
+from lorafit.sweep import as_typed, parse_sweeps
+from lorafit.vram import Answer, Question, answer, as_dict, failures, gib, subject_of
+from lorafit.workload import UNKNOWN, Spending, spending
+from lorafit.workload import as_dict as spending_dict
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command's options, as typed.
+
+    Attributes:
+        gpus: names; the plan is made for the first.
+        sizes: amounts of memory.
+        asserted: either.
+        world: GPUs that train together.
+    """
+
+    config: Path | None = None
+    model: str | None = None
+    method: str | None = None
+    overrides: tuple[str, ...] = ()
+    max_length: int | None = None
+    batch: int | None = None
+    gpus: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    asserted: tuple[str, ...] = ()
+    world: int | None = None
+    sharding: str | None = None
+    sweeps: tuple[str, ...] = ()
+    trace: bool = False
+    plot: Path | None = None
+    tokens: int | None = None
+    price: float | None = None
+
+    @property
+    def short(self) -> list[tuple[str, str, int]]:
+        """Options that are short for overrides: (option, override, value)."""
+        keys = (("max-length", "max_length", self.max_length), ("batch", "per_device_train_batch_size", self.batch))
+        return [(option, f"training.{key}={value}", value) for option, key, value in keys if value is not None]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer, with time and money if they were asked for.
+
+    Attributes:
+        spending: None where it isn't known.
+    """
+
+    answer: Answer
+    asks_cost: bool
+    spending: Spending | None
+    price: float | None
+
+    @property
+    def failures(self) -> list[str]:
+        return failures(self.answer)
+
+    def as_dict(self) -> dict[str, Any]:
+        cost: dict[str, Any] | None = None
+        if self.asks_cost:
+            cost = spending_dict(self.spending) if self.spending else {"unknown": UNKNOWN}
+        return as_dict(self.answer) | {"cost": cost, "failures": self.failures}
+
+
+def ask(asked: Asked) -> Reply:
+    """Raises UsageError, RecipeError and ModelError."""
+    gpus = [find_gpu(name) for name in asked.gpus]
+    sizes = [parse_memory(text) for text in asked.sizes]
+    devices = [Device(gpu.name, gpu.memory_bytes, gpu) for gpu in gpus]
+    devices += [Device(f"a GPU with {size / GIB:.4g} GiB", size) for size in sizes]
+    if asked.price is not None and not gpus:
+        raise UsageError("--price-per-hour: needs --gpu NAME, whose hours it is the price of")
+    if asked.plot is not None:
+        from lorafit.plot import check
+
+        check(asked.plot)
+    subject = subject_of(
+        asked.config,
+        asked.model,
+        asked.method,
+        (*asked.overrides, *(override for _, override, _ in asked.short)),
+        gpus[0] if gpus else None,
+        asked.world,
+        asked.sharding,
+    )
+    asserted = tuple(parse_device(text) for text in asked.asserted)
+    question = Question(subject, tuple(devices), asserted, parse_sweeps(asked.sweeps), asked.trace)
+    with as_typed({override: f"--{option} {value}" for option, override, value in asked.short}):
+        found = answer(question)
+    if asked.plot is not None:
+        draw(found, asked.plot)
+    asks_cost = bool(gpus or asked.tokens is not None)
+    spent = spending(found.case, asked.tokens, gpus, asked.price) if asks_cost else None
+    return Reply(found, asks_cost, spent, asked.price)
+
+
+def draw(found: Answer, file: Path) -> None:
+    """The terms as a stacked bar, and the timeline of a trace."""
+    from lorafit.plot import stacked_bar
+
+    known = found.estimate
+    stacked_bar(
+        [(term.name, term.bytes) for term in known.terms],
+        f"{found.case.plan.model['name_or_path']}: {gib(known.allocated)} GiB allocated, {gib(known.total)} on the GPU",
+        [(one.device.name, one.device.memory_bytes) for one in found.asked],
+        file,
+        known.timeline or None,
+        known.phases,
+    )

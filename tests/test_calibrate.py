@@ -1,0 +1,126 @@
+"""What a run says about its memory, and how far off the prediction was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RecipeMaker, Train
+from typer.testing import CliRunner
+
+from lorafit.cli import app
+from lorafit.errors import ModelError
+
+
+def calibrate(*words: object) -> tuple[int, str, str]:
+    command = ["estimate-vram", *(str(word) for word in words)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def manifest(folder: Path, memory: Any) -> Path:
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"memory": memory}))
+    return folder
+
+
+def on_gpu(allocated: int, reserved: int, told: int) -> dict[str, Any]:
+    return {
+        "device": "cuda",
+        "predicted": {"allocated": told, "reserved": told, "method": "closed form"},
+        "measured": {"allocated": allocated, "reserved": reserved},
+        "baseline": 0,
+    }
+
+
+def test_a_training_records_both(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    memory = run.load_manifest()["memory"]
+    assert memory["device"] == "cpu"
+    assert memory["measured"]["resident"] >= memory["baseline"] > 0
+    assert memory["predicted"] is None or memory["predicted"]["allocated"] > 0
+    assert ("reason" in memory) == (memory["predicted"] is None)
+    assert memory["setup"]["batch"] == 4
+    assert memory["setup"]["length"] < 128, "the longest row, as the audit counted it"
+    assert 0 < memory["setup"]["supervised"] < 1
+    assert calibrate("--calibrate", run.path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ModelError("of a kind unknown"), "of a kind unknown"), (KeyError("x"), "KeyError: 'x'")]
+)
+def test_a_training_survives_a_failed_prediction(
+    error: Exception, reason: str, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lorafit.memory.estimate", fail)
+    run = train(recipe())
+    assert run.result is not None
+    memory = run.load_manifest()["memory"]
+    assert memory["predicted"] is None
+    assert memory["reason"] == reason
+    code, out, _ = calibrate("--calibrate", run.path)
+    assert code == 0
+    assert f"nothing was predicted: {reason}" in out
+
+
+def test_predicted_against_measured(tmp_path: Path) -> None:
+    first = manifest(tmp_path / "first", on_gpu(100 << 20, 200 << 20, 110 << 20))
+    cpu = {
+        "device": "cpu",
+        "predicted": {"allocated": 300, "reserved": 0, "method": "closed form"},
+        "measured": {"resident": 1000},
+        "baseline": 600,
+    }
+    second = manifest(tmp_path / "second", cpu)
+    code, out, _ = calibrate("--calibrate", first, "--calibrate", second / "manifest.json", "--json")
+    assert code == 0
+    found = json.loads(out)
+    errors = {row["quantity"]: row["error"] for row in found["runs"]}
+    assert errors == pytest.approx({"allocated": 0.1, "reserved": -0.45, "resident": -0.1})
+    assert found["summary"]["allocated"] == pytest.approx(
+        {"runs": 1, "median_error": 0.1, "largest_error": 0.1, "bias": 0.1}
+    )
+    code, out, _ = calibrate("--calibrate", first, "--calibrate", second)
+    assert code == 0
+    assert "+10.0%" in out
+    assert "allocated: 1 run, median error 10.0%" in out
+
+
+@pytest.mark.parametrize(
+    ("memory", "reason"),
+    [
+        (None, "no memory figures"),
+        ({"device": "cuda"}, "can't be read"),
+        ({"device": "cuda", "predicted": {"allocated": "much"}, "measured": {}}, "can't be read"),
+        ({"device": "cuda", "predicted": None, "measured": {}, "reason": "of a kind unknown"}, "of a kind unknown"),
+        (on_gpu(0, 0, 5), "nothing was measured"),
+    ],
+)
+def test_runs_without_figures_are_named(memory: Any, reason: str, tmp_path: Path) -> None:
+    run = manifest(tmp_path / "run", memory)
+    code, out, _ = calibrate("--calibrate", run)
+    assert code == 0
+    assert f"{run}: " in out.replace("\n", "")
+    assert reason in out
+    [skipped] = json.loads(calibrate("--calibrate", run, "--json")[1])["skipped"]
+    assert skipped["run"] == str(run)
+
+
+def test_paths_that_are_no_runs(tmp_path: Path) -> None:
+    code, _, err = calibrate("--calibrate", tmp_path / "nowhere")
+    assert code == 2
+    assert err == f"{tmp_path / 'nowhere'}: no such run\n"
+    code, out, _ = calibrate("--calibrate", tmp_path)
+    assert code == 0
+    assert "has no manifest" in out
+
+
+def test_it_needs_no_recipe(tmp_path: Path, recipe: RecipeMaker) -> None:
+    code, _, err = calibrate(recipe(), "--calibrate", tmp_path)
+    assert code == 2
+    assert "leave out the recipe" in err

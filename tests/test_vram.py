@@ -1,0 +1,487 @@
+"""`lorafit estimate-vram`: what it says, and what scripts read from it. The figures themselves are tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import RecipeMaker, write_jsonl
+from typer.testing import CliRunner
+
+from lorafit.cli import app
+from lorafit.errors import ModelError
+from lorafit.facts import ModelFacts, known_models, layout
+from lorafit.gpus import GPUS
+from lorafit.memory import GIB, Band, Estimate, Term
+from lorafit.sweep import parse_sweeps
+from lorafit.vram import SHARDINGS
+from lorafit.workload import active_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMALL = "./small"
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One with a model's configuration in it, without its weights."""
+    before, here = Path.cwd(), tmp_path_factory.mktemp("here")
+    (here / SMALL).mkdir()
+    (here / SMALL / "config.json").write_text(json.dumps(CONFIG))
+    os.chdir(here)
+    yield
+    os.chdir(before)
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    command = ["estimate-vram", *(str(word) for word in words)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def answer(*words: object) -> dict[str, Any]:
+    code, out, err = run(*words, "--json")
+    assert code in (0, 5), err
+    return dict(json.loads(out))
+
+
+def small(*words: object) -> dict[str, Any]:
+    return answer("--model", SMALL, *words)
+
+
+@pytest.fixture
+def bundled_recipe(tmp_path: Path) -> Path:
+    """A recipe for a model that is known without its files, whose data isn't here."""
+    content = {
+        "model": {"name_or_path": SMALL},
+        "lora": {"r": 8},
+        "dataset": {"train": [{"path": "nowhere.jsonl", "format": "text"}]},
+        "training": {"per_device_train_batch_size": 16, "max_length": 2048},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+class TestWhatIsEstimated:
+    def test_a_recipe_whose_data_is_elsewhere(self, bundled_recipe: Path) -> None:
+        found = answer(bundled_recipe)
+        assert found["recipe"] == str(bundled_recipe)
+        assert (found["setup"]["batch"], found["setup"]["max_length"], found["setup"]["lora_r"]) == (16, 2048, 8)
+
+    def test_a_model_by_name(self) -> None:
+        found = answer("--model", BUNDLED)
+        assert found["model"]["parameters"] == 134_515_008
+
+    def test_a_model_without_a_recipe(self) -> None:
+        found = small("--max-length", 1024, "--batch", 4, "--set", "lora.r=64")
+        assert found["recipe"] is None
+        assert (found["setup"]["batch"], found["setup"]["max_length"], found["setup"]["lora_r"]) == (4, 1024, 64)
+
+    def test_the_methods(self) -> None:
+        full, lora, qlora = (small("--method", method) for method in ("full", "lora", "qlora"))
+        assert full["setup"]["lora_r"] is None
+        assert qlora["setup"]["quantization"]["load_in_4bit"] is True
+        assert full["total"] > lora["total"] > qlora["total"]
+
+    def test_the_parts_are_the_whole(self, bundled_recipe: Path) -> None:
+        found = answer(bundled_recipe)
+        assert sum(term["bytes"] for term in found["terms"]) == found["allocated"] <= found["reserved"]
+        assert found["least"] < found["total"] < found["most"]
+
+    def test_a_recipe_or_a_model(self, bundled_recipe: Path) -> None:
+        for words in ((), (bundled_recipe, "--model", SMALL), (bundled_recipe, "--method", "full")):
+            code, out, err = run(*words)
+            assert (code, out) == (2, "")
+            assert len(err.splitlines()) == 1
+
+    def test_the_named_gpu_decides_about_types(self) -> None:
+        assert small("--gpu", "T4")["setup"]["dtype"] == "float16"
+        assert small("--gpu", "A10")["setup"]["dtype"] == "bfloat16"
+
+    @pytest.mark.parametrize("sharding", [way for way in SHARDINGS if way != "none"])
+    def test_several_gpus(self, sharding: str) -> None:
+        found = small("--gpus", 4, "--sharding", sharding)
+        assert (found["setup"]["gpus"], found["setup"]["sharding"]) == (4, sharding)
+
+    def test_several_gpus_without_a_word_are_ddp(self) -> None:
+        assert small("--gpus", 2)["setup"]["sharding"] == "ddp"
+
+
+class TestVerdicts:
+    def test_they_change_with_the_capacity(self) -> None:
+        words = [word for size in ("1MiB", "16GiB", "9TiB") for word in ("--vram", size)]
+        found = small(*words)
+        assert [one["verdict"] for one in found["asked"]][::2] == ["does not fit", "fits"]
+
+    def test_tight_is_what_lies_within_the_band(self) -> None:
+        total = small()["total"]
+        assert small("--vram", f"{total >> 20}MiB")["asked"][0]["verdict"] == "tight"
+
+    def test_every_known_gpu_has_one(self) -> None:
+        devices = small()["devices"]
+        assert [one["name"] for one in devices] == [gpu.name for gpu in GPUS]
+        assert {one["verdict"] for one in devices} <= {"fits", "tight", "does not fit"}
+
+    def test_a_named_gpu_is_judged_by_an_estimate_for_it(self) -> None:
+        first, second = small("--gpu", "A10", "--gpu", "T4")["asked"]
+        assert (first["name"], second["name"]) == ("A10", "T4")
+        assert second["total"] == small("--gpu", "T4")["total"]
+
+
+class TestAssertFits:
+    def test_it_fits(self) -> None:
+        code, out, err = run("--model", SMALL, "--assert-fits", "80GiB", "--assert-fits", "RTX 4090")
+        assert code == 0, err
+        assert "RTX 4090" in out
+
+    def test_it_does_not(self) -> None:
+        code, out, err = run("--model", SMALL, "--batch", 16, "--assert-fits", "80GiB", "--assert-fits", "2GiB")
+        assert code == 5
+        assert "does not fit in a GPU with 2 GiB: takes" in err
+        assert len(err.splitlines()) == 1
+        assert "allocated" in out, "the table is printed all the same"
+
+    def test_tight_is_not_enough(self) -> None:
+        total = small()["total"]
+        code, _, err = run("--model", SMALL, "--assert-fits", f"{total >> 20}MiB")
+        assert code == 5
+        assert err.startswith("tight, not certain to fit in a GPU with ")
+
+    def test_the_message_has_the_best_advice(self) -> None:
+        found = small("--batch", 16)
+        half = f"{round(found['total'] * 0.7) >> 20}MiB"
+        code, _, err = run("--model", SMALL, "--batch", 16, "--assert-fits", half)
+        assert code == 5
+        assert "--set training.per_device_train_batch_size=" in err
+
+    def test_json_is_whole_on_stdout(self) -> None:
+        code, out, err = run("--model", SMALL, "--assert-fits", "1GiB", "--json")
+        assert code == 5
+        assert json.loads(out)["failures"] == err.splitlines()
+
+
+class TestAdvice:
+    def words(self, advice: dict[str, Any]) -> list[str]:
+        return shlex.split(advice["options"])
+
+    @pytest.mark.parametrize(
+        ("method", "share"), [("lora", 0.75), ("lora", 0.5), ("qlora", 0.6), ("full", 0.8), ("full", 0.4)]
+    )
+    def test_it_is_true_when_applied(self, method: str, share: float) -> None:
+        base = ("--model", SMALL, "--method", method, "--batch", 8, "--set", "training.gradient_checkpointing=false")
+        capacity = f"{round(answer(*base)['total'] * share) >> 20}MiB"
+        asked = answer(*base, "--vram", capacity)["asked"][0]
+        assert asked["verdict"] != "fits"
+        assert asked["advice"]
+        for advice in asked["advice"]:
+            applied = answer(*base[:4], *base[6:], "--set", "training.per_device_train_batch_size=8",
+                             *self.words(advice), "--vram", capacity)["asked"][0]  # fmt: skip
+            assert applied["total"] == advice["total"], advice["does"]
+            assert applied["verdict"] == advice["verdict"]
+
+    def test_fewer_rows_at_once_keep_the_rows_a_step(self) -> None:
+        base = ("--model", SMALL, "--set", "training.per_device_train_batch_size=8",
+                "--set", "training.gradient_accumulation_steps=3")  # fmt: skip
+        capacity = f"{round(answer(*base)['total'] * 0.8) >> 20}MiB"
+        first = answer(*base, "--vram", capacity)["asked"][0]["advice"][0]
+        setup = answer(*base, *self.words(first))["setup"]
+        assert setup["batch"] < 8
+        assert setup["batch"] * setup["accumulation"] == 24
+
+    def test_it_goes_with_a_global_batch_size(self, bundled_recipe: Path) -> None:
+        words = (bundled_recipe, "--set", "training.global_batch_size=32")
+        capacity = f"{round(answer(*words)['total'] * 0.8) >> 20}MiB"
+        first = answer(*words, "--vram", capacity)["asked"][0]["advice"][0]
+        setup = answer(*words, *self.words(first))["setup"]
+        assert setup["batch"] * setup["accumulation"] == 32
+
+    def test_harmless_changes_come_first(self) -> None:
+        advice = small("--method", "full", "--batch", 8, "--vram", "2GiB")["asked"][0]["advice"]
+        harms = [one["harmful"] for one in advice]
+        assert harms == sorted(harms)
+
+    def test_none_where_it_fits(self) -> None:
+        found = small("--vram", "80GiB")
+        assert found["asked"][0]["advice"] == []
+
+    def test_where_nothing_helps(self) -> None:
+        code, out, _ = run("--model", SMALL, "--vram", "1MiB")
+        assert code == 0
+        assert "does not fit" in out
+
+
+class TestSweeps:
+    def test_a_grid(self) -> None:
+        cells = small("--sweep", "max_length=512,1024,2048", "--sweep", "lora.r=8,64", "--vram", "4GiB")["sweep"]
+        assert [tuple(cell["values"].values()) for cell in cells] == [
+            (length, r) for length in ("512", "1024", "2048") for r in ("8", "64")
+        ]
+        assert list(cells[0]["values"]) == ["training.max_length", "lora.r"]
+        for rank in ("8", "64"):
+            totals = [cell["total"] for cell in cells if cell["values"]["lora.r"] == rank]
+            assert totals == sorted(totals)
+            assert totals[0] < totals[-1]
+        assert all(len(cell["verdicts"]) == 1 for cell in cells)
+
+    def test_each_cell_is_what_the_value_alone_gives(self) -> None:
+        cells = small("--sweep", "batch=1,2")["sweep"]
+        assert [cell["total"] for cell in cells] == [small("--batch", size)["total"] for size in (1, 2)]
+
+    @pytest.mark.parametrize(
+        ("sweeps", "shown"),
+        [
+            (["max_length=512,1024"], "training.max_length"),
+            (["max_length=512,1024", "r=8,16"], "training.max_length \\ lora.r"),
+            (["max_length=512,1024", "r=8,16", "batch=1,2"], "training.per_device_train_batch_size"),
+        ],
+    )
+    def test_as_printed(self, sweeps: list[str], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        code, out, _ = run("--model", SMALL, *(word for sweep in sweeps for word in ("--sweep", sweep)))
+        assert code == 0
+        assert shown in out
+
+    def test_values_with_commas(self) -> None:
+        swept = parse_sweeps(["target_modules=[q_proj, v_proj],all-linear"])
+        assert swept == (("lora.target_modules", ("[q_proj, v_proj]", "all-linear")),)
+
+    @pytest.mark.parametrize(
+        ("sweep", "said"),
+        [
+            ("max_length", "expected KEY=V1,V2"),
+            ("max_length=", "expected KEY=V1,V2"),
+            ("max_lenght=512", "did you mean 'max_length'?"),
+            ("lora.rank=8", "--sweep lora.rank=8: lora.rank: unknown key; did you mean 'r'?"),
+            ("speed=8", "no such key in a recipe"),
+            ("max_length=512,many", "--sweep training.max_length=many: training.max_length: expected a whole number"),
+            ("max_length=0", "expected a number above 0"),
+            ("max_length=512,999999", "above the model's context"),
+            (f"r={','.join(map(str, range(1, 500)))}", "at most"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, sweep: str, said: str) -> None:
+        code, out, err = run("--model", SMALL, "--sweep", sweep)
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert said in err
+
+
+class TestNonsense:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("--batch", "0"),
+            ("--batch", "-1"),
+            ("--batch", "1000000000"),
+            ("--max-length", "0"),
+            ("--max-length", "100000000"),
+            ("--gpus", "0"),
+            ("--gpus", "1000000000"),
+            ("--gpus", "2", "--sharding", "none"),
+            ("--sharding", "fsdp"),
+            ("--sharding", "zero9", "--gpus", "2"),
+            ("--method", "magic"),
+            ("--gpu", "RTX 9999"),
+            ("--vram", "24"),
+            ("--vram", "0GiB"),
+            ("--assert-fits", "much"),
+            ("--tokens", "0"),
+            ("--price-per-hour", "2"),
+            ("--gpu", "A10", "--tokens", "1000", "--price-per-hour", "-2"),
+            ("--plot", "memory.pdf"),
+            ("--set", "lora.r=-8"),
+        ],
+        ids=" ".join,
+    )
+    def test_one_line_each(self, words: tuple[str, ...]) -> None:
+        code, out, err = run("--model", SMALL, *words)
+        assert (code, out) == (2, "")
+        assert len(err.splitlines()) == 1
+
+    def test_short_options_are_named_as_typed(self) -> None:
+        assert run("--model", SMALL, "--batch", "0")[2].startswith("--batch 0: ")
+
+    def test_an_unknown_architecture(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "strange"}')
+        code, _, err = run("--model", tmp_path)
+        assert code == 4
+        assert err == f"{tmp_path}: the tensors of a strange model are not known without its safetensors files\n"
+
+    def test_a_folder_without_a_configuration(self, tmp_path: Path) -> None:
+        code, _, err = run("--model", tmp_path)
+        assert code == 4
+        assert err == f"{tmp_path}: the folder has no config.json\n"
+
+    def test_a_model_that_nobody_knows(self) -> None:
+        code, _, err = run("--model", "someone/some-model")
+        assert code == 4
+        assert len(err.splitlines()) == 1
+
+
+class TestCost:
+    def test_tokens_make_time_and_money(self) -> None:
+        cost = small("--tokens", 10_000_000, "--gpu", "A100 80GB", "--price-per-hour", 2)["cost"]
+        assert cost["rough"] is True
+        [one] = cost["gpus"]
+        low, high = one["hours"]
+        assert 0 < low < high
+        assert one["money"] == [2 * low, 2 * high]
+
+    def test_more_tokens_take_longer(self) -> None:
+        hours = [
+            small("--tokens", tokens, "--gpu", "T4")["cost"]["gpus"][0]["hours"][0] for tokens in (10**6, 3 * 10**6)
+        ]
+        assert hours[1] == pytest.approx(3 * hours[0])
+
+    def test_it_says_how_to_give_tokens(self) -> None:
+        code, out, _ = run("--model", SMALL, "--gpu", "T4")
+        assert code == 0
+        assert "--tokens N" in out
+        assert "--tokens N" in small("--gpu", "T4")["cost"]["unknown"]
+
+    def test_nothing_where_it_is_not_asked(self) -> None:
+        assert small()["cost"] is None
+
+    def test_audited_data(self, recipe: RecipeMaker, rows: Path) -> None:
+        path = recipe(training={"max_steps": ..., "num_train_epochs": 2.0})
+        assert "unknown" in answer(path, "--gpu", "T4")["cost"]
+        assert CliRunner().invoke(app, ["preview", str(path), "--rows", "0"]).exit_code == 0
+        cost = answer(path, "--gpu", "T4")["cost"]
+        assert cost["epochs"] == 2
+        assert cost["tokens_per_epoch"] > 0
+        write_jsonl(rows, [json.loads(line) for line in rows.read_text().splitlines()][:3])
+        assert "unknown" in answer(path, "--gpu", "T4")["cost"], "other data was not audited"
+
+    def test_steps_bound_the_tokens(self) -> None:
+        cost = small("--gpu", "T4", "--set", "training.max_steps=10", "--max-length", 512)["cost"]
+        assert cost["tokens_per_epoch"] == 10 * 16 * 512
+
+    def test_weights_that_a_token_meets(self) -> None:
+        """Published: of Mixtral's 46.7 billion parameters a token uses 12.9; its embedding is only looked up in."""
+        assert active_parameters(facts_of("mistralai/Mixtral-8x7B-v0.1")) == pytest.approx(12.88e9 - 131e6, rel=0.002)
+        tied = facts_of(BUNDLED)
+        assert active_parameters(tied) == tied.parameters
+
+
+def facts_of(name: str) -> ModelFacts:
+    config = known_models()[name.lower()]
+    return ModelFacts(name, "bundled", "", config, tuple(layout(config)))
+
+
+def test_the_keys_that_scripts_read(bundled_recipe: Path) -> None:
+    found = answer(bundled_recipe, "--vram", "1GiB", "--gpu", "A10", "--tokens", 1000, "--sweep", "r=8")
+    estimate = {"method", "allocated", "reserved", "total", "least", "most", "band"}
+    assert set(found) == estimate | {
+        "recipe", "overrides", "model", "hardware", "setup", "terms", "paged", "moment", "notes", "devices", "asked",
+        "sweep", "cost", "failures",
+    }  # fmt: skip
+    assert set(found["band"]) == {"error", "rows", "features", "status"}
+    assert set(found["terms"][0]) == {"name", "bytes", "why", "source"}
+    assert set(found["devices"][0]) == {"name", "memory_bytes", "verdict"}
+    asked = found["asked"][1]
+    assert set(asked) == estimate | {"name", "memory_bytes", "asserted", "verdict", "notes", "advice"}
+    advice = {"overrides", "options", "does", "costs", "harmful", "verdict"}
+    assert set(asked["advice"][0]) == estimate | advice
+    assert set(found["sweep"][0]) == estimate | {"values", "verdicts"}
+    assert set(found["cost"]["gpus"][0]) == {"name", "hours", "tokens_per_second", "utilisation", "money"}
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, _, err = run("--model", SMALL, "--vram", "8GiB", "--plot", tmp_path / "memory.svg")
+    assert code == 0, err
+    assert "8 GiB" in (tmp_path / "memory.svg").read_text()
+
+
+def test_the_trace_is_announced_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lorafit.trace
+    from lorafit.memory import estimate
+
+    asked = []
+
+    def by_trace(setup: Any, capacity: int | None = None) -> Any:
+        asked.append(capacity)
+        return replace(estimate(setup), method="trace")
+
+    monkeypatch.setattr(lorafit.trace, "estimate_by_trace", by_trace, raising=False)
+    code, out, err = run("--model", SMALL, "--trace", "--vram", "8GiB", "--json")
+    assert code == 0
+    assert "some seconds" in err
+    assert json.loads(out)["method"] == "trace"
+    assert asked == [8 * GIB]
+
+
+ASSUMED = Band(0.01, 0, "")
+
+
+def test_what_torch_can_give_back_is_tight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 GiB allocated and 9 reserved fit 6 GiB if torch gives back what it doesn't use."""
+
+    def made(_: Any, capacity: int | None = None) -> Estimate:
+        reserved = 9 * GIB if capacity is None else 5 * GIB
+        served = capacity is None or capacity > 5 * GIB
+        return Estimate((Term("all", 4 * GIB, ""),), "", reserved, "closed form", ASSUMED, served=served)
+
+    monkeypatch.setattr("lorafit.vram.estimate", made)
+    asked = small("--vram", "6GiB", "--vram", "5GiB", "--vram", "3GiB")["asked"]
+    assert [one["verdict"] for one in asked] == ["tight", "does not fit", "does not fit"]
+
+
+def test_a_trace_needs_no_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lorafit.trace
+
+    def unknown(*_: Any) -> Estimate:
+        raise ModelError("the activations are not known in closed form; use --trace")
+
+    def by_trace(_: Any, capacity: int | None = None) -> Estimate:
+        return Estimate((Term("all", 4 * GIB, ""),), "", 4 * GIB, "trace", ASSUMED)
+
+    monkeypatch.setattr("lorafit.vram.estimate", unknown)
+    monkeypatch.setattr(lorafit.trace, "estimate_by_trace", by_trace, raising=False)
+    code, _, err = run("--model", SMALL)
+    assert (code, err) == (4, "the activations are not known in closed form; use --trace\n")
+    [asked] = small("--trace", "--vram", "2GiB")["asked"]
+    assert (asked["verdict"], asked["advice"]) == ("does not fit", [])
+
+
+def test_it_is_quick_and_light() -> None:
+    """The whole process, without the libraries that take seconds to load."""
+    program = (
+        "import sys\nfrom lorafit.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'numpy', 'matplotlib', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program, "estimate-vram", "configs/llama3-qlora.yaml", "--gpu", "RTX 4090"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "RTX 4090" in done.stdout
+    assert time.monotonic() - began < 5, "a second on an idle machine"
