@@ -23,7 +23,7 @@ from typing import Any
 
 from lorafit.errors import LorafitError
 from lorafit.facts import ModelFacts, read_facts
-from lorafit.memory import Estimate, Kernel, LossPath, Setup, Stack, estimate
+from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
 from lorafit.memory.static import BYTES, trained
 from lorafit.memory.validated import GROUPED, features_of
 
@@ -150,7 +150,7 @@ def unsloth(row: dict[str, str]) -> Case:
     setup = dataclasses.replace(setup, optimizer="adamw_8bit")
     found = case(row, "unsloth", setup)
     return dataclasses.replace(
-        found, quantity="longest", measured=float(row["seq_len"]), capacity=round(float(row["measured"]) * GIB)
+        found, quantity="longest", measured=float(row["seq_len"]), capacity=round(found.measured)
     )
 
 
@@ -171,7 +171,7 @@ def make(row: dict[str, str], length: int, lora: dict[str, Any] | None, stack: S
     quantized = "nf4" in row["dtype_quant"]
     world = int(row["num_gpus"] or 1)
     kind = row["sharding"].lower()
-    sharding = "fsdp" if "full_shard" in kind else "ddp" if world > 1 else "none"
+    sharding: Sharding = "fsdp" if "full_shard" in kind else "ddp" if world > 1 else "none"
     return Setup(
         facts=facts_of(row["model"]),
         batch=int(row["micro_batch"]),
@@ -384,10 +384,8 @@ def write_docs(file: Path, results: list[Result], skipped: list[tuple[str, str]]
     for kind, found in summaries.items():
         gpus, quantity = kind.split(", ")
         for method, figures in found.items():
-            cells = (f"{figures[name]:.1%}" for name in ("median", "p95"))
-            lines.append(
-                f"| {gpus} | {quantity} | {method} | {figures['rows']} | {' | '.join(cells)} | {figures['bias']:+.1%} |"
-            )
+            errors = f"{figures['median']:.1%} | {figures['p95']:.1%} | {figures['bias']:+.1%}"
+            lines.append(f"| {gpus} | {quantity} | {method} | {figures['rows']} | {errors} |")
     lines += ["", "| row | what | quantity | measured | closed form | trace | accelerate | rule |"]
     lines.append("|--:|---|---|--:|--:|--:|--:|--:|")
     for result in results:
@@ -488,9 +486,8 @@ def show(results: list[Result], skipped: list[tuple[str, str]], summaries: dict[
             f"{name} {value / size:.2f} ({result.error(name):+.1%})" for name, value in result.predicted.items()
         )
         mark = "  (its length was fitted)" if result.id == FITTED_ROW else ""
-        print(
-            f"{result.id:>5} {result.features:24.24} {result.quantity:9} {result.measured / size:.2f} {unit}  {cells}{mark}"
-        )
+        print(f"{result.id:>5} {result.features:24.24} {result.quantity:9} {result.measured / size:.2f} {unit}", end="")
+        print(f"  {cells}{mark}")
     reasons: dict[str, list[str]] = {}
     for identifier, reason in skipped:
         reasons.setdefault(reason, []).append(identifier)

@@ -7,7 +7,7 @@ no expandable_segments, no roundup_power2_divisions). One stream.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -58,13 +58,14 @@ class CachingAllocator:
 
     Attributes:
         allocated, reserved: bytes now; max_allocated, max_reserved: at most so far.
+        settled: bytes reserved at most since cached memory was last given back.
         retries: how often cached segments were given back to the driver to serve a request.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
         self.allocated = self.reserved = 0
-        self.max_allocated = self.max_reserved = 0
+        self.max_allocated = self.max_reserved = self.settled = 0
         self.retries = 0
         self._next_address = 0
         self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # (size, address), sorted
@@ -123,10 +124,12 @@ class CachingAllocator:
         if self.capacity is not None and self.reserved + wanted > self.capacity:
             self.empty_cache()
             self.retries += 1
+            self.settled = self.reserved
             if self.reserved + wanted > self.capacity:
                 raise OutOfMemory(size, self.reserved, self.allocated)
         self.reserved += wanted
         self.max_reserved = max(self.max_reserved, self.reserved)
+        self.settled = max(self.settled, self.reserved)
         block = _Block(self._next_address, wanted, small)
         self._next_address += wanted + 1
         return block
@@ -146,12 +149,14 @@ class Replay:
     """Peaks of a record, in bytes.
 
     Attributes:
+        settled: reserved at most once cached memory was last given back: what later steps show.
         timeline: (event, allocated, reserved), one for each new highest or lowest point of a stretch of events.
         fits: whether every request was served within the capacity.
     """
 
     max_allocated: int
     max_reserved: int
+    settled: int
     retries: int
     fits: bool
     timeline: tuple[tuple[int, int, int], ...]
@@ -160,7 +165,7 @@ class Replay:
 FREE = -1
 
 
-def replay(events: Iterable[tuple[int, int]], capacity: int | None = None, points: int = 2000) -> Replay:
+def replay(events: Iterable[tuple[Hashable, int]], capacity: int | None = None, points: int = 2000) -> Replay:
     """Serve a record of (storage, bytes), FREE in place of the bytes for its end.
 
     Args:
@@ -169,7 +174,7 @@ def replay(events: Iterable[tuple[int, int]], capacity: int | None = None, point
     """
     events = list(events)
     allocator = CachingAllocator(capacity)
-    blocks: dict[int, _Block] = {}
+    blocks: dict[Hashable, _Block] = {}
     timeline: list[tuple[int, int, int]] = []
     stride = max(1, len(events) // points)
     highest = (0, 0, 0)
@@ -190,4 +195,11 @@ def replay(events: Iterable[tuple[int, int]], capacity: int | None = None, point
         if index % stride == stride - 1:
             timeline += [highest, (index, allocator.allocated, allocator.reserved)]
             highest = (index, 0, 0)
-    return Replay(allocator.max_allocated, allocator.max_reserved, allocator.retries, fits, tuple(timeline))
+    return Replay(
+        allocator.max_allocated,
+        allocator.max_reserved,
+        allocator.settled,
+        allocator.retries,
+        fits,
+        tuple(timeline),
+    )

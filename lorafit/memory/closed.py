@@ -7,8 +7,9 @@ Every size is a product of the model's dimensions, the batch and bytes an elemen
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from lorafit.memory.allocator import Replay, replay
 from lorafit.memory.decoder import Decoder
@@ -29,6 +30,7 @@ from lorafit.memory.types import CONTEXT, Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.memory.why import explained
 
+K = TypeVar("K", bound=Hashable)
 COPIES = {"adamw_torch": 1, "rmsprop": 2, "adagrad": 1}
 """Copies of every trained number that torch's updates of many tensors at once make (torch/optim: _multi_tensor_…)."""
 HOPPER_WORKSPACE, WORKSPACE = 32 << 20, 8_519_680
@@ -36,7 +38,7 @@ HOPPER_WORKSPACE, WORKSPACE = 32 << 20, 8_519_680
 
 
 def serve(
-    events: Sequence[tuple[object, int]], setup: Setup, capacity: int | None
+    events: Sequence[tuple[Hashable, int]], setup: Setup, capacity: int | None
 ) -> tuple[Replay, bool, tuple[str, ...]]:
     """What torch's allocator reserves for a record; whether a card with so many bytes serves it; what to say of it.
 
@@ -65,7 +67,7 @@ def closed_form(setup: Setup, capacity: int | None = None) -> Estimate:
     return Estimate(
         terms=tuple(terms_of(parts, setup)),
         moment=moment,
-        reserved=found.max_reserved if setup.device == "cuda" else found.max_allocated,
+        reserved=found.settled if setup.device == "cuda" else found.max_allocated,
         method="closed form",
         band=band_of(setup),
         paged=sum(size for size, paged in state_sizes(setup) if paged),
@@ -87,9 +89,9 @@ def terms_of(parts: Counter[str], setup: Setup) -> Iterator[Term]:
             yield explained(name, size, setup)
 
 
-def highest(events: Sequence[tuple[object, int]]) -> int:
+def highest(events: Sequence[tuple[Hashable, int]]) -> int:
     """The index of the event at which most is allocated."""
-    live: dict[object, int] = {}
+    live: dict[Hashable, int] = {}
     now = top = where = 0
     for index, (number, size) in enumerate(events):
         if size == FREE:
@@ -102,9 +104,9 @@ def highest(events: Sequence[tuple[object, int]]) -> int:
     return where
 
 
-def alive(events: Iterable[tuple[object, int]]) -> dict[object, int]:
+def alive(events: Iterable[tuple[K, int]]) -> dict[K, int]:
     """Storages and their bytes after some events."""
-    live: dict[object, int] = {}
+    live: dict[K, int] = {}
     for number, size in events:
         if size == FREE:
             live.pop(number, None)

@@ -21,7 +21,7 @@ from lorafit.memory.static import BYTES, lora_section, quantized_tensors
 from lorafit.memory.tape import Parameter, Value
 from lorafit.targets import find_targets, rank_of
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
     "qwen2": {},
@@ -74,7 +74,7 @@ class Decoder:
             raise ModelError(
                 f"{setup.facts.name}: the activations of a {kind} model are not known in closed form; use --trace"
             )
-        self.family: dict[str, Any] = FAMILIES[kind]
+        self.family = FAMILIES[kind]
         self.width = BYTES[setup.dtype]
         self.hidden_size: int = config["hidden_size"]
         heads: int = config["num_attention_heads"]

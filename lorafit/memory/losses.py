@@ -30,7 +30,9 @@ def loss_of(decoder: Decoder, batch: int) -> tuple[Value, object]:
 
 def _chosen(decoder: Decoder, hidden: Value) -> Value:
     """The supervised positions, copied."""
-    do, rows = decoder.do, round(hidden.elements // decoder.hidden_size * decoder.setup.supervised)
+    do, length = decoder.do, decoder.setup.length
+    rows = hidden.elements // decoder.hidden_size
+    rows = round((rows - rows // length) * decoder.setup.supervised)
     do.label = "supervised positions"
     elements, width = hidden.elements, hidden.width
     return do.made(do.new(rows * decoder.hidden_size, width), [hidden], lambda g: [do.gradient(elements, width)])
@@ -129,16 +131,23 @@ def _whole(decoder: Decoder, batch: int) -> tuple[Value, object]:
     logits = _head(decoder, hidden)
     if stack.loss == "logits_upcast":
         logits = do.to(logits, 4)
-        loss = _cross_entropy(decoder, do.copied(logits))
+        loss = _cross_entropy(decoder, _shifted(decoder, logits, batch))
     elif stack.loss == "logits_shifted":
         wide = do.to(logits, 4)
-        loss = _cross_entropy(decoder, do.copied(wide))
+        loss = _cross_entropy(decoder, _shifted(decoder, wide, batch))
         del wide
         if stack.autocast:
             do.ledger.borrow(LOGITS, logits.elements * 4)  # accelerate: convert_outputs_to_fp32
     else:
         loss = _cross_entropy(decoder, do.to(logits, 4))
     return loss, (hidden, logits) if stack.keep_outputs else None
+
+
+def _shifted(decoder: Decoder, logits: Value, batch: int) -> Value:
+    """All but the last position of each row: a copy, but of a single row a view."""
+    do, last = decoder.do, batch * decoder.vocabulary
+    part = do.slice(logits, logits.elements - last)
+    return part if batch == 1 else do.copied(part)
 
 
 def _cross_entropy(decoder: Decoder, logits: Value) -> Value:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 MIB = 1 << 20
 GIB = 1 << 30
-CONTEXT = (300 * MIB, 900 * MIB, 1500 * MIB)
+CONTEXT = (300 * MIB, 650 * MIB, 1500 * MIB)
 """Bytes that CUDA takes for its context and the loaded kernels: least, usual, most.
 
 About 300 MiB with lazily loaded kernels (CUDA 11.7 on), 600 to 700 on a B200 with CUDA 13, 1.3 to 1.5 GB on an
-RTX 5070 Ti with Triton and bitsandbytes loaded; measured runs on an A100 lie 0.6 to 0.95 GiB above what torch reserves.
+RTX 5070 Ti with Triton and bitsandbytes loaded; measured runs on an A100 without whole logits, which fragment
+little, lie 0.0 to 0.95 GiB above what torch reserves, 0.63 in the middle.
 """
 
 
@@ -50,7 +51,8 @@ class Estimate:
     Attributes:
         terms: what is allocated at the peak; their sum is `allocated`.
         moment: when that is, such as "backward pass of a layer".
-        reserved: what torch's caching allocator holds at most, fragmentation included.
+        reserved: what torch's caching allocator holds at most, fragmentation included; on a card where it gives cached
+            memory back for want of room, what it holds afterwards.
         paged: optimizer states in managed memory: on the GPU while there is room, in main memory otherwise.
         method: "closed form" or "trace".
         notes: what the estimate assumes, a sentence each.

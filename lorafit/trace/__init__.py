@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from lorafit.memory.allocator import Replay, replay
 from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, highest, serve
@@ -13,7 +14,7 @@ from lorafit.memory.types import Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.trace.model import build
-from lorafit.trace.standins import fuse, standing_in
+from lorafit.trace.standins import standing_in
 from lorafit.trace.steps import (
     LAYER,
     decoder_layers,
@@ -48,13 +49,13 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
     index = highest(found.events)
     parts: Counter[str] = Counter()
     for storage, size in alive(found.events[: index + 1]).items():
-        parts[_part(storage)] += size  # type: ignore[index]
+        parts[_part(storage)] += size
     parts.pop("weights", None)
     served, fits, notes = serve(found.events, setup, capacity)
     return Estimate(
         terms=(*weight_terms(setup), *(Term(name, size, WHAT[name]) for name, size in parts.most_common())),
         moment=_moment(found.phases, index),
-        reserved=served.max_reserved if setup.device == "cuda" else served.max_allocated,
+        reserved=served.settled if setup.device == "cuda" else served.max_allocated,
         method="trace",
         band=band_of(setup),
         paged=sum(size for size, paged in state_sizes(setup) if paged),
@@ -77,8 +78,8 @@ WHAT = {
 }
 
 
-def _part(storage: tuple[str, int | None, int]) -> str:
-    phase = storage[0]
+def _part(storage: Any) -> str:
+    phase: str = storage[0]
     if phase.startswith("forward"):
         return "output head and loss" if phase.endswith("head") else "forward pass"
     names = {"weights": "weights", "adapter": "adapter", "start": "cuBLAS workspace", "optimizer": "optimizer"}
@@ -117,11 +118,10 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     model = build(setup, recorded)
     record_weights(model, recorder)
     passes = min(setup.accumulation, 2)
-    with standing_in(setup, recorder) as autocast, recorder:
+    with standing_in(setup, recorder, model) as autocast, recorder:
         if setup.device == "cuda":
             recorder.begin("start")
             recorder.keep(HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE)
-        fuse(model, setup.stack.kernels)
         mark_layers(decoder_layers(model), recorder)
         for number in range(passes):
             record_pass(model, setup, recorder, autocast, number)
@@ -134,7 +134,7 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     parts = lay_out(recorder.segments, layers) if recorded != layers else as_recorded(recorder.segments)
     steps = Recorder()
     record_optimizer(model, setup, steps, layers)
-    update = {
+    update: dict[str, list[tuple[Key, list[Event]]]] = {
         segment.phase: [((segment.phase, None), [(("optimizer", None, n), size) for n, size in segment.events])]
         for segment in steps.segments
     }

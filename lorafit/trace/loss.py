@@ -15,7 +15,7 @@ from lorafit.memory.setup import Setup
 Tensor = torch.Tensor
 
 
-def compute_loss(model: nn.Module, setup: Setup, batch: int | None = None) -> tuple[Tensor, Any]:
+def compute_loss(model: Any, setup: Setup, batch: int | None = None) -> tuple[Tensor, Any]:
     """The loss of a batch of full rows as the stack computes it, and what its training loop keeps meanwhile."""
     shape = (1, setup.tokens) if setup.packed else (batch or setup.batch, setup.length)
     inputs: dict[str, Any] = {"input_ids": _integers(shape)}
@@ -36,7 +36,7 @@ def compute_loss(model: nn.Module, setup: Setup, batch: int | None = None) -> tu
     if stack.loss == "compact":
         return _compact(model, inputs, labels, setup), None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    out = base.model(**inputs)
+    out = base.base_model(**inputs)
     head = base.get_output_embeddings()
     if stack.loss == "liger":
         hidden = out.last_hidden_state[:, :-1].contiguous()

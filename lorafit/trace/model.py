@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeAlias
 
 import bitsandbytes as bnb
 import torch
@@ -18,7 +18,7 @@ from lorafit.memory.setup import Setup
 from lorafit.model import quantization_config
 from lorafit.trace.standins import FLASH
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 
 def build(setup: Setup, layers: int | None) -> Model:

@@ -58,7 +58,7 @@ class _Kept(torch.optim.Optimizer):
         self.embeddings = embeddings
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in self._parameters():
             if parameter not in self.state:
                 self.state[parameter] = dict(enumerate(self._made(parameter)))

@@ -30,7 +30,7 @@ FLASH = "lorafit_fused_attention"
 
 
 @contextlib.contextmanager
-def standing_in(setup: Setup, recorder: Recorder) -> Iterator[Autocast]:
+def standing_in(setup: Setup, recorder: Recorder, model: Any) -> Iterator[Autocast]:
     """Within, operations on meta tensors keep and borrow what they do on the setup's device."""
     cuda = setup.device == "cuda"
     with contextlib.ExitStack() as stack:
@@ -66,6 +66,8 @@ def standing_in(setup: Setup, recorder: Recorder) -> Iterator[Autocast]:
         if setup.stack.autocast:
             for target, name in ((functional, "linear"), (torch, "matmul"), (torch, "bmm")):
                 put(target, name, autocast.casting(getattr(target, name)))
+        for target, name, value in fuse(model, setup.stack.kernels):
+            put(target, name, value)
         yield autocast
 
 
@@ -141,6 +143,7 @@ class _Attention:
     def __init__(self, setup: Setup, recorder: Recorder) -> None:
         self.setup = setup
         self.recorder = recorder
+        self.half = getattr(torch, setup.stack.autocast or "bfloat16")
 
     def sdpa(
         self,
@@ -167,7 +170,9 @@ class _Attention:
     def flash(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
     ) -> tuple[Tensor, None]:
-        """flash-attn's function: keys and values are shared by their queries."""
+        """flash-attn's function: in 16 bits, keys and values shared by their queries."""
+        if query.dtype == torch.float32:
+            query, key, value = (x.to(self.half) for x in (query, key, value))
         out: Tensor = _Kernel.apply(query, key, value, None, self.recorder)
         return out.transpose(1, 2), None
 
@@ -268,21 +273,20 @@ def _rotate_in_place(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, 
     return q, k
 
 
-def fuse(model: torch.nn.Module, kernels: frozenset[str]) -> None:
-    """Put fused kernels in the place of a model's modules."""
-    if "rope" in kernels:
-        for module in {sys.modules[type(part).__module__] for part in model.modules()}:
-            if hasattr(module, "apply_rotary_pos_emb"):
-                module.apply_rotary_pos_emb = _rotate_in_place
+def fuse(model: Any, kernels: frozenset[str]) -> Iterator[tuple[Any, str, Any]]:
+    """What to put where, so that fused kernels take the place of a model's modules and functions."""
     for module in model.modules():
         name = type(module).__name__
+        source = sys.modules[type(module).__module__]
+        if "rope" in kernels and hasattr(source, "apply_rotary_pos_emb"):
+            yield source, "apply_rotary_pos_emb", _rotate_in_place
         if "rms_norm" in kernels and name.endswith("RMSNorm"):
-            module.forward = functools.partial(_fused_norm, module)  # type: ignore[method-assign]
+            yield module, "forward", functools.partial(_fused_norm, module)
         if "swiglu" in kernels and name.endswith("MLP"):
-            module.forward = functools.partial(_fused_mlp, module)  # type: ignore[method-assign]
+            yield module, "forward", functools.partial(_fused_mlp, module)
 
 
-def _fused_norm(module: torch.nn.Module, x: Tensor) -> Tensor:
+def _fused_norm(module: Any, x: Tensor) -> Tensor:
     result: Tensor = _FusedNorm.apply(x, module.weight)
     return result
 

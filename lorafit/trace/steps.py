@@ -93,7 +93,7 @@ def mark_layers(layers: list[nn.Module], recorder: Recorder) -> None:
                 recorder.begin(phase + " head")
             return result
 
-        layer.forward = marked  # type: ignore[method-assign]
+        layer.forward = marked
 
     for index, layer in enumerate(layers):
         wrap(layer, index)
@@ -112,13 +112,13 @@ def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers:
     trained = _trained(model, layers)
     parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for _, shape, dtype in trained]
     embeddings = frozenset(id(p) for p, (name, *_) in zip(parameters, trained, strict=True) if "embed" in name)
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
+    gradients = [torch.empty_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device, embeddings)
     recorder.begin("known")
-    for parameter in parameters:
-        recorder.see(parameter)
-        recorder.see(parameter.grad)
+    for tensor in (*parameters, *gradients):
+        recorder.see(tensor)
     with recorder:
         for number in (1, 2):
             recorder.begin(f"clipping {number}")
