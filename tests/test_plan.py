@@ -273,6 +273,16 @@ def test_the_head_stays_unquantized_beside_what_the_recipe_lists(planner: Planne
     assert planner(AMPERE, **QLORA).quantization_kwargs["llm_int8_skip_modules"] is None  # type: ignore[index]
 
 
+def test_what_quantization_leaves_alone_is_said(planner: Planner) -> None:
+    experts = facts_of(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
+    plan = planner(AMPERE, facts=experts, **QLORA)
+    assert any("leaves experts in bfloat16" in remark for remark in plan.remarks)
+    assert not any("leaves experts" in remark for remark in planner(AMPERE, **QLORA).remarks)
+    falcon = facts_of(model_type="falcon", multi_query=True, parallel_attn=True, bias=False)
+    with pytest.raises(RecipeError, match="nothing would be quantized"):
+        planner(AMPERE, facts=falcon, **QLORA)
+
+
 def test_models_of_unknown_layout_are_planned_with_a_remark(planner: Planner) -> None:
     facts = ModelFacts("m", "hub", "config.json", {"model_type": "mamba"}, ())
     plan = planner(facts=facts)
@@ -798,3 +808,4 @@ def test_plan_recipe_reads_the_facts(planner: Planner) -> None:
     plan = plan_recipe(recipe, "configs/some-name.yaml", CPU)
     assert plan.output_dir == "runs/some-name"
     assert plan.model["source"] == "config.json (no safetensors files)"
+

@@ -73,8 +73,25 @@ def closed_form(setup: Setup, capacity: int | None = None) -> Estimate:
         paged=sum(size for size, paged in state_sizes(setup) if paged),
         device=setup.device,
         served=served,
-        notes=notes,
+        notes=(*notes, *cautions(setup)),
     )
+
+
+def cautions(setup: Setup) -> tuple[str, ...]:
+    """What may make the step larger than both methods say."""
+    config = setup.facts.text_config
+    heads, keys = config.get("num_attention_heads", 1), config.get("num_key_value_heads")
+    shared = keys is not None and keys < heads
+    notes = []
+    before_ampere = setup.device == "cuda" and setup.compute_capability < (8, 0)
+    if before_ampere and setup.attention == "sdpa" and shared and not (setup.masked or setup.packed):
+        notes.append(
+            "GPUs before Ampere have no flash attention in torch, and its other kernel does not share keys between "
+            "queries: torch may compute whole attention scores, which are not counted here."
+        )
+    if setup.quantization and setup.quantization.get("load_in_8bit"):
+        notes.append("Outliers of 8-bit products, which depend on the data, are not counted.")
+    return tuple(notes)
 
 
 def terms_of(parts: Counter[str], setup: Setup) -> Iterator[Term]:

@@ -299,13 +299,22 @@ class Decoder:
         return self.norm(x, weight, shape[-1])
 
     def _rotate(self, x: Value) -> Value:
-        """x * cos + rotate_half(x) * sin."""
-        do = self.do
-        first = do.scale(x)
+        """x * cos + rotate_half(x) * sin, in the wider type of x and of the embeddings, which cos and sin have."""
+        width = max(x.width, self.embedding.width)
+        first = self._times_angle(x, width)
         half = self._half(x)
-        second = do.scale(half)
+        second = self._times_angle(half, width)
         del half
-        return do.add(first, second)
+        return self.do.add(first, second)
+
+    def _times_angle(self, x: Value, width: float) -> Value:
+        elements, before = x.elements, x.width
+
+        def back(g: Value) -> Sequence[Value | None]:
+            made = self.do.gradient(elements, width)
+            return [made if before == width else self.do.gradient(elements, before)]
+
+        return self.do.made(self.do.new(elements, width), [x], back)
 
     def _half(self, x: Value) -> Value:
         do, elements, width = self.do, x.elements, x.width

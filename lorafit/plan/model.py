@@ -100,6 +100,7 @@ def quantization_kwargs(context: Context, dtype: str) -> dict[str, Any] | None:
     if quantization is None:
         return None
     skip = _unquantized(context, quantization.llm_int8_skip_modules)
+    _say_what_stays(context, dtype)
     if quantization.load_in_8bit:
         return {
             "load_in_8bit": True,
@@ -116,6 +117,23 @@ def quantization_kwargs(context: Context, dtype: str) -> dict[str, Any] | None:
         "bnb_4bit_compute_dtype": compute,
         "llm_int8_skip_modules": skip,
     }
+
+
+def _say_what_stays(context: Context, dtype: str) -> None:
+    """bitsandbytes replaces plain linear layers: not fused experts, and some families have none."""
+    facts = context.facts
+    if facts.tensors and not facts.quantizable:
+        context.wrong(
+            ("quantization",),
+            f"bitsandbytes finds no linear layer in a {facts.model_type} model as transformers builds it, so nothing "
+            "would be quantized; leave out the section",
+        )
+    elif facts.is_moe:
+        part = sum(tensor.size for tensor in facts.quantizable.values()) / facts.parameters
+        context.remarks.append(
+            f"bitsandbytes leaves experts in {dtype}: {part:.0%} of this model's parameters are quantized, so that it "
+            "stays nearly as large."
+        )
 
 
 def _unquantized(context: Context, asked: tuple[str, ...] | None) -> list[str] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.memory.allocator import Replay, replay
-from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, highest, serve
+from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, cautions, highest, serve
 from lorafit.memory.setup import Setup
 from lorafit.memory.static import state_sizes, trained, weight_terms
 from lorafit.memory.types import Estimate, Term
@@ -59,7 +59,7 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
         method="trace",
         band=band_of(setup),
         paged=sum(size for size, paged in state_sizes(setup) if paged),
-        notes=notes,
+        notes=(*notes, *cautions(setup)),
         served=fits,
         timeline=served.timeline,
         phases=found.phases,

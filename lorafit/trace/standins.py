@@ -161,6 +161,8 @@ class _Attention:
         A boolean mask becomes one of the query's type in every call, kept for the backward pass
         (aten/native/transformers/attention.cpp: convert_boolean_attn_mask).
         """
+        if self.setup.stack.autocast:  # one of autocast's operations in 16 bits
+            query, key, value = (x.to(self.half) for x in (query, key, value))
         bias = None
         if attn_mask is not None:
             bias = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
