@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -143,21 +144,28 @@ def differences(choices: list[Choice], family: str) -> list[str]:
     """The combinations in which closed form and trace are apart."""
     from lorafit.trace import estimate_by_trace
 
-    found = []
+    found, fragmented = [], []
     for choice in choices:
         case = chosen(choice, family)
         closed, traced = estimate(case), estimate_by_trace(case)
         allocated = closed.allocated / traced.allocated - 1
         reserved = closed.reserved / traced.reserved - 1
-        if abs(allocated) > 0.03 or abs(reserved) > 0.08:
+        fragmented.append(abs(reserved))
+        if abs(allocated) > 0.03 or abs(reserved) > 0.25:
             what = ", ".join(choice.values())
             found.append(f"{family}: {what}: allocated {allocated:+.1%}, reserved {reserved:+.1%}")
+    if statistics.median(fragmented) > 0.03:
+        found.append(f"{family}: reserved is {statistics.median(fragmented):.1%} apart in the middle")
     return found
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_closed_form_and_trace_agree(family: str) -> None:
-    """Within 3% of what is allocated, 8% of what is reserved, whatever is combined."""
+    """Within 3% of what is allocated, whatever is combined.
+
+    What is reserved hangs on the order of thousands of requests, where one block that does not fit makes a new segment:
+    within 3% in the middle, and 25% at most on these models of twelve layers.
+    """
     assert set(MODELS) == set(FAMILIES)
     apart = differences(drawn(family), family)
     assert not apart, "\n" + "\n".join(apart)

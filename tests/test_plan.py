@@ -808,4 +808,3 @@ def test_plan_recipe_reads_the_facts(planner: Planner) -> None:
     plan = plan_recipe(recipe, "configs/some-name.yaml", CPU)
     assert plan.output_dir == "runs/some-name"
     assert plan.model["source"] == "config.json (no safetensors files)"
-

@@ -308,7 +308,8 @@ def test_layers_that_differ_are_recorded_one_by_one(setup: Setup) -> None:
     found, whole = trace(setup), _traced(setup, layers, layers)
     assert found.replay() == whole.replay()
     estimate = estimate_by_trace(setup)
-    assert estimate.allocated == pytest.approx(found.replay().max_allocated, rel=0.01)
+    # the allocator's blocks may be up to a MiB larger than what was asked for, which such a small model notices
+    assert estimate.allocated == pytest.approx(found.replay().max_allocated, rel=0.03)
     terms = {term.name: term.bytes for term in estimate.terms}
     assert terms["weights"] == 2 * setup.facts.parameters
     assert terms["adapter"] == trained_bytes(setup)

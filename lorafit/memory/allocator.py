@@ -178,7 +178,7 @@ def replay(events: Iterable[tuple[Hashable, int]], capacity: int | None = None, 
     timeline: list[tuple[int, int, int]] = []
     stride = max(1, len(events) // points)
     highest = (0, 0, 0)
-    fits = True
+    fits, index = True, 0
     for index, (storage, size) in enumerate(events):
         if size == FREE:
             block = blocks.pop(storage, None)
@@ -195,6 +195,7 @@ def replay(events: Iterable[tuple[Hashable, int]], capacity: int | None = None, 
         if index % stride == stride - 1:
             timeline += [highest, (index, allocator.allocated, allocator.reserved)]
             highest = (index, 0, 0)
+    timeline += [highest, (min(index, len(events) - 1), allocator.allocated, allocator.reserved)] if events else []
     return Replay(
         allocator.max_allocated,
         allocator.max_reserved,

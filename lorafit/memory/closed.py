@@ -16,7 +16,7 @@ from lorafit.memory.decoder import Decoder
 from lorafit.memory.losses import loss_of
 from lorafit.memory.operations import Operations
 from lorafit.memory.setup import Setup
-from lorafit.memory.sharding import NCCL, own_buffers, share
+from lorafit.memory.sharding import own_bytes, share
 from lorafit.memory.static import (
     BYTES,
     packed_bytes,
@@ -26,12 +26,12 @@ from lorafit.memory.static import (
     weight_terms,
 )
 from lorafit.memory.tape import FREE, Ledger, Storage, backward
-from lorafit.memory.types import CONTEXT, Estimate, Term
+from lorafit.memory.types import CONTEXT, NCCL, Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.memory.why import explained
 
 K = TypeVar("K", bound=Hashable)
-COPIES = {"adamw_torch": 1, "rmsprop": 2, "adagrad": 1}
+COPIES = {"adamw_torch": 1, "rmsprop": 2, "adagrad": 2, "sgd": 1}
 """Copies of every trained number that torch's updates of many tensors at once make (torch/optim: _multi_tensor_…)."""
 HOPPER_WORKSPACE, WORKSPACE = 32 << 20, 8_519_680
 """cuBLAS keeps a workspace in torch's allocator: 8.1 MiB, 32 MiB from Hopper on (aten/cuda/CublasHandlePool.cpp)."""
@@ -44,7 +44,7 @@ def serve(
 
     Short of memory, torch gives cached blocks back and goes on: then less is reserved than without a limit.
     """
-    beside = CONTEXT[1] + (NCCL if setup.world > 1 else 0)
+    beside = CONTEXT[1] + (NCCL[1] if setup.world > 1 else 0)
     if capacity is None or setup.device == "cpu":
         return replay(events), True, ()
     found = replay(events, max(capacity - beside, 0))
@@ -73,6 +73,7 @@ def closed_form(setup: Setup, capacity: int | None = None) -> Estimate:
         paged=sum(size for size, paged in state_sizes(setup) if paged),
         device=setup.device,
         served=served,
+        gpus=setup.world,
         notes=(*notes, *cautions(setup)),
     )
 
@@ -138,11 +139,13 @@ def run(setup: Setup, ledger: Ledger) -> None:
     do = Operations(ledger, compute, setup.device == "cuda")
     decoder = Decoder(setup, do)
     ledger.begin("loading")
-    held = [*weights(setup, ledger), *own_buffers(setup, ledger)]
+    held = [*weights(setup, ledger), *(Storage(ledger, size, "gradients to be sent") for size in own_bytes(setup))]
     if setup.device == "cuda":
         size = HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE
         held.append(Storage(ledger, size, "cuBLAS workspace"))
     states: list[Storage] = []
+    if setup.optimizer == "adagrad":  # makes its states at once
+        states += made_states(setup, ledger)
     for _ in range(2):
         for _ in range(min(setup.accumulation, 2)):
             one_pass(decoder, setup.batch)
@@ -192,14 +195,16 @@ def width_of(setup: Setup, name: str) -> int:
     return 4 if upcast == "all" or (upcast == "norms" and "norm" in name) else BYTES[setup.dtype]
 
 
+def made_states(setup: Setup, ledger: Ledger) -> Iterator[Storage]:
+    for size, paged in state_sizes(setup):
+        if not paged and setup.sharding != "fsdp_offload":
+            yield Storage(ledger, share(setup, size, "states"), "optimizer states")
+
+
 def update(setup: Setup, ledger: Ledger, states: list[Storage]) -> None:
     """The optimizer's states, made in the first step, and the copies that torch's updates of many tensors make."""
     if not states:
-        states += [
-            Storage(ledger, share(setup, size, "states"), "optimizer states")
-            for size, paged in state_sizes(setup)
-            if not paged and setup.sharding != "fsdp_offload"
-        ]
+        states += made_states(setup, ledger)
     if setup.sharding == "fsdp_offload":  # on the CPU
         return
     if setup.optimizer == "adafactor":  # a tensor after the other, in float32 (transformers/optimization.py)

@@ -16,7 +16,7 @@ from lorafit.errors import ModelError
 from lorafit.facts import Tensor
 from lorafit.memory.operations import Anchor, Operations
 from lorafit.memory.setup import Setup
-from lorafit.memory.sharding import WEIGHTS_SHARDED, Shards
+from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
 from lorafit.memory.static import BYTES, lora_section, quantized_tensors
 from lorafit.memory.tape import Parameter, Value
 from lorafit.targets import find_targets, rank_of
@@ -68,7 +68,7 @@ class Decoder:
     def __init__(self, setup: Setup, operations: Operations) -> None:
         config = setup.facts.text_config
         self.setup, self.do = setup, operations
-        self.shards = Shards(setup, operations) if setup.sharding in WEIGHTS_SHARDED else None
+        self.shards = Shards(setup, operations) if setup.sharding in GRADIENTS_SHARDED else None
         kind = str(config.get("model_type", setup.facts.model_type))
         if kind not in FAMILIES:
             raise ModelError(

@@ -129,6 +129,8 @@ def _whole(decoder: Decoder, batch: int) -> tuple[Value, object]:
     hidden = decoder.hidden(batch)
     do.label = LOGITS
     logits = _head(decoder, hidden)
+    if decoder.family.get("softcap") and stack.loss == "logits":
+        logits = do.scale(do.function_of_result(do.scale(logits)))
     if stack.loss == "logits_upcast":
         logits = do.to(logits, 4)
         loss = _cross_entropy(decoder, _shifted(decoder, logits, batch))
@@ -145,7 +147,8 @@ def _whole(decoder: Decoder, batch: int) -> tuple[Value, object]:
 
 def _shifted(decoder: Decoder, logits: Value, batch: int) -> Value:
     """All but the last position of each row: a copy, but of a single row a view."""
-    do, last = decoder.do, batch * decoder.vocabulary
+    do, batch = decoder.do, 1 if decoder.setup.packed else batch
+    last = batch * decoder.vocabulary
     part = do.slice(logits, logits.elements - last)
     return part if batch == 1 else do.copied(part)
 

@@ -16,13 +16,14 @@ class Operations:
         compute: bytes an element that autocast computes matrix products in; None without autocast.
         label: what values made from here on are called.
         training: whether dropout drops.
+        casts: whether autocast finds weights in another type.
         caching: whether 16-bit copies of weights are kept until the forward pass ends.
     """
 
     def __init__(self, ledger: Ledger, compute: int | None, cuda: bool) -> None:
         self.ledger, self.compute, self.cuda = ledger, compute, cuda
         self.label = ""
-        self.caching = self.training = True
+        self.caching = self.training = self.casts = True
         self._casts: dict[int, Value] = {}
 
     # --- values ---------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Operations:
 
     def weight(self, parameter: Parameter) -> Value | None:
         """The copy of a weight in which autocast computes, if it makes one (aten/autocast_mode.cpp: cached_cast)."""
-        if self.compute is None or parameter.width == self.compute:
+        if self.compute is None or parameter.width == self.compute or not self.casts:
             return None
         key = id(parameter)
         if key not in self._casts:

@@ -7,7 +7,7 @@ states, ZeRO-2 the gradients too. Sources: torch/distributed/fsdp, deepspeed/run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafit.memory.setup import Setup
@@ -22,8 +22,6 @@ GRADIENTS_SHARDED = (*WEIGHTS_SHARDED, "zero2")
 STATES_SHARDED = (*GRADIENTS_SHARDED, "zero1")
 GATHERED_LAYERS = 2
 """The one that runs and the one that is fetched meanwhile."""
-NCCL = 400 << 20
-"""Bytes that NCCL takes beside torch's allocator for one communicator; 0.3 to 1.6 GB were reported."""
 
 
 def share(setup: Setup, size: int, kind: str) -> int:
@@ -34,10 +32,9 @@ def share(setup: Setup, size: int, kind: str) -> int:
     return -(-size // setup.world) if sharded else size
 
 
-def own_buffers(setup: Setup, ledger: Ledger) -> Iterator[Storage]:
+def own_bytes(setup: Setup) -> list[int]:
     """DDP's buckets: a copy of the trained gradients, to be sent (torch/nn/parallel/distributed.py)."""
-    if setup.sharding == "ddp" and setup.world > 1:
-        yield Storage(ledger, trained_bytes(setup), "gradients to be sent")
+    return [trained_bytes(setup)] if setup.sharding == "ddp" and setup.world > 1 else []
 
 
 class Shards:
@@ -63,8 +60,10 @@ class Shards:
                 rest += cast
             else:
                 layers[index] = layers.get(index, 0) + cast
-        self.layer_bytes = max(layers.values())
-        self.root_bytes = rest
+        gathers = setup.sharding in WEIGHTS_SHARDED
+        self.layer_bytes = max(layers.values()) if gathers else 0
+        self.root_bytes = rest if gathers else 0
+        operations.casts = not gathers  # gathered weights are in the type of the product already
 
     def root(self, ledger: Ledger) -> Storage:
         """Embeddings, the last norm and the output head, gathered for a forward and a backward pass."""
@@ -80,8 +79,9 @@ class Shards:
         def finish(g: Value) -> Sequence[Value | None]:
             held.clear()
             self._reduce(layer)
-            self.lingering = None
-            self.lingering = Storage(ledger, ledger.top - before - size, "a second layer's activations")
+            if size:
+                self.lingering = None
+                self.lingering = Storage(ledger, ledger.top - before - size, "a second layer's activations")
             return [g.view()]
 
         def start(g: Value) -> Sequence[Value | None]:

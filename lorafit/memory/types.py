@@ -15,6 +15,10 @@ little, lie 0.0 to 0.95 GiB above what torch reserves, 0.63 in the middle.
 """
 
 
+NCCL = (300 * MIB, 500 * MIB, 1600 * MIB)
+"""Bytes that NCCL takes for one communicator between several GPUs: a planning guess from reports of 0.3 to 1.6 GB."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One part of the memory: bytes, how many and why, and where that is known from."""
@@ -59,6 +63,7 @@ class Estimate:
         timeline: (event, allocated, reserved) of a trace.
         phases: (index of the first event, name) of a trace.
         device: "cuda" or "cpu".
+        gpus: that take part.
         served: whether torch's allocator can serve every request at the capacity that was asked for.
     """
 
@@ -72,6 +77,7 @@ class Estimate:
     timeline: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
     phases: tuple[tuple[int, str], ...] = field(default=(), repr=False)
     device: str = "cuda"
+    gpus: int = 1
     served: bool = True
 
     @property
@@ -79,17 +85,25 @@ class Estimate:
         return sum(term.bytes for term in self.terms)
 
     @property
+    def beside(self) -> tuple[int, int, int]:
+        """What stands beside torch's allocator, in bytes: least, usual, most."""
+        if self.device == "cpu":
+            return 0, 0, 0
+        low, usual, high = CONTEXT
+        return (low + NCCL[0], usual + NCCL[1], high + NCCL[2]) if self.gpus > 1 else (low, usual, high)
+
+    @property
     def total(self) -> int:
-        """What the device shows as used: reserved and CUDA's context."""
-        return self.reserved + (CONTEXT[1] if self.device == "cuda" else 0)
+        """What the device shows as used: reserved, CUDA's context and, with several GPUs, NCCL."""
+        return self.reserved + self.beside[1]
 
     @property
     def least(self) -> int:
-        return round(self.reserved * (1 - self.band.error)) + (CONTEXT[0] if self.device == "cuda" else 0)
+        return round(self.reserved * (1 - self.band.error)) + self.beside[0]
 
     @property
     def most(self) -> int:
-        return round(self.reserved * (1 + self.band.error)) + (CONTEXT[2] if self.device == "cuda" else 0)
+        return round(self.reserved * (1 + self.band.error)) + self.beside[2]
 
 
 def fits(estimate: Estimate, capacity: int) -> str:

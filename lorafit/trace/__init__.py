@@ -6,13 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from lorafit.errors import ModelError, UsageError, first_line
 from lorafit.memory.allocator import Replay, replay
 from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, cautions, highest, serve
 from lorafit.memory.setup import Setup
+from lorafit.memory.sharding import own_bytes
 from lorafit.memory.static import state_sizes, trained, weight_terms
 from lorafit.memory.types import Estimate, Term
 from lorafit.memory.validated import band_of
-from lorafit.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
+from lorafit.trace.log import FREE, SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.trace.model import build
 from lorafit.trace.standins import standing_in
 from lorafit.trace.steps import (
@@ -44,7 +46,9 @@ class Trace:
 
 
 def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
-    """The trace's estimate; `capacity` is the card's memory in bytes. Raises ModelError."""
+    """The trace's estimate; `capacity` is the card's memory in bytes. Raises ModelError, UsageError."""
+    if setup.sharding not in ("none", "ddp"):
+        raise UsageError(f"--trace: records one GPU, and figures for {setup.sharding} are in closed form; leave it out")
     found = trace(setup)
     index = highest(found.events)
     parts: Counter[str] = Counter()
@@ -61,6 +65,7 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
         paged=sum(size for size, paged in state_sizes(setup) if paged),
         notes=(*notes, *cautions(setup)),
         served=fits,
+        gpus=setup.world,
         timeline=served.timeline,
         phases=found.phases,
         device=setup.device,
@@ -98,9 +103,12 @@ def trace(setup: Setup) -> Trace:
     """Record a setup's training step. Raises ModelError."""
     layers = setup.facts.layers or 0
     try:
-        return _traced(setup, layers, SHORT if layers > SHORT and _uniform(setup) else layers)
-    except NotPeriodic:
-        return _traced(setup, layers, layers)
+        try:
+            return _traced(setup, layers, SHORT if layers > SHORT and _uniform(setup) else layers)
+        except NotPeriodic:
+            return _traced(setup, layers, layers)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"{setup.facts.name}: can't be traced: {first_line(error)}") from error
 
 
 def _uniform(setup: Setup) -> bool:
@@ -121,6 +129,8 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     with standing_in(setup, recorder, model) as autocast, recorder:
         if setup.device == "cuda":
             recorder.begin("start")
+            for size in own_bytes(setup):
+                recorder.keep(size)
             recorder.keep(HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE)
         mark_layers(decoder_layers(model), recorder)
         for number in range(passes):
@@ -133,7 +143,7 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
         recorder.begin("end")
     parts = lay_out(recorder.segments, layers) if recorded != layers else as_recorded(recorder.segments)
     steps = Recorder()
-    record_optimizer(model, setup, steps, layers)
+    record_optimizer(model, setup, steps, layers if recorded != layers else None)
     update: dict[str, list[tuple[Key, list[Event]]]] = {
         segment.phase: [((segment.phase, None), [(("optimizer", None, n), size) for n, size in segment.events])]
         for segment in steps.segments
@@ -142,7 +152,7 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
 
 
 def _in_order(parts: dict[str, list[tuple[Key, list[Event]]]]) -> tuple[tuple[Event, ...], tuple[tuple[int, str], ...]]:
-    once = [name for name in parts if name.split()[0] in ("weights", "adapter", "start")]
+    once = [name for name in parts if name.split()[0] in ("weights", "adapter", "start", "states")]
     passes = [name for name in parts if name.split()[0] in ("forward", "backward")]
     order = list(once)
     for number in (1, 2):
@@ -159,7 +169,9 @@ def _in_order(parts: dict[str, list[tuple[Key, list[Event]]]]) -> tuple[tuple[Ev
 
 def as_recorded(segments: list[Segment]) -> dict[str, list[tuple[Key, list[Event]]]]:
     result: dict[str, list[tuple[Key, list[Event]]]] = {}
+    origin: dict[int, tuple[str, int | None, int]] = {}
     for segment in segments:
-        events = [(("whole", None, number), size) for number, size in segment.events]
+        origin |= {n: (segment.phase, segment.layer, n) for n, size in segment.events if size != FREE}
+        events = [(origin[n], size) for n, size in segment.events if n in origin]
         result.setdefault(segment.phase, []).append(((segment.phase, segment.layer), events))
     return result

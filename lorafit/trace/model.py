@@ -84,6 +84,8 @@ def quantize(model: PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
     skip = kwargs.get("llm_int8_skip_modules") or ["lm_head"]
     dtypes = {name: module.weight.dtype for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     model = replace_with_bnb_linear(model, modules_to_not_convert=skip, quantization_config=config)
+    bits = "8" if kwargs.get("load_in_8bit") else "4"
+    setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT puts its layers for bitsandbytes on such models
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             weight = module.weight

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafit.memory.setup import Setup
-from lorafit.trace.log import SHORT, Recorder, template_of
+from lorafit.trace.log import Recorder, template_of
 from lorafit.trace.loss import compute_loss
 from lorafit.trace.optimizers import Groups, make_optimizer
 from lorafit.trace.standins import Autocast
@@ -107,19 +107,23 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return []
 
 
-def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers: int) -> None:
-    """Clipping and two steps of the optimizer on all parameters of the whole model."""
+def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers: int | None) -> None:
+    """Clipping and two steps of the optimizer on all parameters of the whole model.
+
+    `layers` is the whole model's depth; None if `model` is the whole.
+    """
     trained = _trained(model, layers)
     parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for _, shape, dtype in trained]
     embeddings = frozenset(id(p) for p, (name, *_) in zip(parameters, trained, strict=True) if "embed" in name)
     gradients = [torch.empty_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device, embeddings)
     recorder.begin("known")
     for tensor in (*parameters, *gradients):
         recorder.see(tensor)
     with recorder:
+        recorder.begin("states")  # some optimizers make them at once
+        optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device, embeddings)
         for number in (1, 2):
             recorder.begin(f"clipping {number}")
             if setup.stack.clip_gradients:
@@ -138,15 +142,15 @@ def decay_groups(parameters: list[nn.Parameter]) -> Groups:
     return [group for group in groups if group["params"]]
 
 
-def _trained(model: nn.Module, layers: int) -> list[tuple[str, torch.Size, torch.dtype]]:
-    """Names, shapes and types of the trained parameters, the middle layer's repeated."""
-    found: dict[int | None, list[tuple[str, torch.Size, torch.dtype]]] = {}
+def _trained(model: nn.Module, layers: int | None) -> list[tuple[str, torch.Size, torch.dtype]]:
+    """Names, shapes and types of the trained parameters in the model's order, the middle layer's repeated."""
+    before: list[tuple[str, torch.Size, torch.dtype]] = []
+    after: list[tuple[str, torch.Size, torch.dtype]] = []
+    found: dict[int, list[tuple[str, torch.Size, torch.dtype]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             match = LAYER.search(name)
-            layer = int(match[1]) if match else None
-            found.setdefault(layer, []).append((name, parameter.shape, parameter.dtype))
-    result = found.get(None, [])
-    for index in range(layers):
-        result = result + found.get(template_of(index, layers) if layers > SHORT else index, [])
-    return result
+            part = found.setdefault(int(match[1]), []) if match else after if found else before
+            part.append((name, parameter.shape, parameter.dtype))
+    order = sorted(found) if layers is None else [template_of(index, layers) for index in range(layers)]
+    return [*before, *(parameter for index in order for parameter in found.get(index, [])), *after]
