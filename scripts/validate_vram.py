@@ -149,9 +149,8 @@ def unsloth(row: dict[str, str]) -> Case:
     setup = make(row, int(row["seq_len"]), lora, stack, checkpointing="reentrant", attention="flash_attention_2")
     setup = dataclasses.replace(setup, optimizer="adamw_8bit")
     found = case(row, "unsloth", setup)
-    return dataclasses.replace(
-        found, quantity="longest", measured=float(row["seq_len"]), capacity=round(found.measured)
-    )
+    capacity = round(float(row["measured"]) * GIB)  # of cards: 12 GB is 12 GiB
+    return dataclasses.replace(found, quantity="longest", measured=float(row["seq_len"]), capacity=capacity)
 
 
 def torchtune(row: dict[str, str]) -> Case:

@@ -26,7 +26,7 @@ from lorafit.memory.static import (
     weight_terms,
 )
 from lorafit.memory.tape import FREE, Ledger, Storage, backward
-from lorafit.memory.types import CONTEXT, NCCL, Estimate, Term
+from lorafit.memory.types import CONTEXT, DRIVER, NCCL, Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.memory.why import explained
 
@@ -47,7 +47,7 @@ def serve(
     beside = CONTEXT[1] + (NCCL[1] if setup.world > 1 else 0)
     if capacity is None or setup.device == "cpu":
         return replay(events), True, ()
-    found = replay(events, max(capacity - beside, 0))
+    found = replay(events, max(round(capacity * (1 - DRIVER)) - beside, 0))
     if not found.fits:
         return replay(events), False, ("At the given capacity the step runs out of memory.",)
     again = "At the given capacity torch gives cached memory back to go on, which takes time."
