@@ -306,7 +306,7 @@ def estimate_vram(
             fail("--calibrate reads runs; leave out the recipe and --model", UsageError.exit_code)
         show_calibration(calibrate, as_json)
         return
-    from lorafit.ask import Asked, ask
+    from lorafit.vram.ask import Asked, ask
 
     asked = Asked(
         config=config,
@@ -332,7 +332,7 @@ def estimate_vram(
     if as_json:
         show(reply.as_dict())
     else:
-        from lorafit.show_memory import print_reply
+        from lorafit.vram.show import print_reply
 
         print_reply(reply)
     if reply.failures:
@@ -340,8 +340,8 @@ def estimate_vram(
 
 
 def show_calibration(runs: list[Path], as_json: bool) -> None:
-    from lorafit.calibrate import calibrate
-    from lorafit.show_memory import print_calibration
+    from lorafit.vram.calibrate import calibrate
+    from lorafit.vram.show import print_calibration
 
     found = calibrate(runs)
     show(found.as_dict()) if as_json else print_calibration(found)

@@ -21,7 +21,6 @@ from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from lorafit.audit import gate
-from lorafit.calibrate import Meter, memory_record
 from lorafit.callbacks import (
     EvaluateAtTheEnd,
     MetricsFile,
@@ -46,6 +45,7 @@ from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
 from lorafit.staging import discard, partial_of, staged
 from lorafit.tokenizer import load_tokenizer
+from lorafit.vram.calibrate import Meter, memory_record
 
 
 @dataclass(frozen=True)

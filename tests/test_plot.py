@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lorafit import plot
+from lorafit.vram import plot
 from lorafit.errors import UsageError
-from lorafit.plot import check, stacked_bar, thin
+from lorafit.vram.plot import check, stacked_bar, thin
 
 GIB = 1 << 30
 TERMS = [("weights", 4 * GIB), ("nothing", 0), ("activations & $loss$ <x>", GIB // 2), ("adapters", 3 << 20)]

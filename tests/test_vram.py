@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 from lorafit.cli import app
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, known_models, layout
-from lorafit.gpus import GPUS
 from lorafit.memory import GIB, Band, Estimate, Term
-from lorafit.sweep import parse_sweeps
-from lorafit.vram import SHARDINGS
-from lorafit.workload import active_parameters
+from lorafit.vram.answer import SHARDINGS
+from lorafit.vram.gpus import GPUS
+from lorafit.vram.sweep import parse_sweeps
+from lorafit.vram.workload import active_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -444,7 +444,7 @@ def test_what_torch_can_give_back_is_tight(monkeypatch: pytest.MonkeyPatch) -> N
         served = capacity is None or capacity > 5 * GIB
         return Estimate((Term("all", 4 * GIB, ""),), "", reserved, "closed form", ASSUMED, served=served)
 
-    monkeypatch.setattr("lorafit.vram.estimate", made)
+    monkeypatch.setattr("lorafit.vram.answer.estimate", made)
     asked = small("--vram", "6GiB", "--vram", "5GiB", "--vram", "3GiB")["asked"]
     assert [one["verdict"] for one in asked] == ["tight", "does not fit", "does not fit"]
 
@@ -458,7 +458,7 @@ def test_a_trace_needs_no_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     def by_trace(_: Any, capacity: int | None = None) -> Estimate:
         return Estimate((Term("all", 4 * GIB, ""),), "", 4 * GIB, "trace", ASSUMED)
 
-    monkeypatch.setattr("lorafit.vram.estimate", unknown)
+    monkeypatch.setattr("lorafit.vram.answer.estimate", unknown)
     monkeypatch.setattr(lorafit.trace, "estimate_by_trace", by_trace, raising=False)
     code, _, err = run("--model", SMALL)
     assert (code, err) == (4, "the activations are not known in closed form; use --trace\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lorafit.errors import LorafitError
 from lorafit.memory import Sharding
-from lorafit.vram import Advice, Case, Solver, Subject
+from lorafit.vram.answer import Advice, Case, Solver, Subject
 
 SHORTEST = 512
 """Tokens below which rows are not cut further."""

@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from lorafit.errors import UsageError
-from lorafit.gpus import Gpu
+from lorafit.vram.gpus import Gpu
 
 
 @dataclass(frozen=True)

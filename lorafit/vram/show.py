@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lorafit.ask import Reply
-from lorafit.calibrate import Calibration
-from lorafit.cost import flops_text, money_text, time_text
 from lorafit.memory import CONTEXT, MIB
-from lorafit.vram import Answer, Cell, Verdict, command_line, gib
-from lorafit.workload import UNKNOWN, Spending
+from lorafit.vram.answer import Answer, Cell, Verdict, command_line, gib
+from lorafit.vram.ask import Reply
+from lorafit.vram.calibrate import Calibration
+from lorafit.vram.cost import flops_text, money_text, time_text
+from lorafit.vram.workload import UNKNOWN, Spending
 
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
 MARKS = {"fits": "✓", "tight": "~", "does not fit": "✗"}

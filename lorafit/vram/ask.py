@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.gpus import GIB, Device, find_gpu, parse_device, parse_memory
-from lorafit.sweep import as_typed, parse_sweeps
-from lorafit.vram import Answer, Question, answer, as_dict, failures, gib, subject_of
-from lorafit.workload import UNKNOWN, Spending, spending
-from lorafit.workload import as_dict as spending_dict
+from lorafit.vram.answer import Answer, Question, answer, as_dict, failures, gib, subject_of
+from lorafit.vram.gpus import GIB, Device, find_gpu, parse_device, parse_memory
+from lorafit.vram.sweep import as_typed, parse_sweeps
+from lorafit.vram.workload import UNKNOWN, Spending, spending
+from lorafit.vram.workload import as_dict as spending_dict
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def ask(asked: Asked) -> Reply:
     if asked.price is not None and not gpus:
         raise UsageError("--price-per-hour: needs --gpu NAME, whose hours it is the price of")
     if asked.plot is not None:
-        from lorafit.plot import check
+        from lorafit.vram.plot import check
 
         check(asked.plot)
     subject = subject_of(
@@ -107,7 +107,7 @@ def ask(asked: Asked) -> Reply:
 
 def draw(found: Answer, file: Path) -> None:
     """The terms as a stacked bar, and the timeline of a trace."""
-    from lorafit.plot import stacked_bar
+    from lorafit.vram.plot import stacked_bar
 
     known = found.estimate
     stacked_bar(

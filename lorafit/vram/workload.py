@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorafit.cost import Cost, Flops, Range, Work, cost, flops
 from lorafit.errors import LorafitError, UsageError
 from lorafit.facts import ModelFacts
-from lorafit.gpus import Gpu
 from lorafit.memory.static import trained
 from lorafit.plan import make_plan
-from lorafit.vram import Case
+from lorafit.vram.answer import Case
+from lorafit.vram.cost import Cost, Flops, Range, Work, cost, flops
+from lorafit.vram.gpus import Gpu
 
 _EXPERT = re.compile(r"\.experts(\.|$)")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|wpe|word_embeddings)\.weight$")

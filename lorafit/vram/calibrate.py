@@ -111,7 +111,7 @@ def setup_of_run(plan: Plan) -> Setup:
     """
     from lorafit.facts import read_facts
     from lorafit.memory import setup_of
-    from lorafit.vram import known_tensors
+    from lorafit.vram.answer import known_tensors
 
     facts = known_tensors(read_facts(plan.model["name_or_path"], plan.model_kwargs["revision"]))
     setup = setup_of(plan, facts)

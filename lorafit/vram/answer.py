@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, read_facts
-from lorafit.gpus import GIB, GPUS, Device, Gpu
 from lorafit.hardware import Hardware, detect_gpu_or_assume
 from lorafit.memory import CONTEXT, Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
 from lorafit.recipe import Recipe
+from lorafit.vram.gpus import GIB, GPUS, Device, Gpu
 
 Method = Literal["lora", "qlora", "full"]
 METHODS: dict[str, dict[str, Any]] = {
@@ -223,7 +223,7 @@ def answer(question: Question) -> Answer:
 
 def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, asserted: bool) -> Verdict:
     """The verdict for one device, with advice where it isn't "fits"."""
-    from lorafit.advice import advise
+    from lorafit.vram.advice import advise
 
     subject, capacity = question.subject.on(device.gpu), device.memory_bytes
     if question.trace:
@@ -247,7 +247,7 @@ def traced(case: Case, capacity: int | None) -> Estimate:
 
 def sweep(solve: Solver, question: Question) -> Iterator[Cell]:
     """Every combination of the sweeps' values, by closed form."""
-    from lorafit.sweep import as_typed
+    from lorafit.vram.sweep import as_typed
 
     if not question.sweeps:
         return
