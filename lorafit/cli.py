@@ -302,8 +302,9 @@ def estimate_vram(
 ) -> None:
     """Estimate a recipe's memory from tensor shapes, without weights or a GPU, and say where it fits."""
     if calibrate:
-        if config is not None or model is not None:
-            fail("--calibrate reads runs; leave out the recipe and --model", UsageError.exit_code)
+        others = (config, model, method, overrides, max_length, batch, gpu, vram, assert_fits, gpus, sharding, sweep)
+        if any(given is not None for given in (*others, plot, tokens, price)) or trace:
+            fail("--calibrate reads runs; it goes with --json alone", UsageError.exit_code)
         show_calibration(calibrate, as_json)
         return
     from lorafit.vram.ask import Asked, ask

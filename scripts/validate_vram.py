@@ -355,14 +355,14 @@ def summary(results: list[Result], method: str) -> dict[str, Any]:
 
 def bands(results: list[Result]) -> dict[str, Any]:
     """Errors by what rows have in common, and how many rows have each feature."""
-    best = {
-        (r.id, r.quantity): abs(r.error("trace" if "trace" in r.predicted else "closed form"))
+    worst = {
+        (r.id, r.quantity): max(abs(r.error(method)) for method in ("closed form", "trace") if method in r.predicted)
         for r in results
         if r.id != FITTED_ROW
     }
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
-        if (result.id, result.quantity) in best and result.quantity in ("device", "reserved"):
+        if (result.id, result.quantity) in worst and result.quantity in ("device", "reserved"):
             groups.setdefault(tuple(result.having[name] for name in GROUPED), []).append(result)
     covered: dict[str, dict[str, int]] = {}
     for having in {result.id: result.having for result in results}.values():
@@ -371,7 +371,7 @@ def bands(results: list[Result]) -> dict[str, Any]:
             counts[value] = counts.get(value, 0) + 1
     found = []
     for key, members in sorted(groups.items()):
-        errors = sorted(best[r.id, r.quantity] for r in members)
+        errors = sorted(worst[r.id, r.quantity] for r in members)
         last = errors[min(len(errors) - 1, round(0.95 * (len(errors) - 1)))]
         found.append({**dict(zip(GROUPED, key, strict=True)), "rows": len(members), "error": round(last, 4)})
     return {"about": "made by scripts/validate_vram.py --record", "groups": found, "covered": covered}

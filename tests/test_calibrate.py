@@ -123,4 +123,4 @@ def test_paths_that_are_no_runs(tmp_path: Path) -> None:
 def test_it_needs_no_recipe(tmp_path: Path, recipe: RecipeMaker) -> None:
     code, _, err = calibrate(recipe(), "--calibrate", tmp_path)
     assert code == 2
-    assert "leave out the recipe" in err
+    assert "goes with --json alone" in err

@@ -182,6 +182,9 @@ def test_one_thing_at_a_time(factor: str) -> None:
     [
         {"accumulation": 4},
         {"eval_batch": 32},
+        {"eval_batch": 32, "packed": True, "batch": 1},
+        {"eval_batch": 16, "eval_masked": True, "batch": 1},
+        {"quantization": NF4, "adapter_dtype": "bfloat16", "lora": lora(use_dora=True)},
         {"supervised": 0.25},
         {"compute_capability": (9, 0)},
         {"checkpointing": "reentrant"},
@@ -207,6 +210,14 @@ def test_other_settings_agree(changes: dict[str, Any]) -> None:
     closed, traced = estimate(case), estimate_by_trace(case)
     assert closed.allocated == pytest.approx(traced.allocated, rel=0.03)
     assert closed.reserved == pytest.approx(traced.reserved, rel=0.08)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
+def test_saved_modules_of_tied_embeddings_agree(saved: list[str]) -> None:
+    from lorafit.trace import estimate_by_trace
+
+    case = setup(shortened("meta-llama/Llama-3.2-1B"), lora=lora(modules_to_save=saved))
+    assert estimate(case).allocated == pytest.approx(estimate_by_trace(case).allocated, rel=0.03)
 
 
 # --- what a user would notice -------------------------------------------------------------------

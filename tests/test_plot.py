@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.vram import plot
 from lorafit.errors import UsageError
+from lorafit.vram import plot
 from lorafit.vram.plot import check, stacked_bar, thin
 
 GIB = 1 << 30

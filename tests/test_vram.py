@@ -22,6 +22,7 @@ from lorafit.cli import app
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, known_models, layout
 from lorafit.memory import GIB, Band, Estimate, Term
+from lorafit.vram.advice import Change, reconciled
 from lorafit.vram.answer import SHARDINGS
 from lorafit.vram.gpus import GPUS
 from lorafit.vram.sweep import parse_sweeps
@@ -183,6 +184,19 @@ class TestAssertFits:
 
 
 class TestAdvice:
+    def test_what_it_sets_has_the_last_word(self) -> None:
+        """Advice is given as --set, to be added to the same command: also to one with the short options."""
+        found = small("--batch", 8, "--max-length", 512, "--set", "training.per_device_train_batch_size=1")["setup"]
+        assert (found["batch"], found["max_length"]) == (1, 512)
+
+    def test_more_gpus_keep_the_rows_of_a_step(self) -> None:
+        batch, passes = "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps="
+        fewer = Change("1 row at once, 16 passes a step", "slower", (batch, f"{passes}16"))
+        gpus = Change("8 GPUs", "money", (f"{passes}2",), True, 8, "fsdp")
+        found = reconciled([fewer, gpus])
+        assert [change.overrides for change in found] == [(batch, f"{passes}2"), ()]
+        assert found[0].does == "1 row at once, 2 passes a step"
+
     def words(self, advice: dict[str, Any]) -> list[str]:
         return shlex.split(advice["options"])
 

@@ -85,8 +85,11 @@ class Decoder:
         self.embedding = self._plain(next(t for n, t in tensors.items() if n.endswith("embed_tokens.weight")))
         self.final_norm = self._plain(tensors["model.norm.weight"])
         self.head = self._plain(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else self.embedding
-        if self.head is self.embedding:
+        if self.head is self.embedding and setup.lora is None:
             self.head.uses = 2
+        elif self.head is self.embedding:  # saved modules are copies, each of its own
+            name = "lm_head.weight"
+            self.head = self._plain(Tensor(name, (config["vocab_size"], self.hidden_size)))
         self.experts_per_token = int(config.get("num_experts_per_tok") or config.get("num_experts_per_token") or 0)
         self.vocabulary: int = config["vocab_size"]
         first = self.layers[0]
@@ -201,7 +204,8 @@ class Decoder:
         """A boolean mask of a byte for each pair of positions, where padding or packed rows need one."""
         setup = self.setup
         flash = setup.attention.startswith("flash")
-        if flash or not (setup.masked or setup.packed):
+        masked = setup.masked if self.do.training else setup.eval_masked
+        if flash or not (masked or setup.packed):
             return None
         length = batch * setup.length if setup.packed else setup.length
         self.do.label = "positions and masks"
@@ -574,7 +578,7 @@ class Decoder:
         del first, second
         y = do.add(y, both)
         del given, identity, delta, weight  # the update's matrix is not detached: what made it stays until here
-        return do.to(y, width)
+        return y if linear.dequantized and do.compute else do.to(y, width)  # magnitudes are float32: so is the result
 
     def _again(self, x: Value, linear: Linear, weight: Value | None) -> Value:
         """The base's product with a copy of its weight, which the backward pass needs."""

@@ -18,6 +18,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
     batch = training["per_device_train_batch_size"]
     world = plan.hardware.world_size
     validates = bool(data.validation) or data.validation_fraction is not None
+    eval_batch = training["per_device_eval_batch_size"] if validates and training["eval_strategy"] != "no" else 0
     return Setup(
         facts=facts,
         batch=batch,
@@ -32,7 +33,8 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
         masked=batch > 1 and not data.packing,
         packed=data.packing,
         accumulation=training["gradient_accumulation_steps"],
-        eval_batch=training["per_device_eval_batch_size"] if validates and training["eval_strategy"] != "no" else 0,
+        eval_batch=eval_batch,
+        eval_masked=eval_batch > 1 and not data.packing,
         device=plan.hardware.device,
         compute_capability=plan.hardware.compute_capability or (8, 0),
         world=world,

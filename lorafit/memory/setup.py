@@ -46,7 +46,7 @@ class Setup:
     Attributes:
         batch: rows at once.
         length: tokens a row, as padded or packed.
-        masked: whether padding reaches the attention as a mask.
+        masked: whether padding reaches the attention as a mask; eval_masked: in evaluation.
         packed: rows of several examples, laid end to end in one row of batch x length tokens.
         quantization: for BitsAndBytesConfig; None without.
         lora: for LoraConfig; None in full training.
@@ -72,6 +72,7 @@ class Setup:
     accumulation: int = 1
     supervised: float = 1.0
     eval_batch: int = 0
+    eval_masked: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
     compute_capability: tuple[int, int] = (8, 0)
     world: int = 1

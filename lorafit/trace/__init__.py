@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.errors import ModelError, UsageError, first_line
@@ -138,9 +138,12 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
         recorder.begin("zero_grad")
         for parameter in model.parameters():
             parameter.grad = None
-        if setup.eval_batch:
-            record_evaluation(model, setup, recorder, autocast)
         recorder.begin("end")
+    if setup.eval_batch:
+        evaluation = replace(setup, batch=setup.eval_batch, masked=setup.eval_masked)
+        with standing_in(evaluation, recorder, model) as autocast, recorder:
+            record_evaluation(model, evaluation, recorder, autocast)
+            recorder.begin("after")
     parts = lay_out(recorder.segments, layers) if recorded != layers else as_recorded(recorder.segments)
     steps = Recorder()
     record_optimizer(model, setup, steps, layers if recorded != layers else None)

@@ -15,9 +15,10 @@ from lorafit.memory.setup import Setup
 Tensor = torch.Tensor
 
 
-def compute_loss(model: Any, setup: Setup, batch: int | None = None) -> tuple[Tensor, Any]:
+def compute_loss(model: Any, setup: Setup) -> tuple[Tensor, Any]:
     """The loss of a batch of full rows as the stack computes it, and what its training loop keeps meanwhile."""
-    shape = (1, setup.tokens) if setup.packed else (batch or setup.batch, setup.length)
+    rows = setup.batch
+    shape = (1, rows * setup.length) if setup.packed else (rows, setup.length)
     inputs: dict[str, Any] = {"input_ids": _integers(shape)}
     if setup.packed:
         inputs["position_ids"] = _integers(shape)

@@ -61,10 +61,11 @@ def record_pass(model: nn.Module, setup: Setup, recorder: Recorder, autocast: Au
 
 
 def record_evaluation(model: nn.Module, setup: Setup, recorder: Recorder, autocast: Autocast) -> None:
+    """One forward pass of an evaluation's batch. `setup` is the evaluation's: its rows and its mask."""
     recorder.begin("evaluation")
     model.eval()
     with torch.no_grad(), autocast.enabled():
-        compute_loss(model, setup, setup.eval_batch)
+        compute_loss(model, setup)
     model.train()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorafit.errors import LorafitError
 from lorafit.memory import Sharding
@@ -77,7 +78,7 @@ class _Adviser:
 
     def _advice(self, made: list[Change]) -> Advice | None:
         """What some changes together lead to; None where the plan refuses one of them."""
-        subject = self.subject
+        subject, made = self.subject, reconciled(made)
         for change in made:
             subject = change.made(subject)
         try:
@@ -130,6 +131,30 @@ class _Adviser:
                     made, best = others, advice
                     break
         return made, best
+
+
+def reconciled(made: list[Change]) -> list[Change]:
+    """Fewer rows at once on more GPUs: with the passes that keep the rows of a step."""
+    count = max((change.gpus for change in made), default=1)
+    fewer = next((change for change in made if any(o.startswith(_ROWS) for o in change.overrides)), None)
+    if count == 1 or fewer is None:
+        return made
+
+    def shared(found: re.Match[str]) -> str:
+        return f"{found[1]}{max(int(found[2]) // count, 1)}"
+
+    result = []
+    for change in made:
+        kept = tuple(override for override in change.overrides if not override.startswith(_PASSES))
+        if change is fewer:
+            kept = tuple(re.sub(f"({_PASSES})(\\d+)", shared, override) for override in change.overrides)
+            result.append(replace(change, overrides=kept, does=re.sub(r"(at once, )(\d+)", shared, change.does)))
+        else:
+            result.append(replace(change, overrides=kept if change.gpus > 1 else change.overrides))
+    return result
+
+
+_ROWS, _PASSES = "training.per_device_train_batch_size=", "training.gradient_accumulation_steps="
 
 
 def changes(case: Case) -> Iterator[list[Change]]:
@@ -222,4 +247,11 @@ def _more_gpus(case: Case) -> Iterator[Change]:
             overrides = (f"training.gradient_accumulation_steps={max(setup.accumulation // count, 1)}",)
         elif training.global_batch_size is not None and rows % (setup.batch * count):
             continue
-        yield Change(f"{count} GPUs with FSDP", f"{count} GPUs to pay for", overrides, True, count, "fsdp")
+        yield Change(
+            f"{count} GPUs with FSDP",
+            f"{count} GPUs to pay for, and FSDP, which lorafit does not start itself",
+            overrides,
+            True,
+            count,
+            "fsdp",
+        )

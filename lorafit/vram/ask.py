@@ -89,7 +89,10 @@ def ask(asked: Asked) -> Reply:
         asked.config,
         asked.model,
         asked.method,
-        (*asked.overrides, *(override for _, override, _ in asked.short)),
+        (
+            *(override for _, override, _ in asked.short),
+            *asked.overrides,
+        ),  # --set, as advice gives it, has the last word
         gpus[0] if gpus else None,
         asked.world,
         asked.sharding,

@@ -210,7 +210,7 @@ def _rows(run: Path) -> list[Row]:
         else:
             pairs = [("resident", guess["allocated"] + memory["baseline"], measured["resident"])]
         rows = [Row(str(run), str(device), name, int(told), int(real)) for name, told, real in pairs]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise _NoFiguresError("its manifest's memory figures can't be read") from None
     if any(row.measured <= 0 for row in rows):
         raise _NoFiguresError("nothing was measured")

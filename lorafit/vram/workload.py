@@ -61,6 +61,9 @@ def tokens_of(case: Case, given: int | None) -> Tokens | None:
     setup, kwargs = case.setup, case.plan.training_kwargs
     epochs = kwargs["num_train_epochs"]
     if given is not None:
+        if kwargs["max_steps"] > 0:
+            most = kwargs["max_steps"] * setup.batch * setup.accumulation * setup.world * setup.length
+            return Tokens(min(given, most), 1, min(setup.length, given), "max_steps, of the --tokens given")
         return Tokens(given, epochs, min(setup.length, given), "--tokens")
     audited = _audited(case)
     if audited is not None:
