@@ -355,14 +355,9 @@ def summary(results: list[Result], method: str) -> dict[str, Any]:
 
 def bands(results: list[Result]) -> dict[str, Any]:
     """Errors by what rows have in common, and how many rows have each feature."""
-    worst = {
-        (r.id, r.quantity): max(abs(r.error(method)) for method in ("closed form", "trace") if method in r.predicted)
-        for r in results
-        if r.id != FITTED_ROW
-    }
     groups: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
-        if (result.id, result.quantity) in worst and result.quantity in ("device", "reserved"):
+        if result.id != FITTED_ROW and result.quantity in ("device", "reserved"):
             groups.setdefault(tuple(result.having[name] for name in GROUPED), []).append(result)
     covered: dict[str, dict[str, int]] = {}
     for having in {result.id: result.having for result in results}.values():
@@ -371,9 +366,9 @@ def bands(results: list[Result]) -> dict[str, Any]:
             counts[value] = counts.get(value, 0) + 1
     found = []
     for key, members in sorted(groups.items()):
-        errors = sorted(worst[r.id, r.quantity] for r in members)
-        last = errors[min(len(errors) - 1, round(0.95 * (len(errors) - 1)))]
-        found.append({**dict(zip(GROUPED, key, strict=True)), "rows": len(members), "error": round(last, 4)})
+        methods = [method for method in ("closed form", "trace") if method in members[0].predicted]
+        errors = {method: round(summary(members, method)["p95"], 4) for method in methods}
+        found.append({**dict(zip(GROUPED, key, strict=True)), "rows": len(members), "error": errors})
     return {"about": "made by scripts/validate_vram.py --record", "groups": found, "covered": covered}
 
 
@@ -443,12 +438,17 @@ def main() -> None:
     for row in rows:
         try:
             case = case_of(row)
-            applicable = {n: m for n, m in methods.items() if n != "trace" or case.setup.sharding in ("none", "ddp")}
-            results += results_of(case, applicable, options.others)
-        except (Unmodelled, LorafitError) as error:
+        except Unmodelled as error:
             skipped.append((row["id"], str(error)))
-        except (KeyError, ValueError, TypeError) as error:
+            continue
+        except (KeyError, ValueError, TypeError, IndexError) as error:
             skipped.append((row["id"], f"a value can't be read: {error!r}"))
+            continue
+        applicable = {n: m for n, m in methods.items() if n != "trace" or case.setup.sharding in ("none", "ddp")}
+        try:
+            results += results_of(case, applicable, options.others)
+        except LorafitError as error:
+            skipped.append((row["id"], str(error)))
         if not options.json:
             print(f"\r{len(results)} predictions, {len(skipped)} rows left out", end="", file=sys.stderr)
     print(file=sys.stderr)

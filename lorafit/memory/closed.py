@@ -69,7 +69,7 @@ def closed_form(setup: Setup, capacity: int | None = None) -> Estimate:
         moment=moment,
         reserved=found.settled if setup.device == "cuda" else found.max_allocated,
         method="closed form",
-        band=band_of(setup),
+        band=band_of(setup, "closed form"),
         paged=sum(size for size, paged in state_sizes(setup) if paged),
         device=setup.device,
         served=served,

@@ -22,8 +22,8 @@ UNCOVERED = 0.08
 """Assumed where no measured run is alike."""
 
 
-def band_of(setup: Setup) -> Band:
-    """The band of the measured runs most like a setup, and what no measured run has."""
+def band_of(setup: Setup, method: str) -> Band:
+    """A method's band on the measured runs most like a setup, and what no measured run has."""
     found = _recorded()
     having = features_of(setup)
     group = next((g for g in found["groups"] if all(g[name] == having[name] for name in GROUPED)), None)
@@ -31,9 +31,9 @@ def band_of(setup: Setup) -> Band:
     alike = ", ".join(having[name] for name in GROUPED)
     if setup.device == "cpu":
         return Band(UNCOVERED, 0, "a CPU; no published rows")
-    if group is None:
+    if group is None or method not in group["error"]:
         return Band(UNCOVERED, 0, f"no measured run is alike ({alike})")
-    error = max(LEAST, group["error"], 0.05 if missing else 0.0)
+    error = max(LEAST, group["error"][method], 0.05 if missing else 0.0)
     text = f"measured runs alike in: {alike}"
     return Band(error, group["rows"], f"{text}; in none of any kind: {', '.join(missing)}" if missing else text)
 

@@ -61,7 +61,7 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
         moment=_moment(found.phases, index),
         reserved=served.settled if setup.device == "cuda" else served.max_allocated,
         method="trace",
-        band=band_of(setup),
+        band=band_of(setup, "trace"),
         paged=sum(size for size, paged in state_sizes(setup) if paged),
         notes=(*notes, *cautions(setup)),
         served=fits,

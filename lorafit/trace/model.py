@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any, TypeAlias
+from unittest import mock
 
 import bitsandbytes as bnb
 import torch
@@ -89,12 +90,13 @@ def quantize(model: PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             weight = module.weight
-            packed, state = bnb.functional.quantize_4bit(
-                torch.empty(weight.shape, dtype=dtypes[name], device="meta"),
-                blocksize=64,
-                compress_statistics=config.bnb_4bit_use_double_quant,
-                quant_type=config.bnb_4bit_quant_type,
-            )
+            with mock.patch.dict(bnb.functional.name2qmap, clear=True):  # it would keep a code book on meta for good
+                packed, state = bnb.functional.quantize_4bit(
+                    torch.empty(weight.shape, dtype=dtypes[name], device="meta"),
+                    blocksize=64,
+                    compress_statistics=config.bnb_4bit_use_double_quant,
+                    quant_type=config.bnb_4bit_quant_type,
+                )
             module.weight = bnb.nn.Params4bit(
                 packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
             )
