@@ -18,9 +18,10 @@ from lorafit.facts import ModelFacts, layout, read_facts
 from lorafit.memory import Setup, Stack
 from lorafit.memory.closed import WORKSPACE, alive, highest
 from lorafit.memory.static import trained_bytes
+from lorafit.memory.tape import FREE
 from lorafit.memory.types import DRIVER
 from lorafit.trace import Trace, _traced, estimate_by_trace, standins, trace
-from lorafit.trace.log import FREE, SHORT
+from lorafit.trace.log import SHORT
 from lorafit.trace.model import build
 
 NF4 = {

@@ -10,6 +10,8 @@ from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
+from lorafit.memory.tape import FREE
+
 MIB = 1 << 20
 MIN_BLOCK = 512
 SMALL = MIB
@@ -160,9 +162,6 @@ class Replay:
     retries: int
     fits: bool
     timeline: tuple[tuple[int, int, int], ...]
-
-
-FREE = -1
 
 
 def replay(events: Iterable[tuple[Hashable, int]], capacity: int | None = None, points: int = 2000) -> Replay:

@@ -24,6 +24,7 @@ from lorafit.memory.static import (
     state_sizes,
     trained,
     weight_terms,
+    width_of,
 )
 from lorafit.memory.tape import FREE, Ledger, Storage, backward
 from lorafit.memory.types import CONTEXT, DRIVER, NCCL, Estimate, Term
@@ -188,11 +189,6 @@ def weights(setup: Setup, ledger: Ledger) -> Iterator[Storage]:
     if setup.lora is not None:
         for tensor in trained(setup):
             yield Storage(ledger, share(setup, tensor.size * BYTES[tensor.dtype], "weights"), "adapter")
-
-
-def width_of(setup: Setup, name: str) -> int:
-    upcast = setup.stack.upcast
-    return 4 if upcast == "all" or (upcast == "norms" and "norm" in name) else BYTES[setup.dtype]
 
 
 def made_states(setup: Setup, ledger: Ledger) -> Iterator[Storage]:

@@ -17,7 +17,7 @@ from lorafit.facts import Tensor
 from lorafit.memory.operations import Anchor, Operations
 from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
-from lorafit.memory.static import BYTES, lora_section, quantized_tensors
+from lorafit.memory.static import BYTES, lora_section, quantized_tensors, width_of
 from lorafit.memory.tape import Parameter, Value
 from lorafit.targets import find_targets, rank_of
 
@@ -99,9 +99,9 @@ class Decoder:
 
     def _plain(self, tensor: Tensor) -> Parameter:
         trains = self._trains(tensor.name)
-        wide = self.setup.stack.upcast == "all" or (self.setup.stack.upcast == "norms" and "norm" in tensor.name)
-        own = BYTES[self.setup.adapter_dtype] if trains and self.setup.lora is not None else self.width
-        return self._made(tensor.size, 4 if wide else own, trains)
+        copied = trains and self.setup.lora is not None
+        width = BYTES[self.setup.adapter_dtype] if copied else width_of(self.setup, tensor.name)
+        return self._made(tensor.size, width, trains)
 
     def _made(self, elements: int, width: int, trained: bool) -> Parameter:
         parameter = Parameter(elements, width, trained)

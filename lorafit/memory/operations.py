@@ -149,20 +149,13 @@ class Operations:
 
     # --- products -------------------------------------------------------------------------------
 
-    def linear(self, x: Value, weight: Parameter, out: int, inputs: int, dequantized: int = 0) -> Value:
-        """x times a matrix. The input is kept if the matrix is trained.
-
-        Args:
-            dequantized: bytes of the weight as it is made for the product, and of its constants; 0 if it is not
-                quantized.
-        """
+    def linear(self, x: Value, weight: Parameter, out: int, inputs: int) -> Value:
+        """x times a matrix. The input is kept if the matrix is trained."""
         given = x
-        x = self.to(x, self.compute) if self.compute and not dequantized else x
+        x = self.to(x, self.compute) if self.compute else x
         cast = self.weight(weight)
         rows = x.elements // inputs
         width = x.width
-        if dequantized:
-            self.ledger.borrow("dequantized weight", dequantized)
         y = self.new(rows * out, width)
         del given
         kept = x if weight.trained else None
@@ -172,9 +165,7 @@ class Operations:
         def back(g: Value) -> Sequence[Value | None]:
             result = None
             if flows:
-                buffer = self.ledger.new(1, dequantized, "dequantized weight") if dequantized else None
                 result = self.gradient(rows * inputs, width)
-                del buffer
             if weight.trained:
                 _ = kept, cast
                 made = self.ledger.new(weight.elements, width, "gradients")

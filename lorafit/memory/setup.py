@@ -9,7 +9,7 @@ from lorafit.facts import ModelFacts
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 LossPath = Literal["fused", "logits", "logits_shifted", "logits_upcast", "liger", "compact"]
-Kernel = Literal["rms_norm", "swiglu", "rope", "cross_entropy", "lora"]
+Kernel = Literal["rms_norm", "swiglu", "rope", "cross_entropy"]
 Sharding = Literal["none", "ddp", "fsdp", "fsdp_offload", "zero1", "zero2", "zero3"]
 
 

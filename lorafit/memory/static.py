@@ -75,17 +75,20 @@ def weight_terms(setup: Setup) -> list[Term]:
     return [packed, Term("quantization constants", constants, why, "bitsandbytes/functional.py"), other]
 
 
+def width_of(setup: Setup, name: str) -> int:
+    """Bytes an element of a base's tensor that is not quantized."""
+    upcast = setup.stack.upcast
+    return 4 if upcast == "all" or (upcast == "norms" and "norm" in name) else BYTES[setup.dtype]
+
+
 def base_bytes(setup: Setup) -> int:
     """All of the base's weights as they are held."""
     quantized = {tensor.name for tensor in quantized_tensors(setup)}
-    width = BYTES[setup.dtype]
-    upcast = setup.stack.upcast
 
     def held(tensor: Tensor) -> int:
         if tensor.name in quantized:
             return packed_bytes(setup, tensor)
-        wide = upcast == "all" or (upcast == "norms" and "norm" in tensor.name)
-        return tensor.size * (4 if wide else width)
+        return tensor.size * width_of(setup, tensor.name)
 
     return sum(held(tensor) for tensor in setup.facts.tensors)
 

@@ -12,9 +12,10 @@ from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, cautions, 
 from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import own_bytes
 from lorafit.memory.static import state_sizes, trained, weight_terms
+from lorafit.memory.tape import FREE
 from lorafit.memory.types import Estimate, Term
 from lorafit.memory.validated import band_of
-from lorafit.trace.log import FREE, SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
+from lorafit.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.trace.model import build
 from lorafit.trace.standins import standing_in
 from lorafit.trace.steps import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-FREE = -1
+from lorafit.memory.tape import FREE
 
 
 @dataclass
@@ -40,7 +39,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.segments: list[Segment] = []
-        self.enabled = True
         self._live: dict[int, tuple[int, Any]] = {}  # by the address of the storage's C++ object
         self._count = 0
         self.begin("build")
@@ -94,16 +92,7 @@ class Recorder(TorchDispatchMode):
             self._event(number, FREE)
 
     def _event(self, number: int, size: int) -> None:
-        if self.enabled:
-            self.segments[-1].events.append((number, size))
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.enabled = False
-        try:
-            yield
-        finally:
-            self.enabled = True
+        self.segments[-1].events.append((number, size))
 
 
 class NotPeriodic(Exception):
