@@ -13,12 +13,42 @@ if TYPE_CHECKING:
 
 def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     """Write README.md with the front matter that model hubs read."""
-    lora, result, data = plan.lora_kwargs, manifest["result"], manifest["data"]["audit"]["training_rows"]
+    lora = plan.lora_kwargs
+    head: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "tags": ["lorafit"]} | _base_of(plan)
+    load = (
+        'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
+        if lora
+        else _LOAD
+    )
+    _write(path, head, plan.name, "Trained with lorafit.", _rows(plan, manifest), load, manifest["versions"])
+
+
+def write_merged_card(path: Path, plan: Plan | None, manifest: dict[str, Any], report: dict[str, Any]) -> None:
+    """Write README.md of a merged model: of its training, where that is known, and of the merge."""
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lorafit"]}
+    if plan is not None:
+        head |= _base_of(plan)
+    rows = _rows(plan, manifest) if plan is not None and manifest else [("base model", f"`{report['base']['name']}`")]
+    figures = report["verification"]["figures"]
+    rows.append(("merged into", f"{report['base_weights']['used']} weights, {report['dtype']}"))
+    if figures:
+        rows.append(("against the adapter", f"KL {figures['kl']:.2g} nats, top-1 agreement {figures['top1']:.1%}"))
+    name = plan.name if plan is not None else Path(report["adapter"]).name
+    intro = "Trained and merged with lorafit." if plan is not None else "Merged with lorafit."
+    _write(path, head, name, f"{intro} {report['verdict']}", rows, _LOAD, report["versions"])
+
+
+_LOAD = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(".")'
+
+
+def _base_of(plan: Plan) -> dict[str, str]:
+    """What a hub links to; a local base is nothing to link to."""
+    return {"base_model": plan.model["name_or_path"]} if plan.model["kind"] in ("hub", "bundled") else {}
+
+
+def _rows(plan: Plan, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    result, data = manifest["result"], manifest["data"]["audit"]["training_rows"]
     name = plan.model["name_or_path"]
-    is_hub = plan.model["kind"] in ("hub", "bundled")
-    head: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "tags": ["lorafit"]}
-    if is_hub:
-        head["base_model"] = name
     rows = [
         ("base model", f"`{name}`"),
         ("method", _method(plan)),
@@ -30,16 +60,23 @@ def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     ]
     if result["best_validation_loss"] is not None:
         rows.append(("validation loss", f"{result['best_validation_loss']:.4f} (step {result['best_step']})"))
+    return rows
+
+
+def _write(
+    path: Path,
+    head: dict[str, Any],
+    name: str,
+    intro: str,
+    rows: list[tuple[str, str]],
+    load: str,
+    versions: dict[str, str],
+) -> None:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
-    versions = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
-    load = (
-        'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
-        if lora
-        else 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(".")'
-    )
+    made_with = ", ".join(f"{key} {value}" for key, value in versions.items())
     path.write_text(
-        f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {plan.name}\n\n"
-        f"Trained with lorafit.\n\n| | |\n|---|---|\n{table}\n\n```python\n{load}\n```\n\n{versions}\n",
+        f"---\n{yaml.safe_dump(head, sort_keys=True)}---\n\n# {name}\n\n"
+        f"{intro}\n\n| | |\n|---|---|\n{table}\n\n```python\n{load}\n```\n\n{made_with}\n",
         encoding="utf-8",
     )
 

@@ -49,6 +49,24 @@ def detect_gpu_or_assume() -> Hardware:
     return here if here.device == "cuda" else Hardware("cuda", "an assumed GPU", None, (8, 0), True, here.world_size)
 
 
+def available_memory() -> int | None:
+    """Bytes that a process can still take without swapping, here and in its container; None if it can't be told."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        cached = (group / "memory.stat").read_text(encoding="ascii").split()
+        used -= int(cached[cached.index("inactive_file") + 1])
+    except (OSError, ValueError, IndexError):
+        return free  # no limit ("max"), or no container
+    return min(free, max(limit - used, 0))
+
+
 def _first_gpu(world_size: int) -> Hardware | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, first_line, is_out_of_memory
+from lorafit.facts import TOKENIZER_FILES
 from lorafit.plan import Plan
 
 
@@ -32,6 +33,18 @@ def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTo
         if tokenizer.eos_token is None:
             raise ModelError(f"{name}: the tokenizer has neither a padding token nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_of(*folders: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first folder that has one. Raises ModelError."""
+    found = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
+    if not found:
+        raise ModelError(f"{folders[-1]}: has no tokenizer")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(found[0]), trust_remote_code=False)
+    except Exception as error:
+        raise cannot_load("tokenizer", str(found[0]), error) from error
     return tokenizer
 
 

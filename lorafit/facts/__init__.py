@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from lorafit.errors import ModelError
-from lorafit.facts.folder import TOKENIZER_FILES, from_folder, safetensors_header, weight_files
+from lorafit.facts.folder import TOKENIZER_FILES, from_folder, safetensors_header, stored_tensors, weight_files
 from lorafit.facts.gguf import from_gguf, gguf_header
 from lorafit.facts.hub import from_hub, hub_unreachable, known_models
 from lorafit.facts.layouts import layout
@@ -28,6 +28,7 @@ __all__ = [
     "layout",
     "read_facts",
     "safetensors_header",
+    "stored_tensors",
     "weight_files",
 ]
 

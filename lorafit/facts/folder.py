@@ -56,6 +56,12 @@ _MAX_HEADER_BYTES = 100_000_000
 
 def safetensors_header(file: Path) -> Iterator[Tensor]:
     """The tensors of a safetensors file from its header, in order of name. Raises ModelError."""
+    for tensor, _ in stored_tensors(file):
+        yield tensor
+
+
+def stored_tensors(file: Path) -> list[tuple[Tensor, tuple[int, int]]]:
+    """The same, each with where its bytes begin and end, counted from the end of the header."""
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
@@ -68,13 +74,13 @@ def safetensors_header(file: Path) -> Iterator[Tensor]:
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
         header.pop("__metadata__", None)
-        tensors = [_header_tensor(name, header[name]) for name in sorted(header)]
+        tensors = [(_header_tensor(name, header[name]), _place(header[name])) for name in sorted(header)]
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it is cut off: {size} bytes instead of {8 + length + end}")
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
-    yield from tensors
+    return tensors
 
 
 def _header_tensor(name: str, entry: Any) -> Tensor:
@@ -84,6 +90,11 @@ def _header_tensor(name: str, entry: Any) -> Tensor:
         ):
             return Tensor(name, tuple(shape), dtype)
     raise ValueError(f"its header has no shape, type and place for {name[:80]!r}")
+
+
+def _place(entry: dict[str, Any]) -> tuple[int, int]:
+    begin, end = entry["data_offsets"]
+    return begin, end
 
 
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")

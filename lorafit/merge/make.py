@@ -1,0 +1,119 @@
+"""Merging: an adapter and its base -> one model that transformers loads alone, proved to answer as the adapter does."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from lorafit.card import write_merged_card
+from lorafit.errors import DoesNotFitError, GateError, UsageError
+from lorafit.merge.exports import make_exports
+from lorafit.merge.options import Options
+from lorafit.merge.report import write_report
+from lorafit.merge.source import Source, find_base, is_merged, open_source, same_base
+from lorafit.merge.verify import breaches, compare_folder
+from lorafit.merge.work import Work
+from lorafit.quiet import hush_progress
+from lorafit.rundir import located
+from lorafit.staging import discard, staged
+
+SLACK = 64 << 20
+"""Bytes of disk beside the weights: tokenizer, reports, and what file systems need."""
+
+
+def merge(options: Options, console: Console) -> Path:
+    """Merge an adapter into its base, whole or not at all, and prove it.
+
+    Returns the folder. Raises UsageError, ModelError for inputs that don't belong together,
+    DoesNotFitError, and GateError: then what was written is left under the name `….unverified`.
+    """
+    options.check()
+    hush_progress()
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(open_source(options.path))
+        others = [stack.enter_context(open_source(addition.path)) for addition in options.additions]
+        for other in others:
+            same_base(source, other)
+        return _merge(options, source, others, console)
+
+
+def _merge(options: Options, source: Source, others: list[Source], console: Console) -> Path:
+    destination = _destination(options, source)
+    base = find_base(source, options.base, options.allow_other_base)
+    work = Work(options, source, others, base, console)
+    if base.remark:
+        work.say(base.remark)
+    if options.as_adapter:
+        from lorafit.merge.as_adapter import make_adapter
+
+        return make_adapter(work, destination)
+    work.prepare()
+    level, why = work.level()
+    kinds, reason = work.base_kinds(level)
+    _check_disk(destination, work.bytes * len(kinds) + SLACK)
+    with staged(destination) as folder:
+        reference = work.measure() if level == "logits" else None
+        made = {kind: work.write(kind, folder / kind if len(kinds) > 1 else folder) for kind in kinds}
+        figures = {kind: compare_folder(reference, one.folder) for kind, one in made.items()} if reference else {}
+        chosen = (
+            min(kinds, key=lambda kind: (round(figures[kind].loss, 4), figures[kind].kl))
+            if len(kinds) > 1
+            else kinds[0]
+        )
+        if len(kinds) > 1:
+            reason = f"it has the lower loss of the two on {reference.shown if reference else ''}"
+            _keep(folder, folder / chosen, kinds)
+        found = breaches(figures[chosen], work.limits) if figures else []
+        report = work.report(made[chosen], chosen, reason, level, why, reference, figures, found)
+        write_report(folder, report)
+        write_merged_card(folder / "README.md", source.plan, source.manifest, report)
+        if found:
+            unverified = destination.with_name(f"{destination.name}.unverified")
+            discard(unverified)
+            folder.rename(unverified)
+            hint = (
+                "; --base-weights dequantized is what it was trained on"
+                if chosen == "original" and source.quantization
+                else ""
+            )
+            raise GateError(f"{unverified}: not verified: {'; '.join(found)}{hint}")
+    make_exports(options, destination, report, reference, console)
+    return destination
+
+
+def _destination(options: Options, source: Source) -> Path:
+    name = "merged-adapter" if options.as_adapter else "merged"
+    if options.output is not None:
+        destination = located(options.output)
+    elif source.run is not None:
+        destination = source.run.path / name
+    else:
+        raise UsageError(f"{source.adapter}: is not a run, so say with --output where the result goes")
+    if destination.exists() and not is_merged(destination):
+        raise UsageError(f"{destination}: exists and is not a merged model; choose another --output")
+    return destination
+
+
+def _check_disk(destination: Path, needed: int) -> None:
+    place = destination.parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DoesNotFitError(
+            f"{destination}: the merge needs {needed / 1e9:.2f} GB of disk and {free / 1e9:.2f} GB are free; make "
+            "room, or choose another --output"
+        )
+
+
+def _keep(folder: Path, chosen: Path, kinds: list[str]) -> None:
+    """Of the candidates below a folder, keep one, in their place."""
+    for kind in kinds:
+        if folder / kind != chosen:
+            shutil.rmtree(folder / kind)
+    for entry in chosen.iterdir():
+        entry.rename(folder / entry.name)
+    chosen.rmdir()

@@ -1,0 +1,227 @@
+"""The tensors of a model folder, read one by one, and the same layout for what is written.
+
+A tensor is known by its key, type, shape and place. Reading is plain reading into memory of our own: mapped
+files would count as resident, and stay so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafit.errors import ModelError
+from lorafit.facts import stored_tensors, weight_files
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types by safetensors' names. Others can be copied, not computed with."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64, "U16": 16, "U32": 32, "U64": 64}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: safetensors' name.
+        file: name of the shard.
+        begin: of its first byte in the file.
+        size: in bytes.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row, that is of one step along the first dimension."""
+        return self.size // self.shape[0] if self.shape and self.shape[0] else self.size
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file.
+
+    Attributes:
+        header: its bytes before the tensors.
+        tensors: in order of place.
+        size: of the whole file.
+    """
+
+    name: str
+    header: bytes
+    tensors: tuple[Stored, ...]
+    size: int
+
+
+class Store:
+    """The tensors of a folder of safetensors files. Raises ModelError for files that are not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shards = tuple(_read_shard(file) for file in weight_files(folder))
+        self.tensors: dict[str, Stored] = {}
+        for shard in self.shards:
+            for tensor in shard.tensors:
+                if tensor.key in self.tensors:
+                    raise ModelError(
+                        f"{folder}: {tensor.key} stands in {self.tensors[tensor.key].file} and {shard.name}"
+                    )
+                self.tensors[tensor.key] = tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    def read(self, tensor: Stored, rows: slice | None = None) -> torch.Tensor:
+        """The tensor, or some of its rows, in its stored type."""
+        if tensor.dtype not in DTYPES:
+            raise ModelError(
+                f"{self.folder / tensor.file}: {tensor.key} is of type {tensor.dtype}, which can't be added to"
+            )
+        shape, begin, size = tensor.shape, tensor.begin, tensor.size
+        if rows is not None:
+            begin += rows.start * tensor.row_bytes
+            size = (rows.stop - rows.start) * tensor.row_bytes
+            shape = (rows.stop - rows.start, *shape[1:])
+        made = torch.empty(size, dtype=torch.uint8)
+        read_into(self.folder / tensor.file, begin, made)
+        return made.view(DTYPES[tensor.dtype]).view(shape)
+
+
+def _read_shard(file: Path) -> Shard:
+    tensors = stored_tensors(file)
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        stream.seek(0)
+        header = stream.read(8 + length)
+    found = [
+        Stored(tensor.name, tensor.dtype, tensor.shape, file.name, len(header) + begin, end - begin)
+        for tensor, (begin, end) in tensors
+    ]
+    return Shard(file.name, header, tuple(sorted(found, key=lambda t: (t.begin, t.key))), file.stat().st_size)
+
+
+def read_into(file: Path, begin: int, buffer: torch.Tensor) -> None:
+    """Fill a tensor of bytes from a place in a file. Raises ModelError if the file ends before."""
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], begin + done)
+            if not count:
+                raise ModelError(f"{file}: ends in the middle of a tensor; was it changed just now?")
+            done += count
+    finally:
+        os.close(descriptor)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """(bytes,) of a tensor, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a stored tensor: another type or shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def new_shards(
+    store: Store, changes: Mapping[str, Change | None], added: Mapping[str, Mapping[str, Change]]
+) -> tuple[Shard, ...]:
+    """The layout of the output: that of the store, byte for byte, but for what changes.
+
+    Args:
+        changes: by key; None for a tensor that is left out.
+        added: new tensors by the shard that they go to, behind its own.
+    """
+    made = []
+    for shard in store.shards:
+        entries = [
+            (tensor.key, changes.get(tensor.key, Change(tensor.dtype, tensor.shape))) for tensor in shard.tensors
+        ]
+        kept = [(key, change) for key, change in entries if change is not None]
+        kept += added.get(shard.name, {}).items()
+        if [(t.key, t.dtype, t.shape) for t in shard.tensors] == [(k, c.dtype, c.shape) for k, c in kept]:
+            made.append(shard)
+        elif kept:
+            made.append(_new_shard(shard.name, kept, _metadata(shard.header)))
+    return tuple(made)
+
+
+def _metadata(header: bytes) -> dict[str, str]:
+    found = json.loads(header[8:]).get("__metadata__")
+    return found if isinstance(found, dict) else {"format": "pt"}
+
+
+def _new_shard(name: str, entries: Iterable[tuple[str, Change]], metadata: dict[str, str]) -> Shard:
+    places: dict[str, Any] = {"__metadata__": metadata}
+    begin, sizes = 0, []
+    for key, change in entries:
+        size = prod(change.shape) * bits_of(change.dtype) // 8
+        places[key] = {"dtype": change.dtype, "shape": list(change.shape), "data_offsets": [begin, begin + size]}
+        sizes.append((key, change, begin, size))
+        begin += size
+    text = json.dumps(places, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    tensors = tuple(Stored(key, c.dtype, c.shape, name, len(header) + at, size) for key, c, at, size in sizes)
+    return Shard(name, header, tensors, len(header) + begin)
+
+
+def bits_of(dtype: str) -> int:
+    return DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _BITS[dtype]
+
+
+def write_index(shards: tuple[Shard, ...], source: Path, folder: Path) -> None:
+    """model.safetensors.index.json where there is more than the one file, with the true total size in bytes."""
+    index = "model.safetensors.index.json"
+    if len(shards) == 1 and shards[0].name == "model.safetensors":
+        return
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    metadata: dict[str, Any] = {}
+    if (source / index).is_file():
+        found = json.loads((source / index).read_text(encoding="utf-8")).get("metadata")
+        metadata = found if isinstance(found, dict) else {}
+    metadata["total_size"] = sum(tensor.size for tensor in tensors)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(tensor.elements for tensor in tensors)
+    places = {tensor.key: tensor.file for tensor in tensors}
+    text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
+    (folder / index).write_text(text, encoding="utf-8")

@@ -1,0 +1,362 @@
+"""One merge: what is known of its parts, what is decided, and its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from transformers import PreTrainedTokenizerBase
+
+from lorafit.errors import DoesNotFitError, GateError, UsageError
+from lorafit.facts import weight_files
+from lorafit.facts.folder import read_json
+from lorafit.hardware import available_memory
+from lorafit.manifest import versions
+from lorafit.merge.combine import Combination
+from lorafit.merge.folder import write_config, write_generation_config
+from lorafit.merge.full import merge_in_memory
+from lorafit.merge.options import Options
+from lorafit.merge.quantized import RoundTrip
+from lorafit.merge.skeleton import Attached, NotOneByOne, attach, empty_model, match_keys, read_config, resized
+from lorafit.merge.source import Base, Source
+from lorafit.merge.stream import Merged, Task, stream
+from lorafit.merge.tensors import FLOATS, Store, write_index
+from lorafit.merge.verify import Figures, Reference, measure, rows_to_compare
+from lorafit.tokenizer import load_tokenizer, tokenizer_of
+
+DEFAULTS: dict[str, Any] = {
+    "base_weights": "auto", "verify": "auto", "rows": 64,
+    "max_kl": 0.1, "min_top1": 0.9, "max_loss_increase": 0.05, "max_logit_difference": None,
+}  # fmt: skip
+"""Of adapters that no recipe belongs to: those of the recipe's merge section."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A merged folder as it was written."""
+
+    folder: Path
+    merged: int
+    targets: list[Merged]
+    untied: bool
+    dtype: str
+    bytes: int
+    seconds: float
+
+
+class Work:
+    """One merge: what is known of its parts, and its steps."""
+
+    def __init__(self, options: Options, source: Source, others: list[Source], base: Base, console: Console) -> None:
+        self.options, self.source, self.others, self.base, self.console = options, source, others, base, console
+        asked = DEFAULTS | (source.plan.merge if source.plan else {})
+        given = {"base_weights": options.base_weights, "verify": options.verify, **options.limits}
+        self.settings = asked | {key: value for key, value in given.items() if value is not None}
+        self.limits = {
+            key: self.settings[key] for key in ("max_kl", "min_top1", "max_loss_increase", "max_logit_difference")
+        }
+        self.remarks: list[str] = []
+        self.dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+        self.tokenizer: PreTrainedTokenizerBase = (
+            load_tokenizer(source.plan, source.adapter) if source.plan else tokenizer_of(source.adapter, base.folder)
+        )
+        self.tasks: dict[str, Task] = {}
+        self.vocabulary: int | None = None
+
+    def say(self, remark: str) -> None:
+        self.remarks.append(remark)
+        self.console.print(remark, style="yellow", highlight=False, soft_wrap=True)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the result should answer as one trained adapter does."""
+        return not self.others and self.options.weight == 1
+
+    # --- what is to be done
+
+    def prepare(self) -> None:
+        """Settle the method. Raises ModelError for an adapter that doesn't belong to the base."""
+        self.method, self.method_reason = "stream", "tensor by tensor"
+        if self.options.method == "full":
+            self.method, self.method_reason = "full", "asked for"
+        else:
+            try:
+                self._think_through()
+            except NotOneByOne as reason:
+                if self.options.method == "stream":
+                    raise UsageError(f"{self.source.shown}: can't be merged by --method stream: {reason}") from None
+                if not self.alone:
+                    raise UsageError(f"{self.source.shown}: can't be combined with others: {reason}") from None
+                self.method, self.method_reason = "full", str(reason)
+                self.say(f"merged in memory, by PEFT: {reason}")
+        needed = self.tasks["original"].peak_bytes if self.tasks else 5 * self._parameters()
+        available = available_memory()
+        if available is not None and needed > available:
+            hint = "; --method stream needs less" if self.options.method == "full" else ""
+            raise DoesNotFitError(
+                f"{self.source.shown}: the merge needs about {needed / 1e9:.1f} GB of memory and "
+                f"{available / 1e9:.1f} GB are available"
+                + ("; --method stream needs less" if self.options.method == "full" else "")
+            )
+
+    def _think_through(self) -> None:
+        config = read_config(self.base.folder)
+        self._refuse(config)
+        store = Store(self.base.folder)
+        if not store.shards:
+            raise NotOneByOne("the base has no safetensors files")
+        adapters: list[tuple[Attached, float]] = []
+        for source, weight in ((self.source, self.options.weight), *zip(self.others, self._weights(), strict=True)):
+            rows = resized(source.adapter, config)
+            if rows is not None:
+                config.get_text_config().vocab_size = self.vocabulary = rows
+            adapters.append((attach(empty_model(config), source.adapter), weight))
+        self.config = config
+        combination = Combination(self.options.combine, self.options.density, self.options.seed)
+
+        def task(trip: RoundTrip | None) -> Task:
+            check = self.settings["verify"] != "none"
+            return Task(store, empty_model(config), adapters, combination, trip, self.dtype, check)
+
+        self.tasks["original"] = task(None)
+        if self.source.quantization is not None:
+            assert self.source.plan is not None
+            dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
+            self.tasks["dequantized"] = task(RoundTrip(config, self.source.quantization, dtype))
+
+    def _weights(self) -> list[float]:
+        return [addition.weight for addition in self.options.additions]
+
+    def _refuse(self, config: Any) -> None:
+        """Raises NotOneByOne for what only PEFT merges."""
+        stored = _stored_quantization(self.base.folder)
+        if stored not in (None, "bitsandbytes"):
+            raise NotOneByOne(f"the base is stored quantized by {stored}")
+        if self.source.plan is not None and self.source.plan.model_kwargs["trust_remote_code"]:
+            raise NotOneByOne("the base has code of its own")
+        for source in (self.source, *self.others):
+            kind, start = source.config.get("peft_type"), source.config.get("init_lora_weights")
+            if kind != "LORA":
+                raise NotOneByOne(f"the adapter is of PEFT's type {kind}")
+            if isinstance(start, str) and start.lower().split("_")[0] in ("pissa", "olora", "corda"):
+                raise NotOneByOne(
+                    f"the adapter starts by {start}, which changes the base, and was not converted to plain LoRA"
+                )
+
+    def level(self) -> tuple[str, str]:
+        """How the merge is verified, and why so."""
+        asked = self.settings["verify"]
+        if asked in ("weights", "none"):
+            return asked, "asked for"
+        if not self.alone:
+            return "weights", "a combination has no trained model to be compared with"
+        needed, available = 7 * self._parameters() + (1 << 30), available_memory()
+        if available is not None and needed > available:
+            shown = (
+                f"comparing answers needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are available"
+            )
+            if asked == "logits":
+                raise DoesNotFitError(f"{self.source.shown}: {shown}; use --verify weights")
+            return "weights", shown
+        return "logits", "asked for" if asked == "logits" else "the model fits in memory"
+
+    def base_kinds(self, level: str) -> tuple[list[str], str]:
+        """What to merge into: one kind of base weights, or both to be measured; and why."""
+        asked = self.settings["base_weights"]
+        if self.source.quantization is None:
+            if self.options.base_weights == "dequantized":
+                raise UsageError(
+                    f"{self.source.shown}: was not trained on a quantized base, so there is nothing to dequantize"
+                )
+            return ["original"], "the adapter was trained on weights that were not quantized"
+        if asked != "auto":
+            return [asked], "asked for"
+        if level == "logits":
+            return ["dequantized", "original"], ""
+        return ["dequantized"], "exactly what the adapter was trained on (nothing was measured)"
+
+    @property
+    def bytes(self) -> int:
+        if "original" in self.tasks:
+            return self.tasks["original"].bytes
+        return self._parameters() * (self.dtype.itemsize if self.dtype else 4)
+
+    def _parameters(self) -> int:
+        files = weight_files(self.base.folder) or list(self.base.folder.glob("*.bin"))
+        if self.tasks:
+            return self.tasks["original"].store.parameters
+        return sum(file.stat().st_size for file in files) // 2
+
+    # --- the steps
+
+    def measure(self) -> Reference:
+        """The adapter's answers on the base it was trained on."""
+        rows, shown = rows_to_compare(self.source, self.tokenizer, self.settings["rows"], self.console)
+        return measure(self.source, self.base, rows, shown)
+
+    def write(self, kind: str, folder: Path) -> Written:
+        """Write a whole merged folder."""
+        began = time.perf_counter()
+        folder.mkdir(exist_ok=True)
+        if self.method == "stream":
+            task = self.tasks[kind]
+            with _progress(self.console, task.bytes, f"merging into the {kind} weights") as advance:
+                targets = stream(task, folder, advance)
+            write_index(task.shards, self.base.folder, folder)
+            merged, is_untied, size = len(targets), bool(task.untied), task.bytes
+            check_headers(task, folder)
+        else:
+            trip = None
+            if kind == "dequantized":
+                assert self.source.plan is not None
+                assert self.source.quantization is not None
+                dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
+                trip = RoundTrip(read_config(self.base.folder), self.source.quantization, dtype)
+            merged, is_untied = merge_in_memory(self.base.folder, self.source.adapter, folder, trip, self.dtype)
+            targets, size = [], sum(file.stat().st_size for file in weight_files(folder))
+        gc.collect()
+        dtype_name = _main_dtype(folder)
+        changed = self.method == "full" or _main_dtype(self.base.folder) != dtype_name
+        write_config(self.base.folder, folder, dtype_name if changed else None, is_untied, self.vocabulary)
+        self.tokenizer.save_pretrained(folder)
+        write_generation_config(self.base.folder, folder, self.tokenizer)
+        return Written(folder, merged, targets, is_untied, dtype_name, size, time.perf_counter() - began)
+
+    def report(
+        self,
+        written: Written,
+        kind: str,
+        reason: str,
+        level: str,
+        why: str,
+        reference: Reference | None,
+        figures: dict[str, Figures],
+        found: list[str],
+    ) -> dict[str, Any]:
+        """What merge_report.json says."""
+        kept = [target.kept for target in written.targets]
+        if kept and statistics.median(kept) < 0.5:
+            self.say(
+                f"Rounding to {written.dtype} leaves {statistics.median(kept):.0%} of what the adapter changes in the "
+                "middle weight: the adapter's work is partly lost in the merged model. Use the adapter itself, or "
+                "--dtype float32."
+            )
+        if written.untied:
+            self.say("embeddings and head were one tensor and are two now: the adapter treats them differently")
+        return {
+            "report_version": 2,
+            "verdict": _verdict(level, found),
+            "adapter": self.source.shown,
+            "additions": [
+                {"adapter": other.shown, "weight": weight}
+                for other, weight in zip(self.others, self._weights(), strict=True)
+            ],
+            "weight": self.options.weight,
+            "combine": {"method": self.options.combine, "density": self.options.density, "seed": self.options.seed},
+            "base": {"name": self.base.name, "checked": self.base.checked},
+            "base_weights": {
+                "used": kind,
+                "reason": reason,
+                "quantization": self.source.quantization,
+                "figures": {name: value.as_dict() for name, value in figures.items()},
+            },
+            "method": {"used": self.method, "reason": self.method_reason},
+            "dtype": written.dtype,
+            "bytes": written.bytes,
+            "seconds": round(written.seconds, 3),
+            "untied": written.untied,
+            "merged": written.merged,
+            "targets": [asdict(target) for target in written.targets],
+            "verification": {
+                "level": level,
+                "reason": why,
+                "rows": reference.shown if reference else None,
+                "positions": sum(len(kept) for kept in reference.logits) if reference else 0,
+                "adapter": {"loss": reference.loss, "base_kl": reference.base_kl} if reference else None,
+                "figures": figures[kind].as_dict() if figures else None,
+                "candidates": {f"merged into {name}": value.as_dict() for name, value in figures.items()},
+                "exports": {},
+                "limits": self.limits,
+                "breaches": found,
+            },
+            "remarks": self.remarks,
+            "versions": versions(),
+        }
+
+
+def _verdict(level: str, found: list[str]) -> str:
+    if found:
+        return "Not verified: beyond the limits."
+    shown = {
+        "logits": "Verified: the merged model, loaded by transformers alone, answers as the adapter on its base does.",
+        "weights": "Verified by weights: every target is merged and sound; answers were not compared.",
+        "none": "Not verified, as asked.",
+    }
+    return shown[level]
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes, where a terminal shows it."""
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(bar, count)
+
+
+def check_headers(task: Task, folder: Path) -> None:
+    """The written folder has every tensor that its model wants, of the right shape. Raises GateError."""
+    store = Store(folder)
+    config = read_config(folder) if (folder / "config.json").is_file() else task.model.config
+    model = empty_model(config)
+    parts, _ = match_keys(model, store.tensors)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    tied = model.all_tied_weights_keys
+    before = task.parts.keys()
+    lost = [
+        name
+        for name in shapes
+        if name not in parts and name in before | task.untied.keys() and tied.get(name) not in parts
+    ]
+    odd = [
+        n
+        for n, part in parts.items()
+        if part.converter is None and store.tensors[part.key].shape != shapes.get(n, store.tensors[part.key].shape)
+    ]
+    if lost or odd:
+        raise GateError(
+            f"{folder}: the merged model would not load cleanly: {(lost or odd)[0]} is missing or misshapen"
+        )
+
+
+def _main_dtype(folder: Path) -> str:
+    """safetensors' name of the floating type of most of a folder's weights."""
+    sizes: Counter[str] = Counter()
+    for tensor in Store(folder).tensors.values():
+        if tensor.dtype in FLOATS:
+            sizes[tensor.dtype] += tensor.elements
+    return sizes.most_common(1)[0][0] if sizes else "unknown"
+
+
+def _stored_quantization(folder: Path) -> str | None:
+    stored = read_json(folder / "config.json").get("quantization_config")
+    return str(stored.get("quant_method", "unknown")) if isinstance(stored, dict) else None
