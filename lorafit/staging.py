@@ -52,13 +52,12 @@ def sync(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder so that it is never seen half removed: rename first."""
-    if not path.exists():
-        return
+    """Remove a folder so that it is never seen half removed: rename first. And what a killed removal left."""
     doomed = path.with_name(f".{path.name}.removing")
     shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
+    if path.exists():
+        path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def write_text(path: Path, text: str) -> None:

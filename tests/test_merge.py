@@ -1,24 +1,34 @@
-"""A merged model answers as the adapter does, loads alone, and is whole or absent."""
+"""A merged model answers as the adapter does, loads alone, is proved, and is whole or absent."""
 
 from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import RecipeMaker, Train, as_planned, make_model
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from lorafit.errors import GateError, UsageError
-from lorafit.merge import merge
+from lorafit.cli import app
+from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
+from lorafit.merge import Addition, Options
+from lorafit.merge.make import merge
 
 IDS = torch.arange(3, 40)[None]
 QUIET = Console(file=io.StringIO())
+
+
+def merged(path: Path, said: io.StringIO | None = None, **options: Any) -> Path:
+    return merge(Options(path, **options), Console(file=said or io.StringIO(), width=10_000))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -27,124 +37,534 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
+def logits_of(folder: Path) -> torch.Tensor:
+    return logits(AutoModelForCausalLM.from_pretrained(folder).float())
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "merge_report.json").read_text())
+
+
+def hidden(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.glob(".*")]
+
+
+@pytest.mark.parametrize("method", ["stream", "full"])
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}])
-def test_merged_logits_are_the_adapters(lora: dict[str, Any], recipe: RecipeMaker, train: Train) -> None:
+def test_merged_logits_are_the_adapters(
+    lora: dict[str, Any], method: Any, recipe: RecipeMaker, train: Train
+) -> None:
     run = train(recipe(lora=lora))
-    destination = merge(run.path, None, QUIET)
+    destination = merged(run.path, method=method)
     assert destination == run.merged
     adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
-    merged = AutoModelForCausalLM.from_pretrained(destination)
+    model = AutoModelForCausalLM.from_pretrained(destination)
     assert not list(destination.glob("adapter*"))
-    torch.testing.assert_close(logits(merged), logits(adapter), rtol=1e-4, atol=1e-5)
-    assert (logits(merged) - logits(adapter.unload())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model), logits(adapter), rtol=1e-4, atol=1e-5)
+    assert (logits(model) - logits(adapter.unload())).abs().max() > 1e-3
     tokenizer = AutoTokenizer.from_pretrained(destination)
     assert tokenizer.chat_template
-    assert merged.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert json.loads((destination / "merge_report.json").read_text())["base_weights"] == "original"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    report = report_of(destination)
+    assert report["base_weights"]["used"] == "original"
+    assert report["method"]["used"] == method
+    assert report["verification"]["level"] == "logits"
+    assert report["verification"]["figures"]["kl"] < 1e-6
+    assert report["merged"] == 14
 
 
-def test_a_quantized_run_is_merged_into_the_unquantized_base(recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe(quantization={"load_in_4bit": True}))
-    said = io.StringIO()
-    merged = AutoModelForCausalLM.from_pretrained(merge(run.path, None, Console(file=said)))
-    assert "quantized base" in said.getvalue()
-    assert not hasattr(merged.config, "quantization_config")
-    adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
-    torch.testing.assert_close(logits(merged), logits(adapter), rtol=1e-4, atol=1e-5)
+def test_what_is_deployed_is_complete(recipe: RecipeMaker, train: Train, tiny_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    settings = json.loads((base / "generation_config.json").read_text()) | {"eos_token_id": [0], "top_k": 7}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    run = train(recipe(model={"name_or_path": str(base)}))
+    folder = merged(run.path)
+    found = json.loads((folder / "generation_config.json").read_text())
+    assert found["top_k"] == 7
+    assert found["eos_token_id"] == [0, 2], "the base's end, and the one that training taught"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+    card = (folder / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "training rows" in card
+    assert "KL" in (folder / "merge_report.md").read_text()
 
 
-def test_a_tied_head_that_was_trained_is_refused_rather_than_merged_wrongly(
-    recipe: RecipeMaker, train: Train, tmp_path: Path
-) -> None:
-    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
-    run = train(recipe(model={"name_or_path": str(tied)}, lora={"modules_to_save": ["embed_tokens"]}))
-    try:
-        destination = merge(run.path, None, QUIET)
-    except GateError:
-        assert not run.merged.exists()
-        assert not list(run.path.glob(".*"))
-    else:  # then it must be right
-        adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
-        torch.testing.assert_close(
-            logits(AutoModelForCausalLM.from_pretrained(destination)), logits(adapter), rtol=1e-3, atol=1e-4
-        )
+def test_untouched_tensors_are_copied_and_shards_stay(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(base, max_shard_size="100KB")
+    (base / "model.safetensors").unlink()
+    run = train(recipe(model={"name_or_path": str(base)}, lora={"target_modules": "qv"}))
+    folder = merged(run.path)
+    before, after = sorted(base.glob("*.safetensors")), sorted(folder.glob("*.safetensors"))
+    assert len(before) > 2
+    assert [file.name for file in before] == [file.name for file in after]
+    changed = 0
+    for one, other in zip(before, after, strict=True):
+        old, new = load_file(one), load_file(other)
+        assert old.keys() == new.keys()
+        for key in old:
+            adapted = "q_proj" in key or "v_proj" in key
+            assert torch.equal(old[key], new[key]) is not adapted
+            changed += adapted
+    assert changed == 4
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for file in after for t in load_file(file).values())
+
+
+# --- quantized bases ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A QLoRA run with held-out rows."""
+    from conftest import conversation, write_jsonl
+    from yaml import safe_dump
+
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+    from lorafit.train import Start
+    from lorafit.train import train as run_training
+
+    folder = tmp_path_factory.mktemp("quantized")
+    rows = write_jsonl(folder / "rows.jsonl", [conversation(f"cat {i} sat", f"mat {i % 5}") for i in range(24)])
+    content = {
+        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+        "quantization": {"load_in_4bit": True},
+        "lora": {"r": 4, "lora_dropout": 0.0},
+        "dataset": {"train": [{"path": str(rows)}], "validation": 0.25},
+        "training": {"max_steps": 8, "learning_rate": 1e-2, "max_length": 128, "per_device_train_batch_size": 4},
+        "output_dir": str(folder / "run"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(safe_dump(content))
+    plan = plan_recipe(Recipe.load(path, ()), path)
+    run_training(plan, path.read_bytes(), Start(), QUIET)
+    return folder / "run"
+
+
+def test_a_quantized_run_is_merged_into_what_measures_better(quantized: Path, tmp_path: Path) -> None:
+    folder = merged(quantized, output=tmp_path / "auto")
+    report = report_of(folder)
+    figures = report["base_weights"]["figures"]
+    assert figures.keys() == {"original", "dequantized"}
+    used = report["base_weights"]["used"]
+    assert figures[used]["loss"] <= min(value["loss"] for value in figures.values()) + 1e-4
+    assert figures["dequantized"]["kl"] < 1e-6, "it is exactly what the adapter was trained on"
+    assert figures["original"]["kl"] > 10 * figures["dequantized"]["kl"]
+    assert not hasattr(AutoModelForCausalLM.from_pretrained(folder).config, "quantization_config")
+    assert sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) == []
+
+
+def test_base_weights_can_be_chosen(quantized: Path, tmp_path: Path, tiny_model: Path) -> None:
+    original = merged(quantized, output=tmp_path / "original", base_weights="original")
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), quantized / "adapter")
+    torch.testing.assert_close(logits_of(original), logits(adapter), rtol=1e-4, atol=1e-5)
+    dequantized = merged(quantized, output=tmp_path / "dequantized", base_weights="dequantized", verify="weights")
+    assert report_of(dequantized)["verification"]["figures"] is None
+    assert (logits_of(dequantized) - logits_of(original)).abs().max() > 1e-3
+    full = merged(quantized, output=tmp_path / "full", base_weights="dequantized", method="full")
+    torch.testing.assert_close(logits_of(dequantized), logits_of(full), rtol=1e-5, atol=1e-6)
+
+
+def test_without_measuring_the_base_is_the_one_of_the_training(quantized: Path, tmp_path: Path) -> None:
+    report = report_of(merged(quantized, output=tmp_path / "m", verify="weights"))
+    assert report["base_weights"]["used"] == "dequantized"
+
+
+def test_an_unquantized_run_has_nothing_to_dequantize(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    with pytest.raises(UsageError, match="not trained on a quantized base"):
+        merged(run.path, base_weights="dequantized")
+
+
+def test_a_4_bit_copy_is_measured(quantized: Path, tmp_path: Path) -> None:
+    folder = merged(quantized, output=tmp_path / "m", quantize="nf4")
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "m-nf4", device_map={"": "cpu"})
+    assert copy.config.quantization_config.bnb_4bit_quant_type == "nf4"
+    cost = report_of(folder)["verification"]["exports"]["merged, then nf4"]
+    assert cost["kl"] > 0
+    assert "merged, then nf4" in (folder / "merge_report.md").read_text()
+
+
+# --- gates ----------------------------------------------------------------------------------------
+
+
+def test_beyond_a_limit_nothing_but_the_unverified_model_is_left(quantized: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "out" / "m"
+    with pytest.raises(GateError, match=r"m\.unverified: not verified: .*merge\.max_kl is 1e-08.*dequantized"):
+        merged(quantized, output=destination, base_weights="original", limits={"max_kl": 1e-8})
+    assert [entry.name for entry in destination.parent.iterdir()] == ["m.unverified"]
+    report = report_of(destination.with_name("m.unverified"))
+    assert report["verification"]["breaches"]
+    assert "Not verified" in report["verdict"]
+
+
+def test_the_recipes_merge_section_sets_the_limits(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe(merge={"min_top1": 1.0, "max_kl": None, "verify": "weights"}))
+    report = report_of(merged(run.path))
+    assert report["verification"]["level"] == "weights"
+    assert report["verification"]["limits"]["min_top1"] == 1.0
+    assert report["verification"]["limits"]["max_kl"] is None
+    assert report_of(merged(run.path, verify="logits"))["verification"]["level"] == "logits", "a flag overrides it"
 
 
 def test_a_wrong_merge_is_not_kept(recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft import PeftModel
+    from peft.tuners.lora.layer import Linear
 
     run = train(recipe())
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
-    with pytest.raises(GateError, match="it was not kept"):
-        merge(run.path, None, QUIET)
+    with monkeypatch.context() as patch:  # as when a tensor on meta is added: nothing happens, and nothing is said
+        patch.setattr(Linear, "merge", lambda self, **_: None)
+        with pytest.raises(GateError, match="changes nothing"):
+            merged(run.path, verify="weights")
+    right = Linear.get_delta_weight
+    with monkeypatch.context() as patch:  # a scale that is off, as by rank instead of its root
+        patch.setattr(Linear, "get_delta_weight", lambda self, name: 0.5 * right(self, name))
+        with pytest.raises(GateError, match="off the adapter's definition"):
+            merged(run.path, verify="weights")
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+        with pytest.raises(GateError, match="not verified"):
+            merged(run.path, method="full", limits={"max_kl": 1e-4})
     assert not run.merged.exists()
-
-
-def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
-    full = train(recipe("full", lora=..., training={"learning_rate": 1e-3}))
-    with pytest.raises(UsageError, match="nothing to merge"):
-        merge(full.path, None, QUIET)
-    with pytest.raises(UsageError, match="no such run"):
-        merge(tmp_path / "nowhere", None, QUIET)
-    with pytest.raises(UsageError, match="not a run directory"):
-        merge(tmp_path, None, QUIET)
-    run = train(recipe())
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match="is not a merged model"):
-        merge(run.path, mine, QUIET)
-    assert merge(run.path, tmp_path / "a b" / "merged", QUIET).is_dir()
-    assert merge(run.path, tmp_path / "a b" / "merged", QUIET).is_dir(), "merging again replaces"
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_to_16_bits_is_no_wrong_merge(
-    dtype: str, recipe: RecipeMaker, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even where a model of many layers makes much of it. (float16 can't be trained on a CPU.)"""
-    deep = make_model(tmp_path / "deep", num_hidden_layers=24, initializer_range=0.2)
-    run = train(recipe(model={"name_or_path": str(deep), "dtype": "bfloat16"}, training={"max_steps": 2}))
-    as_planned(run, model_kwargs={"dtype": dtype})
-    destination = merge(run.path, None, QUIET)
-    merged = AutoModelForCausalLM.from_pretrained(destination)
-    assert merged.dtype == getattr(torch, dtype)
-    report = json.loads((destination / "merge_report.json").read_text())
-    assert report["logit_difference"] <= report["allowed"]
-    assert report["logit_change_by_rounding"] > report["allowed"], "rounding must be told apart from a wrong merge"
-
-
-def test_an_adapter_that_rounding_loses_is_reported(recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe(model={"dtype": "bfloat16"}, training={"learning_rate": 1e-6}))
-    said = io.StringIO()
-    merge(run.path, None, Console(file=said))
-    assert "partly lost in the merged model" in said.getvalue()
-
-
-def test_a_run_with_flash_attention_is_merged_on_the_cpu(recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
-    as_planned(run, model_kwargs={"attn_implementation": "flash_attention_2"})
-    assert merge(run.path, None, QUIET).is_dir()
+    assert not hidden(run.path)
 
 
 def test_a_saved_model_that_loads_differently_is_not_kept(
     recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when the difference is smaller than what rounding makes. The model's own code is trusted as in training."""
-    run = train(recipe(model={"dtype": "bfloat16", "trust_remote_code": True}))
-    trusted = []
+    run = train(recipe())
     original = AutoModelForCausalLM.from_pretrained
 
     def lossy(name: str, **kwargs: Any) -> Any:
-        trusted.append(kwargs["trust_remote_code"])
         model = original(name, **kwargs)
-        model.lm_head.weight.data[5:20] *= 1.01
+        loaded = model[0] if isinstance(model, tuple) else model
+        if "merged" in name:
+            loaded.lm_head.weight.data[5:200] *= -1
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorafit.merge.AutoModelForCausalLM.from_pretrained", lossy)
-        with pytest.raises(GateError, match="loaded again") as caught:
-            merge(run.path, None, QUIET)
-    assert trusted[-1] is True
-    assert "tied" not in str(caught.value)
+        patch.setattr("lorafit.merge.verify.AutoModelForCausalLM.from_pretrained", lossy)
+        with pytest.raises(GateError, match="not verified"):
+            merged(run.path)
     assert not run.merged.exists()
+
+
+def test_an_adapter_that_rounding_loses_is_reported(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    run = train(recipe(model={"name_or_path": str(base), "dtype": "bfloat16"}, training={"learning_rate": 1e-6}))
+    said = io.StringIO()
+    folder = merged(run.path, said, verify="weights")
+    assert "partly lost in the merged model" in said.getvalue()
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    said = io.StringIO()
+    exact = merged(run.path, said, verify="weights", dtype="float32")
+    assert "partly lost" not in said.getvalue()
+    assert AutoModelForCausalLM.from_pretrained(exact).dtype == torch.float32
+
+
+def test_rounding_to_16_bits_is_no_wrong_merge(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    deep = make_model(tmp_path / "deep", num_hidden_layers=12)
+    run = train(recipe(model={"name_or_path": str(deep)}))
+    for dtype in ("bfloat16", "float16"):
+        folder = merged(run.path, dtype=dtype)
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == getattr(torch, dtype)
+        assert 0 < report_of(folder)["verification"]["figures"]["kl"] < 1e-3
+
+
+def test_a_run_with_flash_attention_is_merged_on_the_cpu(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    as_planned(run, model_kwargs={"attn_implementation": "flash_attention_2"})
+    assert merged(run.path).is_dir()
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    full = train(recipe("full", lora=..., training={"learning_rate": 1e-3}))
+    with pytest.raises(UsageError, match="nothing to merge"):
+        merged(full.path)
+    with pytest.raises(UsageError, match="no such run"):
+        merged(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="not a run directory"):
+        merged(tmp_path)
+    run = train(recipe())
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    with pytest.raises(UsageError, match="is not a merged model"):
+        merged(run.path, output=mine)
+    assert merged(run.path, output=tmp_path / "a b" / "merged").is_dir()
+    assert merged(run.path, output=tmp_path / "a b" / "merged").is_dir(), "merging again replaces"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "fast"], "--method: expected one of auto, stream, full, got fast"),
+        (["--base-weights", "int3"], "--base-weights: expected one of"),
+        (["--combine", "ties", "--density", "0.5"], "name others with --add"),
+        (["--add", "x:0.5", "--combine", "ties"], "needs --density"),
+        (["--density", "0.5"], "--density is for"),
+        (["--add", "x:nan"], "expected RUN:WEIGHT"),
+        (["--add", ":0.5"], "expected RUN:WEIGHT"),
+        (["--weight", "0"], "--weight: expected"),
+        (["--rank", "4"], "--as-adapter"),
+        (["--as-adapter"], "needs --rank"),
+        (["--private"], "--push-to-hub"),
+        (["--export", "onnx"], "gguf"),
+        (["--max-kl", "-1"], "--max-kl: expected a number from 0"),
+        (["--min-top1", "1.5"], "--min-top1: expected a share"),
+        (["--quantize", "int4"], "--quantize: expected one of nf4, fp4"),
+    ],
+)
+def test_what_does_not_go_together_is_said_before_anything_loads(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["merge", str(tmp_path), *arguments])
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+# --- the right base -------------------------------------------------------------------------------
+
+
+def test_another_base_of_the_same_shape_is_refused(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    run = train(recipe(model={"name_or_path": str(base)}))
+    other = make_model(tmp_path / "other", seed=7)
+    with pytest.raises(ModelError, match="is not the base .*--allow-other-base"):
+        merged(run.path, base=str(other))
+    moved = tmp_path / "moved"
+    shutil.copytree(base, moved)
+    assert merged(run.path, base=str(moved)).is_dir(), "the same weights elsewhere are the same base"
+    shutil.rmtree(base)
+    shutil.copytree(other, base)
+    with pytest.raises(ModelError, match="is not the base"):
+        merged(run.path)
+    said = io.StringIO()
+    folder = merged(run.path, said, allow_other_base=True, verify="weights")
+    assert "it was allowed" in said.getvalue()
+    assert "another base" in report_of(folder)["base"]["checked"]
+
+
+def test_an_adapter_from_elsewhere(recipe: RecipeMaker, train: Train, tmp_path: Path, tiny_model: Path) -> None:
+    run = train(recipe())
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run.adapter, foreign)
+    with pytest.raises(UsageError, match="--output"):
+        merged(foreign)
+    said = io.StringIO()
+    folder = merged(foreign, said, output=tmp_path / "m")
+    assert "not trained by lorafit" in said.getvalue()
+    assert report_of(folder)["base"]["checked"] == "by name and shapes only"
+    torch.testing.assert_close(logits_of(folder), logits_of(merged(run.path)), rtol=1e-5, atol=1e-6)
+    wide = make_model(tmp_path / "wide", hidden_size=128)
+    with pytest.raises(ModelError, match="does not belong to this base.*size mismatch"):
+        merged(foreign, output=tmp_path / "w", base=str(wide))
+    shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(ModelError, match="no place for"):
+        merged(foreign, output=tmp_path / "s", base=str(shallow))
+    with pytest.raises(ModelError, match="no such folder"):
+        merged(foreign, output=tmp_path / "s", base="./nowhere")
+    with pytest.raises(ModelError) as caught:
+        merged(foreign, output=tmp_path / "s", base="someone/something")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "w").exists()
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_is_not_computed_one_by_one_is_merged_in_memory_and_said(
+    recipe: RecipeMaker, train: Train, tmp_path: Path
+) -> None:
+    run = train(recipe())
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run.adapter, foreign)
+    config = json.loads((foreign / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "olora"}))
+    said = io.StringIO()
+    report = report_of(merged(foreign, said, output=tmp_path / "m"))
+    assert report["method"]["used"] == "full"
+    assert "olora" in report["method"]["reason"]
+    assert "in memory" in said.getvalue()
+    with pytest.raises(UsageError, match="--method stream: .*olora"):
+        merged(foreign, output=tmp_path / "m", method="stream")
+    base = tmp_path / "pickled"
+    model = AutoModelForCausalLM.from_pretrained(json.loads(run.plan_file.read_text())["model"]["name_or_path"])
+    shutil.copytree(json.loads(run.plan_file.read_text())["model"]["name_or_path"], base)
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    shutil.copytree(run.adapter, tmp_path / "other")
+    report = report_of(merged(tmp_path / "other", output=tmp_path / "p", base=str(base)))
+    assert "no safetensors" in report["method"]["reason"]
+    torch.testing.assert_close(logits_of(tmp_path / "p"), logits_of(merged(run.path)), rtol=1e-5, atol=1e-6)
+
+
+def test_tied_embeddings_are_untied_when_they_must_be(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    run = train(recipe(model={"name_or_path": str(tied)}, lora={"modules_to_save": ["embed_tokens"]}))
+    adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
+    for method in ("stream", "full"):
+        said = io.StringIO()
+        folder = merged(run.path, said, method=method, output=tmp_path / method)
+        assert "are two now" in said.getvalue()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.config.tie_word_embeddings is False
+        torch.testing.assert_close(logits(model), logits(adapter), rtol=1e-4, atol=1e-4)
+
+
+# --- several adapters -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(recipe: RecipeMaker, train: Train) -> tuple[Any, Any]:
+    one = train(recipe("one"))
+    other = train(recipe("other", lora={"r": 2, "target_modules": ["q_proj", "down_proj"]}, training={"seed": 3}))
+    return one, other
+
+
+def summed(one: Path, other: Path, weight: float) -> torch.Tensor:
+    """Logits with both adapters' outputs added, the other's times a weight."""
+    base = json.loads((one / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one, adapter_name="one")
+    model.load_adapter(other, adapter_name="other")
+    model.base_model.set_adapter(["one", "other"])
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and "other" in module.scaling:
+            module.scaling["other"] *= weight
+    return logits(model)
+
+
+@pytest.mark.parametrize("weight", [0.3, -1.0])
+def test_a_sum_of_adapters_answers_as_their_outputs_added(weight: float, two: tuple[Any, Any], tmp_path: Path) -> None:
+    one, other = two
+    folder = merged(one.path, output=tmp_path / "m", additions=(Addition(other.path, weight),))
+    expected = summed(one.adapter, other.adapter, weight)
+    torch.testing.assert_close(logits_of(folder), expected, rtol=1e-4, atol=1e-4)
+    report = report_of(folder)
+    assert report["additions"] == [{"adapter": str(other.path), "weight": weight}]
+    assert report["verification"]["level"] == "weights"
+
+
+def test_pefts_linear_is_no_sum(tmp_path: Path, recipe: RecipeMaker, train: Train) -> None:
+    """Why the sum is made of full deltas: PEFT's `linear` multiplies summed factors, which adds cross terms."""
+    one, other = train(recipe("one")), train(recipe("other", training={"seed": 3}))
+    base = json.loads((one.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), one.adapter, adapter_name="one")
+    model.load_adapter(other.adapter, adapter_name="other")
+    model.add_weighted_adapter(["one", "other"], [1.0, 0.5], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    theirs = logits(model)
+    expected = summed(one.adapter, other.adapter, 0.5)
+    ours = logits_of(merged(one.path, output=tmp_path / "m", additions=(Addition(other.path, 0.5),)))
+    assert (ours - expected).abs().max() < 1e-3 * (theirs - expected).abs().max()
+
+
+def test_one_adapter_of_several(two: tuple[Any, Any], tmp_path: Path) -> None:
+    one, other = two
+    addition = (Addition(other.path, 0.5),)
+    folder = merged(one.path, output=tmp_path / "wide", additions=addition, as_adapter=True, rank=6)
+    report = report_of(folder)
+    assert report["truncation_error"]["largest"] < 1e-4, "4 + 2 ranks fit into 6"
+    base = json.loads((one.adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    torch.testing.assert_close(logits(adapter), summed(one.adapter, other.adapter, 0.5), rtol=1e-4, atol=1e-4)
+    narrow = merged(one.path, output=tmp_path / "narrow", additions=addition, as_adapter=True, rank=1)
+    assert report_of(narrow)["truncation_error"]["largest"] > 0.01
+    again = merged(narrow, output=tmp_path / "again", base=base, verify="weights")
+    assert again.is_dir(), "it merges like any other"
+
+
+def test_adapters_of_different_bases_are_not_combined(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    other_base = make_model(tmp_path / "other-base", seed=5)
+    one, other = train(recipe("one")), train(recipe("two", model={"name_or_path": str(other_base)}))
+    with pytest.raises(ModelError, match="another base"):
+        merged(one.path, additions=(Addition(other.path, 1.0),))
+
+
+# --- broken inputs --------------------------------------------------------------------------------
+
+
+def broken(run: Any, change: Any) -> Path:
+    """The run with its adapter's weights changed."""
+    file = run.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return run.path
+
+
+def first_b(tensors: dict[str, torch.Tensor]) -> str:
+    return next(key for key in sorted(tensors) if "lora_B" in key)
+
+
+@pytest.mark.parametrize("method", ["stream", "full"])
+def test_a_zero_adapter_is_refused(method: Any, recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    broken(run, lambda tensors: tensors[first_b(tensors)].zero_())
+    with pytest.raises(GateError, match="changes nothing here"):
+        merged(run.path, method=method)
+    assert not run.merged.exists()
+
+
+@pytest.mark.parametrize("method", ["stream", "full"])
+def test_an_adapter_with_nan_is_refused(method: Any, recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    broken(run, lambda tensors: tensors[first_b(tensors)].view(-1)[3:4].fill_(float("nan")))
+    with pytest.raises((GateError, ModelError), match="not finite"):
+        merged(run.path, method=method)
+    assert not run.merged.exists()
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    broken(run, lambda tensors: tensors.pop(first_b(tensors)))
+    with pytest.raises(ModelError, match="lacks 1 of its tensors"):
+        merged(run.path)
+
+
+def test_targets_that_do_not_exist_are_refused(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    run = train(recipe())
+    config = json.loads((run.adapter / "adapter_config.json").read_text())
+    (run.adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["wq", "wv"]}))
+    with pytest.raises(ModelError, match="does not belong to this base"):
+        merged(run.path)
+    assert not run.merged.exists()
+
+
+def test_a_truncated_shard_is_refused(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    run = train(recipe(model={"name_or_path": str(base)}))
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        merged(run.path, allow_other_base=True)
+    assert not run.merged.exists()
+
+
+def test_too_little_disk_is_known_before_anything_is_written(
+    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(recipe())
+    usage = shutil.disk_usage(run.path)
+    monkeypatch.setattr("lorafit.merge.make.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DoesNotFitError, match="of disk and 0.00 GB are free"):
+        merged(run.path)
+    assert not hidden(run.path)
+
+
+def test_too_little_memory_is_known_before_anything_is_written(
+    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(recipe())
+    monkeypatch.setattr("lorafit.merge.work.available_memory", lambda: 1000)
+    with pytest.raises(DoesNotFitError, match="of memory"):
+        merged(run.path)
+    monkeypatch.setattr("lorafit.merge.work.available_memory", lambda: 500 << 20)
+    report = report_of(merged(run.path))
+    assert report["verification"]["level"] == "weights"
+    assert "of memory" in report["verification"]["reason"]

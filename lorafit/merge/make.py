@@ -18,7 +18,7 @@ from lorafit.merge.verify import breaches, compare_folder
 from lorafit.merge.work import Work
 from lorafit.quiet import hush_progress
 from lorafit.rundir import located
-from lorafit.staging import discard, staged
+from lorafit.staging import discard, partial_of, staged
 
 SLACK = 64 << 20
 """Bytes of disk beside the weights: tokenizer, reports, and what file systems need."""
@@ -53,6 +53,7 @@ def _merge(options: Options, source: Source, others: list[Source], console: Cons
     work.prepare()
     level, why = work.level()
     kinds, reason = work.base_kinds(level)
+    discard(partial_of(destination))  # of a merge that was killed: its space is needed
     _check_disk(destination, work.bytes * len(kinds) + SLACK)
     with staged(destination) as folder:
         reference = work.measure() if level == "logits" else None

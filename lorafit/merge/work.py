@@ -105,8 +105,7 @@ class Work:
             hint = "; --method stream needs less" if self.options.method == "full" else ""
             raise DoesNotFitError(
                 f"{self.source.shown}: the merge needs about {needed / 1e9:.1f} GB of memory and "
-                f"{available / 1e9:.1f} GB are available"
-                + ("; --method stream needs less" if self.options.method == "full" else "")
+                f"{available / 1e9:.1f} GB are available{hint}"
             )
 
     def _think_through(self) -> None:
@@ -159,6 +158,8 @@ class Work:
         if asked in ("weights", "none"):
             return asked, "asked for"
         if not self.alone:
+            if self.options.verify == "logits":
+                raise UsageError("--verify logits compares with one trained adapter; a combination can't be")
             return "weights", "a combination has no trained model to be compared with"
         needed, available = 7 * self._parameters() + (1 << 30), available_memory()
         if available is not None and needed > available:
