@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lorafit.errors import LorafitError, ModelError
-from lorafit.manifest import changed_base
+from lorafit.fingerprint import changed_base, listed
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir
 from lorafit.staging import staged
@@ -95,15 +95,14 @@ def base_source(plan: Plan, run: RunDir) -> Path | None:
 
     Raises ModelError if what stands there is no longer what was trained on.
     """
-    if run.base.is_dir():
-        return run.base
     changed = changed_base(plan, run)
+    where = run.base if run.base.is_dir() else None
     if changed:
         raise ModelError(
-            f"{plan.model['name_or_path']}: is not the base that {run.path} was trained on (changed: "
-            f"{', '.join(changed[:5])}); bring it back"
+            f"{where or plan.model['name_or_path']}: is not the base that {run.path} was trained on (changed: "
+            f"{listed(changed)}); bring it back"
         )
-    return None
+    return where
 
 
 def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:

@@ -67,7 +67,7 @@ class RunDir:
 
     @property
     def fingerprint(self) -> Path:
-        """Hashes of the base's files, as the run began."""
+        """What the base was as the run began, see lorafit.fingerprint."""
         return self.path / "fingerprint.json"
 
     @property
@@ -149,15 +149,15 @@ class RunDir:
         else:
             self.path.rename(self.replaced)
 
-    def base_files(self) -> dict[str, str] | None:
-        """What `write_base_files` wrote; None if it did not."""
+    def base_files(self) -> dict[str, Any] | None:
+        """The base's fingerprint (see lorafit.fingerprint) that `write_base_files` wrote; None if it did not."""
         try:
             return dict(json.loads(self.fingerprint.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
 
-    def write_base_files(self, files: dict[str, str]) -> None:
-        write_text(self.fingerprint, json.dumps(files, indent=2) + "\n")
+    def write_base_files(self, fingerprint: dict[str, Any]) -> None:
+        write_text(self.fingerprint, json.dumps(fingerprint, indent=2) + "\n")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")

@@ -35,9 +35,10 @@ from lorafit.callbacks import (
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, ModelError, UsageError, is_out_of_memory
+from lorafit.fingerprint import changed_base, changed_source, listed, run_fingerprint
 from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
-from lorafit.manifest import build_manifest, changed_base, model_fingerprint
+from lorafit.manifest import build_manifest
 from lorafit.model import dequantize_gguf, load_base, lora_config
 from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.quiet import hush_progress
@@ -84,7 +85,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if plan.data.packing:
             check_isolation(trainer)
         if main and run.base_files() is None:
-            run.write_base_files(model_fingerprint(plan))
+            run.write_base_files(run_fingerprint(plan, run))
         checkpoint = run.last_checkpoint() if start.resume else None
         request = StopRequest()
         schedule = plan.schedule
@@ -105,7 +106,8 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         check_finite(trainer.model, trainer.state.global_step)
         if main:
             memory = memory_record(plan, meter, measured) if measured else None
-            manifest = build_manifest(plan, data, trainer, schedule, began, peak_memory_bytes(), memory)
+            base = run.base_files() or {}
+            manifest = build_manifest(plan, base, data, trainer, schedule, began, peak_memory_bytes(), memory)
             save_result(trainer, plan, run, tokenizer, manifest)
         wait_for_everyone()
     return run
@@ -160,14 +162,14 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
             f"{path}: the recipe is the same, but the data or the machine is not ({', '.join(changed[:5])}), so the "
             "run can't go on exactly; bring back what changed, or start anew with --overwrite"
         )
-    changed = changed_base(plan, run)
-    if changed and start.resume:
-        raise UsageError(
-            f"{path}: the base {plan.model['name_or_path']} is not the one that the run began with (changed: "
-            f"{', '.join(changed[:5])}); bring it back, or start anew with --overwrite"
-        )
     if not start.resume:
         raise UsageError(f"{path}: holds an unfinished run; go on with --resume, or start anew with --overwrite")
+    changed = changed_source(plan, run) or (changed_base(plan, run) if run.base.is_dir() else [])
+    if changed:
+        raise UsageError(
+            f"{path}: the base {plan.model['name_or_path']} is not the one that the run began with (changed: "
+            f"{listed(changed)}); bring it back, or start anew with --overwrite"
+        )
 
 
 def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:

@@ -51,9 +51,7 @@ def hidden(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("method", ["stream", "full"])
 @pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}])
-def test_merged_logits_are_the_adapters(
-    lora: dict[str, Any], method: Any, recipe: RecipeMaker, train: Train
-) -> None:
+def test_merged_logits_are_the_adapters(lora: dict[str, Any], method: Any, recipe: RecipeMaker, train: Train) -> None:
     run = train(recipe(lora=lora))
     destination = merged(run.path, method=method)
     assert destination == run.merged
@@ -323,7 +321,9 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         (["--quantize", "int4"], "--quantize: expected one of nf4, fp4"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_anything_loads(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_said_before_anything_loads(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
     result = CliRunner().invoke(app, ["merge", str(tmp_path), *arguments])
     assert result.exit_code == 2
     assert said in result.stderr
@@ -337,7 +337,7 @@ def test_another_base_of_the_same_shape_is_refused(recipe: RecipeMaker, train: T
     base = make_model(tmp_path / "base")
     run = train(recipe(model={"name_or_path": str(base)}))
     other = make_model(tmp_path / "other", seed=7)
-    with pytest.raises(ModelError, match="is not the base .*--allow-other-base"):
+    with pytest.raises(ModelError, match=r"is not the base .*--allow-other-base"):
         merged(run.path, base=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
@@ -361,10 +361,10 @@ def test_an_adapter_from_elsewhere(recipe: RecipeMaker, train: Train, tmp_path: 
     said = io.StringIO()
     folder = merged(foreign, said, output=tmp_path / "m")
     assert "not trained by lorafit" in said.getvalue()
-    assert report_of(folder)["base"]["checked"] == "by name and shapes only"
+    assert report_of(folder)["base"]["checked"] == "known by name and shapes only"
     torch.testing.assert_close(logits_of(folder), logits_of(merged(run.path)), rtol=1e-5, atol=1e-6)
     wide = make_model(tmp_path / "wide", hidden_size=128)
-    with pytest.raises(ModelError, match="does not belong to this base.*size mismatch"):
+    with pytest.raises(ModelError, match=r"does not belong to this base.*size mismatch"):
         merged(foreign, output=tmp_path / "w", base=str(wide))
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(ModelError, match="no place for"):
@@ -391,7 +391,7 @@ def test_what_is_not_computed_one_by_one_is_merged_in_memory_and_said(
     assert report["method"]["used"] == "full"
     assert "olora" in report["method"]["reason"]
     assert "in memory" in said.getvalue()
-    with pytest.raises(UsageError, match="--method stream: .*olora"):
+    with pytest.raises(UsageError, match=r"--method stream: .*olora"):
         merged(foreign, output=tmp_path / "m", method="stream")
     base = tmp_path / "pickled"
     model = AutoModelForCausalLM.from_pretrained(json.loads(run.plan_file.read_text())["model"]["name_or_path"])
@@ -552,7 +552,7 @@ def test_too_little_disk_is_known_before_anything_is_written(
     run = train(recipe())
     usage = shutil.disk_usage(run.path)
     monkeypatch.setattr("lorafit.merge.make.shutil.disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DoesNotFitError, match="of disk and 0.00 GB are free"):
+    with pytest.raises(DoesNotFitError, match=r"of disk and 0.00 GB are free"):
         merged(run.path)
     assert not hidden(run.path)
 

@@ -511,6 +511,13 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.load_best_model_at_end": (False, VALIDATED),
     "training.early_stopping_patience": (3, VALIDATED),
     "training.report_to": (["tensorboard"], {}),
+    "merge.base_weights": ("original", GPU_QLORA),
+    "merge.verify": ("none", {}),
+    "merge.rows": (5, {}),
+    "merge.max_kl": (0.5, {}),
+    "merge.min_top1": (None, {}),
+    "merge.max_loss_increase": (0.0, {}),
+    "merge.max_logit_difference": (0.5, {}),
     "output_dir": ("elsewhere/run", {}),
 }
 
@@ -652,6 +659,22 @@ def test_json_and_back(planner: Planner, hardware: Hardware, sections: dict[str,
     again = Plan.from_json(plan.to_json())
     assert again == plan
     assert again.to_json() == plan.to_json()
+
+
+def test_a_plan_of_before_recipes_said_how_to_merge(planner: Planner) -> None:
+    plan = planner()
+    raw = json.loads(plan.to_json())
+    del raw["merge"], raw["recipe"]["merge"]
+    old = Plan.from_json(json.dumps(raw))
+    assert old.merge == {}
+    assert old.decides() == plan.decides()
+
+
+def test_a_merge_decides_nothing_about_the_training(planner: Planner) -> None:
+    plan, other = planner(), planner(merge={"max_kl": None, "rows": 7})
+    assert (plan.merge["max_kl"], other.merge["max_kl"], other.merge["rows"]) == (0.1, None, 7)
+    assert plan.decides() == other.decides()
+    assert plan.decides() != planner(lora={"r": 3}).decides()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"data": 3}', "null"])

@@ -143,6 +143,7 @@ def test_every_field_has_a_description() -> None:
         ("dataset", "validation"),
         ("dataset", "audit"),
         ("training",),
+        ("merge",),
     }
 
 
@@ -165,7 +166,8 @@ def test_every_field_has_a_description() -> None:
         ("lora.r: 3", "6:1: lora.r: unknown key; a dot does not nest: write lora: {r: …}"),
         (
             "zzz: 3",
-            "6:1: zzz: unknown key; known keys: model, quantization, lora, dataset, training, output_dir, extends",
+            "6:1: zzz: unknown key; known keys: model, quantization, lora, dataset, training, merge, output_dir, "
+            "extends",
         ),
         ("lora: {'<<': {}}", "6:8: lora.<<: unknown key; known keys: " + ", ".join(LoraSection.model_fields)),
     ],
@@ -264,7 +266,7 @@ def test_values_and_paths_in_messages_are_short_and_printable() -> None:
     assert mistakes(BASE + '"a\\nb\\e[31m\\ud800": 1\noutput_dir: "\\udfff"') == [
         "r.yaml:6:1: a\\nb\\x1b[31m\\ud800: holds \\ud800, which is not a character",
         "r.yaml:6:1: a\\nb\\x1b[31m?: unknown key; known keys: "
-        "model, quantization, lora, dataset, training, output_dir, extends",
+        "model, quantization, lora, dataset, training, merge, output_dir, extends",
         "r.yaml:7:13: output_dir: holds \\udfff, which is not a character",
     ]
     assert only_mistake(BASE + 'lora: {r: "a\\nb"}') == "r.yaml:6:11: lora.r: expected a whole number, got 'a\\nb'"
@@ -791,6 +793,14 @@ NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
             "save_steps: 6}",
             "7:79: training.save_strategy: must be as eval_strategy to keep the best adapter; use auto",
         ),
+        (
+            "merge: {max_kl: 0.2}",
+            "6:8: merge: training in full leaves no adapter to merge; add `lora: {}`, or remove merge",
+        ),
+        (
+            "lora: {}\nmerge: {base_weights: original}",
+            "7:23: merge.base_weights: has no effect without quantization; remove it",
+        ),
     ],
 )
 def test_each_rule_between_fields(added: str, mistake: str) -> None:
@@ -801,6 +811,8 @@ def test_each_rule_between_fields(added: str, mistake: str) -> None:
     "added",
     [
         FOUR_BIT + "lora: {init_lora_weights: loftq, lora_alpha: 16}",
+        FOUR_BIT + "lora: {}\nmerge: {base_weights: original, max_kl: null, max_loss_increase: 0, min_top1: 1}",
+        "lora: {}\nmerge: {}",
         "lora: {}\nquantization: {load_in_8bit: true, llm_int8_threshold: 5}",
         "      format: text\n  loss_on: all",
         "      format: text",

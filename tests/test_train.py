@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from lorafit import staging
 from lorafit.callbacks import StopRequest
 from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
+from lorafit.fingerprint import model_fingerprint, summary
 from lorafit.rundir import RunDir
 from lorafit.train import dequantized_base
 
@@ -60,6 +61,8 @@ def test_a_run_writes_what_the_design_says(recipe: RecipeMaker, train: Train, ro
     assert manifest["result"]["steps"] == 4
     assert manifest["versions"]["peft"]
     assert manifest["model"]["trainable_parameters"] == run.load_plan().trainable_parameters
+    assert run.base_files() == model_fingerprint(run.load_plan())
+    assert manifest["model"]["fingerprint"] == summary(run.base_files() or {})
     metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [entry["step"] for entry in metrics if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in metrics if "eval_loss" in entry] == [4]
@@ -214,6 +217,19 @@ class TestStarting:
         with pytest.raises(UsageError, match=r"another recipe \(training.learning_rate\)"):
             train(path, "training.learning_rate=0.5", resume=True)
 
+    def test_another_merge_is_no_other_recipe(
+        self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = recipe(merge={"rows": 3})
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        monkeypatch.undo()
+        run = train(path, "merge.max_kl=0.5", "merge.verify=none", resume=True)
+        assert run.result is not None
+        merge = run.load_plan().merge  # as the run began
+        assert (merge["rows"], merge["max_kl"], merge["verify"]) == (3, 0.1, "auto")
+
     def test_changed_data_or_another_machine_is_no_resume(
         self, recipe: RecipeMaker, train: Train, rows: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -310,7 +326,7 @@ class TestStarting:
             train(path)
         monkeypatch.undo()
         make_model(base, seed=1)
-        with pytest.raises(UsageError, match=r"is not the one that the run began with \(changed: model.safetensors\)"):
+        with pytest.raises(UsageError, match=r"not the one that the run began with \(changed: tensor lm_head.weight, "):
             train(path, resume=True)
         make_model(base)
         assert train(path, resume=True).result is not None

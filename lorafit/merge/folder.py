@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.facts.folder import read_json
 from lorafit.template import inspect_template
 
-_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _KEPT = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*")
 
 
@@ -20,7 +20,7 @@ def write_config(base: Path, folder: Path, dtype: str | None, untied: bool, voca
     """The base's config.json with what the merge has changed, and the files beside it that a deployment needs.
 
     Args:
-        dtype: safetensors' name of the weights' type, where it is not the base's; None leaves it.
+        dtype: name of the weights' type, where it is not the base's; None leaves it.
         untied: whether embeddings and head are now different tensors.
         vocabulary: rows of the embeddings, where they are not the base's; None leaves it.
     """
@@ -33,9 +33,9 @@ def write_config(base: Path, folder: Path, dtype: str | None, untied: bool, voca
             part["tie_word_embeddings"] = False
         if vocabulary and "vocab_size" in part:
             part["vocab_size"] = vocabulary
-        if dtype in _TYPES:
+        if dtype in TYPES.values():
             names = [name for name in ("dtype", "torch_dtype") if name in part] or (["dtype"] if part is config else [])
-            part |= dict.fromkeys(names, _TYPES[dtype])
+            part |= dict.fromkeys(names, dtype)
     write_json(folder / "config.json", config)
     for pattern in _KEPT:
         for file in base.glob(pattern):

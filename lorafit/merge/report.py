@@ -19,7 +19,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     rows = [
         ("adapter", f"`{report['adapter']}`"),
         *((f"and {item['weight']:g} times", f"`{item['adapter']}`") for item in report["additions"]),
-        ("base", f"`{report['base']['name']}` (the one of the training? {report['base']['checked']})"),
+        ("base", f"`{report['base']['name']}` (that of the training: {report['base']['checked']})"),
         ("base weights", f"{report['base_weights']['used']}: {report['base_weights']['reason']}"),
         ("method", f"{report['method']['used']}: {report['method']['reason']}"),
         ("written", f"{report['bytes'] / 1e9:.2f} GB, {report['dtype']}, in {report['seconds']:.1f} s"),

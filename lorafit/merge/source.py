@@ -10,7 +10,7 @@ from typing import Any
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts.folder import read_json
-from lorafit.fingerprint import changed_base, differences, fingerprint_of
+from lorafit.fingerprint import comparable, differences, fingerprint_of, listed
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir, located, open_run
 from lorafit.tokenizer import cannot_load
@@ -94,18 +94,22 @@ def find_base(source: Source, asked: str | None, allow_other: bool) -> Base:
             raise UsageError(f"{source.adapter}: does not name its base model; name it with --base")
         folder = local_folder(name, source.revision if asked is None else None)
     if run is None or plan is None:
-        return Base(folder, name, "by name and shapes only", _stranger(source, name, asked))
-    recorded = run.base_files()
-    if recorded is None:
-        return Base(folder, name, "not at all: the run recorded no fingerprint", None)
-    changed = differences(recorded, fingerprint_of(folder)) if asked else changed_base(plan, run)
+        return Base(folder, name, "known by name and shapes only", _stranger(source, name, asked))
+    recorded, now = run.base_files() or {}, fingerprint_of(folder)
+    if run.base.is_dir() and asked is None:
+        recorded = recorded.get("dequantized") or {}
+    changed = differences(recorded, now)
+    if not changed and not comparable(recorded, now):
+        remark = (
+            f"{name}: whether it is the base that {run.path} was trained on can't be told: its record has no weights"
+        )
+        return Base(folder, name, "not known", remark)
     if not changed:
-        return Base(folder, name, "fingerprint of the training")
-    what = f"{name}: is not the base that {run.path} was trained on (differs in {', '.join(changed[:3])}"
-    what += f" and {len(changed) - 3} more)" if len(changed) > 3 else ")"
+        return Base(folder, name, "yes, by fingerprint")
+    what = f"{name}: is not the base that {run.path} was trained on (differs in {listed(changed, 3)})"
     if not allow_other:
         raise ModelError(f"{what}; bring that back, or insist with --allow-other-base")
-    return Base(folder, name, "no: another base was allowed", f"{what}; it was allowed")
+    return Base(folder, name, "no, another base was allowed", f"{what}; it was allowed")
 
 
 def _stranger(source: Source, name: str, asked: str | None) -> str:

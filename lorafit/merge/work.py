@@ -23,7 +23,7 @@ from lorafit.facts.folder import read_json
 from lorafit.hardware import available_memory
 from lorafit.manifest import versions
 from lorafit.merge.combine import Combination
-from lorafit.merge.folder import write_config, write_generation_config
+from lorafit.merge.folder import TYPES, write_config, write_generation_config
 from lorafit.merge.full import merge_in_memory
 from lorafit.merge.options import Options
 from lorafit.merge.quantized import RoundTrip
@@ -350,12 +350,12 @@ def check_headers(task: Task, folder: Path) -> None:
 
 
 def _main_dtype(folder: Path) -> str:
-    """safetensors' name of the floating type of most of a folder's weights."""
+    """The floating type of most of a folder's weights."""
     sizes: Counter[str] = Counter()
     for tensor in Store(folder).tensors.values():
         if tensor.dtype in FLOATS:
             sizes[tensor.dtype] += tensor.elements
-    return sizes.most_common(1)[0][0] if sizes else "unknown"
+    return TYPES[sizes.most_common(1)[0][0]] if sizes else "unknown"
 
 
 def _stored_quantization(folder: Path) -> str | None:

@@ -99,6 +99,7 @@ def _resolve(context: Context, default_name: str, read_data: bool) -> Plan:
         training_kwargs=for_training,
         data=data,
         schedule=None,
+        merge=recipe.merge.model_dump(mode="json"),
         remarks=tuple(context.remarks),
     )
 

@@ -107,6 +107,7 @@ class Plan:
         schedule: None while the number of rows is not known.
         audit: what was counted of the data (see lorafit.audit); None before it was tokenized.
         remarks: what the user should know, a sentence each.
+        merge: the recipe's merge section; empty in plans of before there was one.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Plan:
     schedule: Schedule | None
     remarks: tuple[str, ...] = ()
     audit: dict[str, Any] | None = None
+    merge: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -149,7 +151,10 @@ class Plan:
         return Plan(**raw)
 
     def decides(self) -> dict[str, Any]:
-        """What the trained weights depend on, as JSON-able values: a run can go on only if it is the same."""
+        """What the trained weights depend on, as JSON-able values: a run can go on only if it is the same.
+
+        How the adapter will be merged is no part of it.
+        """
         whole = json.loads(self.to_json())
         parts = (
             "recipe",
@@ -163,6 +168,7 @@ class Plan:
         machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
         for source in (*whole["data"]["train"], *whole["data"]["validation"]):
             del source["rows"]  # follows from the files
+        whole["recipe"].pop("merge", None)
         return {part: whole[part] for part in parts} | {"hardware": machine}
 
     @property

@@ -21,6 +21,7 @@ def cross_check(recipe: Recipe) -> Iterator[Complaint]:
     yield from _lora(recipe)
     yield from _dataset(recipe)
     yield from _training(recipe)
+    yield from _merge(recipe)
 
 
 def _quantization(recipe: Recipe) -> Iterator[Complaint]:
@@ -183,6 +184,13 @@ def _training(recipe: Recipe) -> Iterator[Complaint]:
                 yield ("training", name), "needs evaluations; remove eval_strategy: no"
     if training.load_best_model_at_end is True or training.early_stopping_patience is not None:
         yield from _best_needs_a_checkpoint(recipe)
+
+
+def _merge(recipe: Recipe) -> Iterator[Complaint]:
+    if recipe.lora is None and "merge" in recipe.model_fields_set:
+        yield ("merge",), "training in full leaves no adapter to merge; add `lora: {}`, or remove merge"
+    elif recipe.quantization is None and recipe.merge.base_weights != "auto":
+        yield ("merge", "base_weights"), "has no effect without quantization; remove it"
 
 
 def _best_needs_a_checkpoint(recipe: Recipe) -> Iterator[Complaint]:

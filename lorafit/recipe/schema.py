@@ -18,6 +18,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -161,9 +162,6 @@ class Source(Section):
 
 
 Sources = Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class AuditSection(Section):
@@ -326,6 +324,31 @@ class TrainingSection(Section):
     written."""
 
 
+class MergeSection(Section):
+    """What `lorafit merge` does unless its options say otherwise. Nothing here changes the training. A
+    merge over a limit fails; the limits hold for the merged model against the adapter on the base as it
+    was trained."""
+
+    base_weights: Literal["auto", "original", "dequantized"] = "auto"
+    """What an adapter that was trained on a quantized base is added to: the 16-bit weights
+    (`original`), or exactly what it was trained on (`dequantized`). `auto`: both are measured on held-out
+    rows, and the better is kept."""
+    verify: Literal["auto", "logits", "weights", "none"] = "auto"
+    """How the result is checked: by running both models (`logits`), by the merged weights alone
+    (`weights`), or not at all. `auto`: logits if the model fits in memory, else weights."""
+    rows: PositiveInt = 64
+    """Held-out rows that both models are run on."""
+    max_kl: NonNegativeFloat | None = 0.1
+    """Limit of the mean KL divergence from the adapter's predictions to the merged model's, over the
+    learned positions, in nats. null: none."""
+    min_top1: Share | None = 0.9
+    """Least share of the learned positions at which both find the same token most likely. null: none."""
+    max_loss_increase: NonNegativeFloat | None = 0.05
+    """Limit of the merged model's loss above the adapter's, in nats a token. null: none."""
+    max_logit_difference: PositiveFloat | None = None
+    """Limit of the largest difference between two logits. null: none."""
+
+
 class Recipe(Section):
     """A complete recipe, as asked. See `lorafit.recipe.load` for how it is read."""
 
@@ -339,6 +362,8 @@ class Recipe(Section):
     """The training and validation rows."""
     training: TrainingSection = Field(default_factory=TrainingSection)
     """The optimization."""
+    merge: MergeSection = Field(default_factory=MergeSection)
+    """How the adapter is merged into the base, and what the result must hold."""
     output_dir: Text | None = None
     """The run directory. Default: runs/ and the recipe's file name. Relative to the working
     directory."""
