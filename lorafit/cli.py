@@ -363,7 +363,7 @@ def merge(
     destination = run_merge(options, talk())
     if as_json:
         report = json.loads((destination / "merge_report.json").read_text(encoding="utf-8"))
-        show({"merged": str(destination)} | report)
+        show(report | {"merged": str(destination)})
     else:
         typer.echo(str(destination))
 

@@ -214,7 +214,8 @@ class TestMistakes:
         ("train", "lorafit.model.AutoTokenizer.from_pretrained"),
         ("train", "lorafit.model.AutoModelForCausalLM.from_pretrained"),
         ("merge", "lorafit.model.PeftModel.from_pretrained"),
-        ("merge", "lorafit.merge.AutoModelForCausalLM.from_pretrained"),
+        ("merge", "lorafit.merge.stream._edited"),
+        ("merge", "lorafit.merge.verify.load_merged"),
         ("eval", "lorafit.evaluate.token_scores"),
     ],
 )

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorafit.data import IGNORED
 from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.evaluate import evaluate, held_out_rows, models
-from lorafit.merge import merge
+from lorafit.merge import Options
+from lorafit.merge.make import merge
 from lorafit.rundir import RunDir
 
 QUIET = Console(file=io.StringIO())
@@ -139,13 +140,13 @@ def test_another_base_than_the_one_trained_on(recipe: RecipeMaker, train: Train,
     dataset = {"train": [{"path": str(rows)}], "validation": 0.4}
     run = train(recipe(model={"name_or_path": str(base)}, dataset=dataset))
     make_model(base, seed=1)
-    with pytest.raises(ModelError, match=r"is not the base that .* was trained on \(changed: model.safetensors\)"):
+    with pytest.raises(ModelError, match=r"is not the base that .* was trained on \(changed: tensor lm_head.weight, "):
         evaluate(run.path, None, 1, 1, QUIET)
     with pytest.raises(ModelError, match="is not the base"):
-        merge(run.path, None, QUIET)
+        merge(Options(run.path), QUIET)
 
 
 def test_one_process_at_a_time(run: RunDir) -> None:
-    for command in (lambda: evaluate(run.path, None, 1, 1, QUIET), lambda: merge(run.path, None, QUIET)):
+    for command in (lambda: evaluate(run.path, None, 1, 1, QUIET), lambda: merge(Options(run.path), QUIET)):
         with run.lock(), pytest.raises(UsageError, match="another process"):
             command()

@@ -68,7 +68,7 @@ def test_merged_logits_are_the_adapters(lora: dict[str, Any], method: Any, recip
     assert report["method"]["used"] == method
     assert report["verification"]["level"] == "logits"
     assert report["verification"]["figures"]["kl"] < 1e-6
-    assert report["merged"] == 14
+    assert report["merged_weights"] == 14
 
 
 def test_what_is_deployed_is_complete(recipe: RecipeMaker, train: Train, tiny_model: Path, tmp_path: Path) -> None:
@@ -180,12 +180,21 @@ def test_an_unquantized_run_has_nothing_to_dequantize(recipe: RecipeMaker, train
 
 
 def test_a_4_bit_copy_is_measured(quantized: Path, tmp_path: Path) -> None:
-    folder = merged(quantized, output=tmp_path / "m", quantize="nf4")
+    folder = merged(quantized, output=tmp_path / "m", quantize="nf4", limits={"max_kl": 1.0, "min_top1": 0.1})
+    assert report_of(folder)["base_weights"]["used"] == "original"
     copy = AutoModelForCausalLM.from_pretrained(tmp_path / "m-nf4", device_map={"": "cpu"})
     assert copy.config.quantization_config.bnb_4bit_quant_type == "nf4"
     cost = report_of(folder)["verification"]["exports"]["merged, then nf4"]
     assert cost["kl"] > 0
     assert "merged, then nf4" in (folder / "merge_report.md").read_text()
+
+
+def test_a_4_bit_copy_that_lost_the_adapter_is_not_kept(quantized: Path, tmp_path: Path) -> None:
+    """Dequantized weights lie where 4-bit rounding puts them, so rounding again undoes small changes."""
+    limits = {"max_kl": 1e-6, "min_top1": 0.0, "max_loss_increase": 10.0}
+    with pytest.raises(GateError, match=r"m-nf4\.unverified: .*--base-weights original"):
+        merged(quantized, output=tmp_path / "m", base_weights="dequantized", quantize="nf4", limits=limits)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "m-nf4.unverified"]
 
 
 # --- gates ----------------------------------------------------------------------------------------

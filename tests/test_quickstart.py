@@ -18,7 +18,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit.evaluate import evaluate
-from lorafit.merge import merge
+from lorafit.fingerprint import differences, fingerprint_of
+from lorafit.merge import Options
+from lorafit.merge.make import merge
 from lorafit.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +71,7 @@ def test_the_held_out_rows_are_not_in_training() -> None:
 
 def test_the_merged_model_answers_alone(quickstart: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    folder = merge(quickstart.path, tmp_path / "merged", QUIET)
+    folder = merge(Options(quickstart.path, tmp_path / "merged"), QUIET)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     row = json.loads((ROOT / "data/quickstart/train.jsonl").read_text().splitlines()[0])["messages"]
@@ -91,9 +93,11 @@ def test_a_gguf_file_trains_and_its_run_needs_no_gguf(recipe: RecipeMaker, train
         )
     )
     assert run.load_plan().model["parameters"] == 134_515_008
+    assert differences(run.base_files() or {}, fingerprint_of(run.base)) == []
+    assert (run.base_files() or {})["dequantized"]["tensors"]
     adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
     assert adapter.get_base_model().config.to_dict().get("quantization_config") is None
     prepared = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "SmolLM2-135M-Instruct")
     weights = adapter.get_base_model().model.embed_tokens.weight
     assert torch.equal(weights, prepared.model.embed_tokens.weight)
-    assert merge(run.path, None, QUIET).is_dir()
+    assert merge(Options(run.path, verify="weights"), QUIET).is_dir()

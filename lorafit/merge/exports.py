@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lorafit.errors import ModelError, UsageError
+from lorafit.errors import GateError, ModelError, UsageError
 from lorafit.facts.folder import read_json
 from lorafit.merge.folder import special_tokens
 from lorafit.merge.options import Options
 from lorafit.merge.report import as_markdown
-from lorafit.merge.verify import PROBES, Reference, compare_folder
-from lorafit.staging import staged, write_text
+from lorafit.merge.verify import PROBES, Reference, breaches, compare_folder
+from lorafit.staging import discard, staged, write_text
 from lorafit.tokenizer import cannot_load, tokenizer_of
 
 
@@ -25,11 +25,13 @@ def make_exports(
     options: Options, merged: Path, report: dict[str, Any], reference: Reference | None, console: Console
 ) -> None:
     """Every export that was asked for, each whole or absent, and measured; then the report says so too."""
-    figures, made = report["verification"]["exports"], []
+    verification, made = report["verification"], []
     if options.quantize:
         made.append(quantized_copy(merged, options.quantize))
         if reference is not None:
-            figures[f"merged, then {options.quantize}"] = compare_folder(reference, made[-1]).as_dict()
+            figures = compare_folder(reference, made[-1])
+            verification["exports"][f"merged, then {options.quantize}"] = figures.as_dict()
+            _gate(made[-1], breaches(figures, verification["limits"]), report["base_weights"]["used"])
     if options.exports:
         made.append(gguf_files(options, merged, report, reference, console))
     if made:
@@ -41,6 +43,22 @@ def make_exports(
         from lorafit.export.hub import push
 
         console.print(push(merged, options.push_to_hub, options.private), highlight=False, soft_wrap=True)
+
+
+def _gate(made: Path, found: list[str], base_weights: str) -> None:
+    """Raises GateError for a 4-bit copy that is beyond a limit; it is left under another name."""
+    if not found:
+        return
+    unverified = made.with_name(f"{made.name}.unverified")
+    discard(unverified)
+    made.rename(unverified)
+    why = ""
+    if base_weights == "dequantized":
+        why = (
+            "; weights that were in 4 bits before are rounded back to where they were, and the adapter is lost: merge "
+            "with --base-weights original"
+        )
+    raise GateError(f"{unverified}: not verified: {'; '.join(found)}{why}")
 
 
 def gguf_files(

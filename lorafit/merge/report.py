@@ -44,7 +44,7 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def _changed(report: dict[str, Any]) -> str:
-    count = report["merged"]
+    count = report["merged_weights"]
     shown = f"{count} weights"
     sizes = [target["relative"] for target in report["targets"]]
     if sizes:

@@ -123,7 +123,7 @@ def _kl(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
 
 def measure(source: Source, base: Base, rows: list[Row], shown: str) -> Reference:
     """Run the adapter on its base as it was trained: that base's type and quantization, in float32 arithmetic."""
-    model = load_adapter(_as_trained(source, base), source.adapter)
+    model = load_adapter(as_trained(source, base), source.adapter)
     vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
     each = max(KEPT_BYTES // (4 * vocabulary * len(rows)), 1)
     keep = [min(len(row.positions), each) for row in rows]
@@ -150,7 +150,8 @@ def _run(model: Any, rows: list[Row], keep: list[int]) -> tuple[float, list[torc
     return total / count, kept
 
 
-def _as_trained(source: Source, base: Base) -> PreTrainedModel:
+def as_trained(source: Source, base: Base) -> PreTrainedModel:
+    """The base as the adapter was trained on it, in float32 arithmetic."""
     if source.plan is None:
         return load_merged(base.folder, None)[0]
     return in_float32(load_base(on_cpu(source.plan), base.folder))

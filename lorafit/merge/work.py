@@ -182,6 +182,8 @@ class Work:
             return ["original"], "the adapter was trained on weights that were not quantized"
         if asked != "auto":
             return [asked], "asked for"
+        if self.options.quantize:
+            return ["original"], "a 4-bit copy is made, and rounding dequantized weights again would lose the adapter"
         if level == "logits":
             return ["dequantized", "original"], ""
         return ["dequantized"], "exactly what the adapter was trained on (nothing was measured)"
@@ -276,7 +278,7 @@ class Work:
             "bytes": written.bytes,
             "seconds": round(written.seconds, 3),
             "untied": written.untied,
-            "merged": written.merged,
+            "merged_weights": written.merged,
             "targets": [asdict(target) for target in written.targets],
             "verification": {
                 "level": level,
