@@ -60,7 +60,7 @@ def measured(run: Path, scratch: Path, console: Console) -> list[str]:
         ]
     del adapter
     for kind in ("dequantized", "original"):
-        folder = merge(Options(run, scratch / kind, base_weights=kind, limits={"max_kl": 1e9}), console)  # type: ignore[arg-type]
+        folder = merge(Options(run, scratch / kind, base_weights=kind, limits={"max_kl": 1e9}), console)
         for name, where in (
             (f"{kind} base", folder),
             (f"{kind} base, then NF4 again", quantized_copy(folder, "nf4")),

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from lorafit.errors import GateError, UsageError
 from lorafit.manifest import versions
 from lorafit.merge.edits import LayerEdit
-from lorafit.merge.folder import write_json
+from lorafit.merge.folder import copy_tokenizer, write_json
 from lorafit.merge.skeleton import attach, empty_model
 from lorafit.merge.stream import combined_delta
 from lorafit.merge.work import Work
@@ -74,7 +74,7 @@ def make_adapter(work: Work, destination: Path) -> Path:
     with staged(destination) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        work.tokenizer.save_pretrained(folder)
+        copy_tokenizer(work.tokenizer, folder)
         _check(work, folder, tensors)
         errors = [target["truncation_error"] for target in targets]
         report = {

@@ -9,16 +9,25 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from lorafit.errors import GateError, ModelError, UsageError
-from lorafit.facts.folder import read_json
-from lorafit.merge.folder import special_tokens
+from lorafit.export import export_gguf, parse_export
+from lorafit.export.check import compare_gguf
+from lorafit.export.hub import push
+from lorafit.export.ollama import modelfile
+from lorafit.export.vocabulary import read_vocabulary, stop_ids
+from lorafit.merge.folder import copy_tokenizer
 from lorafit.merge.options import Options
 from lorafit.merge.report import as_markdown
 from lorafit.merge.verify import PROBES, Reference, breaches, compare_folder
 from lorafit.staging import discard, staged, write_text
 from lorafit.tokenizer import cannot_load, tokenizer_of
+
+COMPARED_ROWS = 8
+"""Rows that a GGUF file is compared on."""
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+"""What chat templates know by name."""
 
 
 def make_exports(
@@ -40,8 +49,6 @@ def make_exports(
         write_text(merged / "merge_report.md", as_markdown(report))
         console.print(f"exported: {', '.join(report['exported'])}", highlight=False, soft_wrap=True)
     if options.push_to_hub is not None:
-        from lorafit.export.hub import push
-
         console.print(push(merged, options.push_to_hub, options.private), highlight=False, soft_wrap=True)
 
 
@@ -64,38 +71,65 @@ def _gate(made: Path, found: list[str], base_weights: str) -> None:
 def gguf_files(
     options: Options, merged: Path, report: dict[str, Any], reference: Reference | None, console: Console
 ) -> Path:
-    """GGUF files in a folder beside the merged model, read back and compared with it, with a Modelfile for Ollama."""
-    from lorafit.export import export_gguf, parse_export
-    from lorafit.export.check import compare_gguf
-    from lorafit.export.ollama import modelfile
+    """GGUF files in a folder beside the merged model, read back and compared with it, with a Modelfile for Ollama.
 
+    Raises ModelError for a model that the writer doesn't know, GateError for a 16-bit file that answers differently.
+    """
     destination = merged.with_name(f"{merged.name}-gguf")
     if destination.exists() and not all(_ours(file) for file in destination.iterdir()):
         raise UsageError(f"{destination}: holds other files than GGUF exports; choose another --output")
     tokenizer = tokenizer_of(merged)
     rows = [row.ids for row in reference.rows] if reference else [tokenizer(text)["input_ids"] for text in PROBES]
+    rows = rows[:: max(len(rows) // COMPARED_ROWS, 1)][:COMPARED_ROWS]
     name = Path(report["adapter"]).name
     with staged(destination) as folder:
         for text in options.exports:
             kind = parse_export(text, options.llama_cpp)
             file = folder / f"{name}-{kind}.gguf"
             made_by = export_gguf(merged, file, kind, options.llama_cpp)
-            report.setdefault("gguf", {})[kind] = {"made_by": made_by, "bytes": file.stat().st_size}
+            found: dict[str, Any] = {"made_by": made_by, "bytes": file.stat().st_size}
+            report.setdefault("gguf", {})[kind] = found
             try:
-                report["gguf"][kind] |= compare_gguf(merged, file, rows)
+                found |= compare_gguf(merged, file, rows)
             except ModelError as error:
                 console.print(
                     f"{file.name}: not compared with the merged model: {error}", style="yellow", soft_wrap=True
                 )
-            if isinstance(tokenizer.chat_template, str):
-                ends = read_json(merged / "generation_config.json").get("eos_token_id") or []
-                stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
-                made = modelfile(tokenizer.chat_template, special_tokens(tokenizer), file.name, stops)
-                target = "Modelfile" if text == options.exports[0] else f"Modelfile-{kind}"
-                (folder / target).write_text(made.text, encoding="utf-8")
-                if made.remark:
-                    console.print(made.remark, style="yellow", highlight=False, soft_wrap=True)
+            else:
+                _compared(file, kind, found, report["verification"]["limits"], console)
+            target = "Modelfile" if text == options.exports[0] else f"Modelfile-{kind}"
+            _write_modelfile(folder / target, merged, tokenizer, file.name, console)
     return destination
+
+
+def _compared(file: Path, kind: str, found: dict[str, Any], limits: dict[str, Any], console: Console) -> None:
+    shown = (
+        f"{file.name}: top-1 agreement with the merged model {found['top1_agreement']:.1%}, KL {found['mean_kl']:.2g}"
+    )
+    least, most = limits.get("min_top1"), limits.get("max_kl")
+    beyond = (least is not None and not found["top1_agreement"] >= least) or (
+        most is not None and not found["mean_kl"] <= most
+    )
+    if beyond and kind in ("f32", "f16", "bf16"):
+        raise GateError(f"{shown}: beyond merge.min_top1 or merge.max_kl, so it was not kept")
+    console.print(f"{shown}{'; that is beyond the limits of the merge' * beyond}", highlight=False, soft_wrap=True)
+
+
+def _write_modelfile(
+    target: Path, merged: Path, tokenizer: PreTrainedTokenizerBase, gguf_name: str, console: Console
+) -> None:
+    if not isinstance(tokenizer.chat_template, str):
+        return
+    try:
+        adds_bos = read_vocabulary(merged, len(tokenizer)).add_bos
+    except ModelError:  # a tokenizer that only llama.cpp's converter knows
+        adds_bos = True
+    stops = tokenizer.convert_ids_to_tokens(stop_ids(merged))
+    special = {name: getattr(tokenizer, name) for name in SPECIAL}
+    made = modelfile(tokenizer.chat_template, special, gguf_name, stops, adds_bos)
+    target.write_text(made.text, encoding="utf-8")
+    if made.remark:
+        console.print(made.remark, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _ours(file: Path) -> bool:
@@ -119,7 +153,7 @@ def quantized_copy(merged: Path, kind: str) -> Path:
         except Exception as error:
             raise cannot_load("merged model", str(merged), error) from error
         model.save_pretrained(folder)
-        tokenizer_of(merged).save_pretrained(folder)
+        copy_tokenizer(merged, folder)
         del model
     gc.collect()
     return destination

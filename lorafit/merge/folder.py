@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from lorafit.facts.folder import read_json
+from lorafit.errors import ModelError
+from lorafit.facts import TOKENIZER_FILES, TokenizerFacts
+from lorafit.facts.folder import read_json, tokenizer_facts
 from lorafit.template import inspect_template
+from lorafit.tokenizer import tokenizer_of
 
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _KEPT = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*")
@@ -42,40 +43,53 @@ def write_config(base: Path, folder: Path, dtype: str | None, untied: bool, voca
             shutil.copyfile(file, folder / file.name)
 
 
-def write_generation_config(base: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The base's generation settings, stopping at every token that ends an answer. Returns these tokens' ids.
+def tokenizer_folder(*folders: Path) -> Path:
+    """The first folder with a tokenizer. Raises ModelError."""
+    for folder in folders:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    raise ModelError(f"{folders[-1]}: has no tokenizer, nor has {folders[0]}")
 
-    The ends are those of the base, the tokenizer's end token, and what the chat template writes after an answer.
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer with its chat templates, byte for byte as it was trained with."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
+
+
+def write_generation_config(base: Path, folder: Path) -> None:
+    """The base's generation settings, stopping at every token that ends an answer of the folder's tokenizer.
+
+    The ends are those of the base, the tokenizer's end token, and what the chat template writes after an answer,
+    if that is one token.
     """
     file = base / "generation_config.json"
     config = read_json(file) if file.is_file() else {}
-    model = read_json(base / "config.json")
-    known = config.get("eos_token_id", model.get("eos_token_id"))
-    every = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    known = config.get("eos_token_id", read_json(base / "config.json").get("eos_token_id"))
+    facts = tokenizer_facts(folder) or TokenizerFacts()
+    ids = _token_ids(folder)
+    named = {"bos_token": facts.bos_token, "eos_token": facts.eos_token, "pad_token": facts.pad_token}
+    turn = inspect_template(facts.chat_template, dict(named)).end_of_turn if facts.chat_template else None
+    every = [*(known if isinstance(known, list) else [known]), ids.get(facts.eos_token), ids.get(turn)]
     ends = list(dict.fromkeys(token for token in every if isinstance(token, int)))
     if ends:
         config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
-    for name in ("bos_token_id", "pad_token_id"):
-        value = getattr(tokenizer, name)
-        if config.get(name) is None and value is not None:
-            config[name] = value
+    for name in ("bos_token", "pad_token"):
+        if config.get(f"{name}_id") is None and named[name] in ids:
+            config[f"{name}_id"] = ids[named[name]]
     write_json(folder / "generation_config.json", config)
-    return ends
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the token that the chat template writes after an answer, if it is one token."""
-    if not isinstance(tokenizer.chat_template, str):
-        return None
-    text = inspect_template(tokenizer.chat_template, special_tokens(tokenizer)).end_of_turn
-    found = tokenizer.get_added_vocab().get(text) if text else None
-    return found if isinstance(found, int) else None
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | None]:
-    """The named special tokens, as chat templates see them."""
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    return {name: getattr(tokenizer, name, None) for name in names}
+def _token_ids(folder: Path) -> dict[str | None, int]:
+    """The ids of a tokenizer's special tokens, and of others as far as they are at hand."""
+    file = folder / "tokenizer.json"
+    added = read_json(file).get("added_tokens") if file.is_file() else None
+    if not added:
+        return dict(tokenizer_of(folder).get_vocab())
+    return {token["content"]: token["id"] for token in added}
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, load_peft_weights, set_peft_model_state_dict
@@ -202,9 +202,11 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peft = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
-            weights = load_peft_weights(str(adapter), device="cpu")
-            found = set_peft_model_state_dict(peft, weights, low_cpu_mem_usage=True)
+            config = LoraConfig.from_pretrained(str(adapter))
+            config.inference_mode = True
+            peft = PeftModel(model, config, ADAPTER, low_cpu_mem_usage=True)
+            weights = load_peft_weights(str(adapter), device="cpu", key_mapping=_key_mapping(model))
+            found = set_peft_model_state_dict(peft, weights, ADAPTER, low_cpu_mem_usage=True)
     except LorafitError:
         raise
     except Exception as error:
@@ -233,6 +235,11 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
     return Attached(peft, {name: tuple(several) for name, several in edits.items()}, config)
 
 
+def _key_mapping(model: PreTrainedModel) -> dict[str, str]:
+    """Old names of modules, as PeftModel.from_pretrained has it."""
+    return getattr(model, "_checkpoint_conversion_mapping", {})
+
+
 def _mismatch(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return first_line(next((line.strip() for line in lines if "size mismatch" in line), first_line(error)))
@@ -249,7 +256,9 @@ def _edits(peft: PeftModel) -> Iterator[tuple[str, Edit]]:
                 raise ModelError(f"the adapter lacks {name}.{leaf}, which its modules_to_save names")
             yield f"{name}.{leaf}", Replacement(value.data, must_change=True)
     for name, value in inner.named_parameters():
-        if not _is_adapter_key(name, prefixes) and not is_nothing(value) and value.numel() > 1:
+        if ".lora_" in name or is_nothing(value) or value.numel() == 1:
+            continue
+        if not _is_adapter_key(name, prefixes):
             yield _peft_key_to_original_key(peft, name), Replacement(value.data, must_change=False)
     for name, module in inner.named_modules():
         if isinstance(module, TrainableTokensWrapper):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from transformers import PreTrainedTokenizerBase
 
 from lorafit.errors import DoesNotFitError, GateError, UsageError
 from lorafit.facts import weight_files
@@ -23,7 +22,7 @@ from lorafit.facts.folder import read_json
 from lorafit.hardware import available_memory
 from lorafit.manifest import versions
 from lorafit.merge.combine import Combination
-from lorafit.merge.folder import TYPES, write_config, write_generation_config
+from lorafit.merge.folder import TYPES, copy_tokenizer, tokenizer_folder, write_config, write_generation_config
 from lorafit.merge.full import merge_in_memory
 from lorafit.merge.options import Options
 from lorafit.merge.quantized import RoundTrip
@@ -67,9 +66,7 @@ class Work:
         }
         self.remarks: list[str] = []
         self.dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        self.tokenizer: PreTrainedTokenizerBase = (
-            load_tokenizer(source.plan, source.adapter) if source.plan else tokenizer_of(source.adapter, base.folder)
-        )
+        self.tokenizer = tokenizer_folder(source.adapter, base.folder)
         self.tasks: dict[str, Task] = {}
         self.vocabulary: int | None = None
 
@@ -204,7 +201,9 @@ class Work:
 
     def measure(self) -> Reference:
         """The adapter's answers on the base it was trained on."""
-        rows, shown = rows_to_compare(self.source, self.tokenizer, self.settings["rows"], self.console)
+        plan = self.source.plan
+        tokenizer = load_tokenizer(plan, self.tokenizer) if plan else tokenizer_of(self.tokenizer)
+        rows, shown = rows_to_compare(self.source, tokenizer, self.settings["rows"], self.console)
         return measure(self.source, self.base, rows, shown)
 
     def write(self, kind: str, folder: Path) -> Written:
@@ -231,8 +230,8 @@ class Work:
         dtype_name = _main_dtype(folder)
         changed = self.method == "full" or _main_dtype(self.base.folder) != dtype_name
         write_config(self.base.folder, folder, dtype_name if changed else None, is_untied, self.vocabulary)
-        self.tokenizer.save_pretrained(folder)
-        write_generation_config(self.base.folder, folder, self.tokenizer)
+        copy_tokenizer(self.tokenizer, folder)
+        write_generation_config(self.base.folder, folder)
         return Written(folder, merged, targets, is_untied, dtype_name, size, time.perf_counter() - began)
 
     def report(

@@ -1,0 +1,194 @@
+"""A merged model folder as one GGUF file, without llama.cpp.
+
+Written by the package gguf (llama.cpp's own, on PyPI), tensor by tensor: memory is a few rows, not the model. Only what
+is known exactly is written: the Llama, Mistral, Qwen2 and Qwen3 families with byte-level or SentencePiece BPE
+tokenizers. Everything else is refused with a ModelError that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorafit.errors import DoesNotFitError, ModelError
+from lorafit.export import KINDS
+from lorafit.export.families import Layout, Placed, make_layout
+from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary
+from lorafit.export.weights import Rows, read_tensors
+from lorafit.staging import FULL_BELOW
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+NATIVE_KINDS = KINDS
+"""What this writer can write."""
+
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
+"""general.file_type of each kind, as llama.cpp numbers them."""
+_BLOCK = 32
+"""Numbers that the quantized kinds here put under one scale."""
+_FLOAT16_MAX = 65504.0
+_AT_A_TIME = 16 << 20
+"""Numbers that are read and converted together."""
+
+
+def write_gguf(folder: Path, destination: Path, kind: str) -> None:
+    """Write a merged model (config.json, safetensors, tokenizer) as a GGUF file; replaces what stands there.
+
+    Matrices get the kind; norms, biases and all that has one dimension stay in float32, as llama.cpp has it. With
+    the kinds of 4 and 5 bits, embeddings and output head get q8_0; rows that don't divide by 32 get f16. The file is
+    written beside its place, flushed and renamed, so that it is whole or absent.
+
+    Raises ModelError for what isn't known exactly, and DoesNotFitError for a full disk.
+    """
+    if kind not in NATIVE_KINDS:
+        raise ModelError(
+            f"{kind}: not among the kinds that lorafit writes: {', '.join(NATIVE_KINDS)}; use --llama-cpp DIR"
+        )
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError("writing GGUF needs the package gguf: pip install 'lorafit[gguf]'") from None
+
+    config = read_json(folder / "config.json")
+    if not config:
+        raise ModelError(f"{folder}: there is no config.json, so this is not a model folder; run lorafit merge first")
+    layout = make_layout(folder, config, read_tensors(folder))
+    vocabulary = read_vocabulary(folder, layout.vocabulary)
+    with beside(destination) as partial:
+        writer = gguf.GGUFWriter(partial, layout.architecture)
+        try:
+            _add_metadata(writer, layout, vocabulary, destination.stem, kind)
+            _write_tensors(writer, layout, kind)
+        finally:
+            writer.close()
+
+
+@contextlib.contextmanager
+def beside(destination: Path) -> Iterator[Path]:
+    """A file beside `destination` that becomes it when the block ends well, else is removed."""
+    partial = destination.with_name(f".{destination.name}.partial")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(destination)
+    except BaseException as error:
+        full = isinstance(error, OSError) and (
+            error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            or shutil.disk_usage(partial.parent).free < FULL_BELOW
+        )
+        partial.unlink(missing_ok=True)
+        if full:
+            raise DoesNotFitError(f"{destination}: the disk is full; nothing was left half written") from error
+        raise
+
+
+def _add_metadata(writer: GGUFWriter, layout: Layout, vocabulary: Vocabulary, name: str, kind: str) -> None:
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(_FILE_TYPES[kind])
+    writer.add_quantization_version(2)  # the layout of blocks that every current reader expects
+    for key, value in layout.metadata.items():
+        full = f"{layout.architecture}.{key}"
+        if isinstance(value, str):
+            writer.add_string(full, value)
+        elif isinstance(value, float):
+            writer.add_float32(full, value)
+        else:
+            writer.add_uint32(full, value)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    for key, index in vocabulary.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _write_tensors(writer: GGUFWriter, layout: Layout, kind: str) -> None:
+    import gguf
+    from gguf.quants import quant_shape_to_byte_shape
+
+    types = [_type_of(entry, kind) for entry in layout.tensors]
+    for entry, qtype in zip(layout.tensors, types, strict=True):
+        size = int(np.prod(quant_shape_to_byte_shape(entry.tensor.shape, qtype), dtype=np.int64))
+        writer.add_tensor_info(entry.name, entry.tensor.shape, np.dtype(np.float32), size, raw_dtype=qtype)
+    if layout.rope_factors is not None:
+        float32 = gguf.GGMLQuantizationType.F32
+        factors = layout.rope_factors
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes, raw_dtype=float32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (stream,) = writer.fout
+    writer.write_padding(stream, stream.tell())
+    for entry, qtype in zip(layout.tensors, types, strict=True):
+        begin = stream.tell()
+        for rows in _chunks(entry):
+            _check_range(entry, rows, kind)
+            stream.write(np.ascontiguousarray(gguf.quantize(rows, qtype)).data)
+        writer.write_padding(stream, stream.tell() - begin)
+    if layout.rope_factors is not None:
+        stream.write(layout.rope_factors.data)
+        writer.write_padding(stream, layout.rope_factors.nbytes)
+
+
+def _type_of(entry: Placed, kind: str) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
+
+    shape = entry.tensor.shape
+    if len(shape) == 1 or kind == "f32":
+        return GGMLQuantizationType.F32
+    if kind in ("f16", "bf16"):
+        return GGMLQuantizationType[kind.upper()]
+    if shape[-1] % _BLOCK:
+        return GGMLQuantizationType.F16
+    if entry.name in ("token_embd.weight", "output.weight"):
+        return GGMLQuantizationType.Q8_0
+    return GGMLQuantizationType[kind.upper()]
+
+
+def _chunks(entry: Placed) -> Iterator[Rows]:
+    """A tensor's rows in GGUF's order, whole heads at a time where their order changes."""
+    shape = entry.tensor.shape
+    unit = shape[0] // entry.heads if entry.heads else 1
+    width = int(np.prod(shape[1:], dtype=np.int64))
+    step = max(1, _AT_A_TIME // (unit * width)) * unit
+    arrange: Callable[[Rows], Rows] = (lambda rows: _interleaved(rows, unit)) if entry.heads else (lambda rows: rows)
+    for begin in range(0, shape[0], step):
+        yield arrange(entry.tensor.rows(begin, min(begin + step, shape[0])))
+
+
+def _interleaved(rows: Rows, size: int) -> Rows:
+    """(heads x size, ...) with each head's halves turned into neighbours: 0, size/2, 1, size/2 + 1, …"""
+    halves = rows.reshape(-1, 2, size // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def _check_range(entry: Placed, rows: Rows, kind: str) -> None:
+    largest = float(np.max(np.abs(rows), initial=0))  # NaN if any is
+    if not np.isfinite(largest):
+        raise ModelError(f"{entry.tensor.file}: {entry.tensor.name} has weights that are not finite; train again")
+    if largest > _FLOAT16_MAX and rows.ndim > 1 and kind not in ("f32", "bf16"):
+        raise ModelError(
+            f"{entry.tensor.file}: {entry.tensor.name} has weights up to {largest:g}, beyond float16; use gguf:bf16"
+        )

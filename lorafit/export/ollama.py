@@ -1,0 +1,350 @@
+"""An Ollama Modelfile for an exported GGUF file, its template made from the chat template and checked against it.
+
+Ollama renders Go templates with `.System` and `.Messages` (https://docs.ollama.com/modelfile and
+https://github.com/ollama/ollama/blob/main/docs/template.mdx). A system message stands among the messages; the SYSTEM
+of a Modelfile becomes one if a request has none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import takewhile
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lorafit.export import go_template
+from lorafit.template import in_parts
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """A Modelfile.
+
+    Attributes:
+        text: its content.
+        remark: what it can't do and what to do about it, on one line; None if it renders as the chat template does.
+    """
+
+    text: str
+    remark: str | None
+
+
+def modelfile(
+    chat_template: str,
+    special_tokens: dict[str, str | None],
+    gguf_name: str,
+    stops: list[str],
+    adds_bos: bool = True,
+) -> Modelfile:
+    """The Modelfile for a GGUF file beside it.
+
+    Args:
+        chat_template: Jinja, as in the model's folder.
+        special_tokens: bos_token, eos_token … as the template may write them.
+        gguf_name: the file's name.
+        stops: texts at which an answer ends.
+        adds_bos: whether the file's tokenizer puts a beginning before every text (add_bos_token); the template
+            doesn't write it then.
+
+    The TEMPLATE is compared with the chat template on conversations with and without a system message, of one and of
+    several turns, each ending where the model is to answer. If they differ it is left out, and the remark says why.
+    """
+    jinja = _Jinja(chat_template, special_tokens, adds_bos)
+    lines = [f"FROM ./{gguf_name}"]
+    remark = None
+    try:
+        template, system = _make(jinja)
+        if '"""' in template + (system or ""):
+            raise _CannotExpress('it holds """, which a Modelfile can\'t quote')
+    except _CannotExpress as error:
+        remark = (
+            f"the Modelfile has no TEMPLATE, for {error}; Ollama will choose one by itself: "
+            "compare its prompts with lorafit preview, or serve the file with llama-server --jinja"
+        )
+    else:
+        lines.append(f'TEMPLATE """{template}"""')
+        if system:
+            lines.append(f'SYSTEM """{system}"""')
+        if jinja.trims():
+            remark = (
+                "the chat template strips the spaces around messages and Ollama doesn't: send messages without them"
+            )
+    lines += [f"PARAMETER stop {_quote(stop)}" for stop in dict.fromkeys(stops)]
+    return Modelfile("\n".join(lines) + "\n", remark)
+
+
+def _quote(text: str) -> str:
+    return f'"{text}"' if '"' not in text and "\n" not in text else f'"""{text}"""'
+
+
+class _CannotExpress(Exception):
+    """Why a chat template can't be a Go template that Ollama renders the same."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` renders as its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Jinja:
+    """A chat template, rendered as transformers does, without its beginning token where the tokenizer adds it."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str | None], adds_bos: bool) -> None:
+        self._now = datetime(2024, 7, 26)
+        self._special = {name: text for name, text in special_tokens.items() if text is not None}
+        self._bos = self._special.get("bos_token", "") if adds_bos else ""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        environment.globals.update(raise_exception=_raise, strftime_now=lambda form: self._now.strftime(form))
+        self._error: str | None = None
+        self._parts = False
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            self._template = environment.from_string("{{ raise_exception('x') }}")
+            self._error = str(error)
+        if self.render([_user("a")]) is None:
+            self._parts = True
+
+    def render(self, messages: list[Message], prompt: bool = True) -> str | None:
+        """The prompt, or None if the template doesn't accept the messages."""
+        try:
+            text = self._template.render(
+                messages=in_parts(messages) if self._parts else messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self._special,
+            )
+        except Exception as error:  # noqa: BLE001 - a template may fail in any way
+            self._error = self._error or str(error)
+            return None
+        return text.removeprefix(self._bos) if self._bos else text
+
+    def need(self, messages: list[Message], prompt: bool = True) -> str:
+        text = self.render(messages, prompt)
+        if text is None:
+            raise _CannotExpress(f"the chat template fails on {len(messages)} messages: {self._error}")
+        return text
+
+    def knows_system(self) -> bool:
+        text = self.render([_system("lorafitsystem"), _user("a")])
+        return text is not None and "lorafitsystem" in text
+
+    def depends_on_date(self) -> bool:
+        before = self.render([_user("a")])
+        self._now = datetime(2031, 1, 2)
+        after = self.render([_user("a")])
+        self._now = datetime(2024, 7, 26)
+        return before != after
+
+    def trims(self) -> bool:
+        padded = self.render([_user("  a\n")])
+        return padded is not None and "  a\n" not in padded
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _make(jinja: _Jinja) -> tuple[str, str | None]:
+    """The Go template, and the system message that the chat template gives itself, if it can stand in SYSTEM."""
+    if jinja.depends_on_date():
+        raise _CannotExpress("the chat template writes the day's date")
+    why = _CannotExpress("the chat template treats turns in ways that Ollama's templates can't")
+    for template, system in _candidates(jinja):
+        try:
+            difference = _difference(jinja, template, system)
+        except (ValueError, KeyError, IndexError) as error:
+            difference = str(error)
+        if difference is None:
+            return template, system
+        why = _CannotExpress(f"the chat template treats turns in ways that Ollama's templates can't ({difference})")
+    raise why
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """The texts around messages, found by rendering words that occur nowhere else."""
+
+    start: str  # before the first question, without a system message
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    prompt: str  # after the last question
+
+
+def _candidates(jinja: _Jinja) -> Iterator[tuple[str, str | None]]:
+    """Templates to try, the plainest first."""
+    pieces = _find_pieces(jinja)
+    assistant = _turn("assistant", pieces.assistant)
+    user = _turn("user", pieces.user)
+    if not jinja.knows_system():
+        yield _range(_start(pieces), f"{user}{assistant}", pieces.prompt), None
+        return
+    before, after = _around_system(jinja)
+    if after.endswith(pieces.user[0]):
+        around = (before, after.removesuffix(pieces.user[0]))
+        turns = f"{user}{assistant}{_turn('system', around)}"
+        head = pieces.start
+        default = head[len(around[0]) : len(head) - len(around[1])]
+        if default and head == around[0] + default + around[1]:
+            yield _range("", turns, pieces.prompt), default
+        yield _range(_start(pieces), turns, pieces.prompt), None
+        # a beginning that is there with and without a system message
+        common = _shared(head, around[0])
+        if common:
+            inner = _turn("system", (around[0].removeprefix(common), around[1]))
+            rest = head.removeprefix(common)
+            opening = go_template.quoted(common) + (_unless_system(rest) if rest else "")
+            yield _range(opening, f"{user}{assistant}{inner}", pieces.prompt), None
+    if before == pieces.start + pieces.user[0]:
+        system = f"{{{{ $.System }}}}{go_template.quoted(after)}"
+        for condition in ("(eq $i 1)", "(eq (len (slice $.Messages $i)) 1)"):
+            told = f"{{{{ if and $.System {condition} }}}}{system}{{{{ end }}}}"
+            opener = go_template.quoted(pieces.user[0]) + told
+            turn = _turn("user", pieces.user, opener)
+            yield _range(go_template.quoted(pieces.start), f"{turn}{assistant}", pieces.prompt), None
+    # The system message stands before everything, in whatever form.
+    rest = go_template.quoted(after)
+    question, answer = _if("user") + "{{ .Content }}", _if("assistant") + "{{ .Content }}"
+    flat = (
+        f"{{{{ if .System }}}}{go_template.quoted(before)}{{{{ .System }}}}{rest}{{{{ else }}}}"
+        f"{go_template.quoted(pieces.start + pieces.user[0])}{{{{ end }}}}{{{{ range $i, $_ := .Messages }}}}"
+        f"{question}{{{{ if not (eq (len (slice $.Messages $i)) 1) }}}}"
+        f"{go_template.quoted(pieces.user[1] + pieces.assistant[0])}{{{{ end }}}}{{{{ end }}}}"
+        f"{answer}{go_template.quoted(pieces.assistant[1] + pieces.user[0])}{{{{ end }}}}{{{{ end }}}}"
+        f"{go_template.quoted(pieces.prompt if not pieces.user[1] else pieces.user[1] + pieces.prompt)}"
+    )
+    yield flat, None
+
+
+def _find_pieces(jinja: _Jinja) -> _Pieces:
+    words = ["lorafitquestionone", "lorafitanswerone", "lorafitquestiontwo", "lorafitanswertwo", "lorafitquestionthree"]
+    one, first, two, second, three = words
+    messages = [_user(one), _assistant(first), _user(two), _assistant(second), _user(three)]
+    opening, to_answer, to_question, to_answer_too, _, ending = _cut(jinja.need(messages), words)
+    if to_answer != to_answer_too:
+        raise _CannotExpress("the chat template renders earlier questions in several ways")
+    last = jinja.render([_user(one), _assistant(first)], prompt=False)
+    # What a conversation ends with is what an answer ends with, unless more comes at the end of all.
+    ends = [_cut(last, [one, first])[2]] if last is not None else []
+    ends = [end for end in ends if to_question.startswith(end)]
+    if to_question.endswith(opening):
+        ends.append(to_question.removesuffix(opening))
+    ends = [end for end in ends if opening.endswith(to_question.removeprefix(end))]
+    if not ends:
+        raise _CannotExpress("the chat template renders the first question in another way than later ones")
+    end = ends[0]
+    question = to_question.removeprefix(end)
+    alone = jinja.render([_user(one)], prompt=False)
+    asked = [_cut(alone, [one])[1]] if alone is not None else []
+    shared = _shared(to_answer, ending)
+    after = next((text for text in [*asked, end] if shared.startswith(text)), shared)
+    start = opening.removesuffix(question)
+    return _Pieces(start, (question, after), (to_answer.removeprefix(after), end), ending.removeprefix(after))
+
+
+def _around_system(jinja: _Jinja) -> tuple[str, str]:
+    words = ["lorafitsystem", "lorafitquestionone"]
+    before, after, _ = _cut(jinja.need([_system(words[0]), _user(words[1])]), words)
+    return before, after
+
+
+def _cut(text: str, words: list[str]) -> list[str]:
+    """The texts around words that occur once each and in this order."""
+    parts = []
+    for word in words:
+        part, found, text = text.partition(word)
+        if not found or word in text:
+            raise _CannotExpress("the chat template leaves out, repeats or rearranges messages")
+        parts.append(part)
+    return [*parts, text]
+
+
+def _shared(one: str, other: str) -> str:
+    """What two texts begin with."""
+    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _if(role: str) -> str:
+    return f'{{{{ if eq .Role "{role}" }}}}'
+
+
+def _turn(role: str, around: tuple[str, str], opener: str | None = None) -> str:
+    before = go_template.quoted(around[0]) if opener is None else opener
+    return f"{_if(role)}{before}{{{{ .Content }}}}{go_template.quoted(around[1])}{{{{ end }}}}"
+
+
+def _unless_system(text: str) -> str:
+    return f"{{{{ if not .System }}}}{go_template.quoted(text)}{{{{ end }}}}"
+
+
+def _start(pieces: _Pieces) -> str:
+    return _unless_system(pieces.start) if pieces.start else ""
+
+
+def _range(start: str, turns: str, prompt: str) -> str:
+    return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{{{{ end }}}}{go_template.quoted(prompt)}"
+
+
+def _conversations(with_system: bool) -> Iterator[list[Message]]:
+    turns = [
+        _user("What is the order of 3864?"),
+        _assistant('{"order": "3864"}'),
+        _user("And then?\nTwo lines, with {{ braces }} and <tags>."),
+        _assistant("Nothing."),
+        _user("Thanks!"),
+    ]
+    for length in (1, 3, 5):
+        yield turns[:length]
+        if with_system:
+            yield [_system("Answer in JSON."), *turns[:length]]
+
+
+def _difference(jinja: _Jinja, template: str, system: str | None) -> str | None:
+    """Where the two render a conversation differently, or None."""
+    for messages in _conversations(jinja.knows_system()):
+        expected = jinja.need(messages)
+        given = messages if system is None or messages[0]["role"] == "system" else [_system(system), *messages]
+        if go_template.render(template, _as_ollama(given)) != expected:
+            kind = "with" if messages[0]["role"] == "system" else "without"
+            return f"{len(messages)} messages {kind} a system message come out differently"
+    return None
+
+
+def _as_ollama(messages: list[Message]) -> dict[str, Any]:
+    """What Ollama gives its templates."""
+    system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    listed = [{"Role": message["role"], "Content": message["content"]} for message in messages]
+    return {"System": system, "Messages": listed}

@@ -1,0 +1,171 @@
+"""Whether vLLM can serve an adapter unmerged, beside others on one base (multi-LoRA).
+
+Follows vLLM's sources as of late 2025 (0.11 to 0.13), which can't be run here: `vllm/lora/peft_helper.py` (what of
+adapter_config.json is read and refused), `vllm/lora/lora_model.py` and `vllm/lora/utils.py` (which tensor names are
+taken), and `vllm/config/lora.py` (`MaxLoRARanks`). vLLM reads neither rank_pattern nor alpha_pattern: every module is
+scaled by lora_alpha / r (lora_alpha / sqrt(r) with rsLoRA), so an adapter whose modules want other factors would be
+served wrongly without a word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import ModelError
+from lorafit.export.vocabulary import read_json
+from lorafit.export.weights import safetensors_header
+
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that --max-lora-rank takes."""
+
+_PREFIX = "base_model.model."
+_PAIR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+)
+_QUANTIZED = re.compile(r"(?i)(bnb|-4bit|-8bit|gptq|awq|gguf)")
+
+
+@dataclass(frozen=True)
+class VllmReport:
+    """What vLLM does with an adapter.
+
+    Attributes:
+        servable: whether it can be served without merging.
+        reasons: why not, one line each; empty if it can be.
+        command: the shell command that serves it, or None.
+        remarks: what is to be known beside that.
+    """
+
+    servable: bool
+    reasons: tuple[str, ...]
+    command: str | None
+    remarks: tuple[str, ...]
+
+
+def check_vllm(adapter: Path) -> VllmReport:
+    """Look at an adapter's configuration and at the header of its weights. Raises ModelError if one is missing.
+
+    The name under which it is served is the folder's; of a run's `adapter` folder it is the run's.
+    """
+    config = read_json(adapter / "adapter_config.json")
+    if not config:
+        raise ModelError(f"{adapter}: there is no adapter_config.json, so this is not an adapter's folder")
+    header, _ = safetensors_header(adapter / "adapter_model.safetensors")
+    ranks = _ranks(header)
+    reasons = [*_refused_settings(config), *_refused_tensors(header)]
+    largest = max([int(config.get("r") or 0), *ranks.values()])
+    if largest > MAX_LORA_RANKS[-1]:
+        reasons.append(f"the rank {largest} is above {MAX_LORA_RANKS[-1]}, the largest that vLLM takes")
+    reasons += _scaled_otherwise(config, ranks)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        reasons.append("adapter_config.json doesn't name the base model")
+    if reasons:
+        return VllmReport(False, tuple(reasons), None, ("merge it instead: lorafit merge",))
+    return VllmReport(True, (), _command(adapter, config, largest), tuple(_remarks(adapter, config)))
+
+
+def _refused_settings(config: dict[str, Any]) -> list[str]:
+    reasons = []
+    if config.get("peft_type") != "LORA":
+        reasons.append(f"it is of the kind {config.get('peft_type')}; vLLM serves LORA")
+    if config.get("use_dora"):
+        reasons.append("it uses DoRA, which vLLM doesn't")
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        reasons.append("it trains biases, which vLLM doesn't serve")
+    listed = {
+        "modules_to_save": "it holds whole trained modules (modules_to_save: {})",
+        "trainable_token_indices": "it holds trained tokens (trainable_token_indices: {})",
+        "target_parameters": "it adapts parameters that are no linear layers (target_parameters: {})",
+        "layer_replication": "it repeats layers (layer_replication: {})",
+        "alora_invocation_tokens": "it is an activated LoRA (alora_invocation_tokens: {})",
+    }
+    for key, words in listed.items():
+        if config.get(key):
+            value = config[key]
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, dict)) else str(value)
+            reasons.append(words.format(shown) + ", which vLLM doesn't serve")
+    return reasons
+
+
+def _refused_tensors(header: dict[str, dict[str, Any]]) -> list[str]:
+    odd = [name for name in header if _PAIR.fullmatch(name) is None]
+    experts = [name for name in header if ".experts" in name]
+    embeddings = [name for name in header if "lora_embedding" in name or ".embed_tokens.lora" in name]
+    found = (
+        (odd, "it holds tensors that are no LoRA matrices ({}), which vLLM refuses"),
+        (experts, "it adapts experts ({}), whose form in files vLLM's versions take differently"),
+        (embeddings, "it adapts the embeddings ({}), which vLLM no longer takes for every model"),
+    )
+    return [words.format(f"{len(names)}, first {min(names)}") for names, words in found if names]
+
+
+def _ranks(header: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Each adapted module's rank, from its A matrix (rank, inputs)."""
+    ranks = {}
+    for name, entry in header.items():
+        match = _PAIR.fullmatch(name)
+        if match and match["matrix"] == "A":
+            ranks[match["module"]] = int(entry["shape"][0])
+    return ranks
+
+
+def _scaled_otherwise(config: dict[str, Any], ranks: dict[str, int]) -> list[str]:
+    """Modules that PEFT scales by another factor than the one vLLM has for all."""
+    if not config.get("r"):
+        return ["adapter_config.json has no rank (r)"]
+
+    def factor(alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    alpha = float(config.get("lora_alpha") or 0)
+    general = factor(alpha, int(config["r"]))
+    odd = [
+        module
+        for module, rank in ranks.items()
+        if not math.isclose(factor(_by_pattern(config, module, alpha), rank), general, rel_tol=1e-6)
+    ]
+    if not odd:
+        return []
+    return [
+        f"vLLM scales every module by {general:g}, which is wrong for {len(odd)} of {len(ranks)} "
+        f"(rank_pattern or alpha_pattern), first {min(odd)}"
+    ]
+
+
+def _by_pattern(config: dict[str, Any], module: str, alpha: float) -> float:
+    """PEFT's rule: the first pattern that is the module's name, or its end after a dot, as a regular expression."""
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return alpha
+
+
+def _command(adapter: Path, config: dict[str, Any], largest: int) -> str:
+    path = adapter.resolve()
+    name = path.parent.name if path.name == "adapter" else path.name
+    rank = next(value for value in MAX_LORA_RANKS if value >= largest)
+    words = ["vllm", "serve", str(config["base_model_name_or_path"])]
+    if config.get("revision"):
+        words += ["--revision", str(config["revision"])]
+    words += ["--enable-lora", "--lora-modules", f"{name}={path}", "--max-lora-rank", str(rank)]
+    return shlex.join(words)
+
+
+def _remarks(adapter: Path, config: dict[str, Any]) -> list[str]:
+    remarks = []
+    base = str(config["base_model_name_or_path"])
+    if base.lower().endswith(".gguf"):
+        remarks.append(f"the base {base} is a GGUF file, which vLLM only takes in an experimental way")
+    elif _QUANTIZED.search(base):
+        remarks.append(f"the base {base} is quantized; vLLM must be able to load it as it is")
+    if any((adapter / name).is_file() for name in ("chat_template.jinja", "tokenizer_config.json")):
+        remarks.append(
+            "vLLM takes the chat template from the base, not from the adapter: add --chat-template if they differ"
+        )
+    return remarks
