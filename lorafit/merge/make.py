@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -14,7 +15,6 @@ from lorafit.merge.exports import make_exports
 from lorafit.merge.options import Options
 from lorafit.merge.report import write_report
 from lorafit.merge.source import Source, find_base, is_merged, open_source, same_base
-from lorafit.merge.verify import breaches, compare_folder
 from lorafit.merge.work import Work
 from lorafit.quiet import hush_progress
 from lorafit.rundir import located
@@ -51,38 +51,38 @@ def _merge(options: Options, source: Source, others: list[Source], console: Cons
 
         return make_adapter(work, destination)
     work.prepare()
-    level, why = work.level()
-    kinds, reason = work.base_kinds(level)
+    proof = work.choose_proof()
+    kinds, reason = work.base_kinds(proof)
     discard(partial_of(destination))  # of a merge that was killed: its space is needed
     _check_disk(destination, work.bytes * len(kinds) + SLACK)
     with staged(destination) as folder:
-        reference = work.measure() if level == "logits" else None
+        if proof.level == "logits":
+            proof.reference = work.measure()
         made = {kind: work.write(kind, folder / kind if len(kinds) > 1 else folder) for kind in kinds}
-        figures = {kind: compare_folder(reference, one.folder) for kind, one in made.items()} if reference else {}
-        chosen = (
-            min(kinds, key=lambda kind: (round(figures[kind].loss, 4), figures[kind].kl))
-            if len(kinds) > 1
-            else kinds[0]
-        )
+        proof.compare({kind: written.folder for kind, written in made.items()})
+        chosen = kinds[0]
         if len(kinds) > 1:
-            reason = f"it has the lower loss of the two on {reference.shown if reference else ''}"
+            chosen, reason = proof.better_of(kinds)
             _keep(folder, folder / chosen, kinds)
-        found = breaches(figures[chosen], work.limits) if figures else []
-        report = work.report(made[chosen], chosen, reason, level, why, reference, figures, found)
+        proof.judge(chosen, work.limits)
+        report = work.report(made[chosen], chosen, reason, proof)
         write_report(folder, report)
         write_merged_card(folder / "README.md", source.plan, source.manifest, report)
-        if found:
-            unverified = destination.with_name(f"{destination.name}.unverified")
-            discard(unverified)
-            folder.rename(unverified)
-            hint = (
-                "; --base-weights dequantized is what it was trained on"
-                if chosen == "original" and source.quantization
-                else ""
-            )
-            raise GateError(f"{unverified}: not verified: {'; '.join(found)}{hint}")
-    make_exports(options, destination, report, reference, console)
+        if proof.breaches:
+            _set_aside(folder, destination, proof.breaches, chosen, source)
+    make_exports(options, destination, report, proof.reference, console)
     return destination
+
+
+def _set_aside(folder: Path, destination: Path, breaches: list[str], kind: str, source: Source) -> NoReturn:
+    """Leave what was written under a name that nobody deploys. Raises GateError."""
+    unverified = destination.with_name(f"{destination.name}.unverified")
+    discard(unverified)
+    folder.rename(unverified)
+    hint = (
+        "; --base-weights dequantized is what it was trained on" if kind == "original" and source.quantization else ""
+    )
+    raise GateError(f"{unverified}: not verified: {'; '.join(breaches)}{hint}")
 
 
 def _destination(options: Options, source: Source) -> Path:

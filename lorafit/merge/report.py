@@ -26,7 +26,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         ("changed", _changed(report)),
     ]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
-    lines += _verification(report["verification"])
+    lines += _verification(report)
     lines += [f"- {remark}" for remark in report["remarks"]]
     targets = sorted(report["targets"], key=lambda target: -target["relative"])
     if targets:
@@ -52,7 +52,8 @@ def _changed(report: dict[str, Any]) -> str:
     return shown + ("; embeddings and head were tied and no longer are" if report["untied"] else "")
 
 
-def _verification(found: dict[str, Any]) -> list[str]:
+def _verification(report: dict[str, Any]) -> list[str]:
+    found = report["verification"]
     lines = ["## Verification", "", f"Level: {found['level']} ({found['reason']}).", ""]
     if found["figures"] is None:
         return lines
@@ -61,7 +62,8 @@ def _verification(found: dict[str, Any]) -> list[str]:
     lines += ["| | loss | KL to the adapter | top-1 agreement | largest logit difference |", "|---|---|---|---|---|"]
     lines.append(f"| adapter | {adapter['loss']:.4f} | 0 | 100% | 0 |")
     lines.append(f"| base alone | | {adapter['base_kl']:.3g} | | |")
-    for name, figures in {**found["candidates"], **found["exports"]}.items():
+    candidates = {f"merged into {kind}": figures for kind, figures in report["base_weights"]["figures"].items()}
+    for name, figures in (candidates | found["exports"]).items():
         shown = (
             f"{figures['loss']:.4f} | {figures['kl']:.3g} | {figures['top1']:.1%} | {figures['logit_difference']:.3g}"
         )

@@ -203,6 +203,41 @@ def check_loaded(folder: Path, info: dict[str, Any]) -> None:
             )
 
 
+@dataclass
+class Proof:
+    """How a merge is verified, and what came of it.
+
+    Attributes:
+        level: logits, weights or none.
+        reason: why so.
+        figures: of each merged folder, by the kind of base weights; empty unless the level is logits.
+        breaches: of the limits, a sentence each.
+    """
+
+    level: str
+    reason: str
+    reference: Reference | None = None
+    figures: dict[str, Figures] = dataclasses.field(default_factory=dict)
+    breaches: list[str] = dataclasses.field(default_factory=list)
+
+    def compare(self, folders: dict[str, Path]) -> None:
+        """Raises GateError for a folder that doesn't load cleanly."""
+        if self.reference is not None:
+            self.figures = {kind: compare_folder(self.reference, folder) for kind, folder in folders.items()}
+
+    def better_of(self, kinds: list[str]) -> tuple[str, str]:
+        """The kind of base weights with the lower loss, to four digits, or at equal loss the lower KL; and why."""
+        assert self.reference is not None
+        best = min(kinds, key=lambda kind: (round(self.figures[kind].loss, 4), self.figures[kind].kl))
+        losses = {round(self.figures[kind].loss, 4) for kind in kinds}
+        what = "lower loss" if len(losses) > 1 else "same loss, and the lower KL,"
+        return best, f"it has the {what} of the two on {self.reference.shown}"
+
+    def judge(self, kind: str, limits: dict[str, float | None]) -> None:
+        if self.figures:
+            self.breaches = breaches(self.figures[kind], limits)
+
+
 def breaches(figures: Figures, limits: dict[str, float | None]) -> list[str]:
     """What is beyond a limit, a sentence each. A figure that is not a number is beyond every limit."""
     found = []

@@ -30,7 +30,7 @@ from lorafit.merge.skeleton import Attached, NotOneByOne, attach, empty_model, m
 from lorafit.merge.source import Base, Source
 from lorafit.merge.stream import Merged, Task, stream
 from lorafit.merge.tensors import FLOATS, Store, write_index
-from lorafit.merge.verify import Figures, Reference, measure, rows_to_compare
+from lorafit.merge.verify import Proof, Reference, measure, rows_to_compare
 from lorafit.tokenizer import load_tokenizer, tokenizer_of
 
 DEFAULTS: dict[str, Any] = {
@@ -69,6 +69,7 @@ class Work:
         self.tokenizer = tokenizer_folder(source.adapter, base.folder)
         self.tasks: dict[str, Task] = {}
         self.vocabulary: int | None = None
+        self.stored_packed = _stored_quantization(base.folder) == "bitsandbytes"
 
     def say(self, remark: str) -> None:
         self.remarks.append(remark)
@@ -125,7 +126,9 @@ class Work:
             return Task(store, empty_model(config), adapters, combination, trip, self.dtype, check)
 
         self.tasks["original"] = task(None)
-        if self.source.quantization is not None:
+        if self.stored_packed:
+            self.tasks["dequantized"] = self.tasks["original"]
+        elif self.source.quantization is not None:
             assert self.source.plan is not None
             dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
             self.tasks["dequantized"] = task(RoundTrip(config, self.source.quantization, dtype))
@@ -149,28 +152,32 @@ class Work:
                     f"the adapter starts by {start}, which changes the base, and was not converted to plain LoRA"
                 )
 
-    def level(self) -> tuple[str, str]:
-        """How the merge is verified, and why so."""
+    def choose_proof(self) -> Proof:
+        """How the merge is verified. Raises UsageError, DoesNotFitError for what was asked and can't be."""
         asked = self.settings["verify"]
         if asked in ("weights", "none"):
-            return asked, "asked for"
+            return Proof(asked, "asked for")
         if not self.alone:
             if self.options.verify == "logits":
                 raise UsageError("--verify logits compares with one trained adapter; a combination can't be")
-            return "weights", "a combination has no trained model to be compared with"
+            return Proof("weights", "a combination has no trained model to be compared with")
         needed, available = 7 * self._parameters() + (1 << 30), available_memory()
         if available is not None and needed > available:
-            shown = (
-                f"comparing answers needs about {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are available"
-            )
+            shown = f"comparing answers needs about {needed / 1e9:.0f} GB of memory, of {available / 1e9:.0f} GB"
             if asked == "logits":
                 raise DoesNotFitError(f"{self.source.shown}: {shown}; use --verify weights")
-            return "weights", shown
-        return "logits", "asked for" if asked == "logits" else "the model fits in memory"
+            return Proof("weights", shown)
+        return Proof("logits", "asked for" if asked == "logits" else "the model fits in memory")
 
-    def base_kinds(self, level: str) -> tuple[list[str], str]:
+    def base_kinds(self, proof: Proof) -> tuple[list[str], str]:
         """What to merge into: one kind of base weights, or both to be measured; and why."""
         asked = self.settings["base_weights"]
+        if self.stored_packed:
+            if asked == "original":
+                raise UsageError(
+                    f"{self.base.name}: is stored quantized, so there are no original weights to merge into"
+                )
+            return ["dequantized"], "the base is stored quantized by bitsandbytes"
         if self.source.quantization is None:
             if self.options.base_weights == "dequantized":
                 raise UsageError(
@@ -181,7 +188,7 @@ class Work:
             return [asked], "asked for"
         if self.options.quantize:
             return ["original"], "a 4-bit copy is made, and rounding dequantized weights again would lose the adapter"
-        if level == "logits":
+        if proof.level == "logits":
             return ["dequantized", "original"], ""
         return ["dequantized"], "exactly what the adapter was trained on (nothing was measured)"
 
@@ -216,7 +223,6 @@ class Work:
                 targets = stream(task, folder, advance)
             write_index(task.shards, self.base.folder, folder)
             merged, is_untied, size = len(targets), bool(task.untied), task.bytes
-            check_headers(task, folder)
         else:
             trip = None
             if kind == "dequantized":
@@ -230,22 +236,15 @@ class Work:
         dtype_name = _main_dtype(folder)
         changed = self.method == "full" or _main_dtype(self.base.folder) != dtype_name
         write_config(self.base.folder, folder, dtype_name if changed else None, is_untied, self.vocabulary)
+        if self.method == "stream":
+            check_headers(self.tasks[kind], folder)
         copy_tokenizer(self.tokenizer, folder)
         write_generation_config(self.base.folder, folder)
         return Written(folder, merged, targets, is_untied, dtype_name, size, time.perf_counter() - began)
 
-    def report(
-        self,
-        written: Written,
-        kind: str,
-        reason: str,
-        level: str,
-        why: str,
-        reference: Reference | None,
-        figures: dict[str, Figures],
-        found: list[str],
-    ) -> dict[str, Any]:
+    def report(self, written: Written, kind: str, reason: str, proof: Proof) -> dict[str, Any]:
         """What merge_report.json says."""
+        reference = proof.reference
         kept = [target.kept for target in written.targets]
         if kept and statistics.median(kept) < 0.5:
             self.say(
@@ -257,7 +256,7 @@ class Work:
             self.say("embeddings and head were one tensor and are two now: the adapter treats them differently")
         return {
             "report_version": 2,
-            "verdict": _verdict(level, found),
+            "verdict": _verdict(proof),
             "adapter": self.source.shown,
             "additions": [
                 {"adapter": other.shown, "weight": weight}
@@ -270,7 +269,7 @@ class Work:
                 "used": kind,
                 "reason": reason,
                 "quantization": self.source.quantization,
-                "figures": {name: value.as_dict() for name, value in figures.items()},
+                "figures": {name: value.as_dict() for name, value in proof.figures.items()},
             },
             "method": {"used": self.method, "reason": self.method_reason},
             "dtype": written.dtype,
@@ -280,31 +279,30 @@ class Work:
             "merged_weights": written.merged,
             "targets": [asdict(target) for target in written.targets],
             "verification": {
-                "level": level,
-                "reason": why,
+                "level": proof.level,
+                "reason": proof.reason,
                 "rows": reference.shown if reference else None,
                 "positions": sum(len(kept) for kept in reference.logits) if reference else 0,
                 "adapter": {"loss": reference.loss, "base_kl": reference.base_kl} if reference else None,
-                "figures": figures[kind].as_dict() if figures else None,
-                "candidates": {f"merged into {name}": value.as_dict() for name, value in figures.items()},
+                "figures": proof.figures[kind].as_dict() if proof.figures else None,
                 "exports": {},
                 "limits": self.limits,
-                "breaches": found,
+                "breaches": proof.breaches,
             },
             "remarks": self.remarks,
             "versions": versions(),
         }
 
 
-def _verdict(level: str, found: list[str]) -> str:
-    if found:
+def _verdict(proof: Proof) -> str:
+    if proof.breaches:
         return "Not verified: beyond the limits."
     shown = {
         "logits": "Verified: the merged model, loaded by transformers alone, answers as the adapter on its base does.",
         "weights": "Verified by weights: every target is merged and sound; answers were not compared.",
         "none": "Not verified, as asked.",
     }
-    return shown[level]
+    return shown[proof.level]
 
 
 @contextlib.contextmanager
@@ -326,28 +324,21 @@ def _progress(console: Console, total: int, what: str) -> Iterator[Callable[[int
 
 
 def check_headers(task: Task, folder: Path) -> None:
-    """The written folder has every tensor that its model wants, of the right shape. Raises GateError."""
-    store = Store(folder)
-    config = read_config(folder) if (folder / "config.json").is_file() else task.model.config
-    model = empty_model(config)
+    """The written folder has every tensor that its model wants, of the right shape. Raises GateError.
+
+    What the base lacks, too, is not asked for.
+    """
+    store, model = Store(folder), empty_model(read_config(folder))
     parts, _ = match_keys(model, store.tensors)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    tied = model.all_tied_weights_keys
-    before = task.parts.keys()
-    lost = [
-        name
-        for name in shapes
-        if name not in parts and name in before | task.untied.keys() and tied.get(name) not in parts
-    ]
-    odd = [
-        n
-        for n, part in parts.items()
-        if part.converter is None and store.tensors[part.key].shape != shapes.get(n, store.tensors[part.key].shape)
-    ]
-    if lost or odd:
-        raise GateError(
-            f"{folder}: the merged model would not load cleanly: {(lost or odd)[0]} is missing or misshapen"
-        )
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    for name, shape in wanted.items():
+        part = parts.get(name)
+        if part is None:
+            known = name in task.parts or name in task.untied
+            if known and model.all_tied_weights_keys.get(name) not in parts:
+                raise GateError(f"{folder}: the merged model would not load cleanly: {name} is missing")
+        elif part.converter is None and store.tensors[part.key].shape != shape:
+            raise GateError(f"{folder}: the merged model would not load cleanly: {name} is misshapen")
 
 
 def _main_dtype(folder: Path) -> str:
