@@ -229,10 +229,7 @@ def _shard(file: Path) -> tuple[dict[str, str], dict[str, str]]:
             _read_here_and_there(stream)
             header = stream.read(8)
             header += stream.read(int.from_bytes(header, "little"))
-            start = len(header)
-            tensors = {
-                tensor.name: _hash_tensor(stream, tensor, start + begin, start + end) for tensor, (begin, end) in stored
-            }
+            tensors = {tensor.name: _hash_tensor(stream, tensor, begin, end) for tensor, (begin, end) in stored}
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
     return {"header": hashlib.sha256(header).hexdigest(), "samples": _hash_samples(file)}, tensors

@@ -18,7 +18,7 @@ from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import read_json
-from lorafit.export.weights import safetensors_header
+from lorafit.facts import safetensors_header
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that --max-lora-rank takes."""
@@ -55,7 +55,7 @@ def check_vllm(adapter: Path) -> VllmReport:
     config = read_json(adapter / "adapter_config.json")
     if not config:
         raise ModelError(f"{adapter}: there is no adapter_config.json, so this is not an adapter's folder")
-    header, _ = safetensors_header(adapter / "adapter_model.safetensors")
+    header = {tensor.name: tensor.shape for tensor in safetensors_header(adapter / "adapter_model.safetensors")}
     ranks = _ranks(header)
     reasons = [*_refused_settings(config), *_refused_tensors(header)]
     largest = max([int(config.get("r") or 0), *ranks.values()])
@@ -93,7 +93,7 @@ def _refused_settings(config: dict[str, Any]) -> list[str]:
     return reasons
 
 
-def _refused_tensors(header: dict[str, dict[str, Any]]) -> list[str]:
+def _refused_tensors(header: dict[str, tuple[int, ...]]) -> list[str]:
     odd = [name for name in header if _PAIR.fullmatch(name) is None]
     experts = [name for name in header if ".experts" in name]
     embeddings = [name for name in header if "lora_embedding" in name or ".embed_tokens.lora" in name]
@@ -105,13 +105,13 @@ def _refused_tensors(header: dict[str, dict[str, Any]]) -> list[str]:
     return [words.format(f"{len(names)}, first {min(names)}") for names, words in found if names]
 
 
-def _ranks(header: dict[str, dict[str, Any]]) -> dict[str, int]:
+def _ranks(header: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """Each adapted module's rank, from its A matrix (rank, inputs)."""
     ranks = {}
-    for name, entry in header.items():
+    for name, shape in header.items():
         match = _PAIR.fullmatch(name)
         if match and match["matrix"] == "A":
-            ranks[match["module"]] = int(entry["shape"][0])
+            ranks[match["module"]] = shape[0]
     return ranks
 
 

@@ -7,7 +7,6 @@ llama.cpp's own converter makes is no different in that.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.export.refuse import refused
+from lorafit.facts.folder import read_json as facts_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """GGUF's token types."""
@@ -104,15 +104,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: not a JSON object")
-    return content
+    """An object; empty without the file. Raises ModelError."""
+    return facts_json(file) if file.is_file() else {}
 
 
 def chat_template(folder: Path, settings: dict[str, Any] | None = None) -> str | None:

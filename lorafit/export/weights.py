@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lorafit.errors import ModelError
+from lorafit.facts import stored_tensors, weight_files
 
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-_LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
 
 Rows = npt.NDArray[np.float32]
 
@@ -53,46 +50,14 @@ class Tensor:
         return rows
 
 
-def safetensors_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """A safetensors file's header without its metadata, and the place of its first tensor byte.
-
-    Format: https://github.com/huggingface/safetensors#format. Raises ModelError.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_LONGEST_HEADER, file.stat().st_size):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("its header is no object")
-    except FileNotFoundError:
-        raise ModelError(f"{file}: no such file") from None
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that its index names. Raises ModelError."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelError(f"{index}: not an index of safetensors files") from None
-    else:
-        names = ["model.safetensors"]
+    """All tensors of a model folder. Raises ModelError for files that are missing or not whole."""
     tensors: dict[str, Tensor] = {}
-    for file in (folder / name for name in names):
-        header, start = safetensors_header(file)
-        for name, entry in header.items():
-            if name in tensors:
-                raise ModelError(f"{file}: {name} is in {tensors[name].file.name} as well")
-            tensors[name] = Tensor(
-                name, file, str(entry["dtype"]), tuple(entry["shape"]), start + entry["data_offsets"][0]
-            )
+    for file in weight_files(folder) or [folder / "model.safetensors"]:
+        for tensor, (begin, _) in stored_tensors(file):
+            if tensor.name in tensors:
+                raise ModelError(f"{file}: {tensor.name} is in {tensors[tensor.name].file.name} as well")
+            tensors[tensor.name] = Tensor(tensor.name, file, tensor.dtype, tensor.shape, begin)
     return tensors
 
 

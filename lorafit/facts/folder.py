@@ -61,7 +61,7 @@ def safetensors_header(file: Path) -> Iterator[Tensor]:
 
 
 def stored_tensors(file: Path) -> list[tuple[Tensor, tuple[int, int]]]:
-    """The same, each with where its bytes begin and end, counted from the end of the header."""
+    """The same, each with where its bytes begin and end in the file."""
     try:
         with file.open("rb") as stream:
             size = file.stat().st_size
@@ -74,10 +74,13 @@ def stored_tensors(file: Path) -> list[tuple[Tensor, tuple[int, int]]]:
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
         header.pop("__metadata__", None)
-        tensors = [(_header_tensor(name, header[name]), _place(header[name])) for name in sorted(header)]
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"it is cut off: {size} bytes instead of {8 + length + end}")
+        start = 8 + length
+        tensors = [(_header_tensor(name, header[name]), _place(header[name], start)) for name in sorted(header)]
+        last = max((end for _, (_, end) in tensors), default=start)
+        if last != size:
+            raise ValueError(f"it is cut off: {size} bytes instead of {last}")
+    except FileNotFoundError:
+        raise ModelError(f"{file}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
     return tensors
@@ -92,9 +95,9 @@ def _header_tensor(name: str, entry: Any) -> Tensor:
     raise ValueError(f"its header has no shape, type and place for {name[:80]!r}")
 
 
-def _place(entry: dict[str, Any]) -> tuple[int, int]:
+def _place(entry: dict[str, Any], start: int) -> tuple[int, int]:
     begin, end = entry["data_offsets"]
-    return begin, end
+    return start + begin, start + end
 
 
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")

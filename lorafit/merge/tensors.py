@@ -128,7 +128,7 @@ def _read_shard(file: Path) -> Shard:
         stream.seek(0)
         header = stream.read(8 + length)
     found = [
-        Stored(tensor.name, tensor.dtype, tensor.shape, file.name, len(header) + begin, end - begin)
+        Stored(tensor.name, tensor.dtype, tensor.shape, file.name, begin, end - begin)
         for tensor, (begin, end) in tensors
     ]
     return Shard(file.name, header, tuple(sorted(found, key=lambda t: (t.begin, t.key))), file.stat().st_size)
