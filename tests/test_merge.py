@@ -387,6 +387,18 @@ def test_an_adapter_from_elsewhere(recipe: RecipeMaker, train: Train, tmp_path: 
     assert not (tmp_path / "s").exists()
 
 
+def test_without_any_tokenizer(tmp_path: Path, recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    for source, name in ((run.adapter, "adapter"), (Path(run.load_plan().model["name_or_path"]), "base")):
+        shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja"))
+    said = io.StringIO()
+    folder = merged(tmp_path / "adapter", said, output=tmp_path / "m", base=str(tmp_path / "base"))
+    assert "the merged folder has none" in said.getvalue()
+    assert report_of(folder)["verification"]["level"] == "weights"
+    with pytest.raises(ModelError, match="no tokenizer"):
+        merged(tmp_path / "adapter", output=tmp_path / "m", base=str(tmp_path / "base"), verify="logits")
+
+
 def test_what_is_not_computed_one_by_one_is_merged_in_memory_and_said(
     recipe: RecipeMaker, train: Train, tmp_path: Path
 ) -> None:

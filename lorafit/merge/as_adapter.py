@@ -74,7 +74,8 @@ def make_adapter(work: Work, destination: Path) -> Path:
     with staged(destination) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        copy_tokenizer(work.tokenizer, folder)
+        if work.tokenizer is not None:
+            copy_tokenizer(work.tokenizer, folder)
         _check(work, folder, tensors)
         errors = [target["truncation_error"] for target in targets]
         report = {

@@ -153,7 +153,7 @@ def quantized_copy(merged: Path, kind: str) -> Path:
         except Exception as error:
             raise cannot_load("merged model", str(merged), error) from error
         model.save_pretrained(folder)
-        copy_tokenizer(merged, folder)
+        copy_tokenizer(merged, folder)  # nothing, if it has none
         del model
     gc.collect()
     return destination

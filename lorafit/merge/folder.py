@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import ModelError
 from lorafit.facts import TOKENIZER_FILES, TokenizerFacts
 from lorafit.facts.folder import read_json, tokenizer_facts
 from lorafit.template import inspect_template
@@ -43,12 +42,9 @@ def write_config(base: Path, folder: Path, dtype: str | None, untied: bool, voca
             shutil.copyfile(file, folder / file.name)
 
 
-def tokenizer_folder(*folders: Path) -> Path:
-    """The first folder with a tokenizer. Raises ModelError."""
-    for folder in folders:
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            return folder
-    raise ModelError(f"{folders[-1]}: has no tokenizer, nor has {folders[0]}")
+def tokenizer_folder(*folders: Path) -> Path | None:
+    """The first folder with a tokenizer."""
+    return next((folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)), None)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -70,7 +66,7 @@ def write_generation_config(base: Path, folder: Path) -> None:
     config = read_json(file) if file.is_file() else {}
     known = config.get("eos_token_id", read_json(base / "config.json").get("eos_token_id"))
     facts = tokenizer_facts(folder) or TokenizerFacts()
-    ids = _token_ids(folder)
+    ids = _token_ids(folder) if tokenizer_folder(folder) else {}
     named = {"bos_token": facts.bos_token, "eos_token": facts.eos_token, "pad_token": facts.pad_token}
     turn = inspect_template(facts.chat_template, dict(named)).end_of_turn if facts.chat_template else None
     every = [*(known if isinstance(known, list) else [known]), ids.get(facts.eos_token), ids.get(turn)]

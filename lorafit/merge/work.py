@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lorafit.errors import DoesNotFitError, GateError, UsageError
+from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.facts import weight_files
 from lorafit.facts.folder import read_json
 from lorafit.hardware import available_memory
@@ -67,6 +67,8 @@ class Work:
         self.remarks: list[str] = []
         self.dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         self.tokenizer = tokenizer_folder(source.adapter, base.folder)
+        if self.tokenizer is None:
+            self.say(f"neither {source.adapter} nor {base.name} has a tokenizer, so the merged folder has none")
         self.tasks: dict[str, Task] = {}
         self.vocabulary: int | None = None
         self.stored_packed = _stored_quantization(base.folder) == "bitsandbytes"
@@ -161,6 +163,10 @@ class Work:
             if self.options.verify == "logits":
                 raise UsageError("--verify logits compares with one trained adapter; a combination can't be")
             return Proof("weights", "a combination has no trained model to be compared with")
+        if self.tokenizer is None:
+            if asked == "logits":
+                raise ModelError(f"{self.base.name}: has no tokenizer, so there is no text to compare answers on")
+            return Proof("weights", "there is no tokenizer to make text for answers with")
         needed, available = 7 * self._parameters() + (1 << 30), available_memory()
         if available is not None and needed > available:
             shown = f"comparing answers needs about {needed / 1e9:.0f} GB of memory, of {available / 1e9:.0f} GB"
@@ -209,6 +215,7 @@ class Work:
     def measure(self) -> Reference:
         """The adapter's answers on the base it was trained on."""
         plan = self.source.plan
+        assert self.tokenizer is not None
         tokenizer = load_tokenizer(plan, self.tokenizer) if plan else tokenizer_of(self.tokenizer)
         rows, shown = rows_to_compare(self.source, tokenizer, self.settings["rows"], self.console)
         return measure(self.source, self.base, rows, shown)
@@ -238,7 +245,8 @@ class Work:
         write_config(self.base.folder, folder, dtype_name if changed else None, is_untied, self.vocabulary)
         if self.method == "stream":
             check_headers(self.tasks[kind], folder)
-        copy_tokenizer(self.tokenizer, folder)
+        if self.tokenizer is not None:
+            copy_tokenizer(self.tokenizer, folder)
         write_generation_config(self.base.folder, folder)
         return Written(folder, merged, targets, is_untied, dtype_name, size, time.perf_counter() - began)
 
