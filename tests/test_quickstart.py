@@ -71,7 +71,12 @@ def test_the_held_out_rows_are_not_in_training() -> None:
 
 def test_the_merged_model_answers_alone(quickstart: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    folder = merge(Options(quickstart.path, tmp_path / "merged"), QUIET)
+    folder = merge(Options(quickstart.path, tmp_path / "merged", exports=("gguf:f16",)), QUIET)
+    report = json.loads((folder / "merge_report.json").read_text())
+    assert report["verification"]["figures"]["kl"] < 1e-6
+    assert report["verification"]["figures"]["top1"] == 1.0
+    assert report["gguf"]["f16"]["top1_agreement"] >= 0.99, "the exported file, read back, answers as the merged model"
+    assert "<|im_start|>assistant" in (tmp_path / "merged-gguf" / "Modelfile").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     row = json.loads((ROOT / "data/quickstart/train.jsonl").read_text().splitlines()[0])["messages"]

@@ -197,7 +197,7 @@ class Replacement(Edit):
     must_change: bool
 
     def apply(self, weight: torch.Tensor, rows: slice | None = None) -> torch.Tensor:
-        return (self.value if rows is None else self.value[rows]).float()
+        return (self.value if rows is None else self.value[rows]).to(torch.float32, copy=True)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,10 +212,12 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
     except Exception as error:
         raise ModelError(f"{adapter}: does not belong to this base: {_mismatch(error)}") from error
     config = peft.peft_config[ADAPTER]
-    if found.unexpected_keys:
+    # With a vocabulary of another size, PEFT also saves a module's original, and its new version a second time.
+    odd = [key for key in found.unexpected_keys if ".original_module." not in key and ".modules_to_save." not in key]
+    if odd:
         raise ModelError(
-            f"{adapter}: holds {len(found.unexpected_keys)} tensors that the base has no place for, such as "
-            f"{found.unexpected_keys[0]}; it belongs to another model"
+            f"{adapter}: holds {len(odd)} tensors that the base has no place for, such as {odd[0]}; it belongs to another "
+            "model"
         )
     missing = [name for name, value in peft.named_parameters() if value.device.type == "meta"]
     if missing:
@@ -259,7 +261,9 @@ def _edits(peft: PeftModel) -> Iterator[tuple[str, Edit]]:
         if ".lora_" in name or is_nothing(value) or value.numel() == 1:
             continue
         if not _is_adapter_key(name, prefixes):
-            yield _peft_key_to_original_key(peft, name), Replacement(value.data, must_change=False)
+            original = _peft_key_to_original_key(peft, name)
+            if original.rpartition(".")[0] not in wrapped:  # else it is what modules_to_save replaces
+                yield original, Replacement(value.data, must_change=False)
     for name, module in inner.named_modules():
         if isinstance(module, TrainableTokensWrapper):
             adapter = module.token_adapter
@@ -290,10 +294,13 @@ def _layer_edits(name: str, layer: Any) -> Iterator[tuple[str, Edit]]:
         yield f"{path}.bias", BiasEdit(layer)
 
 
-def untied(model: PreTrainedModel, edits: dict[str, tuple[Edit, ...]]) -> dict[str, str]:
+def untied(model: PreTrainedModel, edits: dict[str, tuple[Edit, ...]], stored: Collection[str]) -> dict[str, str]:
     """Parameters that can't stay tied to another one, since the adapter treats the two differently.
 
-    Edits of two tied parameters that are the same are made one, under the source's name.
+    Edits of two tied parameters that are the same are made one, under the source's name, unless both are stored.
+
+    Args:
+        stored: the parameters that the checkpoint has; some have both of two tied ones.
 
     Returns:
         the source by the parameter that was tied to it.
@@ -301,10 +308,10 @@ def untied(model: PreTrainedModel, edits: dict[str, tuple[Edit, ...]]) -> dict[s
     found = {}
     for target, source in model.all_tied_weights_keys.items():
         mine, its = edits.get(target, ()), edits.get(source, ())
-        if _same(mine, its):
-            edits.pop(target, None)
-        else:
+        if not _same(mine, its):
             found[target] = source
+        elif target not in stored or source not in stored:
+            edits.pop(target, None)
     return found
 
 

@@ -67,6 +67,7 @@ class Task:
         shards: the files to write.
         jobs: the parameters to compute; all other tensors are copied.
         untied: parameters that get a tensor of their own, with what they were tied to.
+        parted: whether tied parameters are different ones now, each stored already or not.
         unknown: keys of the base that belong to no parameter, and are copied.
     """
 
@@ -98,7 +99,7 @@ class Task:
         self._changes: dict[str, Change | None] = {}
         self._added: dict[str, dict[str, Change]] = {}
         self.jobs = [job for name, part in self.parts.items() if (job := self._job(part, edited.get(name, [])))]
-        self.jobs += [self._new(name, source, edited.get(name, [])) for name, source in self.untied.items()]
+        self.jobs += [self._new(name, source, edited) for name, source in self.untied.items()]
         self.shards = new_shards(store, self._changes, self._added)
 
     @property
@@ -120,7 +121,8 @@ class Task:
     def _untie(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for attached, _ in self.adapters:
-            found |= untied(self.model, attached.edits)
+            found |= untied(self.model, attached.edits, self.parts)
+        self.parted = bool(found)
         pairs = ((target, source) if source in self.parts else (source, target) for target, source in found.items())
         return {mine: its for mine, its in pairs if mine not in self.parts}
 
@@ -150,6 +152,10 @@ class Task:
         elif self.dtype is not None:
             self._changes |= {s.key: Change(NAMES[self.dtype], s.shape) for s in stored if s.dtype in FLOATS}
         cast = any((change := self._changes.get(s.key)) and change.dtype != s.dtype for s in stored)
+        if not edits and part.converter is None and not beside and first.shape != shape:
+            raise ModelError(
+                f"{self.store.folder}: {first.key} has the shape {first.shape}, and the model wants {shape}"
+            )
         if not (edits or beside or cast or trip):
             return None
         if not beside and any(s.dtype not in FLOATS for s in stored):
@@ -164,9 +170,20 @@ class Task:
         at = min(stored, key=lambda s: (s.file, s.begin)).key
         return Job(self, name, part, at, grown or shape, edits, tuple(part.all_keys), beside)
 
-    def _new(self, name: str, source: str, edits: Edits) -> Job:
-        """The job of a parameter that was tied to another one, and gets a tensor of its own."""
-        part = self.parts[source]
+    def _new(self, name: str, source: str, edited: dict[str, Edits]) -> Job:
+        """The job of a parameter that was tied to another one, and gets a tensor of its own.
+
+        It begins as what it was tied to, which the adapter may have brought along (with another vocabulary).
+        """
+        part, edits = self.parts[source], edited.get(name, [])
+        brought = [
+            (weight, tuple(edit for edit in several if isinstance(edit, Replacement) and not edit.must_change))
+            for weight, several in edited.get(source, [])
+        ]
+        if not any(isinstance(edit, Replacement) for _, several in edits for edit in several) and self.alone:
+            edits = [
+                (weight, (*several, *(edits[0][1] if edits else ()))) for weight, several in brought if several
+            ] or edits
         stored = self.store.tensors[part.key]
         shape = _brought_shape(edits) or stored.shape
         self._added.setdefault(stored.file, {})[name] = Change(NAMES[self.dtype] if self.dtype else stored.dtype, shape)

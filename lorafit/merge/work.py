@@ -229,7 +229,7 @@ class Work:
             with _progress(self.console, task.bytes, f"merging into the {kind} weights") as advance:
                 targets = stream(task, folder, advance)
             write_index(task.shards, self.base.folder, folder)
-            merged, is_untied, size = len(targets), bool(task.untied), task.bytes
+            merged, is_untied, size = len(targets), task.parted, task.bytes
         else:
             trip = None
             if kind == "dequantized":
