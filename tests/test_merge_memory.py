@@ -24,9 +24,14 @@ SLACK = 48 << 20
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 130 million parameters, 260 MB in bfloat16; its largest matrices have 12.6 million."""
+    """A model of 160 million parameters in bfloat16; its largest matrices have 12.6 and 25 million."""
     folder = tmp_path_factory.mktemp("memory") / "base"
-    shape: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 2, "vocab_size": 12288}
+    shape: dict[str, Any] = {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 2,
+        "vocab_size": 12288,
+    }
     make_model(folder, num_attention_heads=16, num_key_value_heads=16, **shape)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     return folder

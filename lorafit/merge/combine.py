@@ -43,6 +43,6 @@ class Combination:
         assert self.density is not None
         factors = torch.tensor(weights)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed << 32) + zlib.crc32(parameter.encode()))
+            torch.manual_seed(zlib.crc32(f"{self.seed} {parameter}".encode()))  # torch looks at 32 bits only
             made: torch.Tensor = getattr(merge_utils, self.method)(deltas, factors, self.density)
         return made

@@ -52,14 +52,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The architecture, with parameters (float32, on the CPU) that take no memory."""
-    config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:
         raise ModelError(
             f"transformers can't build a {config.model_type} model for text: {first_line(error)}"
         ) from error
+    model.config.dtype = config.dtype  # the one that the weights are meant for
     made: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -206,7 +206,11 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
             config.inference_mode = True
             peft = PeftModel(model, config, ADAPTER, low_cpu_mem_usage=True)
             weights = load_peft_weights(str(adapter), device="cpu", key_mapping=_key_mapping(model))
+            # Weights of the base that came along are put in last: PEFT casts a layer's adapter to its base's type.
+            brought = {key: weights.pop(key) for key in list(weights) if key.endswith(".base_layer.weight")}
             found = set_peft_model_state_dict(peft, weights, ADAPTER, low_cpu_mem_usage=True)
+            for key, value in brought.items():
+                peft.get_submodule(key.rpartition(".")[0]).weight = nn.Parameter(value, requires_grad=False)
     except LorafitError:
         raise
     except Exception as error:
@@ -216,13 +220,13 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
     odd = [key for key in found.unexpected_keys if ".original_module." not in key and ".modules_to_save." not in key]
     if odd:
         raise ModelError(
-            f"{adapter}: holds {len(odd)} tensors that the base has no place for, such as {odd[0]}; it belongs to another "
-            "model"
+            f"{adapter}: holds {len(odd)} tensors that the base has no place for, such as {odd[0]}; it belongs to "
+            "another model"
         )
     missing = [name for name, value in peft.named_parameters() if value.device.type == "meta"]
     if missing:
         raise ModelError(f"{adapter}: lacks {len(missing)} of its tensors, such as {missing[0]}; is the file whole?")
-    broken = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    broken = next((name for name, value in (weights | brought).items() if not torch.isfinite(value).all()), None)
     if broken is not None:
         raise ModelError(f"{adapter}: {broken} holds numbers that are not finite; the adapter is broken")
     edits: dict[str, list[Edit]] = {}

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, dot_natural_key
+from transformers.pytorch_utils import Conv1D
 
 from lorafit.errors import GateError, ModelError
 from lorafit.merge.combine import Combination
@@ -271,7 +272,9 @@ class Job:
         task, store = self.task, self.task.store
         if self.beside:
             sides = {name.removeprefix("."): store.read(stored) for name, stored in self.beside.items()}
-            return unpack(store.read(store.tensors[self.part.key]), sides)
+            weight = unpack(store.read(store.tensors[self.part.key]), sides)
+            owner = task.model.get_submodule(self.parameter.rpartition(".")[0])
+            return weight.T.contiguous() if isinstance(owner, Conv1D) else weight  # packed as a linear layer's
         if task.round_trip is not None and self.parameter in task.round_trip.parameters:
             return task.round_trip(self.parameter, store.read(store.tensors[self.part.key]))
         return None
@@ -309,7 +312,7 @@ def _sibling(key: str, leaf: str) -> str:
 
 def _dtype_of(model: PreTrainedModel) -> torch.dtype:
     """The type that a packed base is meant to be computed in."""
-    dtype = getattr(model.config.get_text_config(), "dtype", None) or torch.float16
+    dtype = model.config.dtype or torch.float16
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
 
 
