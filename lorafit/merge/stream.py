@@ -10,7 +10,8 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -266,9 +267,8 @@ class Job:
             )
         )
 
-    @functools.cached_property
-    def _whole(self) -> torch.Tensor | None:
-        """A weight that can only be had whole: unpacked, or quantized and back."""
+    def whole(self) -> torch.Tensor | None:
+        """A weight that can only be had whole: unpacked, or quantized and back. None for all others."""
         task, store = self.task, self.task.store
         if self.beside:
             sides = {name.removeprefix("."): store.read(stored) for name, stored in self.beside.items()}
@@ -280,9 +280,7 @@ class Job:
         return None
 
     def read(self, rows: slice | None) -> torch.Tensor:
-        """The base's weight, or some rows of it, in the type it is kept in."""
-        if self._whole is not None:
-            return self._whole if rows is None else self._whole[rows]
+        """The base's weight, or some rows of it, in the type it is stored in."""
         store = self.task.store
         if self.part.converter is None:
             return store.read(store.tensors[self.part.key], rows)
@@ -339,12 +337,12 @@ def stream(task: Task, folder: Path, on_progress: Callable[[int], None]) -> list
     found: list[Merged] = []
     writer = Writer(folder, task.shards, on_progress)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.closing(_read_ahead(_in_order(task, due))) as weights:
             for shard in task.store.shards:
                 for begin, to, size in _copied(shard, places, computed):
                     writer.copy(task.store.folder / shard.name, begin, shard.name, to, size)
                 for tensor in shard.tensors:
-                    found += [_do(job, places, writer) for job in due.get(tensor.key, ())]
+                    found += [_do(job, weights, places, writer) for job in due.get(tensor.key, ())]
         writer.close()
     except BaseException:
         writer.abandon()
@@ -373,12 +371,39 @@ def _copied(shard: Shard, places: dict[str, Stored], computed: set[str]) -> Iter
         yield begin, to, size
 
 
-def _do(job: Job, places: dict[str, Stored], writer: Writer) -> Merged:
+def _read_ahead(jobs: list[Job]) -> Generator[torch.Tensor]:
+    """The jobs' weights, chunk by chunk, each read by a thread while the one before is computed."""
+
+    def reads() -> Iterator[Callable[[], torch.Tensor]]:
+        for job in jobs:
+            whole: list[torch.Tensor | None] = []
+
+            def read(rows: slice | None, job: Job = job, whole: list[torch.Tensor | None] = whole) -> torch.Tensor:
+                if not whole:
+                    whole.append(job.whole())
+                if whole[0] is None:
+                    return job.read(rows)
+                return whole[0] if rows is None else whole[0][rows]
+
+            yield from (functools.partial(read, rows) for rows in job.chunks())
+
+    with ThreadPoolExecutor(1, "lorafit-reader") as pool:
+        ahead: Future[torch.Tensor] | None = None
+        for read in reads():
+            following = pool.submit(read)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _do(job: Job, weights: Iterator[torch.Tensor], places: dict[str, Stored], writer: Writer) -> Merged:
     """Compute one parameter and have it written."""
     measured = _Measured(job)
     dtype = DTYPES[places[job.writes[0]].dtype]
     for rows in job.chunks():
-        raw = job.read(rows)
+        raw = next(weights)
         after = _edited(job, raw, rows, measured)
         out = after.to(dtype)
         if job.edits and job.task.check:
@@ -406,7 +431,8 @@ def combined_delta(job: Job) -> torch.Tensor:
     """What all adapters together add to a parameter, whole, float32. Raises GateError for an adapter without effect."""
     measured = _Measured(job)
     with torch.no_grad():
-        delta = _combined(job, job.read(None).float(), None, measured)
+        weight = job.whole()
+        delta = _combined(job, (job.read(None) if weight is None else weight).float(), None, measured)
     measured.of_change = float(torch.linalg.vector_norm(delta)) ** 2
     measured.result()
     return delta

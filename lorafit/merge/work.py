@@ -239,7 +239,7 @@ class Work:
                 trip = RoundTrip(read_config(self.base.folder), self.source.quantization, dtype)
             merged, is_untied = merge_in_memory(self.base.folder, self.source.adapter, folder, trip, self.dtype)
             targets, size = [], sum(file.stat().st_size for file in weight_files(folder))
-        gc.collect()
+            gc.collect()
         dtype_name = _main_dtype(folder)
         changed = self.method == "full" or _main_dtype(self.base.folder) != dtype_name
         write_config(self.base.folder, folder, dtype_name if changed else None, is_untied, self.vocabulary)
