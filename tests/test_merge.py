@@ -500,6 +500,12 @@ def test_one_adapter_of_several(two: tuple[Any, Any], tmp_path: Path) -> None:
     assert again.is_dir(), "it merges like any other"
 
 
+def test_an_adapter_is_not_added_to_itself(recipe: RecipeMaker, train: Train) -> None:
+    run = train(recipe())
+    with pytest.raises(UsageError, match="is named twice"):
+        merged(run.path, additions=(Addition(run.path, -1.0),))
+
+
 def test_adapters_of_different_bases_are_not_combined(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
     other_base = make_model(tmp_path / "other-base", seed=5)
     one, other = train(recipe("one")), train(recipe("two", model={"name_or_path": str(other_base)}))

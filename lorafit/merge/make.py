@@ -33,6 +33,10 @@ def merge(options: Options, console: Console) -> Path:
     options.check()
     hush_progress()
     with contextlib.ExitStack() as stack:
+        paths = [located(path) for path in (options.path, *(addition.path for addition in options.additions))]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise UsageError(f"{twice}: is named twice; give it one factor, with --weight or in --add")
         source = stack.enter_context(open_source(options.path))
         others = [stack.enter_context(open_source(addition.path)) for addition in options.additions]
         for other in others:
