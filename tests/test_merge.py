@@ -10,18 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RecipeMaker, Train, as_planned, make_model
+from conftest import RecipeMaker, Train, as_planned, conversation, make_model, write_jsonl
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
+from yaml import safe_dump
 
 from lorafit.cli import app
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.merge import Addition, Options
 from lorafit.merge.make import merge
+from lorafit.plan import plan_recipe
+from lorafit.recipe import Recipe
+from lorafit.rundir import RunDir
+from lorafit.train import Start
+from lorafit.train import train as run_training
 
 IDS = torch.arange(3, 40)[None]
 QUIET = Console(file=io.StringIO())
@@ -47,6 +53,37 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 def hidden(folder: Path) -> list[str]:
     return [entry.name for entry in folder.glob(".*")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A plain run without held-out rows, trained once."""
+    return run_of(tmp_path_factory.mktemp("trained"), tiny_model)
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> RunDir:
+    """A copy of it, to be merged or broken."""
+    return RunDir(shutil.copytree(trained, tmp_path / "runs" / "plain"))
+
+
+def run_of(folder: Path, model: Path, **sections: Any) -> Path:
+    """Train a small run; keyword arguments are sections of its recipe."""
+    rows = write_jsonl(folder / "rows.jsonl", [conversation(f"cat {i} sat", f"mat {i % 5}") for i in range(24)])
+    content = {
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "lora": {"r": 4, "lora_dropout": 0.0},
+        "dataset": {"train": [{"path": str(rows)}]},
+        "training": {"max_steps": 8, "learning_rate": 1e-2, "max_length": 128, "per_device_train_batch_size": 4},
+        "output_dir": str(folder / "run"),
+    }
+    for section, values in sections.items():
+        content[section] = {**content.get(section, {}), **values}  # type: ignore[dict-item]
+    path = folder / "recipe.yaml"
+    path.write_text(safe_dump(content))
+    plan = plan_recipe(Recipe.load(path, ()), path)
+    run_training(plan, path.read_bytes(), Start(), QUIET)
+    return folder / "run"
 
 
 @pytest.mark.parametrize("method", ["stream", "full"])
@@ -119,29 +156,8 @@ def test_untouched_tensors_are_copied_and_shards_stay(recipe: RecipeMaker, train
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A QLoRA run with held-out rows."""
-    from conftest import conversation, write_jsonl
-    from yaml import safe_dump
-
-    from lorafit.plan import plan_recipe
-    from lorafit.recipe import Recipe
-    from lorafit.train import Start
-    from lorafit.train import train as run_training
-
-    folder = tmp_path_factory.mktemp("quantized")
-    rows = write_jsonl(folder / "rows.jsonl", [conversation(f"cat {i} sat", f"mat {i % 5}") for i in range(24)])
-    content = {
-        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
-        "quantization": {"load_in_4bit": True},
-        "lora": {"r": 4, "lora_dropout": 0.0},
-        "dataset": {"train": [{"path": str(rows)}], "validation": 0.25},
-        "training": {"max_steps": 8, "learning_rate": 1e-2, "max_length": 128, "per_device_train_batch_size": 4},
-        "output_dir": str(folder / "run"),
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(safe_dump(content))
-    plan = plan_recipe(Recipe.load(path, ()), path)
-    run_training(plan, path.read_bytes(), Start(), QUIET)
-    return folder / "run"
+    quantization, dataset = {"load_in_4bit": True}, {"validation": 0.25}
+    return run_of(tmp_path_factory.mktemp("quantized"), tiny_model, quantization=quantization, dataset=dataset)
 
 
 def test_a_quantized_run_is_merged_into_what_measures_better(quantized: Path, tmp_path: Path) -> None:
@@ -173,8 +189,7 @@ def test_without_measuring_the_base_is_the_one_of_the_training(quantized: Path, 
     assert report["base_weights"]["used"] == "dequantized"
 
 
-def test_an_unquantized_run_has_nothing_to_dequantize(recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
+def test_an_unquantized_run_has_nothing_to_dequantize(run: RunDir) -> None:
     with pytest.raises(UsageError, match="not trained on a quantized base"):
         merged(run.path, base_weights="dequantized")
 
@@ -219,10 +234,9 @@ def test_the_recipes_merge_section_sets_the_limits(recipe: RecipeMaker, train: T
     assert report_of(merged(run.path, verify="logits"))["verification"]["level"] == "logits", "a flag overrides it"
 
 
-def test_a_wrong_merge_is_not_kept(recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_is_not_kept(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora.layer import Linear
 
-    run = train(recipe())
     with monkeypatch.context() as patch:  # as when a tensor on meta is added: nothing happens, and nothing is said
         patch.setattr(Linear, "merge", lambda self, **_: None)
         with pytest.raises(GateError, match="changes nothing"):
@@ -240,10 +254,7 @@ def test_a_wrong_merge_is_not_kept(recipe: RecipeMaker, train: Train, monkeypatc
     assert not hidden(run.path)
 
 
-def test_a_saved_model_that_loads_differently_is_not_kept(
-    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = train(recipe())
+def test_a_saved_model_that_loads_differently_is_not_kept(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     original = AutoModelForCausalLM.from_pretrained
 
     def lossy(name: str, **kwargs: Any) -> Any:
@@ -283,8 +294,7 @@ def test_rounding_to_16_bits_is_no_wrong_merge(recipe: RecipeMaker, train: Train
         assert 0 < report_of(folder)["verification"]["figures"]["kl"] < 1e-3
 
 
-def test_a_run_with_flash_attention_is_merged_on_the_cpu(recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
+def test_a_run_with_flash_attention_is_merged_on_the_cpu(run: RunDir) -> None:
     as_planned(run, model_kwargs={"attn_implementation": "flash_attention_2"})
     assert merged(run.path).is_dir()
 
@@ -361,8 +371,7 @@ def test_another_base_of_the_same_shape_is_refused(recipe: RecipeMaker, train: T
     assert "another base" in report_of(folder)["base"]["checked"]
 
 
-def test_an_adapter_from_elsewhere(recipe: RecipeMaker, train: Train, tmp_path: Path, tiny_model: Path) -> None:
-    run = train(recipe())
+def test_an_adapter_from_elsewhere(run: RunDir, tmp_path: Path, tiny_model: Path) -> None:
     foreign = tmp_path / "foreign"
     shutil.copytree(run.adapter, foreign)
     with pytest.raises(UsageError, match="--output"):
@@ -387,8 +396,7 @@ def test_an_adapter_from_elsewhere(recipe: RecipeMaker, train: Train, tmp_path: 
     assert not (tmp_path / "s").exists()
 
 
-def test_without_any_tokenizer(tmp_path: Path, recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
+def test_without_any_tokenizer(tmp_path: Path, run: RunDir) -> None:
     for source, name in ((run.adapter, "adapter"), (Path(run.load_plan().model["name_or_path"]), "base")):
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja"))
     said = io.StringIO()
@@ -399,10 +407,7 @@ def test_without_any_tokenizer(tmp_path: Path, recipe: RecipeMaker, train: Train
         merged(tmp_path / "adapter", output=tmp_path / "m", base=str(tmp_path / "base"), verify="logits")
 
 
-def test_what_is_not_computed_one_by_one_is_merged_in_memory_and_said(
-    recipe: RecipeMaker, train: Train, tmp_path: Path
-) -> None:
-    run = train(recipe())
+def test_what_is_not_computed_one_by_one_is_merged_in_memory_and_said(run: RunDir, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     shutil.copytree(run.adapter, foreign)
     config = json.loads((foreign / "adapter_config.json").read_text())
@@ -500,8 +505,7 @@ def test_one_adapter_of_several(two: tuple[Any, Any], tmp_path: Path) -> None:
     assert again.is_dir(), "it merges like any other"
 
 
-def test_an_adapter_is_not_added_to_itself(recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
+def test_an_adapter_is_not_added_to_itself(run: RunDir) -> None:
     with pytest.raises(UsageError, match="is named twice"):
         merged(run.path, additions=(Addition(run.path, -1.0),))
 
@@ -530,8 +534,7 @@ def first_b(tensors: dict[str, torch.Tensor]) -> str:
 
 
 @pytest.mark.parametrize("method", ["stream", "full"])
-def test_a_zero_adapter_is_refused(method: Any, recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
+def test_a_zero_adapter_is_refused(method: Any, run: RunDir) -> None:
     broken(run, lambda tensors: tensors[first_b(tensors)].zero_())
     with pytest.raises(GateError, match="changes nothing here"):
         merged(run.path, method=method)
@@ -539,23 +542,20 @@ def test_a_zero_adapter_is_refused(method: Any, recipe: RecipeMaker, train: Trai
 
 
 @pytest.mark.parametrize("method", ["stream", "full"])
-def test_an_adapter_with_nan_is_refused(method: Any, recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
+def test_an_adapter_with_nan_is_refused(method: Any, run: RunDir) -> None:
     broken(run, lambda tensors: tensors[first_b(tensors)].view(-1)[3:4].fill_(float("nan")))
     with pytest.raises((GateError, ModelError), match="not finite"):
         merged(run.path, method=method)
     assert not run.merged.exists()
 
 
-def test_an_adapter_that_lacks_a_tensor_is_refused(recipe: RecipeMaker, train: Train) -> None:
-    run = train(recipe())
+def test_an_adapter_that_lacks_a_tensor_is_refused(run: RunDir) -> None:
     broken(run, lambda tensors: tensors.pop(first_b(tensors)))
     with pytest.raises(ModelError, match="lacks 1 of its tensors"):
         merged(run.path)
 
 
-def test_targets_that_do_not_exist_are_refused(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
-    run = train(recipe())
+def test_targets_that_do_not_exist_are_refused(run: RunDir, tmp_path: Path) -> None:
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     (run.adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["wq", "wv"]}))
     with pytest.raises(ModelError, match="does not belong to this base"):
@@ -573,10 +573,7 @@ def test_a_truncated_shard_is_refused(recipe: RecipeMaker, train: Train, tmp_pat
     assert not run.merged.exists()
 
 
-def test_too_little_disk_is_known_before_anything_is_written(
-    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = train(recipe())
+def test_too_little_disk_is_known_before_anything_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(run.path)
     monkeypatch.setattr("lorafit.merge.make.shutil.disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DoesNotFitError, match=r"of disk and 0.00 GB are free"):
@@ -584,10 +581,7 @@ def test_too_little_disk_is_known_before_anything_is_written(
     assert not hidden(run.path)
 
 
-def test_too_little_memory_is_known_before_anything_is_written(
-    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = train(recipe())
+def test_too_little_memory_is_known_before_anything_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafit.merge.work.available_memory", lambda: 1000)
     with pytest.raises(DoesNotFitError, match="of memory"):
         merged(run.path)

@@ -127,8 +127,7 @@ def test_killed_while_it_replaces_an_older_one(adapter: Path, expected: dict[str
     assert [entry.name for entry in tmp_path.iterdir()] == ["merged"]
 
 
-@pytest.mark.parametrize("writes", [1, 3, 7])
-@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(("writes", "direct"), [(1, True), (7, True), (3, False)])
 def test_out_of_disk(writes: int, direct: bool, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up at the write, past the page cache or through it."""
     pwrite, opened, done = os.pwrite, os.open, 0

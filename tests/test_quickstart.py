@@ -38,7 +38,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        plan = plan_recipe(Recipe.load(CONFIG, [f"output_dir={folder / 'run'}"]), CONFIG)
+        plan = plan_recipe(Recipe.load(CONFIG, [f"output_dir={folder / 'run'}", "merge.rows=8"]), CONFIG)
         return train(plan, CONFIG.read_bytes(), Start(), QUIET)
 
 
