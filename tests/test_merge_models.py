@@ -511,6 +511,21 @@ def copied(base: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]],
     return folder
 
 
+def test_tied_embeddings_of_several_adapters(bases: Bases, tmp_path: Path) -> None:
+    """One adapter parts what the other keeps tied: the other's tokens change both tensors."""
+    base = bases("llama", F32, tie_word_embeddings=True)
+    parting = adapt(base, tmp_path / "one", target_modules=["embed_tokens"])
+    tokens = adapt(base, tmp_path / "two", trainable_token_indices=[3, 7], target_modules=["q_proj"])
+    found = weights(streamed(base, [(parting, 1.0), (tokens, 1.0)], tmp_path / "ours").folder)
+    before = weights(base)[EMBEDDINGS]
+    alone = weights(streamed(base, tokens, tmp_path / "alone").folder)[EMBEDDINGS]
+    head = found["lm_head.weight"]
+    torch.testing.assert_close(head, alone, rtol=0, atol=1e-6)
+    assert torch.equal((head != before).any(1).nonzero().flatten(), torch.tensor([3, 7]))
+    by_lora = weights(streamed(base, parting, tmp_path / "lora").folder)[EMBEDDINGS]
+    torch.testing.assert_close(found[EMBEDDINGS], by_lora + alone - before, rtol=0, atol=1e-5)
+
+
 # --- a vocabulary that grew -----------------------------------------------------------------------
 
 

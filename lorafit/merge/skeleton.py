@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,25 +298,14 @@ def _layer_edits(name: str, layer: Any) -> Iterator[tuple[str, Edit]]:
         yield f"{path}.bias", BiasEdit(layer)
 
 
-def untied(model: PreTrainedModel, edits: dict[str, tuple[Edit, ...]], stored: Collection[str]) -> dict[str, str]:
+def parted(model: PreTrainedModel, edits: dict[str, tuple[Edit, ...]]) -> dict[str, str]:
     """Parameters that can't stay tied to another one, since the adapter treats the two differently.
-
-    Edits of two tied parameters that are the same are made one, under the source's name, unless both are stored.
-
-    Args:
-        stored: the parameters that the checkpoint has; some have both of two tied ones.
 
     Returns:
         the source by the parameter that was tied to it.
     """
-    found = {}
-    for target, source in model.all_tied_weights_keys.items():
-        mine, its = edits.get(target, ()), edits.get(source, ())
-        if not _same(mine, its):
-            found[target] = source
-        elif target not in stored or source not in stored:
-            edits.pop(target, None)
-    return found
+    tied = model.all_tied_weights_keys.items()
+    return {target: source for target, source in tied if not _same(edits.get(target, ()), edits.get(source, ()))}
 
 
 def _same(one: tuple[Edit, ...], other: tuple[Edit, ...]) -> bool:

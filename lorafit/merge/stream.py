@@ -25,7 +25,7 @@ from lorafit.errors import GateError, ModelError
 from lorafit.merge.combine import Combination
 from lorafit.merge.edits import Edit, LayerEdit, Replacement
 from lorafit.merge.quantized import SIDE_KEYS, RoundTrip, unpack
-from lorafit.merge.skeleton import Attached, NotOneByOne, Part, convert, match_keys, revert, untied
+from lorafit.merge.skeleton import Attached, NotOneByOne, Part, convert, match_keys, parted, revert
 from lorafit.merge.tensors import DTYPES, FLOATS, NAMES, Change, Shard, Store, Stored, as_bytes, new_shards
 from lorafit.merge.writer import Writer
 
@@ -123,8 +123,12 @@ class Task:
     def _untie(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for attached, _ in self.adapters:
-            found |= untied(self.model, attached.edits, self.parts)
+            found |= parted(self.model, attached.edits)
         self.parted = bool(found)
+        for target, source in self.model.all_tied_weights_keys.items():
+            if target not in found and not {target, source} <= self.parts.keys():  # one tensor, edited once
+                for attached, _ in self.adapters:
+                    attached.edits.pop(target, None)
         pairs = ((target, source) if source in self.parts else (source, target) for target, source in found.items())
         return {mine: its for mine, its in pairs if mine not in self.parts}
 
