@@ -28,7 +28,8 @@ from lorafit.merge.options import Options
 from lorafit.merge.quantized import RoundTrip
 from lorafit.merge.skeleton import Attached, NotOneByOne, attach, empty_model, match_keys, read_config, resized
 from lorafit.merge.source import Base, Source
-from lorafit.merge.stream import Merged, Task, stream
+from lorafit.merge.stream import Merged, stream
+from lorafit.merge.task import Task
 from lorafit.merge.tensors import FLOATS, Store, write_index
 from lorafit.merge.verify import Proof, Reference, measure, rows_to_compare
 from lorafit.tokenizer import load_tokenizer, tokenizer_of
