@@ -29,7 +29,8 @@ BEGIN, END = "<!-- qlora -->\n", "<!-- /qlora -->"
 
 def measured(run: Path, scratch: Path, console: Console) -> list[str]:
     """The table's lines."""
-    from lorafit.evaluate import as_question, generate, held_out_rows
+    from lorafit.evaluate.engine.greedy import end_tokens, generate
+    from lorafit.evaluate.sets import as_question, held_out_rows
     from lorafit.merge import Options
     from lorafit.merge.exports import quantized_copy
     from lorafit.merge.make import merge
@@ -47,16 +48,20 @@ def measured(run: Path, scratch: Path, console: Console) -> list[str]:
         rows, _ = rows_to_compare(source, tokenizer, len(held), console)
         reference = measure(source, base, rows, "")
 
-        def right(model: Any, name: str) -> float:
+        def right(model: Any) -> float:
             questions = [question for row in held if (question := as_question(row, tokenizer))]
-            answers = generate(model, questions, tokenizer, 8, 48, console, name)
-            return sum(a == q.expected for a, q in zip(answers, questions, strict=True)) / len(questions)
+            prompts = [question.prompt for question in questions]
+            ends = end_tokens(model, tokenizer, {question.end for question in questions})
+            made = list(generate(model, prompts, ends, tokenizer.pad_token_id, 48))
+            answers = {one.row: tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in made}
+            hits = sum(answers[number] == question.expected for number, question in enumerate(questions))
+            return float(hits / len(questions))
 
         adapter = load_adapter(as_trained(source, base), source.adapter)
         lines = [
             "| merged into | held-out loss | exact match | KL to the adapter on NF4 | top-1 agreement |",
             "|---|---|---|---|---|",
-            f"| (adapter on NF4) | {reference.loss:.4f} | {right(adapter, 'adapter'):.1%} | 0 | 100% |",
+            f"| (adapter on NF4) | {reference.loss:.4f} | {right(adapter):.1%} | 0 | 100% |",
         ]
     del adapter
     for kind in ("dequantized", "original"):
@@ -68,9 +73,7 @@ def measured(run: Path, scratch: Path, console: Console) -> list[str]:
             model, _ = load_merged(where, None)
             model.config.use_cache = True
             found = reference.compare(model)
-            lines.append(
-                f"| {name} | {found.loss:.4f} | {right(model, name):.1%} | {found.kl:.2g} | {found.top1:.1%} |"
-            )
+            lines.append(f"| {name} | {found.loss:.4f} | {right(model):.1%} | {found.kl:.2g} | {found.top1:.1%} |")
             del model
     return lines
 

@@ -202,7 +202,7 @@ class TestMistakes:
 
     def test_what_only_another_process_meets(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("RANK", "3")
-        monkeypatch.setattr("lorafit.cli.HEAD_START", 0)
+        monkeypatch.setattr("lorafit.cli.common.HEAD_START", 0)
         code, _, err = lorafit("train", tmp_path / "nowhere.yaml")
         assert code == 2
         assert err.startswith("process 3: ")
@@ -216,7 +216,7 @@ class TestMistakes:
         ("merge", "lorafit.model.PeftModel.from_pretrained"),
         ("merge", "lorafit.merge.stream._edited"),
         ("merge", "lorafit.merge.verify.load_merged"),
-        ("eval", "lorafit.evaluate.token_scores"),
+        ("eval", "lorafit.evaluate.measure.likelihoods"),
     ],
 )
 def test_sigterm_outside_the_steps(
@@ -230,8 +230,9 @@ def test_sigterm_outside_the_steps(
     monkeypatch.setattr(where, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = lorafit(command, path if command == "train" else run)
     assert code == 143
-    assert err.strip().splitlines()[-1].startswith("terminated; nothing is half written")
-    assert not list(run.glob(".*"))
+    kept = "interrupted; what was measured is kept" if command == "eval" else "terminated; nothing is half written"
+    assert err.strip().splitlines()[-1].startswith(kept)
+    assert [file.name for file in run.glob(".*")] == [".eval.work"] * (command == "eval")
 
 
 @pytest.mark.parametrize("asked", [None, "FASTEST_FIRST"])

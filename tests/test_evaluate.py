@@ -1,152 +1,544 @@
-"""Evaluation gives the numbers and answers of a plain loop."""
+"""An evaluation gives the numbers of a plain loop, refuses what doesn't belong together, and leaves whole reports."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import RecipeMaker, Train, as_planned, conversation, make_model, write_jsonl
+from jsonschema import Draft202012Validator
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+from yaml import safe_dump
 
+from lorafit.cli import app
 from lorafit.data import IGNORED
-from lorafit.errors import DataError, ModelError, UsageError
-from lorafit.evaluate import evaluate, held_out_rows, models
-from lorafit.merge import Options
+from lorafit.errors import DataError, Interrupted, ModelError, UsageError
+from lorafit.evaluate.make import evaluate
+from lorafit.evaluate.options import Named, Options
+from lorafit.evaluate.results import Results, Sample
+from lorafit.evaluate.sets import held_out_rows
+from lorafit.merge import Options as MergeOptions
 from lorafit.merge.make import merge
+from lorafit.plan import plan_recipe
+from lorafit.recipe import Recipe, RecipeError
 from lorafit.rundir import RunDir
+from lorafit.train import Start
+from lorafit.train import train as run_training
 
 QUIET = Console(file=io.StringIO())
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = ("eval.forgetting=[]",)
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "cat", "mat", "dog"]
+
+
+def evaluated(run: RunDir | Path, **options: Any) -> Results:
+    path = run.path if isinstance(run, RunDir) else run
+    overrides = options.pop("overrides", PLAIN)
+    return evaluate(Options(path, overrides=tuple(overrides), **options), QUIET)[0]
+
+
+def value(results: Results, name: str) -> float:
+    found = results.figures[name].value
+    assert found is not None
+    return found
+
+
+def samples(folder: Path) -> list[Sample]:
+    return [Sample.model_validate_json(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def run_of(folder: Path, model: Path, **sections: Any) -> RunDir:
+    """Train a small run that learns to answer a word with the next one; keyword arguments are recipe sections."""
+    folder.mkdir(exist_ok=True)
+    pairs = [(word, other) for word in WORDS for other in WORDS]
+    data = [conversation(f"{one} {two}", WORDS[(WORDS.index(one) + 1) % len(WORDS)]) for one, two in pairs]
+    rows = write_jsonl(folder / "rows.jsonl", data)
+    content: dict[str, Any] = {
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "lora": {"r": 16, "lora_dropout": 0.0},
+        "dataset": {"train": [{"path": str(rows)}], "validation": 0.2},
+        "training": {"max_steps": 150, "learning_rate": 5e-3, "max_length": 128, "per_device_train_batch_size": 16},
+        "output_dir": str(folder / "run"),
+    }
+    for section, values in sections.items():
+        content[section] = {**content.get(section, {}), **values} if isinstance(values, dict) else values
+    path = folder / "recipe.yaml"
+    path.write_text(safe_dump({key: part for key, part in content.items() if part is not None}))
+    plan = plan_recipe(Recipe.load(path, ()), path)
+    return run_training(plan, path.read_bytes(), Start(), QUIET)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run with its merged model, made once."""
+    run = run_of(tmp_path_factory.mktemp("eval") / "one", tiny_model)
+    merge(MergeOptions(run.path), QUIET)
+    return run.path
 
 
 @pytest.fixture
-def run(recipe: RecipeMaker, train: Train, rows: Path) -> RunDir:
-    settings = {"max_steps": 30, "learning_rate": 2e-2, "per_device_eval_batch_size": 4}
-    return train(recipe(dataset={"train": [{"path": str(rows)}], "validation": 0.4}, training=settings))
+def run(trained: Path, tmp_path: Path) -> RunDir:
+    """A copy of it, to be evaluated or broken."""
+    return RunDir(shutil.copytree(trained, tmp_path / "runs" / "one"))
 
 
-def plain_loss(model, rows) -> float:
+@pytest.fixture(scope="module")
+def whole(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
+    """A whole evaluation of it."""
+    folder = tmp_path_factory.mktemp("whole") / "eval"
+    options = Options(
+        trained, output=folder, max_new_tokens=6, fail_under=("heldout.loss.adapter < heldout.loss.base (ci)",)
+    )
+    return evaluate(options, QUIET)
+
+
+def row_losses(model: Any, rows: Any) -> list[float]:
     """One row at a time, without padding, by the definition."""
-    total, count = 0.0, 0
+    found = []
     model.eval()
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
-        total += functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
-        count += int((labels != IGNORED).sum())
-    return total / count
+        found.append(functional.cross_entropy(logits, labels, ignore_index=IGNORED).item())
+    return found
 
 
-def test_losses_and_answers_equal_a_plain_loop(run: RunDir, tiny_model: Path) -> None:
-    report = evaluate(run.path, None, 100, 12, QUIET)
+def test_figures_equal_a_plain_loop(whole: tuple[Results, Path], trained: Path, tiny_model: Path) -> None:
+    results, folder = whole
+    run = RunDir(trained)
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
     rows = held_out_rows(run.load_plan(), tokenizer, None)
     models = {
         "base": AutoModelForCausalLM.from_pretrained(tiny_model),
         "adapter": AutoPeftModelForCausalLM.from_pretrained(run.adapter),
+        "merged": AutoModelForCausalLM.from_pretrained(run.merged),
     }
-    assert report["rows"] == len(rows) == 10
+    assert list(results.models) == list(models)
+    held_out = [sample for sample in samples(folder) if sample.set == "heldout"]
+    assert len(held_out) == len(rows) == results.sets["heldout"].rows
+    tokens = [sum(label != IGNORED for label in row["labels"]) for row in rows]
     for name, model in models.items():
-        expected = plain_loss(model, rows)
-        assert report["models"][name]["loss"] == pytest.approx(expected, rel=1e-5)
-        assert report["models"][name]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
-        for row, sample in zip(rows, report["samples"], strict=True):
+        losses = row_losses(model, rows)
+        assert [sample.answers[name].scores["loss"] for sample in held_out] == pytest.approx(losses, rel=1e-5, abs=1e-6)
+        mean = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
+        assert value(results, f"heldout.loss.{name}") == pytest.approx(mean, rel=1e-5)
+        assert value(results, f"heldout.perplexity.{name}") == pytest.approx(math.exp(mean), rel=1e-4)
+        right = []
+        for row, sample in zip(rows, held_out, strict=True):
             start = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
             prompt = torch.tensor([row["input_ids"][:start]])
-            made = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+            made = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0)
             text = tokenizer.decode(made[0, start:], skip_special_tokens=True).strip()
-            assert sample["answers"][name] == text
-    assert report["models"]["adapter"]["loss"] < report["models"]["base"]["loss"]
-    assert json.loads((run.eval / "results.json").read_text()) == report
+            assert sample.answers[name].text == text
+            right.append(text == sample.expected)
+        assert value(results, f"heldout.exact_match.{name}") == pytest.approx(sum(right) / len(right))
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_words(whole: tuple[Results, Path]) -> None:
+    results, folder = whole
+    found = [sample for sample in samples(folder) if sample.set == "heldout"]
+    size = sum(len(sample.expected.encode()) for sample in found)
+    base = [(sample.answers["base"].scores["bits_per_byte"], len(sample.expected.encode())) for sample in found]
+    assert value(results, "heldout.bits_per_byte.base") == pytest.approx(sum(b * n for b, n in base) / size, rel=1e-6)
+
+
+def test_base_against_adapter_against_merged(whole: tuple[Results, Path]) -> None:
+    results, _ = whole
+    assert value(results, "heldout.exact_match.base") == 0
+    assert value(results, "heldout.exact_match.adapter") >= 0.8
+    assert value(results, "heldout.agreement.merged") >= 0.99
+    found = {(d.metric, d.model, d.against): d for d in results.differences if d.set == "heldout"}
+    gain = found["exact_match", "adapter", "base"]
+    assert gain.is_clear
+    assert gain.value == pytest.approx(value(results, "heldout.exact_match.adapter"))
+    assert gain.wins + gain.ties + gain.losses == results.sets["heldout"].rows
+    same = found["loss", "merged", "adapter"]
+    assert abs(same.value or 0) < 1e-5
+    assert results.gates[0].passed
+
+
+def test_what_was_forgotten_is_a_figure(whole: tuple[Results, Path]) -> None:
+    results, _ = whole
+    for name in ("general", "chat"):
+        assert results.sets[name].role == "forgetting"
+        assert value(results, f"{name}.kl.adapter") > 0
+        assert f"{name}.kl.base" not in results.figures
+        assert value(results, f"{name}.bits_per_byte.adapter") != value(results, f"{name}.bits_per_byte.base")
+
+
+def test_all_reports_are_written(whole: tuple[Results, Path]) -> None:
+    results, folder = whole
+    assert {file.name for file in folder.iterdir()} == {
+        "results.json",
+        "samples.jsonl",
+        "report.md",
+        "report.html",
+        "junit.xml",
+    }
+    written = json.loads((folder / "results.json").read_text())
+    assert Results.model_validate(written) == results
+    schema = json.loads((ROOT / "docs" / "results.schema.json").read_text())
+    Draft202012Validator(schema).validate(written)
+    assert ElementTree.parse(folder / "junit.xml").getroot().findall(".//testcase")
+    for report in ("report.md", "report.html"):
+        assert "heldout" in (folder / report).read_text()
+    assert not list(folder.parent.glob(".eval*"))
 
 
 def test_other_rows_and_a_limit(run: RunDir, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "more rows.jsonl", [conversation(f"say {i}", "yes") for i in range(5)])
-    report = evaluate(run.path, data, 2, 4, QUIET)
-    assert report["rows"] == 5
-    assert report["generated"] == len(report["samples"]) == 2
-    assert report["samples"][0]["prompt"] == "say 0"
-    assert report["samples"][0]["expected"] == "yes"
+    data = write_jsonl(tmp_path / "more rows.jsonl", [conversation(f"red {i}", "green") for i in range(5)])
+    results = evaluated(run, data=data, limit=2, max_new_tokens=4)
+    assert (results.sets["heldout"].rows, results.sets["heldout"].answered) == (5, 2)
+    found = samples(run.eval)
+    assert found[0].prompt == "red 0"
+    assert found[0].expected == "green"
+    assert found[0].place == f"{data}:1"
+    assert found[0].answers["base"].text is not None
+    assert found[2].answers["base"].text is None
 
 
-def test_a_model_trained_in_full(recipe: RecipeMaker, train: Train, rows: Path) -> None:
-    run = train(
-        recipe(lora=..., dataset={"train": [{"path": str(rows)}], "validation": 0.4}, training={"learning_rate": 3e-3})
+def test_a_model_trained_in_full(tmp_path: Path, tiny_model: Path) -> None:
+    run = run_of(tmp_path / "full", tiny_model, lora=None, training={"learning_rate": 3e-3, "max_steps": 8})
+    results = evaluated(run, limit=3, max_new_tokens=4)
+    assert list(results.models) == ["base", "trained"]
+    assert value(results, "heldout.loss.trained") < value(results, "heldout.loss.base")
+    with pytest.raises(UsageError, match="is called trained"):
+        evaluated(run, compare=("base", "adapter"))
+
+
+def test_a_quantized_run_is_evaluated_quantized(tmp_path: Path, tiny_model: Path) -> None:
+    run = run_of(tmp_path / "q", tiny_model, quantization={"load_in_4bit": True}, training={"max_steps": 8})
+    results = evaluated(run, limit=2, max_new_tokens=4)
+    last = [entry["eval_loss"] for entry in run.metrics_until(99) if "eval_loss" in entry][-1]
+    assert value(results, "heldout.loss.adapter") == pytest.approx(last, rel=2e-2)
+    assert results.models["adapter"].quantization == "nf4"
+
+
+def test_several_adapters_on_one_base(run: RunDir, trained: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """Swapped on the same base, each has the figures that it has alone, whatever came before it."""
+    other = run_of(tmp_path / "two", tiny_model, lora={"use_dora": True}, training={"seed": 7, "max_steps": 5})
+    zero = shutil.copytree(trained / "adapter", tmp_path / "zero")
+    weights = load_file(zero / "adapter_model.safetensors")
+    save_file({name: torch.zeros_like(w) for name, w in weights.items()}, zero / "adapter_model.safetensors")
+    results = evaluated(
+        run, compare=("base", "adapter", str(other.path)), adapters=(Named("zero", zero),), limit=4, max_new_tokens=4
     )
-    report = evaluate(run.path, None, 3, 4, QUIET)
-    assert list(report["models"]) == ["base", "trained"]
-    assert report["models"]["trained"]["loss"] < report["models"]["base"]["loss"]
+    assert list(results.models) == ["base", "adapter", "run", "zero"]
+    alone = evaluated(other, data=None, compare=("adapter",), limit=4, max_new_tokens=4)
+    for metric in ("loss", "exact_match", "token_accuracy"):
+        assert value(results, f"heldout.{metric}.zero") == pytest.approx(value(results, f"heldout.{metric}.base"))
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    rows = held_out_rows(run.load_plan(), tokenizer, None)
+    losses = row_losses(AutoPeftModelForCausalLM.from_pretrained(other.adapter), rows)
+    found = [sample.answers["run"].scores["loss"] for sample in samples(run.eval)]
+    assert found == pytest.approx(losses, rel=1e-5, abs=1e-6)
+    assert list(alone.models) == ["adapter"]
 
 
-def test_a_quantized_run_is_evaluated_quantized(recipe: RecipeMaker, train: Train, rows: Path) -> None:
-    dataset = {"train": [{"path": str(rows)}], "validation": 0.4}
-    run = train(recipe(quantization={"load_in_4bit": True}, dataset=dataset))
-    report = evaluate(run.path, None, 2, 4, QUIET)
-    last = [e["eval_loss"] for e in run.metrics_until(99) if "eval_loss" in e][-1]
-    assert report["models"]["adapter"]["loss"] == pytest.approx(last, rel=2e-2)
+def test_trained_biases_are_not_the_bases(tmp_path: Path) -> None:
+    biased = make_model(tmp_path / "biased", attention_bias=True)
+    run = run_of(tmp_path / "one", biased, lora={"bias": "all"}, training={"learning_rate": 0.1, "max_steps": 8})
+    results = evaluated(run, limit=1, max_new_tokens=1, overrides=("eval.forgetting=[chat]",))
+    rows = held_out_rows(run.load_plan(), AutoTokenizer.from_pretrained(run.adapter), None)
+    losses = row_losses(AutoModelForCausalLM.from_pretrained(biased), rows)
+    found = [sample.answers["base"].scores["loss"] for sample in samples(run.eval) if sample.set == "heldout"]
+    assert found == pytest.approx(losses, rel=1e-5)
+    assert value(results, "heldout.loss.adapter") != pytest.approx(value(results, "heldout.loss.base"), rel=1e-3)
 
 
-def test_without_held_out_rows(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+def test_options(run: RunDir, tmp_path: Path) -> None:
+    """The model's choice is the option with the highest likelihood after the prompt, ended as in training."""
+    data = write_jsonl(
+        tmp_path / "rows.jsonl", [conversation(f"{word} cat", WORDS[i + 1]) for i, word in enumerate(WORDS[:-1])]
+    )
+    sets = f"eval.sets=[{{name: heldout, options: [{', '.join(WORDS)}]}}]"
+    results = evaluated(run, data=data, overrides=(*PLAIN, sets), max_new_tokens=4)
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
+    for sample in samples(run.eval):
+        scores = []
+        for option in WORDS:
+            text = tokenizer.apply_chat_template(conversation(sample.prompt, option)["messages"], tokenize=False)
+            question = tokenizer.apply_chat_template(
+                conversation(sample.prompt, option)["messages"][:1], tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text.rstrip("\n"), return_tensors="pt")["input_ids"]
+            start = len(tokenizer(question)["input_ids"])
+            with torch.no_grad():
+                logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scores.append(logprobs[start - 1 :].gather(-1, ids[0, start:, None]).sum().item())
+        assert sample.answers["adapter"].chosen == WORDS[max(range(len(WORDS)), key=scores.__getitem__)]
+    right = [sample.answers["adapter"].chosen == sample.expected for sample in samples(run.eval)]
+    assert value(results, "heldout.accuracy.adapter") == pytest.approx(sum(right) / len(right))
+    assert 0 <= value(results, "heldout.macro_f1.base") <= 1
+
+
+def test_options_of_each_row(run: RunDir, tmp_path: Path) -> None:
+    rows = [
+        conversation("red cat", "green") | {"choices": ["green", "blue"]},
+        conversation("one cat", "two") | {"choices": ["two"]},
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows[:1])
+    setting = (*PLAIN, "eval.sets=[{name: heldout, options: choices}]")
+    results = evaluated(run, data=data, overrides=setting, max_new_tokens=4)
+    assert results.figures["heldout.accuracy.adapter"].rows == 1
+    assert "heldout.macro_f1.adapter" not in results.figures
+    with pytest.raises(DataError, match=r"rows.jsonl:2: 'choices' must be a list of two or more"):
+        evaluated(run, data=write_jsonl(data, rows), overrides=setting)
+
+
+def test_sets_and_metrics_of_the_recipe(run: RunDir, tmp_path: Path) -> None:
+    own = write_jsonl(
+        tmp_path / "own.jsonl", [{"prompt": "red ", "completion": "green"}, {"prompt": "a ", "completion": "b"}]
+    )
+    sets = f"eval.sets=[{{name: own, path: '{own}', metrics: [token_f1, {{regex: 'g.+n'}}], max_new_tokens: 3}}]"
+    results = evaluated(run, overrides=(*PLAIN, sets, "eval.metrics=[contains]"), limit=3)
+    names = [metric.name for metric in results.sets["own"].metrics]
+    assert {"token_f1", "regex", "ended"} <= set(names)
+    assert "exact_match" not in names
+    assert "contains" in [metric.name for metric in results.sets["heldout"].metrics]
+    assert results.sets["own"].rows == 2
+
+
+SABOTAGE = (
+    "heldout.exact_match.adapter >= 0.8",
+    "heldout.loss.adapter < heldout.loss.base (ci)",
+    "general.bits_per_byte.adapter - general.bits_per_byte.base <= 0.5",
+)
+
+
+def test_sabotaged_adapters_are_told_apart(trained: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """One that does nothing, one that learned wrong answers, one that learned a single row by heart."""
+    good = evaluated(trained, output=tmp_path / "good", fail_under=SABOTAGE[:2], limit=20, max_new_tokens=4)
+    assert not good.failed
+    nothing = RunDir(shutil.copytree(trained, tmp_path / "zero"))
+    file = nothing.adapter / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(w) for name, w in load_file(file).items()}, file)
+    shutil.rmtree(nothing.merged)
+    zero = evaluated(nothing, fail_under=SABOTAGE[:2], limit=20, max_new_tokens=4)
+    assert [gate.passed for gate in zero.gates] == [False, False]
+    assert all(d.value == 0 for d in zero.differences if d.metric in ("loss", "exact_match"))
+
+    rows = [json.loads(line) for line in (trained.parent / "rows.jsonl").read_text().splitlines()]
+    answers = [row["messages"][1]["content"] for row in rows]
+    shuffled = [conversation(row["messages"][0]["content"], answers[i * 37 % 100]) for i, row in enumerate(rows)]
+    wrong = write_jsonl(tmp_path / "shuffled.jsonl", shuffled)
+    held_out = write_jsonl(tmp_path / "held out.jsonl", rows[::5])
+    run = run_of(
+        tmp_path / "shuffled", tiny_model, dataset={"train": [{"path": str(wrong)}]}, training={"max_steps": 30}
+    )
+    found = evaluated(run, data=held_out, fail_under=SABOTAGE[:2], limit=20, max_new_tokens=4)
+    assert not found.gates[0].passed, "it learned the form of an answer, not which"
+    assert value(found, "heldout.exact_match.adapter") < 0.5
+
+    single = write_jsonl(tmp_path / "single.jsonl", rows[:1] * 40)
+    setting = {"train": [{"path": str(single)}], "validation": None, "audit": {"duplicates": None}}
+    run = run_of(tmp_path / "single", tiny_model, dataset=setting, training={"max_steps": 40, "learning_rate": 5e-2})
+    forgot = evaluated(run, data=held_out, overrides=(), fail_under=SABOTAGE, limit=20, max_new_tokens=4)
+    assert not forgot.gates[0].passed
+    assert not forgot.gates[2].passed
+    assert value(forgot, "general.kl.adapter") > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fail_under": ("heldout.exact_matc.adapter > 0",)}, UsageError, "did you mean 'heldout.exact_match.adapter'"),
+        ({"fail_under": ("heldout.loss.adapter",)}, UsageError, "heldout.loss.adapter"),
+        ({"overrides": ("eval.metrics=[exact_mach]",)}, RecipeError, "exact_mach.*did you mean exact_match"),
+        ({"overrides": ("eval.gates=[heldout.loss.base <]",)}, RecipeError, "eval.gates.0"),
+        ({"overrides": ("lora.r=3",)}, UsageError, "eval section only"),
+        ({"compare": ("base", "nowhere")}, UsageError, "--compare nowhere: is no run, merged model or adapter"),
+        ({"adapters": (Named("base", Path("x")),)}, UsageError, "the name is taken"),
+        ({"data": Path("nowhere.jsonl")}, UsageError, "--data nowhere.jsonl: no such file"),
+        ({"baseline": Path("nowhere.json")}, UsageError, "--baseline nowhere.json: no such file"),
+        ({"resume": True}, UsageError, "no interrupted evaluation"),
+    ],
+)
+def test_refusals(run: RunDir, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        evaluated(run, **options)
+    assert "\n" not in str(caught.value)
+    assert not run.eval.exists()
+
+
+def test_no_rows(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
     run = train(recipe())
     with pytest.raises(DataError, match="--data"):
-        evaluate(run.path, None, 1, 1, QUIET)
+        evaluated(run)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     with pytest.raises(DataError, match="there are no rows"):
-        evaluate(run.path, empty, 1, 1, QUIET)
+        evaluated(run, data=empty)
 
 
-def test_trained_biases_are_not_the_bases(recipe: RecipeMaker, train: Train, rows: Path, tiny_model: Path) -> None:
-    biased = make_model(rows.parent / "biased", attention_bias=True)
-    run = train(
-        recipe(
-            model={"name_or_path": str(biased)},
-            lora={"bias": "all"},
-            dataset={"train": [{"path": str(rows)}], "validation": 0.4},
-            training={"learning_rate": 0.1},
-        )
-    )
-    report = evaluate(run.path, None, 1, 1, QUIET)
-    held_out = held_out_rows(run.load_plan(), AutoTokenizer.from_pretrained(run.adapter), None)
-    base = AutoModelForCausalLM.from_pretrained(biased)
-    assert report["models"]["base"]["loss"] == pytest.approx(plain_loss(base, held_out), rel=1e-5)
-    assert report["models"]["adapter"]["loss"] != pytest.approx(report["models"]["base"]["loss"], rel=1e-3)
+def test_a_template_that_is_missing(run: RunDir, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [conversation("a", "b")])
+    settings = json.loads((run.adapter / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (run.adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    (run.adapter / "chat_template.jinja").unlink(missing_ok=True)
+    as_planned(run, data={"tokenizer_sha256": None})
+    with pytest.raises(DataError, match="needs a chat template"):
+        evaluated(run, data=rows)
+
+
+def test_merged_models_of_something_else(run: RunDir, tmp_path: Path, tiny_model: Path) -> None:
+    other = run_of(tmp_path / "two", tiny_model, training={"max_steps": 2})
+    elsewhere = merge(MergeOptions(other.path, verify="weights"), QUIET)
+    with pytest.raises(ModelError, match="is the merge of another adapter"):
+        evaluated(run, compare=("base", "adapter", str(elsewhere)))
+    report = json.loads((run.merged / "merge_report.json").read_text())
+    report["base"]["name"] = "models/another"
+    (run.merged / "merge_report.json").write_text(json.dumps(report))
+    with pytest.raises(ModelError, match=r"is merged into another base \(models/another\)"):
+        evaluated(run)
+
+
+def test_another_base_than_the_one_trained_on(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    run = run_of(tmp_path / "one", base, training={"max_steps": 2})
+    make_model(base, seed=1)
+    with pytest.raises(ModelError, match=r"is not the base that .* was trained on \(changed: tensor lm_head.weight, "):
+        evaluated(run)
+    other = run_of(tmp_path / "two", base, training={"max_steps": 2})
+    with pytest.raises(ModelError, match="was trained on another base"):
+        evaluated(other, compare=("base", "adapter", str(run.path)))
 
 
 def test_a_run_of_a_gpu_on_a_machine_without_one(run: RunDir) -> None:
-    before = evaluate(run.path, None, 2, 4, QUIET)
+    before = evaluated(run, limit=2, max_new_tokens=4)
     as_planned(run, hardware={"device": "cuda"}, model_kwargs={"attn_implementation": "flash_attention_2"})
-    assert evaluate(run.path, None, 2, 4, QUIET)["models"] == before["models"]
-
-
-def test_the_model_is_moved_to_the_plans_device(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = []
-    as_planned(run, hardware={"device": "cuda"})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("lorafit.model.PreTrainedModel.to", lambda self, device: moved.append(device) or self)
-    next(models(run, run.load_plan()))
-    assert moved == ["cuda"]
-
-
-def test_another_base_than_the_one_trained_on(recipe: RecipeMaker, train: Train, rows: Path) -> None:
-    base = make_model(rows.parent / "base")
-    dataset = {"train": [{"path": str(rows)}], "validation": 0.4}
-    run = train(recipe(model={"name_or_path": str(base)}, dataset=dataset))
-    make_model(base, seed=1)
-    with pytest.raises(ModelError, match=r"is not the base that .* was trained on \(changed: tensor lm_head.weight, "):
-        evaluate(run.path, None, 1, 1, QUIET)
-    with pytest.raises(ModelError, match="is not the base"):
-        merge(Options(run.path), QUIET)
+    assert evaluated(run, limit=2, max_new_tokens=4).figures == before.figures
 
 
 def test_one_process_at_a_time(run: RunDir) -> None:
-    for command in (lambda: evaluate(run.path, None, 1, 1, QUIET), lambda: merge(Options(run.path), QUIET)):
-        with run.lock(), pytest.raises(UsageError, match="another process"):
-            command()
+    with run.lock(), pytest.raises(UsageError, match="another process"):
+        evaluated(run)
+
+
+def test_a_recipe_evaluates_its_run_by_its_gates_of_now(run: RunDir, trained: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = (trained.parent / "recipe.yaml").read_text().replace(str(trained), str(run.path))
+    gates = "eval: {gates: [heldout.loss.adapter < 0], forgetting: [], limit: 2, max_new_tokens: 4}\n"
+    recipe.write_text(text + gates)
+    results = evaluated(recipe, overrides=())
+    assert [gate.passed for gate in results.gates] == [False]
+    assert results.gates[0].where == "eval.gates.0"
+    recipe.write_text(text.replace("r: 16", "r: 4") + gates)
+    assert any(
+        "has changed since the run was trained (lora)" in remark for remark in evaluated(recipe, overrides=()).remarks
+    )
+
+
+def test_an_earlier_evaluation_as_the_baseline(run: RunDir, tmp_path: Path) -> None:
+    evaluated(run, output=tmp_path / "before", limit=4, max_new_tokens=4)
+    before = tmp_path / "before" / "results.json"
+    gate = "heldout.loss.adapter <= baseline.heldout.loss.adapter + 0.001"
+    same = evaluated(run, baseline=before, fail_under=(gate,), limit=4, max_new_tokens=4)
+    assert not same.failed
+    assert len(same.gates) > 1
+    raw = json.loads(before.read_text())
+    for name in ("heldout.loss.adapter", "heldout.exact_match.adapter"):
+        better = -9.0 if "loss" in name else 2.0
+        raw["figures"][name] |= {"value": better, "low": better, "high": better}
+    before.write_text(json.dumps(raw))
+    worse = evaluated(run, baseline=before, fail_under=(gate,), limit=4, max_new_tokens=4)
+    assert {gate.where for gate in worse.failed} == {"--fail-under", "--baseline"}
+
+
+def test_an_interrupted_evaluation_goes_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done is not done again, and the result is that of an evaluation that was never stopped."""
+    whole = evaluated(run, output=run.path.parent / "whole", limit=8, max_new_tokens=4)
+    import lorafit.evaluate.measure as module
+
+    real, calls = module.likelihoods, []
+
+    def stops(*args: Any) -> Any:
+        calls.append(len(args[3]))
+        for number, one in enumerate(real(*args)):
+            if len(calls) == 2 and number == 3:
+                raise KeyboardInterrupt
+            yield one
+
+    monkeypatch.setattr(module, "likelihoods", stops)
+    with pytest.raises(Interrupted, match="--resume"):
+        evaluated(run, limit=8, max_new_tokens=4)
+    assert not run.eval.exists()
+    with pytest.raises(UsageError, match=r"differs in max_new_tokens"):
+        evaluated(run, limit=8, max_new_tokens=5, resume=True)
+    calls.clear()
+    monkeypatch.setattr(module, "likelihoods", lambda *args: calls.append(len(args[3])) or real(*args))
+    again = evaluated(run, limit=8, max_new_tokens=4, resume=True)
+    assert again.figures == whole.figures
+    assert calls[0] == 3, "the base was not run again, and of the adapter's rows not those that were done"
+
+
+def test_killed_at_any_moment(run: RunDir, tmp_path: Path) -> None:
+    """There is a whole output or none, and --resume finishes it."""
+    command = [
+        sys.executable,
+        "-m",
+        "lorafit",
+        "eval",
+        str(run.path),
+        "--set",
+        "eval.forgetting=[]",
+        "--max-new-tokens",
+        "4",
+    ]
+    for moment in ("heldout.base.likelihood", "heldout.adapter.answers"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        file = run.path / ".eval.work" / f"{moment}.jsonl"
+        while process.poll() is None and not file.exists():
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not run.eval.exists() or json.loads((run.eval / "results.json").read_text())
+        if run.eval.exists():
+            shutil.rmtree(run.eval)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0 or "no interrupted evaluation" in done.stderr
+    assert (run.eval / "results.json").is_file()
+    assert not (run.path / ".eval.work").exists()
+
+
+def test_a_folder_of_something_else_is_not_replaced(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is not an evaluation"):
+        evaluated(run, output=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_command(run: RunDir, tmp_path: Path) -> None:
+    runner = CliRunner()
+    few = ["--set", "eval.forgetting=[]", "--limit", "3", "--max-new-tokens", "4"]
+    done = runner.invoke(app, ["eval", str(run.path), *few, "--fail-under", "heldout.loss.adapter < 0"])
+    assert done.exit_code == 6
+    assert "heldout.loss.adapter < 0" in done.stderr
+    assert "exact match" in done.stdout
+    assert (run.eval / "report.html").is_file(), "the reports are there when a gate failed"
+    done = runner.invoke(app, ["eval", str(run.path), *few, "--json", "--compare", "base,adapter"])
+    assert done.exit_code == 0
+    assert list(Results.model_validate_json(done.stdout).models) == ["base", "adapter"]
+    done = runner.invoke(app, ["eval", str(run.path), "--adapter", "nopath"])
+    assert done.exit_code == 2
+    assert "expected NAME=PATH" in done.stderr

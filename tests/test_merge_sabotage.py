@@ -100,8 +100,10 @@ def test_killed_at_any_moment(adapter: Path, expected: dict[str, bytes], tmp_pat
         outcomes.append(output.exists())
         if output.exists():
             assert contents(output) == expected
-        left = {entry.name for entry in tmp_path.iterdir()} - {"merged", ".merged.partial", ".merged.removing"}
-        assert not left
+        left = {entry.name for entry in tmp_path.iterdir()} - {"merged", ".merged.partial"}
+        assert left <= {".merged.removing", "..merged.partial.removing"}, (
+            "half removed ones, which the next merge clears"
+        )
     assert not all(outcomes), "some were killed before the end"
     assert contents(run(adapter, output)) == expected
     assert [entry.name for entry in tmp_path.iterdir()] == ["merged"]

@@ -434,6 +434,10 @@ GPU_QLORA = {"hardware": AMPERE, **QLORA}
 ON_GPU: dict[str, Any] = {"hardware": AMPERE}
 VALIDATED = {"dataset": {"validation": 0.25}}
 
+OWN_SET: dict[str, Any] = {"eval": {"sets": [{"name": "own", "path": "own.jsonl"}]}}
+BENCHMARKED: dict[str, Any] = {"eval": {"lm_eval": {"tasks": ["one"]}}}
+JUDGED: dict[str, Any] = {"eval": {"judge": {"base_url": "http://localhost:1/v1", "model": "judge"}}}
+
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     # field: a changed value, and a recipe (or machine) in which it has a meaning
     "model.name_or_path": ("other", {}),
@@ -518,6 +522,36 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "merge.min_top1": (None, {}),
     "merge.max_loss_increase": (0.0, {}),
     "merge.max_logit_difference": (0.5, {}),
+    "eval.sets.name": ("other", OWN_SET),
+    "eval.sets.path": ("other.jsonl", OWN_SET),
+    "eval.sets.format": ("alpaca", OWN_SET),
+    "eval.sets.columns": ({"completion": "answer"}, OWN_SET),
+    "eval.sets.template": ({"completion": "{{ answer }}"}, OWN_SET),
+    "eval.sets.max_rows": (5, OWN_SET),
+    "eval.sets.role": ("forgetting", OWN_SET),
+    "eval.sets.metrics": (["token_f1"], OWN_SET),
+    "eval.sets.options": (["yes", "no"], OWN_SET),
+    "eval.sets.limit": (5, OWN_SET),
+    "eval.sets.max_new_tokens": (5, OWN_SET),
+    "eval.forgetting": ([], {}),
+    "eval.metrics": (["token_f1", {"regex": "a+"}], {}),
+    "eval.limit": (5, {}),
+    "eval.max_new_tokens": (5, {}),
+    "eval.seed": (5, {}),
+    "eval.gates": (["heldout.loss.adapter < 1"], {}),
+    "eval.lm_eval.tasks": (["other"], BENCHMARKED),
+    "eval.lm_eval.include_path": ("tasks", BENCHMARKED),
+    "eval.lm_eval.num_fewshot": (2, BENCHMARKED),
+    "eval.lm_eval.limit": (5, BENCHMARKED),
+    "eval.lm_eval.apply_chat_template": (True, BENCHMARKED),
+    "eval.lm_eval.trust_code": (True, BENCHMARKED),
+    "eval.judge.base_url": ("http://localhost:2/v1", JUDGED),
+    "eval.judge.model": ("other", JUDGED),
+    "eval.judge.api_key_env": ("KEY", JUDGED),
+    "eval.judge.rows": (5, JUDGED),
+    "eval.judge.prompt": ("{question} {expected} {first} {second}", JUDGED),
+    "eval.judge.timeout": (5.0, JUDGED),
+    "eval.judge.max_tokens": (5, JUDGED),
     "output_dir": ("elsewhere/run", {}),
 }
 
@@ -661,17 +695,18 @@ def test_json_and_back(planner: Planner, hardware: Hardware, sections: dict[str,
     assert again.to_json() == plan.to_json()
 
 
-def test_a_plan_of_before_recipes_said_how_to_merge(planner: Planner) -> None:
+def test_a_plan_of_before_recipes_said_how_to_evaluate_and_merge(planner: Planner) -> None:
     plan = planner()
     raw = json.loads(plan.to_json())
-    del raw["merge"], raw["recipe"]["merge"]
+    for later in ("merge", "eval"):
+        del raw[later], raw["recipe"][later]
     old = Plan.from_json(json.dumps(raw))
-    assert old.merge == {}
+    assert old.merge == old.eval == {}
     assert old.decides() == plan.decides()
 
 
-def test_a_merge_decides_nothing_about_the_training(planner: Planner) -> None:
-    plan, other = planner(), planner(merge={"max_kl": None, "rows": 7})
+def test_what_comes_after_decides_nothing_about_the_training(planner: Planner) -> None:
+    plan, other = planner(), planner(merge={"max_kl": None, "rows": 7}, eval={"limit": 7})
     assert (plan.merge["max_kl"], other.merge["max_kl"], other.merge["rows"]) == (0.1, None, 7)
     assert plan.decides() == other.decides()
     assert plan.decides() != planner(lora={"r": 3}).decides()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lorafit.export.vocabulary import read_vocabulary, stop_ids
 from lorafit.merge.folder import copy_tokenizer
 from lorafit.merge.options import Options
 from lorafit.merge.report import as_markdown
+from lorafit.merge.source import is_merged
 from lorafit.merge.verify import PROBES, Reference, breaches, compare_folder
 from lorafit.staging import discard, staged, write_text
 from lorafit.tokenizer import cannot_load, tokenizer_of
@@ -28,6 +30,28 @@ COMPARED_ROWS = 8
 """Rows that a GGUF file is compared on."""
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 """What chat templates know by name."""
+
+
+def places(options: Options, merged: Path) -> list[Path]:
+    """The folders that exports make beside the merged one. Raises UsageError if one holds what no export wrote."""
+    found = []
+    if options.quantize:
+        found.append(_copy_of(merged, options.quantize))
+        if found[-1].exists() and not is_merged(found[-1]):
+            raise UsageError(f"{found[-1]}: exists and is no copy of a merged model; choose another --output")
+    if options.exports:
+        found.append(_gguf_of(merged))
+        if found[-1].exists() and not (found[-1].is_dir() and all(_ours(file) for file in found[-1].iterdir())):
+            raise UsageError(f"{found[-1]}: holds other files than GGUF exports; choose another --output")
+    return found
+
+
+def _copy_of(merged: Path, kind: str) -> Path:
+    return merged.with_name(f"{merged.name}-{kind}")
+
+
+def _gguf_of(merged: Path) -> Path:
+    return merged.with_name(f"{merged.name}-gguf")
 
 
 def make_exports(
@@ -75,9 +99,7 @@ def gguf_files(
 
     Raises ModelError for a model that the writer doesn't know, GateError for a 16-bit file that answers differently.
     """
-    destination = merged.with_name(f"{merged.name}-gguf")
-    if destination.exists() and not all(_ours(file) for file in destination.iterdir()):
-        raise UsageError(f"{destination}: holds other files than GGUF exports; choose another --output")
+    destination = _gguf_of(merged)
     tokenizer = tokenizer_of(merged)
     rows = [row.ids for row in reference.rows] if reference else [tokenizer(text)["input_ids"] for text in PROBES]
     rows = rows[:: max(len(rows) // COMPARED_ROWS, 1)][:COMPARED_ROWS]
@@ -124,7 +146,7 @@ def _write_modelfile(
         adds_bos = read_vocabulary(merged, len(tokenizer)).add_bos
     except ModelError:  # a tokenizer that only llama.cpp's converter knows
         adds_bos = True
-    stops = tokenizer.convert_ids_to_tokens(stop_ids(merged))
+    stops = [token for token in tokenizer.convert_ids_to_tokens(stop_ids(merged)) if token is not None]
     special = {name: getattr(tokenizer, name) for name in SPECIAL}
     made = modelfile(tokenizer.chat_template, special, gguf_name, stops, adds_bos)
     target.write_text(made.text, encoding="utf-8")
@@ -138,7 +160,7 @@ def _ours(file: Path) -> bool:
 
 def quantized_copy(merged: Path, kind: str) -> Path:
     """The merged model in 4 bits, as bitsandbytes stores it, in a folder beside: `merged-nf4`. Raises ModelError."""
-    destination = merged.with_name(f"{merged.name}-{kind}")
+    destination = _copy_of(merged, kind)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
@@ -154,6 +176,7 @@ def quantized_copy(merged: Path, kind: str) -> Path:
             raise cannot_load("merged model", str(merged), error) from error
         model.save_pretrained(folder)
         copy_tokenizer(merged, folder)  # nothing, if it has none
+        shutil.copyfile(merged / "merge_report.json", folder / "merge_report.json")  # whose copy it is
         del model
     gc.collect()
     return destination

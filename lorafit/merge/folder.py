@@ -38,13 +38,17 @@ def write_config(base: Path, folder: Path, dtype: str | None, untied: bool, voca
             part |= dict.fromkeys(names, dtype)
     write_json(folder / "config.json", config)
     for pattern in _KEPT:
-        for file in base.glob(pattern):
+        for file in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
 
 
 def tokenizer_folder(*folders: Path) -> Path | None:
-    """The first folder with a tokenizer."""
-    return next((folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)), None)
+    """The first folder with a tokenizer: with a vocabulary, or if none has one of the usual names, any of its files."""
+    for names in (("tokenizer.json", "tokenizer.model", "vocab.json"), TOKENIZER_FILES):
+        for folder in folders:
+            if any((folder / name).is_file() for name in names):
+                return folder
+    return None
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lorafit.card import write_merged_card
 from lorafit.errors import DoesNotFitError, GateError, UsageError
-from lorafit.merge.exports import make_exports
+from lorafit.merge.exports import make_exports, places
 from lorafit.merge.options import Options
 from lorafit.merge.report import write_report
 from lorafit.merge.source import Source, find_base, is_merged, open_source, same_base
@@ -46,7 +46,12 @@ def merge(options: Options, console: Console) -> Path:
 
 def _merge(options: Options, source: Source, others: list[Source], console: Console) -> Path:
     destination = _destination(options, source)
+    replaced = [destination, *places(options, destination)]
     base = find_base(source, options.base, options.allow_other_base)
+    for needed in (base.folder, *(each.adapter for each in (source, *others))):
+        inside = next((place for place in replaced if needed.resolve().is_relative_to(place.resolve())), None)
+        if inside is not None:
+            raise UsageError(f"{inside}: would be replaced, and the merge needs {needed}; choose another --output")
     work = Work(options, source, others, base, console)
     if base.remark:
         work.say(base.remark)

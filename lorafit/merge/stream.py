@@ -130,6 +130,11 @@ def _do(job: Job, weights: Iterator[torch.Tensor], places: dict[str, Stored], wr
         raw = next(weights)
         after = _edited(job, raw, rows, measured)
         out = after.to(dtype)
+        if dtype == torch.float16 and not out.isfinite().all() and after.isfinite().all():
+            raise GateError(
+                f"{job.parameter}: has numbers up to {float(after.abs().max()):.3g}, beyond float16; use --dtype "
+                " bfloat16 or float32"
+            )
         if job.edits and job.task.check:
             measured.add(raw, after, out, rows)
         del raw, after

@@ -92,10 +92,8 @@ class Task:
         for attached, _ in self.adapters:
             found |= parted(self.model, attached.edits)
         self.parted = bool(found)
-        for target, source in self.model.all_tied_weights_keys.items():
-            if target not in found and not {target, source} <= self.parts.keys():  # one tensor, edited once
-                for attached, _ in self.adapters:
-                    attached.edits.pop(target, None)
+        tied = self.model.all_tied_weights_keys.items()
+        self._edited_once = {t for t, s in tied if t not in found and not {t, s} <= self.parts.keys()}  # one tensor
         pairs = ((target, source) if source in self.parts else (source, target) for target, source in found.items())
         return {mine: its for mine, its in pairs if mine not in self.parts}
 
@@ -104,6 +102,8 @@ class Task:
         found: dict[str, Edits] = {}
         for attached, weight in self.adapters:
             for name, edits in attached.edits.items():
+                if name in self._edited_once:
+                    continue
                 if name not in self.parts and name not in self.untied:
                     name = stored_as.get(name, name)  # the tied one is stored under the other's name
                 if name not in self.parts and name not in self.untied:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from lorafit.data import IGNORED
 from lorafit.errors import DataError, GateError, LorafitError
-from lorafit.evaluate import held_out_rows
+from lorafit.evaluate.sets import held_out_rows
 from lorafit.merge.source import Base, Source
 from lorafit.model import load_adapter, load_base, on_cpu
 from lorafit.tokenizer import cannot_load
@@ -109,10 +110,15 @@ class Reference:
             mine, its = mine[:, :width], its[:, :width]
             each = _kl(mine, its)
             total += float(each.sum())
-            worst = max(worst, float(each.max()))
+            worst = _larger(worst, float(each.max()))
             top += float((mine.argmax(-1) == its.argmax(-1)).sum())
-            apart = max(apart, float((mine - its).abs().max()))
+            apart = _larger(apart, float((mine - its).abs().max()))
         return Figures(loss, loss - self.loss, total / count, worst, top / count, apart)
+
+
+def _larger(one: float, other: float) -> float:
+    """The larger number, or what is not a number: Python's max drops it if it comes second."""
+    return other if math.isnan(other) else max(one, other)
 
 
 def _kl(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from lorafit.merge.stream import Merged, stream
 from lorafit.merge.task import Task
 from lorafit.merge.tensors import FLOATS, Store, write_index
 from lorafit.merge.verify import Proof, Reference, measure, rows_to_compare
+from lorafit.rows import file_digest
 from lorafit.tokenizer import load_tokenizer, tokenizer_of
 
 DEFAULTS: dict[str, Any] = {
@@ -118,6 +119,11 @@ class Work:
         adapters: list[tuple[Attached, float]] = []
         for source, weight in ((self.source, self.options.weight), *zip(self.others, self._weights(), strict=True)):
             rows = resized(source.adapter, config)
+            if rows is not None and not self.alone:
+                raise UsageError(
+                    f"{source.shown}: brings a vocabulary of another size along ({rows} rows), so it can only be merged "
+                    "alone, at full weight"
+                )
             if rows is not None:
                 config.get_text_config().vocab_size = self.vocabulary = rows
             adapters.append((attach(empty_model(config), source.adapter), weight))
@@ -150,7 +156,7 @@ class Work:
             kind, start = source.config.get("peft_type"), source.config.get("init_lora_weights")
             if kind != "LORA":
                 raise NotOneByOne(f"the adapter is of PEFT's type {kind}")
-            if isinstance(start, str) and start.lower().split("_")[0] in ("pissa", "olora", "corda"):
+            if isinstance(start, str) and start.lower().split("_")[0] in ("pissa", "olora", "corda", "loftq"):
                 raise NotOneByOne(
                     f"the adapter starts by {start}, which changes the base, and was not converted to plain LoRA"
                 )
@@ -209,7 +215,7 @@ class Work:
         files = weight_files(self.base.folder) or list(self.base.folder.glob("*.bin"))
         if self.tasks:
             return self.tasks["original"].store.parameters
-        return sum(file.stat().st_size for file in files) // 2
+        return sum(file.stat().st_size for file in files if file.is_file()) // 2
 
     # --- the steps
 
@@ -233,7 +239,7 @@ class Work:
             merged, is_untied, size = len(targets), task.parted, task.bytes
         else:
             trip = None
-            if kind == "dequantized":
+            if kind == "dequantized" and not self.stored_packed:
                 assert self.source.plan is not None
                 assert self.source.quantization is not None
                 dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
@@ -253,7 +259,7 @@ class Work:
 
     def report(self, written: Written, kind: str, reason: str, proof: Proof) -> dict[str, Any]:
         """What merge_report.json says."""
-        reference = proof.reference
+        reference, weights = proof.reference, self.source.adapter / "adapter_model.safetensors"
         kept = [target.kept for target in written.targets]
         if kept and statistics.median(kept) < 0.5:
             self.say(
@@ -267,6 +273,7 @@ class Work:
             "report_version": 2,
             "verdict": _verdict(proof),
             "adapter": self.source.shown,
+            "adapter_sha256": file_digest(weights) if weights.is_file() else None,
             "additions": [
                 {"adapter": other.shown, "weight": weight}
                 for other, weight in zip(self.others, self._weights(), strict=True)

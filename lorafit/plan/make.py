@@ -100,6 +100,7 @@ def _resolve(context: Context, default_name: str, read_data: bool) -> Plan:
         data=data,
         schedule=None,
         merge=recipe.merge.model_dump(mode="json"),
+        eval=recipe.eval.model_dump(mode="json"),
         remarks=tuple(context.remarks),
     )
 

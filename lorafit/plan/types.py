@@ -108,6 +108,7 @@ class Plan:
         audit: what was counted of the data (see lorafit.audit); None before it was tokenized.
         remarks: what the user should know, a sentence each.
         merge: the recipe's merge section; empty in plans of before there was one.
+        eval: the recipe's eval section; empty in plans of before there was one.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Plan:
     remarks: tuple[str, ...] = ()
     audit: dict[str, Any] | None = None
     merge: dict[str, Any] = field(default_factory=dict)
+    eval: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -153,7 +155,7 @@ class Plan:
     def decides(self) -> dict[str, Any]:
         """What the trained weights depend on, as JSON-able values: a run can go on only if it is the same.
 
-        How the adapter will be merged is no part of it.
+        How the result will be evaluated and merged is no part of it.
         """
         whole = json.loads(self.to_json())
         parts = (
@@ -168,7 +170,8 @@ class Plan:
         machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
         for source in (*whole["data"]["train"], *whole["data"]["validation"]):
             del source["rows"]  # follows from the files
-        whole["recipe"].pop("merge", None)
+        for later in ("merge", "eval"):
+            whole["recipe"].pop(later, None)
         return {part: whole[part] for part in parts} | {"hardware": machine}
 
     @property

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lorafit.recipe.schema import Recipe, Source
+from lorafit.errors import UsageError
+from lorafit.recipe.schema import EvalSet, Recipe, Source
 from lorafit.rows import COLUMNS, OPTIONAL, check_template
 
 Complaint = tuple[tuple[str | int, ...], str]
+BUILT_IN_SETS = ("general", "chat")
 FOUR_BIT_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
@@ -22,6 +24,7 @@ def cross_check(recipe: Recipe) -> Iterator[Complaint]:
     yield from _dataset(recipe)
     yield from _training(recipe)
     yield from _merge(recipe)
+    yield from _eval(recipe)
 
 
 def _quantization(recipe: Recipe) -> Iterator[Complaint]:
@@ -114,7 +117,7 @@ def _dataset(recipe: Recipe) -> Iterator[Complaint]:
         yield ("training", "per_device_eval_batch_size"), needs
 
 
-def _columns(path: tuple[str | int, ...], source: Source) -> Iterator[Complaint]:
+def _columns(path: tuple[str | int, ...], source: Source | EvalSet) -> Iterator[Complaint]:
     """The names in `columns` and `template` have to be the format's."""
     formats = COLUMNS if source.format == "auto" else [source.format]
     known = {column: None for name in formats for column in (*COLUMNS[name], *OPTIONAL[name])}
@@ -191,6 +194,53 @@ def _merge(recipe: Recipe) -> Iterator[Complaint]:
         yield ("merge",), "training in full leaves no adapter to merge; add `lora: {}`, or remove merge"
     elif recipe.quantization is None and recipe.merge.base_weights != "auto":
         yield ("merge", "base_weights"), "has no effect without quantization; remove it"
+
+
+def _eval(recipe: Recipe) -> Iterator[Complaint]:
+    section = recipe.eval
+    names: list[str] = [*section.forgetting]
+    for number, one in enumerate(section.sets):
+        path = ("eval", "sets", number)
+        if one.name in names or one.name in BUILT_IN_SETS:
+            yield (*path, "name"), f"there is a set of the name {one.name} already; choose another"
+        names.append(one.name)
+        if one.path is None and one.name != "heldout":
+            yield (*path, "name"), "needs a path; only heldout has rows without one"
+        if one.path is None:
+            for key in ("format", "columns", "template", "max_rows"):
+                if key in one.model_fields_set:
+                    yield (*path, key), "is for rows of a path; the run's held-out rows are read as in training"
+        if one.role == "forgetting" and (one.metrics or one.options or one.limit or one.max_new_tokens):
+            yield (
+                (*path, "role"),
+                "a set of role forgetting has no answers; remove metrics, options, limit and max_new_tokens",
+            )
+        if one.metrics:
+            yield from _metrics((*path, "metrics"), one.metrics)
+        yield from _columns(path, one)
+    if section.metrics:
+        yield from _metrics(("eval", "metrics"), section.metrics)
+    for number, gate in enumerate(section.gates):
+        from lorafit.evaluate.gates import parse  # numpy, which most recipes don't need
+
+        try:
+            parse(gate)
+        except UsageError as error:
+            yield ("eval", "gates", number), str(error)
+
+
+def _metrics(path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...]) -> Iterator[Complaint]:
+    """Metrics that there are none of. Code and packages that a metric needs are looked for when it is used."""
+    from lorafit.evaluate.metrics import METRICS, make_metric
+
+    for number, spec in enumerate(specs):
+        name = spec if isinstance(spec, str) else next(iter(spec), "")
+        if (isinstance(spec, str) and ":" in spec) or (name in METRICS and METRICS[name].needs):
+            continue
+        try:
+            make_metric(spec)
+        except UsageError as error:
+            yield (*path, number), str(error)
 
 
 def _best_needs_a_checkpoint(recipe: Recipe) -> Iterator[Complaint]:

@@ -349,6 +349,111 @@ class MergeSection(Section):
     """Limit of the largest difference between two logits. null: none."""
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+MetricSpec = Text | dict[Name, Text]
+MetricSpecs = Annotated[tuple[MetricSpec, ...], Field(strict=False)]
+
+
+class EvalSet(Section):
+    """Rows that models are compared on."""
+
+    name: Name
+    """As it stands in figures. `heldout` are the rows that the run kept out of training, unless a path is given."""
+    path: Text | None = None
+    """As a source's path, on this machine. Only `heldout` needs none."""
+    format: Literal[
+        "auto",
+        "alpaca",
+        "messages",
+        "sharegpt",
+        "prompt_completion",
+        "text",
+        "preference",
+        "unpaired_preference",
+    ] = "auto"
+    """Shape of the rows, as a source's."""
+    columns: dict[str, Text] = Field(default_factory=dict)
+    """As a source's columns."""
+    template: Text | dict[str, Text] | None = None
+    """As a source's template."""
+    max_rows: PositiveInt | None = None
+    """Read this many rows, from the start, and no more."""
+    role: Literal["task", "forgetting"] = "task"
+    """`task`: likelihoods and answers. `forgetting`: text that has nothing to do with the task; bits per byte, and how
+    far the adapter's predictions moved from the base's."""
+    metrics: MetricSpecs | None = None
+    """Metrics of the answers in this set. Default: eval.metrics."""
+    options: Annotated[tuple[Text, ...], Field(strict=False, min_length=2)] | Text | None = None
+    """The answers that a row may have, or the column that lists them: the most likely one is the model's choice, from
+    which come `accuracy` and `macro_f1`."""
+    limit: PositiveInt | None = None
+    """Rows that answers are generated for. Default: eval.limit."""
+    max_new_tokens: PositiveInt | None = None
+    """Tokens that an answer may have. Default: eval.max_new_tokens."""
+
+
+class LmEvalSection(Section):
+    """Benchmarks of lm-evaluation-harness, on the model in memory. Needs `pip install 'lorafit[lm-eval]'`."""
+
+    tasks: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    """Task names of lm-evaluation-harness, or YAML files of your own."""
+    include_path: Text | None = None
+    """A folder with tasks of your own."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples before each question. Default: as the task says."""
+    limit: PositiveInt | None = None
+    """Documents of each task, from the first. Default: all."""
+    apply_chat_template: bool = False
+    """Whether questions are given as a user's turn in a conversation."""
+    trust_code: bool = False
+    """Whether Python code that a task of your own names (`!function`) may run. Off: such a task is refused."""
+
+
+class JudgeSection(Section):
+    """A language model that compares two answers, in both orders. It can be wrong, and fooled by an answer."""
+
+    base_url: Text
+    """Of an OpenAI-compatible endpoint, such as http://localhost:8000/v1."""
+    model: Text
+    """The judge, by the endpoint's name for it."""
+    api_key_env: Name | None = None
+    """The name of the environment variable that holds the key. The key itself is in no recipe and no report."""
+    rows: PositiveInt = 50
+    """Pairs of answers that are compared, for each model and set."""
+    prompt: Text | None = None
+    """What the judge is asked, with {question}, {expected}, {first} and {second}. Default: lorafit's own."""
+    timeout: PositiveFloat = 60.0
+    """Seconds for one reply."""
+    max_tokens: PositiveInt = 256
+    """Tokens that a reply may have."""
+
+
+class EvalSection(Section):
+    """What `lorafit eval` measures and demands. Nothing here changes the training."""
+
+    sets: Annotated[tuple[EvalSet, ...], Field(strict=False)] = ()
+    """Sets besides the held-out rows, or instead of them."""
+    forgetting: Annotated[tuple[Literal["general", "chat"], ...], Field(strict=False)] = ("general", "chat")
+    """Sets of role forgetting that come with lorafit: 60 texts of many kinds, and 60 conversations. []: none."""
+    metrics: MetricSpecs | None = None
+    """Metrics of answers: names such as `exact_match`, `name: argument` for those that need one (`regex`, `contains`,
+    `json_schema`), or `module:function` of your own; docs/eval.md lists them. Default: exact_match,
+    exact_match_normalized, token_f1, repetition, and json_match and json_valid where all answers are to be JSON."""
+    limit: PositiveInt = 100
+    """Rows of a set that answers are generated for, from the first. Likelihoods are of all rows."""
+    max_new_tokens: PositiveInt = 256
+    """Tokens that an answer may have."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of the intervals' resampling."""
+    gates: Names = ()
+    """What must hold, such as `heldout.exact_match.adapter >= 0.8`, or the evaluation fails. With `(ci)` behind it, it
+    must hold for the whole 95% interval. See docs/eval.md."""
+    lm_eval: LmEvalSection | None = None
+    """Benchmarks. Absent: none."""
+    judge: JudgeSection | None = None
+    """A language model as a judge of answers. Absent: none."""
+
+
 class Recipe(Section):
     """A complete recipe, as asked. See `lorafit.recipe.load` for how it is read."""
 
@@ -364,6 +469,8 @@ class Recipe(Section):
     """The optimization."""
     merge: MergeSection = Field(default_factory=MergeSection)
     """How the adapter is merged into the base, and what the result must hold."""
+    eval: EvalSection = Field(default_factory=EvalSection)
+    """What is measured after training, and what must hold of it."""
     output_dir: Text | None = None
     """The run directory. Default: runs/ and the recipe's file name. Relative to the working
     directory."""

@@ -1,0 +1,63 @@
+"""The command line: parse, call, print. The only place that prints results or exits.
+
+Heavy modules are imported inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.common import reporting, show
+from lorafit.cli.evaluation import bench, chat, evaluate
+from lorafit.cli.memory import estimate_vram
+from lorafit.cli.merging import merge
+from lorafit.cli.training import preview, train
+
+app = typer.Typer(
+    name="lorafit",
+    help="Fine-tune a language model from one YAML recipe, and know that it is true.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(train)
+app.command()(preview)
+app.command("eval")(evaluate)
+app.command()(merge)
+app.command()(chat)
+app.command()(bench)
+app.command("estimate-vram")(estimate_vram)
+
+
+@app.command()
+@reporting
+def schema() -> None:
+    """Print the recipe's JSON Schema (2020-12)."""
+    from lorafit.recipe.docs import json_schema
+
+    show(json_schema())
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from lorafit import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    for stream in (sys.stdout, sys.stderr):  # what a terminal can't show is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

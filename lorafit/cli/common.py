@@ -1,0 +1,120 @@
+"""What all commands share: the arguments that recur, and how failures, results and remarks are said."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorafit.plan import Plan
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+HEAD_START = 3.0
+"""Seconds that the first of several processes has for saying what is wrong."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def reporting(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn expected failures, and SIGTERM, into one message on stderr and their exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        before = signal.signal(signal.SIGTERM, terminated)
+        try:
+            return command(*args, **kwargs)
+        except Interrupted as error:
+            fail(str(error), 128 + error.signal_number)
+        except LorafitError as error:
+            fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise typer.Exit(0) from None
+        except Exception as error:
+            if is_disk_full(error):
+                fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
+            if is_out_of_memory(error):
+                fail(f"out of memory: {error}", DoesNotFitError.exit_code)
+            if isinstance(error, OSError) and error.filename:
+                fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return wrapped
+
+
+def terminated(number: int, _: Any) -> NoReturn:
+    """SIGTERM outside the steps of a training: what is being written is given up, whole."""
+    raise Interrupted("terminated; nothing is half written, and a run goes on from its last checkpoint", number)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, from whatever library, comes from a full disk."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(seen) or "os error 28" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong and exit.
+
+    Of several processes the first speaks. What another one meets alone it says after a while: if the first met it
+    too, torchrun has ended this process by then.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        typer.echo(message, err=True)
+    elif code < 128:  # a signal is for all
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(HEAD_START)
+        typer.echo(f"process {rank}: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def talk() -> Console:
+    """Where progress and remarks go: stderr, of the first process only."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def make_plan(config: Path, overrides: list[str] | None, count_rows: bool = False) -> Plan:
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+
+    return plan_recipe(Recipe.load(config, overrides or ()), config, count_rows=count_rows)
+
+
+def show(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

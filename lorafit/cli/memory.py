@@ -1,0 +1,110 @@
+"""`lorafit estimate-vram`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.common import AsJson, Overrides, fail, reporting, show, talk
+from lorafit.errors import DoesNotFitError, UsageError
+
+
+@reporting
+def estimate_vram(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="The recipe, a YAML file.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="A model in place of a recipe, with defaults.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="lora|qlora|full", help="With --model.  [default: lora]")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Short for training.max_length.")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Short for training.per_device_train_batch_size.")
+    ] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option("--gpu", metavar="NAME", help="A GPU that it should fit, such as 'RTX 4090'; repeatable."),
+    ] = None,
+    vram: Annotated[
+        list[str] | None,
+        typer.Option("--vram", metavar="SIZE", help="Memory that it should fit, such as 24GiB; repeatable."),
+    ] = None,
+    assert_fits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--assert-fits", metavar="GPU|SIZE", help="Exit with 5 unless it certainly fits; repeatable, for CI."
+        ),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="GPUs that train together.")] = None,
+    sharding: Annotated[
+        str | None,
+        typer.Option("--sharding", metavar="HOW", help="none, ddp, fsdp, fsdp_offload, zero1, zero2 or zero3."),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", metavar="KEY=V1,V2", help="Estimate for each value of a key; repeatable."),
+    ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Run the real modules on tensors without data: exact, takes seconds.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, as .png or .svg.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="Tokens of an epoch, for cost.")] = None,
+    price: Annotated[
+        float | None, typer.Option("--price-per-hour", metavar="X", help="Of one GPU, for cost; needs --gpu.")
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option("--calibrate", metavar="RUN", help="How far off the estimates of finished runs were; repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Estimate a recipe's memory from tensor shapes, without weights or a GPU, and say where it fits."""
+    if calibrate:
+        others = (config, model, method, overrides, max_length, batch, gpu, vram, assert_fits, gpus, sharding, sweep)
+        if any(given is not None for given in (*others, plot, tokens, price)) or trace:
+            fail("--calibrate reads runs; it goes with --json alone", UsageError.exit_code)
+        show_calibration(calibrate, as_json)
+        return
+    from lorafit.vram.ask import Asked, ask
+
+    asked = Asked(
+        config=config,
+        model=model,
+        method=method,
+        overrides=tuple(overrides or ()),
+        max_length=max_length,
+        batch=batch,
+        gpus=tuple(gpu or ()),
+        sizes=tuple(vram or ()),
+        asserted=tuple(assert_fits or ()),
+        world=gpus,
+        sharding=sharding,
+        sweeps=tuple(sweep or ()),
+        trace=trace,
+        plot=plot,
+        tokens=tokens,
+        price=price,
+    )
+    if trace:
+        talk().print("tracing a training step, which takes some seconds …", highlight=False)
+    reply = ask(asked)
+    if as_json:
+        show(reply.as_dict())
+    else:
+        from lorafit.vram.show import print_reply
+
+        print_reply(reply)
+    if reply.failures:
+        fail("\n".join(reply.failures), DoesNotFitError.exit_code)
+
+
+def show_calibration(runs: list[Path], as_json: bool) -> None:
+    from lorafit.vram.calibrate import calibrate
+    from lorafit.vram.show import print_calibration
+
+    found = calibrate(runs)
+    show(found.as_dict()) if as_json else print_calibration(found)

@@ -1,0 +1,84 @@
+"""`lorafit train` and `lorafit preview`."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.common import AsJson, Config, Overrides, fail, make_plan, reporting, show, talk
+from lorafit.errors import DataError
+
+
+@reporting
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; load no weights.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew; the old run is kept until the new one is done.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train as a recipe says, into its run directory."""
+    if resume and overwrite:
+        fail("--resume and --overwrite exclude each other", 2)
+    written = config.read_bytes() if config.is_file() else b""
+    plan = make_plan(config, overrides, count_rows=dry_run)
+    if dry_run:
+        from lorafit.show import print_plan
+
+        show(json.loads(plan.to_json())) if as_json else print_plan(plan)
+        if plan.audit:
+            from lorafit.audit import Audit, gate
+
+            gate(Audit.from_dict(plan.audit), plan.data.audit)
+        return
+    if not written or config.read_bytes() != written:
+        fail(f"{config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2)
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.train import Start
+    from lorafit.train import train as run_training
+
+    console = talk()
+    for remark in plan.remarks:
+        console.print(remark, style="yellow", highlight=False, soft_wrap=True)
+    run = run_training(plan, written, Start(resume, overwrite), console)
+    result = run.load_manifest().get("result", {}) | {"run": str(run.path), "result": str(run.result)}
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        show(result)
+    else:
+        typer.echo(f"{result['result']}")
+
+
+@reporting
+def preview(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=0, help="Rows to show, from the first.")] = 3,
+    row: Annotated[
+        list[int] | None, typer.Option("--row", min=1, help="Show this row of the training rows (from 1); repeatable.")
+    ] = None,
+    validation: Annotated[bool, typer.Option("--validation", help="Show validation rows instead.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids as well.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the data as the model will see it, and audit it; exits with 3 if training would be refused."""
+    plan = make_plan(config, overrides)
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.preview import preview as run_preview
+    from lorafit.show import print_preview
+
+    report = run_preview(plan, row or list(range(1, rows + 1)), bool(row), validation, ids, talk())
+    show(report) if as_json else print_preview(report)
+    if report["breaches"]:
+        fail("\n".join(report["breaches"]), DataError.exit_code)

@@ -1,0 +1,1 @@
+"""Models run on rows in batches: log-likelihoods, divergences, options, greedy answers."""

@@ -1,0 +1,92 @@
+"""Rows in batches: of similar length, as large as memory allows, smaller where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from lorafit.errors import is_out_of_memory
+from lorafit.hardware import available_memory
+
+T = TypeVar("T")
+MOST_ROWS = 64
+CPU_TOKENS = 2048
+"""Padded tokens of a batch on a CPU: more are no faster there, and leave the caches."""
+GPU_TOKENS = 32768
+SHARE = 0.25
+"""Of the free memory that a batch may take."""
+
+
+def batches(
+    lengths: Sequence[int], budget_tokens: int, most_rows: int = MOST_ROWS, order: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices by length, longest first (so that what doesn't fit is met at once), in batches within a budget.
+
+    Args:
+        budget_tokens: of rows times the longest of them; a longer row is a batch by itself.
+        order: the indices to take, in this order, if not all by length.
+    """
+    if order is None:
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        longest_then = max(longest, lengths[index])
+        if batch and (len(batch) == most_rows or longest_then * (len(batch) + 1) > budget_tokens):
+            yield batch
+            batch, longest_then = [], lengths[index]
+        batch.append(index)
+        longest = longest_then
+    if batch:
+        yield batch
+
+
+def token_budget(model: Any) -> int:
+    """Padded tokens of a batch that fit into a quarter of the free memory.
+
+    A token takes its keys and values in every layer, and the widest activations of one layer about eight times over;
+    logits are held for learned positions only, in chunks (lorafit.loss).
+    """
+    config = model.config.get_text_config()
+    hidden = int(config.hidden_size)
+    wide = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * hidden)
+    layers = int(getattr(config, "num_hidden_layers", 1))
+    size = max(torch.finfo(model.dtype).bits // 8, 2)
+    token_bytes = size * (2 * layers * hidden + 8 * (hidden + wide))
+    if model.device.type == "cuda":
+        free: int | None = torch.cuda.mem_get_info(model.device)[0]
+        most = GPU_TOKENS
+    else:
+        free, most = available_memory(), CPU_TOKENS
+    return most if free is None else max(min(int(SHARE * free / token_bytes), most), 1)
+
+
+def shrinking(work: Callable[[list[int]], list[T]], batch: list[int]) -> list[T]:
+    """The results of a batch; where memory is too small for it, of its halves. Raises what a single row raises."""
+    try:
+        return work(batch)
+    except Exception as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return shrinking(work, batch[:middle]) + shrinking(work, batch[middle:])
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
+    """(rows, longest) from lists of different lengths."""
+    longest = max(map(len, rows))
+    return torch.tensor(
+        [
+            [value] * (longest - len(row)) + list(row) if left else list(row) + [value] * (longest - len(row))
+            for row in rows
+        ]
+    )
+
+
+def ones(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The attention mask of each row, without padding."""
+    return [[1] * len(row) for row in rows]

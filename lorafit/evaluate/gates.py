@@ -1,0 +1,337 @@
+"""Gates: what must hold of an evaluation's figures, in a small language of comparisons.
+
+    gate       = expression (">=" | "<=" | ">" | "<" | "==" | "!=") expression ["(ci)"]
+    expression = term {("+" | "-") term}
+    term       = factor {("*" | "/") factor}
+    factor     = ["-"] (number ["%"] | figure | "(" expression ")")
+    figure     = ["baseline."] SET.METRIC.MODEL
+
+Names may have a `-` in them, so a minus between two figures has spaces around it. With `(ci)` the comparison must hold
+for the whole 95% interval of left minus right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from lorafit.errors import UsageError, first_line, printable
+from lorafit.evaluate.results import RESULTS_VERSION, Gate, Results
+
+Array = np.ndarray[Any, Any]
+Value = float | Array
+BASELINE = "baseline."
+MOST_DEPTH = 50
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?)(?![\w.])"
+    r"|(?P<figure>[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*)"
+    r"|(?P<comparison>>=|<=|==|!=|>|<)|(?P<sign>[-+*/()]))"
+)
+_CI = re.compile(r"\(\s*ci\s*\)\s*$")
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_COMBINE: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
+_DEMANDED = {
+    ">=": "{} or more",
+    "<=": "{} or less",
+    ">": "more than {}",
+    "<": "less than {}",
+    "==": "{}",
+    "!=": "another value than {}",
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """An expression: a number, a figure, or two expressions with an operator between."""
+
+    number: float | None = None
+    figure: str | None = None
+    sign: str = ""
+    parts: tuple[Node, ...] = ()
+
+    def figures(self) -> Iterator[str]:
+        if self.figure is not None:
+            yield self.figure
+        for part in self.parts:
+            yield from part.figures()
+
+    def compute(self, look_up: Callable[[str], Value]) -> Value:
+        if self.number is not None:
+            return self.number
+        if self.figure is not None:
+            return look_up(self.figure)
+        one, other = (part.compute(look_up) for part in self.parts)
+        with np.errstate(all="ignore"):
+            found: Value = _COMBINE[self.sign](np.float64(one) if isinstance(one, float) else one, other)
+        return found
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A gate that was read."""
+
+    text: str
+    left: Node
+    comparison: str
+    right: Node
+    by_interval: bool
+
+    def figures(self) -> list[str]:
+        """The names in it, each once."""
+        return list(dict.fromkeys((*self.left.figures(), *self.right.figures())))
+
+    def check(self, where: str, known: Collection[str], baseline: Results | None) -> None:
+        """Raises UsageError if a figure is not among the known ones, or not in the baseline."""
+        for name in self.figures():
+            if not name.startswith(BASELINE):
+                if name not in known:
+                    raise _unknown(where, name, known)
+                continue
+            if baseline is None:
+                raise UsageError(f"{where}: {name}: there is no baseline; name an earlier results.json with --baseline")
+            if name.removeprefix(BASELINE) not in baseline.figures:
+                raise _unknown(where, name, [BASELINE + figure for figure in baseline.figures])
+
+
+def parse(text: str) -> Demand:
+    """Read a gate. Raises UsageError, in one line with the column."""
+    return _Parser(text).gate()
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text = text
+        found = _CI.search(text)
+        self.by_interval = found is not None
+        self.body = text[: found.start()] if found else text
+        self.place = 0
+        self.depth = 0
+
+    def gate(self) -> Demand:
+        if len(self.text) > 2000:
+            raise UsageError(f"the gate {printable(self.text[:40])!r} … is too long ({len(self.text)} characters)")
+        left = self.expression()
+        kind, comparison = self.take()
+        if kind != "comparison":
+            raise self.wrong("a comparison such as >= or <")
+        right = self.expression()
+        if self.body[self.place :].strip():
+            raise self.wrong("the end, or (ci)")
+        if self.by_interval and comparison in ("==", "!="):
+            raise UsageError(f"{printable(self.text)!r}: (ci) goes with >=, <=, > and <, not with {comparison}")
+        return Demand(self.text, left, comparison, right, self.by_interval)
+
+    def expression(self) -> Node:
+        return self._chain("+-", lambda: self._chain("*/", self.factor))
+
+    def _chain(self, signs: str, part: Callable[[], Node]) -> Node:
+        node = part()
+        while True:
+            before = self.place
+            kind, sign = self.take()
+            if kind != "sign" or sign not in signs:
+                self.place = before
+                return node
+            node = Node(sign=sign, parts=(node, part()))
+
+    def factor(self) -> Node:
+        before = self.place
+        kind, token = self.take()
+        if kind == "number":
+            value = float(token.rstrip("%")) / (100 if token.endswith("%") else 1)
+            if not math.isfinite(value):
+                raise UsageError(f"{printable(self.text)!r}: the number {token} is out of range")
+            return Node(number=value)
+        if kind == "figure":
+            if token.count(".") != 2 + token.startswith(BASELINE):
+                raise UsageError(
+                    f"{printable(self.text)!r}: {token} is no figure; a figure is SET.METRIC.MODEL, such as "
+                    "heldout.loss.adapter"
+                )
+            return Node(figure=token)
+        if token in ("-", "("):
+            self.depth += 1
+            if self.depth > MOST_DEPTH:
+                raise UsageError(f"{printable(self.text[:40])!r} …: is nested more than {MOST_DEPTH} deep")
+            if token == "-":
+                node = Node(sign="-", parts=(Node(number=0.0), self.factor()))
+            else:
+                node = self.expression()
+                if self.take()[1] != ")":
+                    raise self.wrong("a closing parenthesis")
+            self.depth -= 1
+            return node
+        self.place = before
+        raise self.wrong("a figure or a number")
+
+    def take(self) -> tuple[str, str]:
+        """The kind and the text of the next token; empty ones at the end, or at what is none."""
+        found = _TOKEN.match(self.body, self.place)
+        if found is None or found.lastgroup is None:
+            return "", ""
+        self.place = found.end()
+        return found.lastgroup, found[found.lastgroup]
+
+    def wrong(self, expected: str) -> UsageError:
+        return UsageError(f"{printable(self.text)!r}: expected {expected} at column {self.place + 1}")
+
+
+def _unknown(where: str, name: str, known: Collection[str]) -> UsageError:
+    alike = difflib.get_close_matches(name, list(known), 1, 0.8)
+    what = f"; did you mean '{alike[0]}'?" if alike else ""
+    parts = [figure.removeprefix(BASELINE).split(".") for figure in known]
+    for part, index in (("set", 0), ("metric", 1), ("model", 2)):
+        value = name.removeprefix(BASELINE).split(".")[index]
+        there = list(dict.fromkeys(figure[index] for figure in parts if len(figure) == 3))
+        if value not in there:
+            what = what or f": there is no {part} {value} (there are: {', '.join(there)})"
+            break
+    return UsageError(f"{where}: no figure '{name}'{what}")
+
+
+def judge(
+    demand: Demand,
+    where: str,
+    figures: Mapping[str, float | None],
+    resamples: Callable[[str], Array | None],
+    baseline: Results | None = None,
+) -> Gate:
+    """Whether a demand is met.
+
+    Args:
+        where: it was written.
+        resamples: of a figure: its value on each bootstrap resample. Figures of the baseline are fixed values.
+
+    Raises UsageError for a figure that does not exist.
+    """
+    demand.check(where, figures.keys(), baseline)
+
+    def value_of(name: str) -> float:
+        if name.startswith(BASELINE):
+            assert baseline is not None
+            found = baseline.figures[name.removeprefix(BASELINE)].value
+        else:
+            found = figures[name]
+        return math.nan if found is None else found
+
+    def drawn(name: str) -> Value:
+        values = None if name.startswith(BASELINE) else resamples(name)
+        return value_of(name) if values is None else values
+
+    left, right = float(demand.left.compute(value_of)), float(demand.right.compute(value_of))
+    missing = [name for name in demand.figures() if not math.isfinite(value_of(name))]
+    if missing:
+        return _gate(demand, where, False, f"{missing[0]} has no value")
+    if not (math.isfinite(left) and math.isfinite(right)):
+        return _gate(demand, where, False, "can't be computed: it divides by zero, or is out of range")
+    if not demand.by_interval:
+        passed = bool(_COMPARE[demand.comparison](left, right))
+        return _gate(demand, where, passed, _sentence(demand, left, right, value_of))
+    gap = np.asarray(demand.left.compute(drawn) - demand.right.compute(drawn), dtype=float)
+    gap = gap[np.isfinite(gap)]
+    if not len(gap):
+        return _gate(demand, where, False, "has no interval")
+    low, high = (float(end) for end in np.percentile(gap, [2.5, 97.5]))
+    passed = all(bool(_COMPARE[demand.comparison](end, 0.0)) for end in (low, high))
+    side = {">=": "0 or more", "<=": "0 or less", ">": "above 0", "<": "below 0"}[demand.comparison]
+    shown = _sentence(demand, left, right, value_of)
+    return _gate(
+        demand,
+        where,
+        passed,
+        f"{shown}; the 95% interval of left - right is [{low:.4g}, {high:.4g}], which is "
+        f"{'' if passed else 'not '}whole {side}",
+    )
+
+
+def _sentence(demand: Demand, left: float, right: float, value_of: Callable[[str], float]) -> str:
+    if demand.left.figure and demand.right.number is not None:
+        return (
+            f"{demand.left.figure} is {left:.4g}, and {_DEMANDED[demand.comparison].format(f'{right:g}')} was demanded"
+        )
+    shown = ", ".join(f"{name} is {value_of(name):.4g}" for name in demand.figures())
+    both = "" if demand.left.figure and demand.right.figure else f": left is {left:.4g}, right is {right:.4g}"
+    return shown + both
+
+
+def _gate(demand: Demand, where: str, passed: bool, sentence: str) -> Gate:
+    return Gate(gate=demand.text, where=where, passed=passed, sentence=sentence)
+
+
+# --- the baseline ---------------------------------------------------------------------------------
+
+REGRESSED = ("loss", "exact_match", "bits_per_byte")
+"""Metrics that must not be worse than in the baseline."""
+
+
+def load_results(path: Path) -> Results:
+    """An earlier results.json. Raises UsageError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: can't be read as results of an evaluation: {first_line(error)}") from None
+    version = raw.get("results_version") if isinstance(raw, dict) else None
+    if version != RESULTS_VERSION:
+        raise UsageError(f"{path}: has results_version {version}, and this lorafit reads {RESULTS_VERSION}")
+    try:
+        return Results.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+
+
+def regression_gates(current: Results, baseline: Results) -> list[Gate]:
+    """A gate for each main figure that both have: not worse than in the baseline beyond both intervals.
+
+    What is allowed is the root of the summed squares of the two half widths: they are of different runs of chance.
+    Raises UsageError if there is nothing to compare.
+    """
+    found = []
+    for set_name, info in current.sets.items():
+        for metric in info.metrics:
+            for model, its in current.models.items():
+                if metric.name not in REGRESSED or its.kind == "base" or metric.better is None:
+                    continue
+                now, before = (results.figure(set_name, metric.name, model) for results in (current, baseline))
+                if now is None or before is None or now.value is None or before.value is None:
+                    continue
+                name = f"{set_name}.{metric.name}.{model}"
+                allowed = math.hypot(_half_width(now), _half_width(before))
+                worse = (now.value - before.value) * (1 if metric.better == "lower" else -1)
+                found.append(
+                    Gate(
+                        gate=f"{name} no worse than before",
+                        where="--baseline",
+                        passed=worse <= allowed,
+                        sentence=f"{name} is {now.value:.4g} and was {before.value:.4g}; {allowed:.2g} is within noise",
+                    )
+                )
+    if not found:
+        raise UsageError("--baseline: has none of this evaluation's figures, so there is nothing to compare")
+    return found
+
+
+def _half_width(figure: Any) -> float:
+    return (figure.high - figure.low) / 2 if figure.low is not None and figure.high is not None else 0.0

@@ -1,0 +1,214 @@
+"""`lorafit eval`: the story."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from lorafit.errors import Interrupted, UsageError
+from lorafit.evaluate.assemble import Rows, figures_of, samples_of, score, speeds
+from lorafit.evaluate.contenders import Contender, groups, loaded
+from lorafit.evaluate.extras import (
+    Benchmarked,
+    benchmark_scores,
+    check_benchmarks,
+    judge_answers,
+    run_benchmarks,
+)
+from lorafit.evaluate.gates import Demand, judge, load_results, parse, regression_gates
+from lorafit.evaluate.lineup import Lineup, line_up
+from lorafit.evaluate.measure import measure
+from lorafit.evaluate.options import Options
+from lorafit.evaluate.records import Records
+from lorafit.evaluate.results import Difference, Figure, Model, Results
+from lorafit.evaluate.scored import expected_figures, scored_rows
+from lorafit.evaluate.sets import EvalRows, OptionRow, option_rows, read_sets
+from lorafit.evaluate.write import write_reports
+from lorafit.manifest import versions
+from lorafit.quiet import hush_progress
+from lorafit.rundir import located
+from lorafit.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an evaluation needs, all of it checked.
+
+    Attributes:
+        main: the model that is the run's result; others are compared with it, besides the base.
+        sets: rows as the models see them, by name.
+        scored: the same as their scores need them.
+        options: of each set, its rows as choices.
+        demands: gates, and where each was written.
+    """
+
+    lineup: Lineup
+    main: str | None
+    sets: dict[str, EvalRows]
+    scored: dict[str, Rows]
+    options: dict[str, list[OptionRow]]
+    demands: list[tuple[Demand, str]]
+    baseline: Results | None
+    remarks: list[str]
+
+    @property
+    def contenders(self) -> list[Contender]:
+        return self.lineup.contenders
+
+    @property
+    def names(self) -> list[str]:
+        return [contender.name for contender in self.contenders]
+
+
+def evaluate(options: Options, console: Console) -> tuple[Results, Path]:
+    """Run models on rows, and write results.json, samples.jsonl and the reports into the run's eval/, or elsewhere.
+
+    Returns what was found, and the folder. A gate that failed is in the results: what to make of it is the caller's.
+    Raises UsageError, DataError, ModelError, DoesNotFitError, and Interrupted with what was done kept.
+    """
+    hush_progress()
+    options.check()
+    with line_up(options) as lineup:
+        destination = _destination(options, lineup)
+        work = prepare(options, lineup, console)
+        records = Records(destination.with_name(f".{destination.name}.work"), _key(work), options.resume)
+        try:
+            benchmarks = run_models(work, records, console)
+        except (KeyboardInterrupt, Interrupted) as error:
+            number = error.signal_number if isinstance(error, Interrupted) else 2
+            raise Interrupted("interrupted; what was measured is kept: go on with --resume", number) from None
+        results = assemble(work, records, benchmarks, options)
+        samples = (sample for rows in work.scored.values() for sample in samples_of(rows, work.names, records))
+        results = write_reports(destination, results, samples, lineup.run)
+        records.discard()
+    return results, destination
+
+
+def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
+    """Everything that can be wrong, before a model is loaded."""
+    section, plan = lineup.section, lineup.plan
+    remarks = list(lineup.remarks)
+    demands = [(parse(text), f"eval.gates.{number}") for number, text in enumerate(section["gates"])]
+    demands += [(parse(text), "--fail-under") for text in options.fail_under]
+    baseline = load_results(options.baseline) if options.baseline else None
+    check_benchmarks(section)
+    tokenizer = load_tokenizer(plan, lineup.run.result)
+    main = next((c.name for c in lineup.contenders if c.kind in ("adapter", "trained")), None)
+    sets = {rows.name: rows for rows in read_sets(plan, section, tokenizer, options.data, remarks, console)}
+    choices = {name: list(option_rows(rows, plan)) if rows.spec["options"] else [] for name, rows in sets.items()}
+    judged = section["judge"] is not None
+    scored = {name: scored_rows(rows, section, choices[name], main, judged) for name, rows in sets.items()}
+    for name, rows in choices.items():
+        if strange := sum(row.expected < 0 for row in rows):
+            remarks.append(
+                f"{name}: the answers of {strange} of {len(rows)} rows are none of the options, so these don't count"
+            )
+    known = expected_figures(list(scored.values()), lineup.contenders, main)
+    for demand, where in demands:
+        of_tasks = [name for name in demand.figures() if section["lm_eval"] and name.split(".")[0] not in sets]
+        demand.check(where, [*known, *of_tasks], baseline)
+    return Work(lineup, main, sets, scored, choices, demands, baseline, remarks)
+
+
+def run_models(work: Work, records: Records, console: Console) -> Benchmarked:
+    """Every model on every set, each base loaded once; the benchmarks by model."""
+    section, benchmarks = work.lineup.section, Benchmarked()
+    for group in groups(work.contenders):
+        with loaded(group) as models:
+            for contender in group:
+                for name, rows in work.sets.items():
+                    longest = rows.spec["max_new_tokens"] or section["max_new_tokens"]
+                    measure(models, contender, rows, work.options[name], longest, records, console)
+                tokenizer = next(iter(work.sets.values())).tokenizer
+                benchmarks |= run_benchmarks(models, contender, tokenizer, section, records, console)
+    if section["judge"]:
+        judge_answers(section["judge"], list(work.scored.values()), work.names, records, console)
+    return benchmarks
+
+
+def assemble(work: Work, records: Records, benchmarks: Benchmarked, options: Options) -> Results:
+    """Figures, differences and gates from the records."""
+    section = work.lineup.section
+    of_sets = {name: {model: score(rows, model, records) for model in work.names} for name, rows in work.scored.items()}
+    infos = {name: rows.info for name, rows in work.scored.items()}
+    of_tasks, task_infos = benchmark_scores(benchmarks, work.names)
+    figures: dict[str, Figure] = {}
+    differences: list[Difference] = []
+    resamples: dict[str, np.ndarray[Any, Any]] = {}
+    for number, (name, scores) in enumerate((of_sets | of_tasks).items()):
+        found = figures_of(name, scores, section["seed"] + number, work.main)
+        figures |= found.figures
+        differences += found.differences
+        resamples |= found.resamples
+    values = {name: figure.value for name, figure in figures.items()}
+    gates = [judge(demand, where, values, resamples.get, work.baseline) for demand, where in work.demands]
+    run, plan = work.lineup.run, work.lineup.plan
+    results = Results(
+        run=str(run.path),
+        name=plan.name,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        hardware=dataclasses.asdict(plan.hardware),
+        settings={
+            "decoding": "greedy",
+            "data": str(options.data) if options.data else None,
+            "eval": section,
+        },
+        models={contender.name: _model(contender, records) for contender in work.contenders},
+        sets=infos | task_infos,
+        figures=figures,
+        differences=tuple(differences),
+        gates=tuple(gates),
+        speed=tuple(speed for rows in work.scored.values() for speed in speeds(rows, work.names, records)),
+        baseline=str(options.baseline) if options.baseline else None,
+        remarks=tuple(work.remarks),
+    )
+    if work.baseline is None:
+        return results
+    return results.model_copy(update={"gates": (*gates, *regression_gates(results, work.baseline))})
+
+
+def _model(contender: Contender, records: Records) -> Model:
+    return Model(
+        kind=contender.kind,
+        path=contender.path,
+        sha256=contender.sha256,
+        quantization=contender.quantization,
+        dtype=contender.plan.model_kwargs["dtype"],
+        seconds=round(records.seconds(contender.name), 3),
+    )
+
+
+def _key(work: Work) -> dict[str, Any]:
+    """What the records depend on."""
+    plan, section = work.lineup.plan, work.lineup.section
+    models = {c.name: [c.kind, c.path, c.sha256, c.quantization, c.loads] for c in work.contenders}
+    return {
+        "run": str(work.lineup.run.path.resolve()),
+        "models": models,
+        "rows": {name: [rows.digest, rows.questions] for name, rows in work.sets.items()},
+        "options": {name: [row.options for row in rows] for name, rows in work.options.items()},
+        "max_new_tokens": [
+            section["max_new_tokens"],
+            {n: rows.spec["max_new_tokens"] for n, rows in work.sets.items()},
+        ],
+        "lm_eval": section["lm_eval"],
+        "judge": section["judge"],
+        "device": plan.hardware.device,
+        "versions": versions(),
+    }
+
+
+def _destination(options: Options, lineup: Lineup) -> Path:
+    destination = located(options.output) if options.output else lineup.run.eval
+    if destination.exists() and not destination.is_dir():
+        raise UsageError(f"{destination}: is a file; --output is a folder")
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / "results.json").is_file():
+        raise UsageError(f"{destination}: exists and is not an evaluation; choose another --output")
+    return destination

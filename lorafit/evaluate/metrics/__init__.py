@@ -1,0 +1,17 @@
+"""Metrics of generated answers against expected ones, row by row. Light."""
+
+from __future__ import annotations
+
+from lorafit.evaluate.metrics.known import METRICS, KnownMetric, MetricSpec, default_metrics, make_metric, make_metrics
+from lorafit.evaluate.metrics.types import AnswerMetric, Judged
+
+__all__ = [
+    "METRICS",
+    "AnswerMetric",
+    "Judged",
+    "KnownMetric",
+    "MetricSpec",
+    "default_metrics",
+    "make_metric",
+    "make_metrics",
+]

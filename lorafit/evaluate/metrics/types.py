@@ -1,0 +1,49 @@
+"""What a metric of answers is given, and what it is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorafit.errors import UsageError
+from lorafit.evaluate.results import Metric
+
+PairScore = Callable[[str, str], float | None]
+"""(answer, expected) -> score; None: the row has no such value."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer to score.
+
+    Attributes:
+        row: as it was read from the file; may be empty.
+    """
+
+    answer: str
+    expected: str
+    prompt: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnswerMetric:
+    """A metric with its argument.
+
+    Attributes:
+        score: of one answer; None: the row has no such value.
+    """
+
+    info: Metric
+    score: Callable[[Judged], float | None]
+
+
+def load_extra(module: str, metric: str) -> Any:
+    """A module of the extra `eval`. Raises UsageError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UsageError(f"the metric {metric} needs the package {package}: pip install 'lorafit[eval]'") from None

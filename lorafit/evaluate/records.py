@@ -1,0 +1,150 @@
+"""What was measured, row by row, on the disk as it comes: so that an interrupted evaluation can go on.
+
+A file for each set, model and kind (likelihood, divergence, options, answers, judge), one JSON object a row, in the
+order in which rows were done. `key.json` says what the records depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import UsageError
+from lorafit.staging import discard, write_text
+
+_KEY = "key.json"
+_TIMES = "times.jsonl"
+
+
+class Records:
+    """A folder of records."""
+
+    def __init__(self, folder: Path, key: dict[str, Any], resume: bool) -> None:
+        """Begin, or go on with what is there. Raises UsageError if that was measured in another way."""
+        self.folder = folder
+        if resume:
+            _check(folder, key)
+        else:
+            discard(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _KEY, json.dumps(key, indent=2) + "\n")
+
+    def done(self, *names: str) -> frozenset[int]:
+        """The rows that are there."""
+        return frozenset(self._offsets(*names))
+
+    @contextlib.contextmanager
+    def writer(self, *names: str) -> Iterator[Any]:
+        """A function that adds a record; what was cut off by a kill is taken away first."""
+        file = self._file(*names)
+        whole = _whole(file)
+        began = time.perf_counter()
+        with file.open("r+b" if file.exists() else "w+b") as stream:
+            stream.truncate(whole)
+            stream.seek(whole)
+
+            def add(record: dict[str, Any]) -> None:
+                stream.write(json.dumps(record).encode() + b"\n")
+                stream.flush()
+
+            try:
+                yield add
+            finally:
+                self._note_time(names, time.perf_counter() - began)
+
+    def read(self, *names: str) -> Iterator[dict[str, Any]]:
+        """All records, in the order in which they were written."""
+        file = self._file(*names)
+        if not file.exists():
+            return
+        with file.open("rb") as stream:
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
+
+    def by_row(self, *names: str) -> ByRow:
+        """Records by their row, without holding them in memory."""
+        return ByRow(self._file(*names), self._offsets(*names))
+
+    def seconds(self, model: str, *of: str) -> float:
+        """How long a model was run, all times together; with `of`, a set and a kind, for these alone."""
+        file = self.folder / _TIMES
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        entries = map(json.loads, lines)
+        return float(
+            sum(
+                entry["seconds"]
+                for entry in entries
+                if entry["of"][1:2] == [model] and (not of or entry["of"] == [of[0], model, *of[1:]])
+            )
+        )
+
+    def write(self, value: Any, *names: str) -> None:
+        """Keep something whole that is not by row."""
+        write_text(self.folder / f"{'.'.join(names)}.json", json.dumps(value))
+
+    def whole(self, *names: str) -> Any:
+        """What `write` kept; None if it did not."""
+        file = self.folder / f"{'.'.join(names)}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def discard(self) -> None:
+        """Remove them: the evaluation is finished."""
+        discard(self.folder)
+
+    def _note_time(self, names: tuple[str, ...], seconds: float) -> None:
+        with (self.folder / _TIMES).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"of": names, "seconds": seconds}) + "\n")
+
+    def _file(self, *names: str) -> Path:
+        return self.folder / f"{'.'.join(names)}.jsonl"
+
+    def _offsets(self, *names: str) -> dict[int, int]:
+        file, found, offset = self._file(*names), {}, 0
+        if file.exists():
+            with file.open("rb") as stream:
+                for line in stream:
+                    if line.endswith(b"\n"):
+                        found[int(json.loads(line)["row"])] = offset
+                    offset += len(line)
+        return found
+
+
+class ByRow:
+    """Records of a file by their row."""
+
+    def __init__(self, file: Path, offsets: dict[int, int]) -> None:
+        self.file, self.offsets = file, offsets
+
+    def get(self, row: int) -> dict[str, Any] | None:
+        if row not in self.offsets:
+            return None
+        with self.file.open("rb") as stream:
+            stream.seek(self.offsets[row])
+            return dict(json.loads(stream.readline()))
+
+
+def _whole(file: Path) -> int:
+    """The length of a file up to its last whole line."""
+    if not file.exists():
+        return 0
+    with file.open("rb") as stream:
+        return sum(len(line) for line in stream if line.endswith(b"\n"))
+
+
+def _check(folder: Path, key: dict[str, Any]) -> None:
+    try:
+        before = json.loads((folder / _KEY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(f"{folder}: there is no interrupted evaluation to go on with; leave out --resume") from None
+    now = json.loads(json.dumps(key))
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        raise UsageError(
+            f"{folder}: the interrupted evaluation was another one (differs in {', '.join(changed)}); ask for the same "
+            "as then, or start anew without --resume"
+        )

@@ -1,0 +1,79 @@
+"""An evaluation as a terminal shows it."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorafit.evaluate.report.page.words import visible
+from lorafit.evaluate.report.summary import brief, difference_rows, figure_rows, verdict
+from lorafit.evaluate.results import Results, Sample
+
+_WIDE = 110
+"""Columns from which on intervals stand beside the figures."""
+
+
+def print_results(results: Results, samples: list[Sample], console: Console | None = None) -> None:
+    """Figures, differences and gates on stdout, and the answers to some rows."""
+    console = console or Console()
+    for name, info in results.sets.items():
+        answered = f", {info.answered} answered" if info.answered and info.answered != info.rows else ""
+        role = "" if info.role == "task" else f" · {info.role}"
+        _say(console, f"{name}{role}: {info.rows} rows{answered} ({info.source})", style="bold")
+        metrics = brief(info)
+        figures = _table("", *results.models)
+        for row in figure_rows(results, name, metrics):
+            cells = zip(row.values, row.intervals, strict=True)
+            wide = console.width >= _WIDE
+            shown = [f"{value}  ({ends})" if wide and ends else value for value, ends in cells]
+            figures.add_row(row.label, *map(Text, shown))
+        console.print(figures)
+        rows = list(difference_rows(results, name, metrics))
+        if rows:
+            table = _table("difference", "", "value", "95% interval", "won/tied/lost", "")
+            for one in rows:
+                table.add_row(one.models, one.label, one.value, one.interval, one.rows, one.says)
+            console.print(table)
+    for speed in results.speed:
+        _say(
+            console,
+            f"{speed.model}, {speed.set}: {speed.tokens_per_second:,.1f} tokens/s; an answer after "
+            f"{speed.latency_median:.2f} s in its batch (95%: {speed.latency_p95:.2f} s)",
+        )
+    for remark in results.remarks:
+        _say(console, remark, style="yellow")
+    for gate in results.gates:
+        mark, style = ("✓ passed", "green") if gate.passed else ("✗ FAILED", "bold red")
+        _say(console, f"{mark}  {gate.gate}", style=style)
+        _say(console, f"          {gate.sentence}")
+    _say(console, verdict(results), style="bold")
+    for sample in samples:
+        _print_sample(sample, console)
+
+
+def _print_sample(sample: Sample, console: Console) -> None:
+    width = max(map(len, ("expected", *sample.answers)))
+    lines = [("prompt", "", sample.prompt), ("expected", "", sample.expected)]
+    for name, answer in sample.answers.items():
+        if answer.text is not None or answer.chosen is not None:
+            text = answer.text if answer.text is not None else str(answer.chosen)
+            lines.append((name, "=" if text == sample.expected else "≠", text))
+    console.print()
+    for name, mark, text in lines:
+        line = Text(f"{name:{width}} ", style="bold")
+        line.append(f"{mark:1} ", style="green" if mark == "=" else "red")
+        line.append(visible(text), style="not bold")
+        console.print(line, soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(Text(column), overflow="fold", no_wrap=number > 1)
+    return table
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(visible(text), style=style), soft_wrap=True)
