@@ -146,6 +146,12 @@ def assemble(work: Work, records: Records, benchmarks: Benchmarked, options: Opt
         figures |= found.figures
         differences += found.differences
         resamples |= found.resamples
+    if alike := [one for one in differences if one.low is not None and one.low == one.high and one.value]:
+        rows = min(figures[f"{one.set}.{one.metric}.{one.model}"].rows for one in alike)
+        work.remarks.append(
+            "an interval without width means that no row differs from the others, not that none ever will: of "
+            f"{rows} rows alike, up to {1 - 0.05 ** (1 / rows):.1%} of further ones may be otherwise"
+        )
     values = {name: figure.value for name, figure in figures.items()}
     gates = [judge(demand, where, values, resamples.get, work.baseline) for demand, where in work.demands]
     run, plan = work.lineup.run, work.lineup.plan

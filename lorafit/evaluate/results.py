@@ -143,6 +143,11 @@ class Results(Part):
         return self.figures.get(f"{set_name}.{metric}.{model}")
 
     @property
+    def first(self) -> str:
+        """The model that others are compared with: the base, if it is there."""
+        return next(iter(self.models))
+
+    @property
     def failed(self) -> list[Gate]:
         return [gate for gate in self.gates if not gate.passed]
 

@@ -38,7 +38,20 @@ def as_markdown(results: Results) -> str:
         ]
         lines += [*_table(("", *map(_safe, results.models)), figures), ""]
         differences = [
-            tuple(map(_safe, (one.models, one.label, one.value, one.interval, one.rows, one.says, one.detectable)))
+            tuple(
+                map(
+                    _safe,
+                    (
+                        f"{one.model} − {one.against}",
+                        one.label,
+                        one.value,
+                        one.interval,
+                        one.rows,
+                        one.says,
+                        one.detectable,
+                    ),
+                )
+            )
             for one in difference_rows(results, name, metrics)
         ]
         if differences:

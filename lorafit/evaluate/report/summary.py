@@ -108,7 +108,8 @@ def figure_rows(results: Results, name: str, metrics: list[Metric]) -> Iterator[
 class DifferenceRow:
     """A difference as text."""
 
-    models: str
+    model: str
+    against: str
     label: str
     value: str
     interval: str
@@ -127,7 +128,8 @@ def difference_rows(results: Results, name: str, metrics: list[Metric]) -> Itera
         better = one.value * (1 if metric.better != "lower" else -1) > 0
         direction = "" if metric.better is None else "better" if better else "worse"
         yield DifferenceRow(
-            f"{one.model} − {one.against}",
+            one.model,
+            one.against,
             metric.label,
             change(one.value, metric.unit),
             interval(one.low, one.high, metric.unit, signed=True),

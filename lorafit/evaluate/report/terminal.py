@@ -31,10 +31,13 @@ def print_results(results: Results, samples: list[Sample], console: Console | No
             figures.add_row(row.label, *map(Text, shown))
         console.print(figures)
         rows = list(difference_rows(results, name, metrics))
-        if rows:
-            table = _table("difference", "", "value", "95% interval", "won/tied/lost", "")
+        for pair in dict.fromkeys((one.model, one.against) for one in rows):
+            if pair[1] == results.first and pair[0] in {one.model for one in rows if one.against != results.first}:
+                continue  # what differs from the run's own result is of more interest; the reports have both
+            table = _table(f"{pair[0]} − {pair[1]}", "difference", "95% interval", "won/tied/lost", "")
             for one in rows:
-                table.add_row(one.models, one.label, one.value, one.interval, one.rows, one.says)
+                if (one.model, one.against) == pair:
+                    table.add_row(one.label, one.value, one.interval, one.rows, one.says)
             console.print(table)
     for speed in results.speed:
         _say(
