@@ -317,6 +317,42 @@ def test_sets_and_metrics_of_the_recipe(run: RunDir, tmp_path: Path) -> None:
     assert results.sets["own"].rows == 2
 
 
+def test_a_benchmark_is_a_set_like_others(run: RunDir, tmp_path: Path) -> None:
+    """Its figures have intervals, differences and gates; its documents are among the samples."""
+    documents = [
+        {"question": f"{word} cat", "choices": [" green", " dog"], "answer": i % 2} for i, word in enumerate(WORDS)
+    ]
+    data = write_jsonl(tmp_path / "documents.jsonl", documents)
+    task = {
+        "task": "colours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(data)},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "colours.yaml").write_text(safe_dump(task))
+    setting = (*PLAIN, f"eval.lm_eval={{tasks: [{tmp_path / 'colours.yaml'}]}}")
+    gate = "colours.acc.adapter >= 2"
+    results = evaluated(
+        run, overrides=setting, compare=("base", "adapter"), limit=1, max_new_tokens=2, fail_under=(gate,)
+    )
+    figure = results.figures["colours.acc.adapter"]
+    assert figure.rows == 10
+    assert figure.low is not None
+    assert results.sets["colours"].role == "benchmark"
+    assert ("colours", "acc") in {(one.set, one.metric) for one in results.differences}
+    assert [one.passed for one in results.gates] == [False]
+    found = [sample for sample in samples(run.eval) if sample.set == "colours"]
+    right = sum(sample.answers["adapter"].text == sample.expected for sample in found)
+    assert figure.value == pytest.approx(right / 10)
+    with pytest.raises(UsageError, match="colors"):
+        evaluated(run, overrides=(*PLAIN, "eval.lm_eval={tasks: [colors.yaml]}"))
+
+
 SABOTAGE = (
     "heldout.exact_match.adapter >= 0.8",
     "heldout.loss.adapter < heldout.loss.base (ci)",

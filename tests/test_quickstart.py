@@ -17,7 +17,8 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorafit.evaluate import evaluate
+from lorafit.evaluate.make import evaluate
+from lorafit.evaluate.options import Options as EvalOptions
 from lorafit.fingerprint import differences, fingerprint_of
 from lorafit.merge import Options
 from lorafit.merge.make import merge
@@ -42,17 +43,29 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         return train(plan, CONFIG.read_bytes(), Start(), QUIET)
 
 
-def test_held_out_answers_become_right(quickstart: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def merged(quickstart: RunDir) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return merge(Options(quickstart.path, exports=("gguf:f16",)), QUIET)
+
+
+def test_base_against_adapter_against_merged(quickstart: RunDir, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the config's own gates, with what was forgotten; and the merged model gives the adapter's answers."""
     monkeypatch.chdir(ROOT)
-    report = evaluate(quickstart.path, None, 60, 48, QUIET)
-    assert report["generated"] == 60
-    assert report["models"]["base"]["exact_match"] == 0
-    assert report["models"]["adapter"]["exact_match"] >= 0.8
-    parsed = [
-        json.loads(sample["answers"]["adapter"])
-        for sample in report["samples"]
-        if sample["answers"]["adapter"] == sample["expected"]
-    ]
+    results, folder = evaluate(EvalOptions(quickstart.path, max_new_tokens=48), QUIET)
+    figures = {name: figure.value for name, figure in results.figures.items()}
+    assert list(results.models) == ["base", "adapter", "merged"]
+    assert results.sets["heldout"].answered == 60
+    assert figures["heldout.exact_match.base"] == 0
+    assert figures["heldout.exact_match.adapter"] >= 0.8
+    assert figures["heldout.agreement.merged"] >= 0.99
+    assert len(results.gates) == 3
+    assert not results.failed
+    assert figures["general.kl.adapter"] > 0
+    assert 0.5 < figures["general.bits_per_byte.base"] < 2
+    answers = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    parsed = [json.loads(row["answers"]["adapter"]["text"]) for row in answers if row["set"] == "heldout"]
     assert all(set(ticket) == {"category", "priority", "order"} for ticket in parsed)
 
 
@@ -69,14 +82,14 @@ def test_the_held_out_rows_are_not_in_training() -> None:
     assert not rows[0] & rows[1]
 
 
-def test_the_merged_model_answers_alone(quickstart: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_merged_model_answers_alone(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    folder = merge(Options(quickstart.path, tmp_path / "merged", exports=("gguf:f16",)), QUIET)
+    folder = merged
     report = json.loads((folder / "merge_report.json").read_text())
     assert report["verification"]["figures"]["kl"] < 1e-6
     assert report["verification"]["figures"]["top1"] == 1.0
     assert report["gguf"]["f16"]["top1_agreement"] >= 0.99, "the exported file, read back, answers as the merged model"
-    assert "<|im_start|>assistant" in (tmp_path / "merged-gguf" / "Modelfile").read_text()
+    assert "<|im_start|>assistant" in (merged.with_name("merged-gguf") / "Modelfile").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     row = json.loads((ROOT / "data/quickstart/train.jsonl").read_text().splitlines()[0])["messages"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.evaluate.assemble import Rows, Scores
 from lorafit.evaluate.contenders import BASE, Contender, Loaded
 from lorafit.evaluate.records import Records
-from lorafit.evaluate.results import Metric
+from lorafit.evaluate.results import Answer, Metric, Sample
 from lorafit.evaluate.results import Set as SetInfo
 from lorafit.evaluate.statistics import Series
 
@@ -21,8 +22,17 @@ Benchmarked: TypeAlias = dict[str, list[dict[str, Any]]]
 """By model, what each task gave, as JSON-able values."""
 
 
-def check_benchmarks(section: dict[str, Any]) -> None:
+BATCH = 16
+"""Requests that the harness runs at once."""
+
+
+def check_extras(section: dict[str, Any]) -> None:
     """Before a model is loaded. Raises UsageError, DataError."""
+    if section["judge"]:
+        from lorafit.evaluate.judge import Judge
+        from lorafit.evaluate.judge import check as check_judge
+
+        check_judge(Judge(**section["judge"]))
     if section["lm_eval"]:
         from lorafit.evaluate.benchmarks import check
 
@@ -32,8 +42,8 @@ def check_benchmarks(section: dict[str, Any]) -> None:
 def _asked(section: dict[str, Any]) -> Any:
     from lorafit.evaluate.benchmarks import Benchmarks
 
-    values = section["lm_eval"] | {"tasks": tuple(section["lm_eval"]["tasks"]), "seed": section["seed"]}
-    return Benchmarks(**values)
+    values = section["lm_eval"] | {"tasks": tuple(section["lm_eval"]["tasks"])}
+    return Benchmarks(**values, batch_size=BATCH, seed=section["seed"])
 
 
 def run_benchmarks(
@@ -84,8 +94,39 @@ def benchmark_scores(
                 made = np.zeros((2, task["rows"]))
                 for index, numerator, denominator in values:
                     made[:, index] = numerator, denominator
-                of_model[name] = Series(made[0], made[1], better=better[name])
+                transform = task["transforms"].get(name, "identity")
+                of_model[name] = Series(made[0], made[1], transform=transform, better=better[name])
     return scores, infos
+
+
+def benchmark_samples(found: Benchmarked) -> Iterator[Sample]:
+    """Each document of each task, with what every model made of it."""
+    for number, task in enumerate(next(iter(found.values()), [])):
+        for row, first in enumerate(task["samples"]):
+            asked = {model: tasks[number]["samples"][row] for model, tasks in found.items()}
+            yield Sample(
+                set=task["task"],
+                row=row,
+                place=f"{task['task']}: document {first['doc_id']}",
+                prompt=first["prompt"],
+                expected=first["target"],
+                answers={model: _document(one) for model, one in asked.items()},
+            )
+
+
+def _document(one: dict[str, Any]) -> Answer:
+    return Answer(
+        text=one["answer"], scores={name: score for name, score in one["scores"].items() if score is not None}
+    )
+
+
+def benchmark_remarks(found: Benchmarked) -> list[str]:
+    """The metrics that have no figure."""
+    return [
+        f"{task['task']}: left out: {', '.join(task['left_out'])}, which are no means over documents"
+        for task in next(iter(found.values()), [])
+        if task["left_out"]
+    ]
 
 
 def judge_answers(
@@ -109,3 +150,22 @@ def judge_answers(
         with records.writer(rows.name, name, "judge") as add:
             for verdict in compare(asked, map(pair, chosen), done):
                 add({"row": verdict.row, "score": verdict.score, "raw": verdict.raw})
+
+
+def judge_remarks(sets: list[Rows], names: list[str], records: Records) -> list[str]:
+    """How often the judge changed its mind with the order of the answers, or gave no vote."""
+    from lorafit.evaluate.judge import Verdict, position_bias
+
+    found = []
+    for rows, name in itertools.product(sets, names):
+        kept = [
+            Verdict(one["row"], one["score"], (one["raw"][0], one["raw"][1]))
+            for one in records.read(rows.name, name, "judge")
+        ]
+        invalid = sum(verdict.score is None for verdict in kept)
+        if kept:
+            found.append(
+                f"{rows.name}: the judge preferred the same place in both orders for {position_bias(kept) or 0:.0%} of "
+                f"the answers of {name}, and gave no vote on {invalid} of {len(kept)}"
+            )
+    return found

@@ -288,10 +288,7 @@ def _ask(endpoint: _Endpoint, question: str, sleep: Callable[[float], None]) -> 
 
 def _wait(number: int, asked: str | None) -> float:
     """Seconds before the next try."""
-    try:
-        return min(max(float(asked or ""), 0.0), _LONGEST_WAIT)
-    except ValueError:
-        return float(2 ** (number - 1))
+    return min(float(asked), _LONGEST_WAIT) if asked and asked.isdecimal() else float(2 ** (number - 1))
 
 
 def _too_slow(endpoint: _Endpoint) -> LorafitError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from lorafit.evaluate.assemble import Rows, figures_of, samples_of, score, speed
 from lorafit.evaluate.contenders import Contender, groups, loaded
 from lorafit.evaluate.extras import (
     Benchmarked,
+    benchmark_remarks,
+    benchmark_samples,
     benchmark_scores,
-    check_benchmarks,
+    check_extras,
     judge_answers,
+    judge_remarks,
     run_benchmarks,
 )
 from lorafit.evaluate.gates import Demand, judge, load_results, parse, regression_gates
@@ -84,7 +88,8 @@ def evaluate(options: Options, console: Console) -> tuple[Results, Path]:
             number = error.signal_number if isinstance(error, Interrupted) else 2
             raise Interrupted("interrupted; what was measured is kept: go on with --resume", number) from None
         results = assemble(work, records, benchmarks, options)
-        samples = (sample for rows in work.scored.values() for sample in samples_of(rows, work.names, records))
+        of_sets = (sample for rows in work.scored.values() for sample in samples_of(rows, work.names, records))
+        samples = itertools.chain(of_sets, benchmark_samples(benchmarks))
         results = write_reports(destination, results, samples, lineup.run)
         records.discard()
     return results, destination
@@ -97,7 +102,7 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
     demands = [(parse(text), f"eval.gates.{number}") for number, text in enumerate(section["gates"])]
     demands += [(parse(text), "--fail-under") for text in options.fail_under]
     baseline = load_results(options.baseline) if options.baseline else None
-    check_benchmarks(section)
+    check_extras(section)
     tokenizer = load_tokenizer(plan, lineup.run.result)
     main = next((c.name for c in lineup.contenders if c.kind in ("adapter", "trained")), None)
     sets = {rows.name: rows for rows in read_sets(plan, section, tokenizer, options.data, remarks, console)}
@@ -152,6 +157,8 @@ def assemble(work: Work, records: Records, benchmarks: Benchmarked, options: Opt
             "an interval without width means that no row differs from the others, not that none ever will: of "
             f"{rows} rows alike, up to {1 - 0.05 ** (1 / rows):.1%} of further ones may be otherwise"
         )
+    work.remarks.extend(benchmark_remarks(benchmarks))
+    work.remarks.extend(judge_remarks(list(work.scored.values()), work.names, records))
     values = {name: figure.value for name, figure in figures.items()}
     gates = [judge(demand, where, values, resamples.get, work.baseline) for demand, where in work.demands]
     run, plan = work.lineup.run, work.lineup.plan
