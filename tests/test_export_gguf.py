@@ -269,6 +269,27 @@ def test_linear_and_yarn_are_metadata(tiny_model: Path, tmp_path: Path) -> None:
         write_gguf(folder, tmp_path / "m.gguf", "f16")
 
 
+def test_rope_scaling_beside_rope_parameters(tiny_model: Path, tmp_path: Path) -> None:
+    """As when a user adds YaRN to a config.json by hand; it is what transformers takes."""
+    from transformers import AutoConfig
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    edit(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 2e4}, rope_scaling=yarn)
+    write_gguf(folder, tmp_path / "m.gguf", "f16")
+    said, taken = fields(tmp_path / "m.gguf"), AutoConfig.from_pretrained(folder).rope_parameters
+    assert said["llama.rope.scaling.type"] == taken["rope_type"] == "yarn"
+    assert said["llama.rope.freq_base"] == taken["rope_theta"]
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "x"}, {"rope_scaling": "x"}, {"rms_norm_eps": None}])
+def test_a_config_that_can_not_be_used(change: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    edit(folder / "config.json", **change)
+    with pytest.raises(ModelError, match=r"config\.json: holds what can't be used"):
+        write_gguf(folder, tmp_path / "m.gguf", "f16")
+
+
 def test_every_stop_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 300]}))

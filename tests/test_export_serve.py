@@ -83,6 +83,7 @@ def test_the_rank_is_rounded_up_to_one_that_it_takes(tmp_path: Path) -> None:
         (None, {"trainable_token_indices": [3]}, "trainable_token_indices: 3"),
         (None, {"target_parameters": ["experts.up"]}, "target_parameters: experts.up"),
         (None, {"base_model_name_or_path": None}, "base model"),
+        (None, {"lora_alpha": None}, "no lora_alpha"),
         ({"q_proj": 600}, {"r": 600, "lora_alpha": 1200}, "above 512"),
         (
             {"q_proj": 4, "v_proj": 8},
@@ -100,6 +101,14 @@ def test_what_it_does_not_serve(
     assert report.command is None
     assert len(report.reasons) == 1
     assert reason in report.reasons[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": "x"}, {"lora_alpha": "x"}, {"alpha_pattern": {"((": 4}}, {"alpha_pattern": [1]}]
+)
+def test_fields_that_can_not_be_used(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"adapter_config\.json: r, lora_alpha or a pattern"):
+        check_vllm(make_adapter(tmp_path / "a", **changes))
 
 
 def test_tensors_that_are_no_matrices(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lorafit.cli import app
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.merge import Addition, Options
 from lorafit.merge.make import merge
+from lorafit.merge.work import Work
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.rundir import RunDir
@@ -334,6 +335,7 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         (["--rank", "4"], "--as-adapter"),
         (["--as-adapter"], "needs --rank"),
         (["--private"], "--push-to-hub"),
+        (["--as-adapter", "--rank", "2", "--push-to-hub", "me/x"], "can't go with"),
         (["--export", "onnx"], "gguf"),
         (["--max-kl", "-1"], "--max-kl: expected a number from 0"),
         (["--min-top1", "1.5"], "--min-top1: expected a share"),
@@ -505,6 +507,20 @@ def test_one_adapter_of_several(two: tuple[Any, Any], tmp_path: Path) -> None:
     assert again.is_dir(), "it merges like any other"
 
 
+def test_one_adapter_of_dora_is_for_the_base_of_the_training(tmp_path: Path, tiny_model: Path) -> None:
+    """DoRA's deltas depend on the base, which was in 4 bits."""
+    from lorafit.merge.source import find_base, open_source
+    from lorafit.merge.verify import as_trained
+
+    run = run_of(tmp_path, tiny_model, quantization={"load_in_4bit": True}, lora={"use_dora": True})
+    made = merged(run, output=tmp_path / "made", as_adapter=True, rank=64)
+    with open_source(run) as source:
+        base = find_base(source, None, False)
+        expected = logits(PeftModel.from_pretrained(as_trained(source, base), source.adapter))
+        found = logits(PeftModel.from_pretrained(as_trained(source, base), made))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_adapter_is_not_added_to_itself(run: RunDir) -> None:
     with pytest.raises(UsageError, match="is named twice"):
         merged(run.path, additions=(Addition(run.path, -1.0),))
@@ -589,3 +605,241 @@ def test_too_little_memory_is_known_before_anything_is_written(run: RunDir, monk
     report = report_of(merged(run.path))
     assert report["verification"]["level"] == "weights"
     assert "of memory" in report["verification"]["reason"]
+
+
+# --- what a merge must not replace ----------------------------------------------------------------
+
+
+def foreign(run: RunDir, folder: Path, **changes: Any) -> Path:
+    """A run's adapter as one from elsewhere, with fields of its configuration changed."""
+    shutil.copytree(run.adapter, folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def base_of(run: RunDir) -> Path:
+    return Path(run.load_plan().model["name_or_path"])
+
+
+def test_what_the_merge_needs_is_not_replaced(run: RunDir, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    first = merged(run.path, output=tmp_path / "first", verify="weights")
+    again = train(recipe("again", model={"name_or_path": str(first)}))
+    before = (first / "model.safetensors").read_bytes()
+    for output in (first, tmp_path / "linked"):
+        (tmp_path / "linked").is_symlink() or (tmp_path / "linked").symlink_to(first)
+        with pytest.raises(UsageError, match="would be replaced, and the merge needs"):
+            merged(again.path, output=output, verify="weights")
+    assert (first / "model.safetensors").read_bytes() == before
+    shutil.copytree(first, tmp_path / "second.unverified")
+    with pytest.raises(UsageError, match=r"second\.unverified: would be replaced"):
+        merged(again.path, base=str(tmp_path / "second.unverified"), output=tmp_path / "second", verify="weights")
+    adapter = merged(run.path, output=tmp_path / "adapter", as_adapter=True, rank=2)
+    with pytest.raises(UsageError, match="would be replaced, and the merge needs"):
+        merged(adapter, output=adapter, verify="weights")
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+def test_two_merges_into_one_destination_are_not_mixed(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = foreign(run, tmp_path / "one"), foreign(run, tmp_path / "other")
+    write, met = Work.write, list[str]()
+
+    def meanwhile(self: Work, kind: str, folder: Path) -> Any:
+        if self.source.adapter == one:
+            with pytest.raises(UsageError, match="another merge into it is at work"):
+                merged(other, output=tmp_path / "m", verify="weights")
+            met.append(kind)
+        return write(self, kind, folder)
+
+    monkeypatch.setattr(Work, "write", meanwhile)
+    assert report_of(merged(one, output=tmp_path / "m", verify="weights"))["adapter"] == str(one)
+    assert met
+    (tmp_path / ".m.partial").mkdir()  # a killed one's, which nobody holds
+    assert merged(other, output=tmp_path / "m", verify="weights").is_dir()
+
+
+def test_exports_replace_only_exports(run: RunDir, tmp_path: Path) -> None:
+    mine = tmp_path / "m-nf4"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    with pytest.raises(UsageError, match="m-nf4: exists and is no copy"):
+        merged(run.path, output=tmp_path / "m", quantize="nf4")
+    assert (mine / "thesis.txt").is_file()
+    assert not (tmp_path / "m").exists(), "it is known before anything is merged"
+    (tmp_path / "m-gguf").write_text("a file")
+    with pytest.raises(UsageError, match="m-gguf: holds other files"):
+        merged(run.path, output=tmp_path / "m", exports=("gguf:f16",))
+    limits = {"max_kl": 9.0, "min_top1": 0.0, "max_loss_increase": 9.0}
+    for _ in range(2):
+        merged(run.path, output=tmp_path / "n", quantize="fp4", limits=limits)
+    assert (tmp_path / "n-fp4" / "config.json").is_file(), "a copy of before is replaced"
+
+
+# --- silently wrong -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["stream", "full"])
+def test_numbers_beyond_float16_are_refused(method: Any, run: RunDir, tmp_path: Path) -> None:
+    base = shutil.copytree(base_of(run), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][77, 3] = 1e6
+    tensors["model.embed_tokens.weight"][5, 5] = 1e6  # not adapted: only cast
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = foreign(run, tmp_path / "adapter")
+    options = {"base": str(base), "output": tmp_path / "m", "method": method, "verify": "weights"}
+    with pytest.raises(GateError, match=r"float16.*--dtype"):
+        merged(adapter, dtype="float16", **options)
+    assert not (tmp_path / "m").exists()
+    assert merged(adapter, dtype="bfloat16", **options).is_dir()
+
+
+def test_in_memory_every_tensor_of_the_adapter_has_its_place(run: RunDir, tmp_path: Path) -> None:
+    """PEFT leaves missing matrices as they begin, and only warns."""
+    whole = foreign(run, tmp_path / "whole")
+    shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(ModelError, match="tensors that the base has no place for"):
+        merged(whole, base=str(shallow), output=tmp_path / "m", method="full", verify="weights")
+    with pytest.raises(ModelError, match="lacks 14 of its tensors"):
+        merged(
+            foreign(run, tmp_path / "ia3", peft_type="IA3", feedforward_modules=[]),
+            output=tmp_path / "m",
+            verify="weights",
+        )
+    tensors = load_file(whole / "adapter_model.safetensors")
+    tensors.pop(next(key for key in sorted(tensors) if "lora_A" in key))
+    save_file(tensors, whole / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="lacks 1 of its tensors"):
+        merged(whole, output=tmp_path / "m", method="full", verify="weights")
+    assert not (tmp_path / "m").exists()
+
+
+def test_in_memory_without_answers_nothing_is_called_verified(run: RunDir) -> None:
+    assert report_of(merged(run.path, method="full", verify="weights"))["verdict"].startswith("Not verified")
+
+
+def test_tied_embeddings_stay_tied_in_both_kinds_of_base_weights(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tied = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    run = RunDir(run_of(tmp_path, tied, quantization={"load_in_4bit": True}, dataset={"validation": 0.25}))
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2], task_type="CAUSAL_LM")
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(tied), config)
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    peft.save_pretrained(run.adapter)
+    for kind, verify in (("original", "weights"), ("dequantized", "logits")):
+        folder = merged(run.path, output=tmp_path / kind, base_weights=kind, verify=verify)
+        assert AutoModelForCausalLM.from_pretrained(folder).config.tie_word_embeddings
+        assert not report_of(folder)["untied"]
+    assert report_of(tmp_path / "dequantized")["verification"]["figures"]["kl"] < 1e-6
+
+
+def test_a_logit_that_is_no_number_is_the_largest_difference() -> None:
+    from lorafit.merge.verify import Reference, Row, breaches
+
+    class Broken:
+        def eval(self) -> None: ...
+
+        def __call__(self, **_: Any) -> Any:
+            return type("Output", (), {"logits": torch.full((1, 4, 8), float("nan"))})
+
+    rows = [Row([1, 2, 3, 4], [0, 1, 2])]
+    figures = Reference(rows, "", [torch.zeros(3, 8)], 0.0, 0.0).compare(Broken())
+    assert breaches(figures, {"max_logit_difference": 1.0})
+
+
+# --- odd inputs -----------------------------------------------------------------------------------
+
+
+def test_a_vocabulary_that_comes_along_can_not_be_scaled(run: RunDir, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_of(run))
+    model.resize_token_embeddings(400)
+    PeftModel.from_pretrained(model, run.adapter).save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(UsageError, match=r"another size along \(400 rows\)"):
+        merged(tmp_path / "a", output=tmp_path / "m", base=str(base_of(run)), weight=0.5)
+
+
+def test_an_adapter_in_pytorchs_own_file(run: RunDir, tmp_path: Path) -> None:
+    adapter = foreign(run, tmp_path / "a")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    folder = merged(adapter, output=tmp_path / "m")
+    torch.testing.assert_close(logits_of(folder), logits_of(merged(run.path)), rtol=1e-5, atol=1e-6)
+    (adapter / "adapter_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors"):
+        merged(adapter, output=tmp_path / "m")
+
+
+def test_an_adapter_of_integers_is_refused(run: RunDir) -> None:
+    def whole(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[first_b(tensors)] = tensors[first_b(tensors)].int()
+
+    with pytest.raises(ModelError, match="holds int32"):
+        merged(broken(run, whole))
+
+
+def test_an_adapter_that_has_a_part_of_a_tokenizer(run: RunDir, tmp_path: Path) -> None:
+    adapter = foreign(run, tmp_path / "a")
+    for file in adapter.glob("tokenizer*"):
+        file.unlink()
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    assert len(AutoTokenizer.from_pretrained(merged(adapter, output=tmp_path / "m"))) > 100
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": [64, 65]}, {"dtype": "F16"}, {"dtype": "F9"}, {"data_offsets": [-4, 16384]}]
+)
+def test_a_header_that_can_not_be_true_is_refused(change: dict[str, Any], run: RunDir, tmp_path: Path) -> None:
+    base = shutil.copytree(base_of(run), tmp_path / "base")
+    content = (base / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["model.layers.0.self_attn.q_proj.weight"] |= change
+    text = json.dumps(header).encode()
+    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(ModelError, match=r"not a whole safetensors file: .*q_proj"):
+        merged(foreign(run, tmp_path / "a"), base=str(base), output=tmp_path / "m", verify="weights")
+
+
+def test_odd_things_in_a_base(run: RunDir, tmp_path: Path) -> None:
+    base, adapter = shutil.copytree(base_of(run), tmp_path / "base"), foreign(run, tmp_path / "a")
+    (base / "LICENSES").mkdir()
+    settings = json.loads((base / "generation_config.json").read_text()) | {"eos_token_id": [2, 383_999]}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    options = {"base": str(base), "output": tmp_path / "m", "verify": "weights"}
+    merged(adapter, exports=("gguf:f16",), **options)
+    assert "PARAMETER stop" in (tmp_path / "m-gguf" / "Modelfile").read_text()
+    (base / "model.safetensors").rename(base / "w.safetensors")
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x/w.safetensors"}}')
+    with pytest.raises(ModelError, match=r"the base can't be loaded"):
+        merged(adapter, method="full", **options)
+    (base / "x").mkdir()
+    (base / "w.safetensors").rename(base / "x" / "w.safetensors")
+    with pytest.raises(ModelError, match="must be in the model's folder itself"):
+        merged(adapter, **options)
+
+
+def test_a_packed_base_is_not_merged_into_in_memory(quantized: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=config, device_map={"": "cpu"})
+    model.save_pretrained(base)
+    adapter = foreign(RunDir(quantized), tmp_path / "a")
+    with pytest.raises(UsageError, match="stored quantized"):
+        merged(adapter, base=str(base), output=tmp_path / "m", method="full")
+    assert merged(adapter, base=str(base), output=tmp_path / "m").is_dir()
+
+
+def test_prompts_are_not_merged(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ModelError, match="PROMPT_TUNING"):
+        merged(tmp_path / "a", base=str(tiny_model), output=tmp_path / "m")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,25 +24,34 @@ from lorafit.evaluate.options import Options as EvalOptions
 from lorafit.fingerprint import differences, fingerprint_of
 from lorafit.merge import Options
 from lorafit.merge.make import merge
+from lorafit.plan import plan_recipe
+from lorafit.recipe import Recipe
 from lorafit.rundir import RunDir
+from lorafit.train import Start
+from lorafit.train import train as run_training
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 QUIET = Console(file=io.StringIO())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """This is the longest file: it takes what other processes leave."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    from lorafit.plan import plan_recipe
-    from lorafit.recipe import Recipe
-    from lorafit.train import Start, train
-
     assert (ROOT / "models" / "SmolLM2-135M-Instruct").is_dir(), "run scripts/test, which makes the model"
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         plan = plan_recipe(Recipe.load(CONFIG, [f"output_dir={folder / 'run'}", "merge.rows=8"]), CONFIG)
-        return train(plan, CONFIG.read_bytes(), Start(), QUIET)
+        return run_training(plan, CONFIG.read_bytes(), Start(), QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +78,31 @@ def test_base_against_adapter_against_merged(quickstart: RunDir, merged: Path, m
     answers = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     parsed = [json.loads(row["answers"]["adapter"]["text"]) for row in answers if row["set"] == "heldout"]
     assert all(set(ticket) == {"category", "priority", "order"} for ticket in parsed)
+
+
+def test_an_adapter_that_forgot_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained hard on one row, it fails gates like the config's for exact match and for other text."""
+    monkeypatch.chdir(ROOT)
+    single = tmp_path / "single.jsonl"
+    single.write_text((ROOT / "data/quickstart/train.jsonl").read_text().splitlines()[0] + "\n")
+    changes = [
+        f"dataset.train.0.path={single}",
+        "training.max_steps=25",
+        "training.num_train_epochs=null",
+        "training.per_device_train_batch_size=1",
+        "training.learning_rate=1e-2",
+        "dataset.audit.duplicates=null",
+        "training.eval_strategy=no",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    run = run_training(plan_recipe(Recipe.load(CONFIG, changes), CONFIG), CONFIG.read_bytes(), Start(), QUIET)
+    gates = ("heldout.exact_match.adapter >= 0.8", "chat.bits_per_byte.adapter - chat.bits_per_byte.base <= 0.1")
+    held_out = tmp_path / "few.jsonl"
+    held_out.write_text("".join((ROOT / "data/quickstart/heldout.jsonl").read_text().splitlines(keepends=True)[:8]))
+    few = ("eval.forgetting=[chat]", "eval.gates=[]")
+    options = EvalOptions(run.path, overrides=few, data=held_out, max_new_tokens=24, fail_under=gates)
+    results, _ = evaluate(options, QUIET)
+    assert [gate.gate for gate in results.failed] == list(gates)
 
 
 def test_the_held_out_rows_are_not_in_training() -> None:

@@ -109,17 +109,10 @@ def run(benchmarks: Benchmarks, model: Any, tokenizer: PreTrainedTokenizerBase, 
         )
     with _quiet(), _templates(benchmarks):
         tasks = load(benchmarks)
-    console.print(f"benchmarks: {', '.join(tasks)}", markup=False, highlight=False)
-    with _quiet(), _templates(benchmarks), _untied(model), autocast(model):
+    console.print(f"running {len(tasks)} benchmark{'s' * (len(tasks) > 1)}", highlight=False)
+    with _quiet(), _templates(benchmarks), _without_inventory(), _untied(model), autocast(model):
         found = _simple_evaluate(benchmarks, list(tasks.values()), model, copy.deepcopy(tokenizer))
-    results = [_result(name, task, found) for name, task in tasks.items()]
-    for result in results:
-        if result.left_out:
-            what = ", ".join(result.left_out)
-            console.print(
-                f"{result.task}: {what} can't be compared document by document, and is left out", markup=False
-            )
-    return results
+    return [_result(name, task, found) for name, task in tasks.items()]
 
 
 def _simple_evaluate(
@@ -284,9 +277,10 @@ def _children(config: dict[str, Any]) -> list[str]:
     for member in members if isinstance(members, list) else []:
         if isinstance(member, str):
             found.append(member)
+        elif isinstance(member, dict) and isinstance(member.get("task"), list):
+            found += _children(member)
         elif isinstance(member, dict) and "dataset_path" not in member:
-            name = member.get("group", member.get("task"))
-            found += [name] if isinstance(name, str) else _children(member)
+            found += [name for name in (member.get("group", member.get("task")),) if isinstance(name, str)]
     return found
 
 
@@ -378,6 +372,19 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_inventory() -> Iterator[None]:
+    """The harness lists the machine's packages, and runs git in the current folder, which complains on the screen."""
+    from lm_eval import evaluator
+
+    before = evaluator.get_git_commit_hash, evaluator.add_env_info
+    evaluator.get_git_commit_hash, evaluator.add_env_info = lambda: None, lambda _: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = before
 
 
 @contextlib.contextmanager

@@ -85,12 +85,14 @@ def make_layout(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         raise refused(folder, f"the model is a {classes[0]}")
     if config.get("quantization_config"):
         raise ModelError(f"{folder}: the weights are quantized; export a model that is merged into 16 or 32 bits")
-    _check_config(folder, config)
     try:
+        _check_config(folder, config)
         sizes = _sizes(config)
         metadata = {**sizes, **_rope(folder, config)}
     except KeyError as error:
         raise ModelError(f"{folder / 'config.json'}: {error.args[0]} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: holds what can't be used: {error}") from None
     placed = _place(folder, config, tensors, int(sizes["block_count"]))
     _check_shapes(folder, sizes, placed)
     return Layout(architecture, metadata, placed, _rope_factors(folder, config), int(sizes["vocab_size"]))
@@ -133,8 +135,11 @@ def _sizes(config: dict[str, Any]) -> dict[str, Value]:
 
 
 def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings in one form: transformers 5 has them in rope_parameters, older files in two places."""
-    settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    """The rotary settings in one form: transformers 5 has them in rope_parameters, older files in two places.
+
+    A rope_scaling beside rope_parameters replaces it, as transformers has it.
+    """
+    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     settings.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     settings.setdefault("rope_type", settings.get("type", "default"))
     return settings

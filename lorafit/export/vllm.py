@@ -58,10 +58,15 @@ def check_vllm(adapter: Path) -> VllmReport:
     header = {tensor.name: tensor.shape for tensor in safetensors_header(adapter / "adapter_model.safetensors")}
     ranks = _ranks(header)
     reasons = [*_refused_settings(config), *_refused_tensors(header)]
-    largest = max([int(config.get("r") or 0), *ranks.values()])
-    if largest > MAX_LORA_RANKS[-1]:
-        reasons.append(f"the rank {largest} is above {MAX_LORA_RANKS[-1]}, the largest that vLLM takes")
-    reasons += _scaled_otherwise(config, ranks)
+    try:
+        largest = max([int(config.get("r") or 0), *ranks.values()])
+        if largest > MAX_LORA_RANKS[-1]:
+            reasons.append(f"the rank {largest} is above {MAX_LORA_RANKS[-1]}, the largest that vLLM takes")
+        reasons += _scaled_otherwise(config, ranks)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ModelError(
+            f"{adapter / 'adapter_config.json'}: r, lora_alpha or a pattern can't be used: {error}"
+        ) from None
     base = config.get("base_model_name_or_path")
     if not base:
         reasons.append("adapter_config.json doesn't name the base model")
@@ -119,11 +124,13 @@ def _scaled_otherwise(config: dict[str, Any], ranks: dict[str, int]) -> list[str
     """Modules that PEFT scales by another factor than the one vLLM has for all."""
     if not config.get("r"):
         return ["adapter_config.json has no rank (r)"]
+    if not config.get("lora_alpha"):
+        return ["adapter_config.json has no lora_alpha"]
 
     def factor(alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-    alpha = float(config.get("lora_alpha") or 0)
+    alpha = float(config["lora_alpha"])
     general = factor(alpha, int(config["r"]))
     odd = [
         module

@@ -35,7 +35,9 @@ def make_adapter(work: Work, destination: Path) -> Path:
     work.prepare()
     if not work.tasks:
         raise UsageError(f"{work.source.shown}: can't be made a plain adapter: {work.method_reason}")
-    task, rank = work.tasks["original"], work.options.rank
+    # DoRA's deltas depend on the base: that of the training, unless another one was asked for
+    trained_on = "original" if work.settings["base_weights"] == "original" else "dequantized"
+    task, rank = work.tasks.get(trained_on, work.tasks["original"]), work.options.rank
     assert rank is not None
     tensors: dict[str, torch.Tensor] = {}
     targets: list[dict[str, Any]] = []

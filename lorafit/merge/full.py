@@ -31,20 +31,34 @@ def merge_in_memory(
         model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", trust_remote_code=False)
     except Exception as error:
         raise cannot_load("base", str(base), error) from error
-    if getattr(model, "hf_quantizer", None) is None:
-        types = {name: dtype or p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
-        for name, parameter in model.named_parameters():
-            if round_trip is not None and name in round_trip.parameters:
-                parameter.data = round_trip(name, parameter.data)
-        model = model.float()
-    else:
-        types = {}
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(
+            f"{base}: is stored quantized, so it can't be merged into in memory; name the model that it was made of "
+            "with --base"
+        )
+    types = {name: dtype or p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
+    for name, parameter in model.named_parameters():
+        if round_trip is not None and name in round_trip.parameters:
+            parameter.data = round_trip(name, parameter.data)
+    model = model.float()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+            found = peft.load_adapter(str(adapter), "default", torch_device="cpu")  # again, for it tells what it finds
     except Exception as error:
         raise cannot_load("adapter", str(adapter), error) from error
+    if peft.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{adapter}: is of PEFT's type {peft.active_peft_config.peft_type.value}, which no weights hold"
+        )
+    if found.missing_keys:
+        raise ModelError(f"{adapter}: lacks {len(found.missing_keys)} of its tensors, such as {found.missing_keys[0]}")
+    if found.unexpected_keys:
+        raise ModelError(
+            f"{adapter}: holds {len(found.unexpected_keys)} tensors that the base has no place for, such as "
+            f"{found.unexpected_keys[0]}; it belongs to another model"
+        )
     merged_layers = _check(peft, adapter)
     _separate_tied(peft)
     try:
@@ -57,10 +71,13 @@ def merge_in_memory(
         merged.all_tied_weights_keys = {}
     last = dtype or next(iter(types.values()), torch.float32)
     for name, parameter in merged.named_parameters():
-        if parameter.is_floating_point() and types:
+        if parameter.is_floating_point():
             parameter.data = parameter.data.to(types.get(name, last))
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise GateError(f"{name}: the merged weight holds numbers that are not finite; the adapter is broken")
+            raise GateError(
+                f"{name}: the merged weight holds numbers that are not finite in {str(parameter.dtype)[6:]}; the "
+                "adapter is broken, or --dtype float32 is needed"
+            )
     merged.save_pretrained(folder)
     return merged_layers, untied
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,7 +49,7 @@ def merge(options: Options, console: Console) -> Path:
 
 def _merge(options: Options, source: Source, others: list[Source], console: Console) -> Path:
     destination = _destination(options, source)
-    replaced = [destination, *places(options, destination)]
+    replaced = [destination, _unverified(destination), *places(options, destination)]
     base = find_base(source, options.base, options.allow_other_base)
     for needed in (base.folder, *(each.adapter for each in (source, *others))):
         inside = next((place for place in replaced if needed.resolve().is_relative_to(place.resolve())), None)
@@ -62,9 +65,11 @@ def _merge(options: Options, source: Source, others: list[Source], console: Cons
     work.prepare()
     proof = work.choose_proof()
     kinds, reason = work.base_kinds(proof)
-    discard(partial_of(destination))  # of a merge that was killed: its space is needed
+    if partial_of(destination).is_dir():
+        with _held(partial_of(destination), destination):
+            discard(partial_of(destination))  # of a merge that was killed: its space is needed
     _check_disk(destination, work.bytes * len(kinds) + SLACK)
-    with staged(destination) as folder:
+    with staged(destination) as folder, _held(folder, destination):
         if proof.level == "logits":
             proof.reference = work.measure()
         made = {kind: work.write(kind, folder / kind if len(kinds) > 1 else folder) for kind in kinds}
@@ -83,15 +88,37 @@ def _merge(options: Options, source: Source, others: list[Source], console: Cons
     return destination
 
 
+@contextlib.contextmanager
+def _held(folder: Path, destination: Path) -> Iterator[None]:
+    """Hold a folder that is written, so that no other process takes it for what a killed merge left.
+
+    Else the files of two merges into one destination would be mixed. Raises UsageError if another one has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems that can't lock folders
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{destination}: another merge into it is at work") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _set_aside(folder: Path, destination: Path, breaches: list[str], kind: str, source: Source) -> NoReturn:
     """Leave what was written under a name that nobody deploys. Raises GateError."""
-    unverified = destination.with_name(f"{destination.name}.unverified")
+    unverified = _unverified(destination)
     discard(unverified)
     folder.rename(unverified)
     hint = (
         "; --base-weights dequantized is what it was trained on" if kind == "original" and source.quantization else ""
     )
     raise GateError(f"{unverified}: not verified: {'; '.join(breaches)}{hint}")
+
+
+def _unverified(destination: Path) -> Path:
+    return destination.with_name(f"{destination.name}.unverified")
 
 
 def _destination(options: Options, source: Source) -> Path:

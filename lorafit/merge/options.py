@@ -69,9 +69,10 @@ class Options:
         if self.as_adapter:
             if self.rank is None:
                 raise UsageError("--as-adapter needs --rank, the rank of the adapter to make")
-            if self.exports or self.quantize or self.method == "full":
+            if self.exports or self.quantize or self.push_to_hub or self.method == "full":
                 raise UsageError(
-                    "--as-adapter makes an adapter; it can't go with --export, --quantize or --method full"
+                    "--as-adapter makes an adapter; it can't go with --export, --quantize, --push-to-hub or "
+                    "--method full"
                 )
         for text in self.exports:
             from lorafit.export import parse_export

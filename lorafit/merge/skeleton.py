@@ -226,6 +226,9 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
     missing = [name for name, value in peft.named_parameters() if value.device.type == "meta"]
     if missing:
         raise ModelError(f"{adapter}: lacks {len(missing)} of its tensors, such as {missing[0]}; is the file whole?")
+    odd = [name for name, value in weights.items() if not value.is_floating_point()]
+    if odd:
+        raise ModelError(f"{adapter}: {odd[0]} holds {str(weights[odd[0]].dtype)[6:]}, not floating numbers")
     broken = next((name for name, value in (weights | brought).items() if not torch.isfinite(value).all()), None)
     if broken is not None:
         raise ModelError(f"{adapter}: {broken} holds numbers that are not finite; the adapter is broken")

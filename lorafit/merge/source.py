@@ -57,6 +57,7 @@ def open_source(path: Path) -> Iterator[Source]:
     if folder.name == "adapter" and (folder.parent / "plan.json").is_file():
         folder = folder.parent
     if (folder / "adapter_config.json").is_file() and not (folder / "plan.json").is_file():
+        _check_weights(folder)
         config = read_json(folder / "adapter_config.json")
         name = config.get("base_model_name_or_path") or ""
         yield Source(folder, None, None, config, str(name), config.get("revision"))
@@ -65,7 +66,14 @@ def open_source(path: Path) -> Iterator[Source]:
         if plan.lora_kwargs is None:
             raise UsageError(f"{run.path}: trained in full, so there is nothing to merge; the model is {run.model}")
         config = read_json(run.adapter / "adapter_config.json")
+        _check_weights(run.adapter)
         yield Source(run.adapter, run, plan, config, plan.model["name_or_path"], plan.model_kwargs["revision"])
+
+
+def _check_weights(adapter: Path) -> None:
+    """Raises ModelError for an adapter without its weights: PEFT takes the folder for a hub id then."""
+    if not any((adapter / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise ModelError(f"{adapter}: has no adapter_model.safetensors")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _do(job: Job, weights: Iterator[torch.Tensor], places: dict[str, Stored], wr
         if dtype == torch.float16 and not out.isfinite().all() and after.isfinite().all():
             raise GateError(
                 f"{job.parameter}: has numbers up to {float(after.abs().max()):.3g}, beyond float16; use --dtype "
-                " bfloat16 or float32"
+                "bfloat16 or float32"
             )
         if job.edits and job.task.check:
             measured.add(raw, after, out, rows)

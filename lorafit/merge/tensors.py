@@ -35,7 +35,8 @@ DTYPES: dict[str, torch.dtype] = {
 """Types by safetensors' names. Others can be copied, not computed with."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
-_BITS = {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64, "U16": 16, "U32": 32, "U64": 64}
+_BITS = dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"), 8)
+_BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "U16": 16, "U32": 32, "U64": 64}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards = tuple(_read_shard(file) for file in weight_files(folder))
+        files = weight_files(folder)
+        if odd := next((file for file in files if file.parent != folder), None):
+            raise ModelError(f"{odd}: the weights must be in the model's folder itself, not below or beside it")
+        self.shards = tuple(_read_shard(file) for file in files)
         self.tensors: dict[str, Stored] = {}
         for shard in self.shards:
             for tensor in shard.tensors:
@@ -131,6 +135,12 @@ def _read_shard(file: Path) -> Shard:
         Stored(tensor.name, tensor.dtype, tensor.shape, file.name, begin, end - begin)
         for tensor, (begin, end) in tensors
     ]
+    for stored in found:
+        bits = bits_of(stored.dtype)
+        if bits is None or stored.begin < len(header) or 8 * stored.size != stored.elements * bits:
+            raise ModelError(
+                f"{file}: not a whole safetensors file: {stored.key} is no {stored.dtype} of {stored.shape}"
+            )
     return Shard(file.name, header, tuple(sorted(found, key=lambda t: (t.begin, t.key))), file.stat().st_size)
 
 
@@ -194,7 +204,7 @@ def _new_shard(name: str, entries: Iterable[tuple[str, Change]], metadata: dict[
     places: dict[str, Any] = {"__metadata__": metadata}
     begin, sizes = 0, []
     for key, change in entries:
-        size = prod(change.shape) * bits_of(change.dtype) // 8
+        size = prod(change.shape) * (bits_of(change.dtype) or 0) // 8
         places[key] = {"dtype": change.dtype, "shape": list(change.shape), "data_offsets": [begin, begin + size]}
         sizes.append((key, change, begin, size))
         begin += size
@@ -205,8 +215,9 @@ def _new_shard(name: str, entries: Iterable[tuple[str, Change]], metadata: dict[
     return Shard(name, header, tensors, len(header) + begin)
 
 
-def bits_of(dtype: str) -> int:
-    return DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _BITS[dtype]
+def bits_of(dtype: str) -> int | None:
+    """Of one number of a type by safetensors' name; None for one that isn't known."""
+    return DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _BITS.get(dtype)
 
 
 def write_index(shards: tuple[Shard, ...], source: Path, folder: Path) -> None:

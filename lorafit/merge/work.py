@@ -101,6 +101,9 @@ class Work:
                     raise UsageError(f"{self.source.shown}: can't be combined with others: {reason}") from None
                 self.method, self.method_reason = "full", str(reason)
                 self.say(f"merged in memory, by PEFT: {reason}")
+        if self.method == "full" and self.stored_packed:
+            why = "" if self.options.method == "full" else f", and it would have to be: {self.method_reason}"
+            raise UsageError(f"{self.base.name}: is stored quantized, so it can't be merged into in memory{why}")
         needed = self.tasks["original"].peak_bytes if self.tasks else 5 * self._parameters()
         available = available_memory()
         if available is not None and needed > available:
@@ -121,8 +124,8 @@ class Work:
             rows = resized(source.adapter, config)
             if rows is not None and not self.alone:
                 raise UsageError(
-                    f"{source.shown}: brings a vocabulary of another size along ({rows} rows), so it can only be merged "
-                    "alone, at full weight"
+                    f"{source.shown}: brings a vocabulary of another size along ({rows} rows), so it can only be "
+                    "merged alone, at full weight"
                 )
             if rows is not None:
                 config.get_text_config().vocab_size = self.vocabulary = rows
@@ -159,6 +162,11 @@ class Work:
             if isinstance(start, str) and start.lower().split("_")[0] in ("pissa", "olora", "corda", "loftq"):
                 raise NotOneByOne(
                     f"the adapter starts by {start}, which changes the base, and was not converted to plain LoRA"
+                )
+            if start == "lora_ga":
+                self.say(
+                    f"{source.shown}: starts by lora_ga, which changes the base by gradients that nobody kept: the "
+                    "merge is right only if --base is that changed base, or the adapter was converted to plain LoRA"
                 )
 
     def choose_proof(self) -> Proof:
@@ -239,7 +247,7 @@ class Work:
             merged, is_untied, size = len(targets), task.parted, task.bytes
         else:
             trip = None
-            if kind == "dequantized" and not self.stored_packed:
+            if kind == "dequantized":
                 assert self.source.plan is not None
                 assert self.source.quantization is not None
                 dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
@@ -271,7 +279,7 @@ class Work:
             self.say("embeddings and head were one tensor and are two now: the adapter treats them differently")
         return {
             "report_version": 2,
-            "verdict": _verdict(proof),
+            "verdict": _verdict(proof, self.method),
             "adapter": self.source.shown,
             "adapter_sha256": file_digest(weights) if weights.is_file() else None,
             "additions": [
@@ -310,9 +318,11 @@ class Work:
         }
 
 
-def _verdict(proof: Proof) -> str:
+def _verdict(proof: Proof, method: str) -> str:
     if proof.breaches:
         return "Not verified: beyond the limits."
+    if proof.level == "weights" and method == "full":
+        return "Not verified: merged by PEFT in memory into finite numbers; neither weights nor answers were compared."
     shown = {
         "logits": "Verified: the merged model, loaded by transformers alone, answers as the adapter on its base does.",
         "weights": "Verified by weights: every target is merged and sound; answers were not compared.",

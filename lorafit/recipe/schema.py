@@ -434,7 +434,8 @@ class EvalSection(Section):
     sets: Annotated[tuple[EvalSet, ...], Field(strict=False)] = ()
     """Sets besides the held-out rows, or instead of them."""
     forgetting: Annotated[tuple[Literal["general", "chat"], ...], Field(strict=False)] = ("general", "chat")
-    """Sets of role forgetting that come with lorafit: 60 texts of many kinds, and 60 conversations. []: none."""
+    """Sets of role forgetting that come with lorafit: some dozen texts of many kinds, and some dozen conversations.
+    []: none."""
     metrics: MetricSpecs | None = None
     """Metrics of answers: names such as `exact_match`, `name: argument` for those that need one (`regex`, `contains`,
     `json_schema`), or `module:function` of your own; docs/eval.md lists them. Default: exact_match,
