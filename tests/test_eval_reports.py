@@ -1,0 +1,119 @@
+"""The terminal, report.md and junit.xml say what was found, at any width and of any text."""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_report_html import example_results, example_samples
+
+from lorafit.evaluate.report.junit import as_junit
+from lorafit.evaluate.report.markdown import as_markdown
+from lorafit.evaluate.report.summary import verdict
+from lorafit.evaluate.report.terminal import print_results
+from lorafit.evaluate.results import Gate, Results
+
+HOSTILE = "a|b <script>x</script> [bold red]c[/] `d` \x1b[31m\x00 \u202e\n# e"
+
+
+def printed(results: Results, width: int = 200, samples: Any = ()) -> str:
+    out = io.StringIO()
+    print_results(results, list(samples), Console(file=out, width=width, force_terminal=True, color_system=None))
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return example_results()
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_terminal_has_the_figures_at_any_width(results: Results, width: int) -> None:
+    text = printed(results, width)
+    for name, info in results.sets.items():
+        assert f"{name}" in text
+        assert f"{info.rows} rows" in text
+    figure = results.figures["heldout.exact_match.adapter"].value
+    assert figure is not None
+    assert f"{100 * figure:.1f}%" in text
+    for gate in results.gates:
+        assert gate.gate in text
+        assert gate.sentence in text
+    assert text.count("FAILED") == len(results.failed)
+
+
+def test_a_sample_stands_beside_what_was_expected(results: Results) -> None:
+    sample = example_samples()[0]
+    text = printed(results, samples=[sample])
+    assert sample.prompt.splitlines()[0] in text
+    for name, answer in sample.answers.items():
+        mark = "=" if answer.text == sample.expected else "≠"
+        assert re.search(rf"{name}\s+{mark}", text)
+
+
+def test_the_verdict_says_noise_where_it_is(results: Results) -> None:
+    (first, *others) = (one for one in results.differences if (one.set, one.metric) == ("heldout", "exact_match"))
+    clear = first.model_copy(update={"value": 0.3, "low": 0.1, "high": 0.5})
+    unclear = first.model_copy(update={"value": 0.1, "low": -0.1, "high": 0.3})
+    said = [verdict(results.model_copy(update={"differences": (one, *others)})) for one in (clear, unclear)]
+    assert "+30.0 points" in said[0]
+    assert "more than noise" in said[0]
+    assert "within noise" in said[1]
+    assert f"{len(results.failed)} of {len(results.gates)} gates failed" in said[0]
+
+
+def test_markdown_tables_are_whole(results: Results) -> None:
+    text = as_markdown(results)
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert len(tables) > len(results.sets)
+    for table in tables:
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(bars) == 1, table
+    for gate in results.gates:
+        assert ("**failed**" if not gate.passed else "passed") in text
+    assert text.count("<details>") == text.count("</details>") == 1
+    assert len(text.encode()) < 60_000
+
+
+def test_junit_counts_and_names_failures(results: Results) -> None:
+    root = ElementTree.fromstring(as_junit(results).encode())
+    suite = root[0]
+    assert suite.get("tests") == str(len(suite.findall("testcase"))) == str(len(results.gates))
+    assert suite.get("failures") == str(len(suite.findall("testcase/failure"))) == str(len(results.failed))
+    properties = {one.get("name"): one.get("value") for one in suite.findall("properties/property")}
+    assert set(properties) == set(results.figures)
+    message = suite.find("testcase/failure")
+    assert message is not None
+    assert message.get("message") == results.failed[0].sentence
+
+
+def test_hostile_text_is_text(results: Results) -> None:
+    gate = Gate(gate=HOSTILE, where="--fail-under", passed=False, sentence=HOSTILE)
+    changed = results.model_copy(update={"name": HOSTILE, "gates": (gate,), "remarks": (HOSTILE,)})
+    sample = example_samples()[0].model_copy(update={"prompt": HOSTILE, "expected": HOSTILE})
+    shown = printed(changed, samples=[sample])
+    assert "\x1b" not in shown
+    assert "\x00" not in shown
+    assert "[bold red]c[/]" in shown
+    text = as_markdown(changed)
+    assert "<script>" not in text
+    assert "\n# e" not in text
+    assert r"a\|b" in text
+    root = ElementTree.fromstring(as_junit(changed).encode())
+    failure = root.find(".//failure")
+    assert failure is not None
+    assert "<script>" in (failure.text or "")
+
+
+def test_what_has_no_value_is_a_dash(results: Results) -> None:
+    figures = {
+        name: one.model_copy(update={"value": None, "low": None, "high": None}) for name, one in results.figures.items()
+    }
+    nothing = results.model_copy(update={"figures": figures, "differences": (), "gates": ()})
+    assert "nan" not in printed(nothing).lower()
+    assert "None" not in as_markdown(nothing).split("<details>")[0]
+    assert verdict(nothing) == "nothing to compare"
