@@ -24,8 +24,10 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lorafit.chat as module
-from lorafit.chat import ChatOptions, Turn, _Stream, chat, from_stdin, harmless
+import lorafit.chat.room as module
+from lorafit.chat import ChatOptions, Turn, from_stdin, harmless
+from lorafit.chat.make import chat
+from lorafit.chat.room import _Stream
 from lorafit.data import prepare
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.rundir import RunDir

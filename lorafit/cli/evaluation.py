@@ -111,21 +111,23 @@ def chat(
     from lorafit.evaluate.options import parse_adapter
 
     adapters = tuple((one.name, one.path) for one in map(parse_adapter, adapter or ()))
-    from lorafit.quiet import hush
-
-    hush()
     from lorafit.chat import ChatOptions, from_stdin
-    from lorafit.chat import chat as run_chat
 
     prompts = tuple(prompt or ()) or from_stdin(sys.stdin)
     if as_json and not prompts:
         fail("--json prints answers to --prompt, or to what comes on stdin", UsageError.exit_code)
     options = ChatOptions(path, adapters, prompts, system, max_new_tokens, temperature, seed, use)
+    options.check()
 
     def write(text: str) -> None:
         if not as_json:
             sys.stdout.write(text)
             sys.stdout.flush()
+
+    from lorafit.quiet import hush
+
+    hush()
+    from lorafit.chat.make import chat as run_chat
 
     turns = run_chat(options, talk(), input, write)
     if as_json:

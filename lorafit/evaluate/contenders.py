@@ -24,7 +24,7 @@ from lorafit.loss import settle_head
 from lorafit.model import base_source, load_base, on_cpu
 from lorafit.plan import Plan
 from lorafit.rows import file_digest
-from lorafit.rundir import RunDir, located
+from lorafit.rundir import RunDir, located, open_run
 from lorafit.tokenizer import cannot_load
 
 LoadedModel: TypeAlias = Any
@@ -91,6 +91,21 @@ def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
     if named and Path(named).name.lower() not in ours:
         raise ModelError(f"{folder}: is for the base {named}, and {run.path} is on {plan.model['name_or_path']}")
     return Contender(name, "adapter", str(folder), plan, run, _digest(folder))
+
+
+def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextlib.ExitStack) -> Contender:
+    """An adapter folder, or the adapter of another run (held by the stack), on a run's own base.
+
+    Raises UsageError, ModelError.
+    """
+    path = located(path)
+    if not RunDir(path).is_run:
+        return adapter_at(name, path, run, plan)
+    other, its = held.enter_context(open_run(path))
+    check_same_base(run, other)
+    if its.lora_kwargs is None:
+        raise UsageError(f"--adapter {name}={path}: the run trained in full and has no adapter")
+    return Contender(name, "adapter", str(other.adapter), plan, run, _digest(other.adapter))
 
 
 def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from lorafit.evaluate.contenders import (
     BASE,
     Contender,
     adapter_at,
+    adapter_named,
     base_of,
     check_same_base,
     merged_at,
@@ -97,7 +97,7 @@ def _contenders(options: Options, run: RunDir, plan: Plan, stack: contextlib.Exi
             found.append(merged_at("merged", run.merged, run, plan))
         else:
             found.append(_at(Path(name), name_of(name, taken), run, plan, stack))
-    found += [_adapter(adapter.path, adapter.name, run, plan, stack) for adapter in options.adapters]
+    found += [adapter_named(adapter.name, adapter.path, run, plan, stack) for adapter in options.adapters]
     return sorted(found, key=lambda contender: contender.kind != BASE)
 
 
@@ -114,14 +114,3 @@ def _at(path: Path, name: str, run: RunDir, plan: Plan, stack: contextlib.ExitSt
     raise UsageError(
         f"--compare {path}: is no run, merged model or adapter; expected base, adapter, merged, or the path of one"
     )
-
-
-def _adapter(path: Path, name: str, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> Contender:
-    """An adapter folder, or the adapter of a run, on the run's own base."""
-    if not RunDir(path).is_run:
-        return adapter_at(name, path, run, plan)
-    other, its = stack.enter_context(open_run(path))
-    check_same_base(run, other)
-    if its.lora_kwargs is None:
-        raise UsageError(f"--adapter {name}={path}: the run trained in full and has no adapter; name it in --compare")
-    return dataclasses.replace(result_of(other, its, name), plan=plan, run=run)
