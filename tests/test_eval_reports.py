@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from test_report_html import example_results, example_samples
 
+import lorafit.evaluate
 from lorafit.evaluate.report.junit import as_junit
 from lorafit.evaluate.report.markdown import as_markdown
 from lorafit.evaluate.report.summary import verdict
 from lorafit.evaluate.report.terminal import print_results
 from lorafit.evaluate.results import Gate, Results
 
+TEXTS = Path(lorafit.evaluate.__file__).parent / "texts"
 HOSTILE = "a|b <script>x</script> [bold red]c[/] `d` \x1b[31m\x00 \u202e\n# e"
 
 
@@ -117,3 +121,66 @@ def test_what_has_no_value_is_a_dash(results: Results) -> None:
     assert "nan" not in printed(nothing).lower()
     assert "None" not in as_markdown(nothing).split("<details>")[0]
     assert verdict(nothing) == "nothing to compare"
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_differences_stay_whole_in_a_narrow_terminal(results: Results, width: int) -> None:
+    """Columns are left out before a figure would be folded or cut."""
+    lines = printed(results, width).splitlines()
+    assert any("exact match" in line and "+95.0 points" in line and "better" in line for line in lines)
+    assert any("exact match" in line and "−1.7 points" in line and "within noise" in line for line in lines)
+    assert any("bits per byte" in line and "0.0000" in line and "within noise" in line for line in lines)
+    titled = [line for line in lines if "merged − adapter" in line]
+    assert titled
+    assert all(("95% interval" in line) is (width > 60) for line in titled)
+    assert all(("detectable" in line) is (width == 200) for line in titled)
+
+
+def test_models_that_do_not_fit_beside_each_other_stand_below_each_other(results: Results) -> None:
+    names = {model: f"another-long-name-of-a-model-{model}" for model in results.models}
+    renamed = results.model_copy(
+        update={
+            "models": {names[model]: info for model, info in results.models.items()},
+            "figures": {
+                f"{name.rpartition('.')[0]}.{names[name.rpartition('.')[2]]}": figure
+                for name, figure in results.figures.items()
+            },
+            "differences": (),
+        }
+    )
+    lines = printed(renamed, 80).splitlines()
+    for model, value in (("base", "0.0%"), ("adapter", "95.0%"), ("merged", "93.3%")):
+        assert any(f"exact match, {names[model]}" in line and value in line for line in lines)
+
+
+def test_markdown_fits_in_a_comment(results: Results) -> None:
+    """However many sets there are, and the table that is cut is still one."""
+    many = {f"set{number}": results.sets["heldout"] for number in range(300)}
+    figures = {
+        f"{name}.loss.{model}": results.figures[f"heldout.loss.{model}"] for name in many for model in results.models
+    }
+    settings = {"eval": {"note": "&" * 100_000}}
+    text = as_markdown(results.model_copy(update={"sets": many, "figures": figures, "settings": settings}))
+    assert len(text.encode()) < 60_000
+    assert "The rest is in results.json" in text
+    assert text.rstrip().endswith("```\n\n</details>")
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("name", ["general", "chat"])
+def test_the_texts_that_come_with_lorafit(name: str) -> None:
+    lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 30
+    rows = [json.loads(line) for line in lines]
+    assert [json.dumps(row, ensure_ascii=False) for row in rows] == lines
+    texts = [row["text"] if name == "general" else row["messages"][0]["content"] for row in rows]
+    assert len(set(texts)) == len(texts)
+    for row in rows:
+        if name == "general":
+            assert set(row) == {"text"}
+            words = len(row["text"].split())
+            assert 60 <= words <= 130 or (words == 1 and 150 <= len(row["text"]) <= 400), row["text"]
+        else:
+            assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+            assert 5 <= len(row["messages"][1]["content"].split()) <= 90, row["messages"]

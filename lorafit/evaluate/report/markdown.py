@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -12,6 +13,10 @@ from lorafit.evaluate.results import Results
 
 MOST_TEXT = 300
 """Characters of a name, a path or a sentence."""
+MOST_BYTES = 36_000
+"""Of what stands before the settings; a comment on a pull request may have 65,536 characters."""
+MOST_SETTINGS = 20_000
+"""Characters of the settings."""
 _FORGETTING = (
     "Text that has nothing to do with the task: what the model predicts worse than before, it forgot. KL is how far "
     "its predictions are from the base's."
@@ -28,7 +33,8 @@ def as_markdown(results: Results) -> str:
         ]
         lines += [*_table(("gate", "", "figures"), [(gate, mark, text) for mark, gate, text in rows]), ""]
     for name, info in results.sets.items():
-        lines += [f"### {_safe(name)}", "", f"{info.rows} rows, {info.answered} answered: {_safe(info.source)}", ""]
+        answered = f", {info.answered} answered" if info.answered else ""
+        lines += [f"### {_safe(name)}", "", f"{info.rows} rows{answered}: {_safe(info.source)}", ""]
         if info.role == "forgetting":
             lines += [_FORGETTING, ""]
         metrics = brief(info)
@@ -58,6 +64,7 @@ def as_markdown(results: Results) -> str:
             head = ("difference", "", "value", "95% interval", "won/tied/lost", "", "detectable")
             lines += [*_table(head, differences), ""]
     lines += [f"- {_safe(remark)}" for remark in results.remarks]
+    lines = _bounded(lines)
     about = {"run": results.run, "created": results.created, "versions": results.versions, "hardware": results.hardware}
     text = json.dumps(about | {"settings": results.settings}, indent=1, ensure_ascii=True).replace("```", "` ` `")
     lines += [
@@ -65,12 +72,19 @@ def as_markdown(results: Results) -> str:
         "<details><summary>Versions, hardware and settings</summary>",
         "",
         "```json",
-        text[:20_000],
+        text[:MOST_SETTINGS],
         "```",
         "",
     ]
     lines += ["</details>"]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def _bounded(lines: list[str]) -> list[str]:
+    """The lines that MOST_BYTES have room for; a table may lose its last rows, and a line says so."""
+    ends = itertools.accumulate(len(line.encode("utf-8", "backslashreplace")) + 1 for line in lines)
+    kept = sum(end <= MOST_BYTES for end in ends)
+    return lines if kept == len(lines) else [*lines[:kept], "", "The rest is in results.json and report.html."]
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from lorafit.evaluate.report.page.words import visible
-from lorafit.evaluate.report.summary import brief, difference_rows, figure_rows, verdict
+from lorafit.evaluate.report.summary import DifferenceRow, Row, brief, difference_rows, figure_rows, verdict
 from lorafit.evaluate.results import Results, Sample
-
-_WIDE = 110
-"""Columns from which on intervals stand beside the figures."""
 
 
 def print_results(results: Results, samples: list[Sample], console: Console | None = None) -> None:
@@ -23,22 +23,13 @@ def print_results(results: Results, samples: list[Sample], console: Console | No
         role = "" if info.role == "task" else f" · {info.role}"
         _say(console, f"{name}{role}: {info.rows} rows{answered} ({info.source})", style="bold")
         metrics = brief(info)
-        figures = _table("", *results.models)
-        for row in figure_rows(results, name, metrics):
-            cells = zip(row.values, row.intervals, strict=True)
-            wide = console.width >= _WIDE
-            shown = [f"{value}  ({ends})" if wide and ends else value for value, ends in cells]
-            figures.add_row(row.label, *map(Text, shown))
-        console.print(figures)
+        console.print(_fitting(console, _figures(results, list(figure_rows(results, name, metrics)))))
         rows = list(difference_rows(results, name, metrics))
         for pair in dict.fromkeys((one.model, one.against) for one in rows):
             if pair[1] == results.first and pair[0] in {one.model for one in rows if one.against != results.first}:
                 continue  # what differs from the run's own result is of more interest; the reports have both
-            table = _table(f"{pair[0]} − {pair[1]}", "difference", "95% interval", "won/tied/lost", "")
-            for one in rows:
-                if (one.model, one.against) == pair:
-                    table.add_row(one.label, one.value, one.interval, one.rows, one.says)
-            console.print(table)
+            own = [one for one in rows if (one.model, one.against) == pair]
+            console.print(_fitting(console, _differences(f"{pair[0]} − {pair[1]}", own)))
     for speed in results.speed:
         _say(
             console,
@@ -71,10 +62,52 @@ def _print_sample(sample: Sample, console: Console) -> None:
         console.print(line, soft_wrap=True)
 
 
+def _fitting(console: Console, tables: Iterable[Table]) -> Table:
+    """The first table that the console has room for, or the last one."""
+    for table in tables:
+        if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+            break
+    return table
+
+
+def _figures(results: Results, rows: list[Row]) -> Iterator[Table]:
+    """With intervals, without them, and with a line for each model."""
+    for with_ends in (True, False):
+        table = _table("", *results.models)
+        for row in rows:
+            cells = zip(row.values, row.intervals, strict=True)
+            shown = [f"{value}  ({ends})" if with_ends and ends else value for value, ends in cells]
+            table.add_row(row.label, *map(Text, shown))
+        yield table
+    for with_ends in (True, False):
+        table = _table("", "value", *["95% interval"] * with_ends)
+        for row in rows:
+            for model, value, ends in zip(results.models, row.values, row.intervals, strict=True):
+                table.add_row(Text(f"{row.label}, {model}"), *map(Text, (value, *[ends] * with_ends)))
+        yield table
+
+
+def _differences(title: str, rows: list[DifferenceRow]) -> Iterator[Table]:
+    """With fewer and fewer columns: what was found stays longest."""
+    columns = {
+        "": [one.says for one in rows],
+        "difference": [one.value for one in rows],
+        "95% interval": [one.interval for one in rows],
+        "won/tied/lost": [one.rows for one in rows],
+        "detectable": [one.detectable for one in rows],
+    }
+    for kept in range(len(columns), 1, -1):
+        names = [*list(columns)[1:kept], ""]
+        table = _table(title, *names)
+        for index, one in enumerate(rows):
+            table.add_row(Text(one.label), *(Text(columns[name][index]) for name in names))
+        yield table
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(Text(column), overflow="fold", no_wrap=number > 1)
+        table.add_column(Text(column), overflow="fold", no_wrap=number > 0)
     return table
 
 
