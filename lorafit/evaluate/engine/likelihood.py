@@ -30,11 +30,12 @@ class RowLikelihood:
 
 @dataclass(frozen=True)
 class RowDivergence:
-    """A row's learned positions: the summed KL(base || model) in nats, and how many."""
+    """A row's learned positions: the summed KL(base || model) in nats, how many, and the model's likelihood there."""
 
     row: int
     kl: float
     tokens: int
+    likelihood: RowLikelihood
 
 
 @torch.no_grad()
@@ -86,6 +87,13 @@ def divergences(
             ).logits[:, :-1]
         return made[(labels != IGNORED).to(model.device)]
 
+    def own(made: torch.Tensor, chosen: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each position: the negative log-likelihood of the row's own token, and whether it is top-1."""
+        labels = torch.tensor([label for row in chosen for label in row["labels"][1:] if label != IGNORED])
+        labels = labels.to(made.device)
+        nll = functional.cross_entropy(made.float(), labels, reduction="none")
+        return nll.double().cpu(), (made.argmax(-1) == labels).cpu()
+
     def work(batch: list[int]) -> list[RowDivergence]:
         chosen = [rows[index] for index in batch]
         mine = logits(chosen)
@@ -95,8 +103,12 @@ def divergences(
         parts = [_kl(its[i : i + count], mine[i : i + count]) for i in range(0, len(mine), count)]
         each = torch.cat(parts).double().cpu()
         sizes = [sum(label != IGNORED for label in row["labels"][1:]) for row in chosen]
-        sums = [float(part.sum()) for part in each.split(sizes)]
-        return [RowDivergence(row, kl, size) for row, kl, size in zip(batch, sums, sizes, strict=True)]
+        nll, hits = own(mine, chosen)
+        parts_of = zip(batch, sizes, each.split(sizes), nll.split(sizes), hits.split(sizes), strict=True)
+        return [
+            RowDivergence(row, float(kl.sum()), size, RowLikelihood(row, float(loss.sum()), size, int(hit.sum())))
+            for row, size, kl, loss, hit in parts_of
+        ]
 
     vocabulary = int(model.config.get_text_config().vocab_size)
     for batch in _in_batches(model, rows, done, most_tokens=max(CHUNK_BYTES // (4 * vocabulary), 1)):
