@@ -134,7 +134,8 @@ def difference(
     bootstrap = Bootstrap(len(_by_row(a)), 0)
     one, other = bootstrap.value(a), bootstrap.value(b)
     value = None if one is None or other is None else one - other
-    gap = resampled_a - resampled_b
+    with np.errstate(invalid="ignore"):
+        gap = resampled_a - resampled_b
     low, high = bootstrap.interval(gap)
     mine, its = _by_row(a), _by_row(b)
     both = ~(np.isnan(mine) | np.isnan(its))
@@ -142,7 +143,8 @@ def difference(
     finite = gap[np.isfinite(gap)]
     error = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
     count = int(both.sum())
-    detectable = _POWER * error if error > 0 else (1 - 0.2 ** (1 / count) if count else None)
+    rounding = 1e-12 * float(np.abs(resampled_a[np.isfinite(gap)]).max(initial=0))
+    detectable = _POWER * error if error > rounding else (1 - 0.2 ** (1 / count) if count else None)
     return Difference(
         set=set,
         metric=metric,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -44,17 +44,21 @@ def batches(
 
 
 def token_budget(model: Any) -> int:
-    """Padded tokens of a batch that fit into a quarter of the free memory.
+    """Padded tokens of a batch: what fits into a quarter of the free memory, at most a fixed number on each device.
 
-    A token takes its keys and values in every layer, and the widest activations of one layer about eight times over;
-    logits are held for learned positions only, in chunks (lorafit.loss).
+    A token takes its key and value in every layer (2 x layers x key-value heads x head size), and the activations of
+    one layer, which are freed before the next: about eight tensors as wide as the hidden state and its feed-forward
+    part, in float32 at worst. Logits are counted by those who make them.
     """
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     wide = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * hidden)
+    heads = int(getattr(config, "num_attention_heads", 0) or 1)
+    kept = int(getattr(config, "num_key_value_heads", 0) or heads)
+    head = int(getattr(config, "head_dim", 0) or hidden // heads)
     layers = int(getattr(config, "num_hidden_layers", 1))
     size = max(torch.finfo(model.dtype).bits // 8, 2)
-    token_bytes = size * (2 * layers * hidden + 8 * (hidden + wide))
+    token_bytes = size * 2 * layers * kept * head + 4 * 8 * (hidden + wide)
     if model.device.type == "cuda":
         free: int | None = torch.cuda.mem_get_info(model.device)[0]
         most = GPU_TOKENS
@@ -63,17 +67,40 @@ def token_budget(model: Any) -> int:
     return most if free is None else max(min(int(SHARE * free / token_bytes), most), 1)
 
 
-def shrinking(work: Callable[[list[int]], list[T]], batch: list[int]) -> list[T]:
-    """The results of a batch; where memory is too small for it, of its halves. Raises what a single row raises."""
+def logit_positions(model: Any, most_bytes: int) -> int:
+    """Positions whose logits take so many bytes in float32; at least one."""
+    return max(most_bytes // (4 * int(model.config.get_text_config().vocab_size)), 1)
+
+
+def shrinking(work: Callable[[list[int]], list[T]], planned: Iterable[list[int]]) -> Iterator[T]:
+    """The results of all batches; where memory is too small for one, it and those after it are halved.
+
+    Raises what a single row raises.
+    """
+    pieces = 1
+    for batch in planned:
+        place = 0
+        while place < len(batch):
+            part = batch[place : place + -(-len(batch) // pieces)]
+            made = _attempt(work, part)
+            if made is None:
+                while -(-len(batch) // pieces) >= len(part):
+                    pieces *= 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            else:
+                yield from made
+                place += len(part)
+
+
+def _attempt(work: Callable[[list[int]], list[T]], batch: list[int]) -> list[T] | None:
+    """None where memory is too small; by then nothing holds what was made until there."""
     try:
         return work(batch)
     except Exception as error:
         if len(batch) == 1 or not is_out_of_memory(error):
             raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    middle = len(batch) // 2
-    return shrinking(work, batch[:middle]) + shrinking(work, batch[middle:])
+        return None
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:

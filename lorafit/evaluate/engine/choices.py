@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from lorafit.evaluate.engine.arithmetic import autocast
-from lorafit.evaluate.engine.batches import batches, ones, padded, shrinking, token_budget
+from lorafit.data import IGNORED
+from lorafit.evaluate.engine.arithmetic import autocast, has_plain_cache, is_exact, new_cache
+from lorafit.evaluate.engine.batches import batches, logit_positions, ones, padded, shrinking, token_budget
+from lorafit.evaluate.engine.likelihood import score_rows
 
 LOGIT_BYTES = 256 * 1024 * 1024
+"""Logits held at once, in bytes of float32."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A prompt and its options, in tokens; each option has at least one."""
+    """A prompt and its options, in tokens; the prompt and each option have at least one."""
 
     prompt: list[int]
     options: list[list[int]]
@@ -40,120 +44,178 @@ def choices(model: Any, questions: Sequence[Choice], pad_id: int, done: Collecti
 
     A prompt is run once, and its keys and values are shared by its options. Where a model keeps other things than keys
     and values, or where the first questions come out otherwise than whole, every option is run with its prompt.
+
+    Args:
+        model: with TRL's fused head, as `ready` leaves it.
     """
-    left = [index for index in range(len(questions)) if index not in done]
-    if not left:
-        return
-    how = _shared if _can_share(model, questions[left[0]], pad_id) else _whole
+    budget, positions = token_budget(model), logit_positions(model, LOGIT_BYTES)
+    sharing, checked = has_plain_cache(model), False
+    commons = [_common(question.options) for question in questions]
     sizes = [
-        len(question.prompt) + sum(map(len, question.options)) if how is _shared else _whole_size(question)
-        for question in questions
+        max(len(question.prompt) + common, (common + 1) * budget // positions)
+        for question, common in zip(questions, commons, strict=True)
     ]
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    budget = min(token_budget(model), max(LOGIT_BYTES // (4 * vocabulary), 1) if how is _whole else 1 << 40)
 
     def work(batch: list[int]) -> list[Scores]:
-        made = how(model, [questions[index] for index in batch], pad_id)
+        nonlocal sharing, checked
+        chosen = [questions[index] for index in batch]
+        trial = _trial(model, chosen, pad_id) if sharing and not checked else None
+        if sharing:
+            made = _shared(model, chosen, pad_id, budget)
+            sharing, checked = trial is None or trial.agrees(made), True
+        if not sharing:
+            made = _whole(model, chosen, pad_id, budget)
         return [dataclasses.replace(scores, row=row) for row, scores in zip(batch, made, strict=True)]
 
-    order = sorted(left, key=lambda index: -sizes[index])
-    for batch in batches(sizes, budget, order=order):
-        yield from shrinking(work, batch)
+    order = sorted((index for index in range(len(questions)) if index not in done), key=lambda index: -sizes[index])
+    yield from shrinking(work, batches(sizes, budget, order=order))
 
 
+@torch.no_grad()
 def whole_rows(model: Any, questions: Sequence[Choice], pad_id: int) -> list[Scores]:
     """The same, each option run with its prompt."""
-    with torch.no_grad():
-        made = [_whole(model, [question], pad_id)[0] for question in questions]
-    return [dataclasses.replace(scores, row=row) for row, scores in enumerate(made)]
+    return _whole(model, questions, pad_id, token_budget(model))
 
 
-def _whole_size(question: Choice) -> int:
-    return len(question.options) * (len(question.prompt) + max(map(len, question.options)))
+@dataclass(frozen=True)
+class Trial:
+    """Some options of one of a batch's questions, run whole: what they must come out as."""
+
+    row: int
+    options: list[int]
+    logprobs: list[float]
+    allowed: list[float]
+
+    def agrees(self, made: list[Scores]) -> bool:
+        found = [made[self.row].logprobs[option] for option in self.options]
+        triples = zip(found, self.logprobs, self.allowed, strict=True)
+        return all(abs(value - its) <= allowed for value, its, allowed in triples)
 
 
-def _can_share(model: Any, question: Choice, pad_id: int) -> bool:
-    """Whether the cache is of keys and values alone, and sharing it changes nothing but rounding."""
-    try:
-        with autocast(model):
-            cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-            ids = torch.tensor([question.prompt], device=model.device)
-            kept = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
-        if type(kept) is not DynamicCache or not all(type(layer) is DynamicLayer for layer in kept.layers):
-            return False
-        shorter = Choice(question.prompt[len(question.prompt) // 2 :], question.options)
-        pair = [question, shorter]  # of two lengths, so that padding is tried as well
-        shared, whole = _shared(model, pair, pad_id), [_whole(model, [one], pad_id)[0] for one in pair]
-    except (TypeError, ValueError, NotImplementedError, AttributeError):
-        return False
-    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    one = torch.tensor([value for scores in shared for value in scores.logprobs])
-    other = torch.tensor([value for scores in whole for value in scores.logprobs])
-    allowed = (1e-4 if exact else 2e-2) * other.abs().clamp_min(1)
-    return bool(((one - other).abs() <= allowed).all())
+def _trial(model: Any, questions: list[Choice], pad_id: int) -> Trial:
+    """Of the two longest options of the shortest question, which has the most padding."""
+    row = min(range(len(questions)), key=lambda index: len(questions[index].prompt))
+    question = questions[row]
+    options = sorted(range(len(question.options)), key=lambda index: -len(question.options[index]))[:2]
+    chosen = [question.options[index] for index in options]
+    whole = _whole(model, [Choice(question.prompt, chosen)], pad_id, 1)[0].logprobs
+    rounding = 1e-3 if is_exact(model) else 5e-2
+    allowed = [rounding * max(abs(value), len(option)) for value, option in zip(whole, chosen, strict=True)]
+    return Trial(row, options, whole, allowed)
 
 
-def _shared(model: Any, questions: list[Choice], pad_id: int) -> list[Scores]:
-    prompts = [question.prompt for question in questions]
-    counts = torch.tensor([len(question.options) for question in questions], device=model.device)
+def _common(options: list[list[int]]) -> int:
+    """How many tokens all options begin with, leaving each at least one of its own."""
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*options, strict=False))
+    return min(sum(1 for _ in alike), *(len(option) - 1 for option in options))
+
+
+def _shared(model: Any, questions: list[Choice], pad_id: int, budget: int) -> list[Scores]:
+    """Prompts in one batch, up to where their options part; then the rest of the options, on copies of the cache."""
+    commons = [_common(question.options) for question in questions]
+    prompts = [[*one.prompt, *one.options[0][:common]] for one, common in zip(questions, commons, strict=True)]
+    tails = [option[common:] for one, common in zip(questions, commons, strict=True) for option in one.options]
+    owner = torch.tensor([row for row, one in enumerate(questions) for _ in one.options], device=model.device)
     mask = padded(ones(prompts), 0, left=True).to(model.device)
+    kept = max(commons) + 1
+    cache = new_cache(model)
     with autocast(model):
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        first = model(
+        logits = model(
             input_ids=padded(prompts, pad_id, left=True).to(model.device),
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1:]
-        options = [option for question in questions for option in question.options]
-        owner = torch.repeat_interleave(torch.arange(len(questions), device=model.device), counts)
-        logits = first[owner]
-        if max(map(len, options)) > 1:
-            cache.batch_select_indices(owner)
-            heads = [option[:-1] for option in options]
-            inputs, inner = padded(heads, pad_id).to(model.device), padded(ones(heads), 0).to(model.device)
-            start = mask.sum(-1)[owner]
-            rest = model(
-                input_ids=inputs,
-                attention_mask=torch.cat([mask[owner], inner], dim=1),
-                position_ids=start[:, None] + torch.arange(inputs.shape[1], device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
-            logits = torch.cat([logits, rest], dim=1)
-    return _grouped(questions, _score(logits, options, [0] * len(options)))
+            logits_to_keep=kept,
+        ).logits
+    log_probs = logits[:, -1].float().log_softmax(-1)
+    first = torch.tensor([tail[0] for tail in tails], device=model.device)
+    totals = Totals(log_probs[owner, first].double(), (log_probs.argmax(-1)[owner] == first).long())
+    if kept > 1:
+        spans = [(row, kept - 1 - common, common) for row, common in enumerate(commons)]
+        heads = [one.options[0][:common] for one, common in zip(questions, commons, strict=True)]
+        totals = totals.plus(_picked(logits, spans, heads).at(owner))
+    longer = [index for index, tail in enumerate(tails) if len(tail) > 1]
+    rows = max(2 * budget // mask.shape[1], 1)  # keys and values are about half of what a token takes, or less
+    for piece in batches(
+        [len(tails[index]) - 1 for index in longer], min(budget, logit_positions(model, LOGIT_BYTES)), rows
+    ):
+        chosen = [longer[place] for place in piece]
+        where = torch.tensor(chosen, device=model.device)
+        made = _continued(model, cache, mask, owner[where], [tails[index] for index in chosen], pad_id)
+        totals = totals.added(where, made)
+    return _grouped(questions, totals)
 
 
-def _whole(model: Any, questions: list[Choice], pad_id: int) -> list[Scores]:
-    rows = [[*question.prompt, *option] for question in questions for option in question.options]
-    options = [option for question in questions for option in question.options]
-    starts = [len(question.prompt) - 1 for question in questions for _ in question.options]
+@dataclass(frozen=True)
+class Totals:
+    """Of rows: summed log-probabilities (float64) and numbers of top-1 tokens."""
+
+    logprobs: torch.Tensor
+    hits: torch.Tensor
+
+    def at(self, rows: torch.Tensor) -> Totals:
+        return Totals(self.logprobs[rows], self.hits[rows])
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(self.logprobs + other.logprobs, self.hits + other.hits)
+
+    def added(self, rows: torch.Tensor, other: Totals) -> Totals:
+        return Totals(self.logprobs.index_add(0, rows, other.logprobs), self.hits.index_add(0, rows, other.hits))
+
+
+def _continued(
+    model: Any, cache: DynamicCache, mask: torch.Tensor, owner: torch.Tensor, tails: list[list[int]], pad_id: int
+) -> Totals:
+    """Of all tokens of the tails but the first, each after the prompt of its owner."""
+    heads = [tail[:-1] for tail in tails]
+    inputs, inner = padded(heads, pad_id).to(model.device), padded(ones(heads), 0).to(model.device)
+    mine = copy.copy(cache)
+    mine.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced, never written into
+    mine.batch_select_indices(owner)
     with autocast(model):
         logits = model(
-            input_ids=padded(rows, pad_id).to(model.device),
-            attention_mask=padded(ones(rows), 0).to(model.device),
-            use_cache=False,
+            input_ids=inputs,
+            attention_mask=torch.cat([mask[owner], inner], dim=1),
+            position_ids=mask.sum(-1)[owner][:, None] + torch.arange(inputs.shape[1], device=model.device),
+            past_key_values=mine,
+            use_cache=True,
         ).logits
-    return _grouped(questions, _score(logits, options, starts))
+    return _picked(logits, [(row, 0, len(head)) for row, head in enumerate(heads)], [tail[1:] for tail in tails])
 
 
-def _score(logits: torch.Tensor, options: list[list[int]], starts: list[int]) -> list[tuple[float, bool]]:
-    """Of each option: its log-probability and whether it is greedy. `logits` at `start` predict its first token."""
+def _picked(logits: torch.Tensor, spans: list[tuple[int, int, int]], tokens: list[list[int]]) -> Totals:
+    """Of each span (row, first position, positions) of logits: what they say about the tokens that belong there."""
+    device = logits.device
+    rows = torch.tensor([row for row, _, count in spans for _ in range(count)], device=device)
+    places = torch.tensor([start + step for _, start, count in spans for step in range(count)], device=device)
+    ids = torch.tensor([token for part in tokens for token in part], device=device)
+    log_probs = logits[rows, places].float().log_softmax(-1)
+    nothing = Totals(
+        torch.zeros(len(spans), dtype=torch.double, device=device),
+        torch.zeros(len(spans), dtype=torch.long, device=device),
+    )
+    each = log_probs.gather(-1, ids[:, None])[:, 0].double()
+    return nothing.added(rows, Totals(each, (log_probs.argmax(-1) == ids).long()))
+
+
+def _whole(model: Any, questions: Sequence[Choice], pad_id: int, budget: int) -> list[Scores]:
+    rows = [
+        {"input_ids": [*one.prompt, *option], "labels": [IGNORED] * len(one.prompt) + option}
+        for one in questions
+        for option in one.options
+    ]
+    logprobs, hits = torch.zeros(len(rows), dtype=torch.double), torch.zeros(len(rows), dtype=torch.long)
+    for batch in batches([len(row["input_ids"]) for row in rows], budget):
+        for index, (nll, _, right) in zip(batch, score_rows(model, [rows[i] for i in batch], pad_id), strict=True):
+            logprobs[index], hits[index] = -nll, right
+    return _grouped(questions, Totals(logprobs, hits))
+
+
+def _grouped(questions: Sequence[Choice], totals: Totals) -> list[Scores]:
+    values = iter(zip(totals.logprobs.tolist(), totals.hits.tolist(), strict=True))
     found = []
-    for row, (option, start) in enumerate(zip(options, starts, strict=True)):
-        log_probs = logits[row, start : start + len(option)].float().log_softmax(-1)
-        ids = torch.tensor(option, device=logits.device)
-        each = log_probs.gather(-1, ids[:, None])[:, 0].double()
-        found.append((float(each.sum()), bool((log_probs.argmax(-1) == ids).all())))
-    return found
-
-
-def _grouped(questions: list[Choice], scores: list[tuple[float, bool]]) -> list[Scores]:
-    found, place = [], 0
     for row, question in enumerate(questions):
-        part = scores[place : place + len(question.options)]
-        found.append(Scores(row, [value for value, _ in part], [greedy for _, greedy in part]))
-        place += len(question.options)
+        part = [(*next(values), len(option)) for option in question.options]
+        found.append(Scores(row, [value for value, _, _ in part], [hits == length for _, hits, length in part]))
     return found

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+import transformers
+from packaging.version import Version
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
-from lorafit.evaluate.engine.arithmetic import autocast
+from lorafit.evaluate.engine.arithmetic import autocast, bare, has_plain_cache, ignores_padding, new_cache
 from lorafit.evaluate.engine.batches import batches, ones, padded, shrinking, token_budget
 
-_HARMLESS = {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "max_length",
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "typical_p",
-    "use_cache",
-    "cache_implementation",
-    "transformers_version",
-    "_from_model_config",
-    "return_dict_in_generate",
+HARMLESS = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
+    *("do_sample", "temperature", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("use_cache", "transformers_version", "_from_model_config", "return_dict_in_generate", "length_penalty"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "early_stopping"),
 }
 """What a generation configuration may say without changing a greedy answer."""
-_KEPT = 0.75
+NEUTRAL_AT_ONE = {"repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_return_sequences"}
+BLIND_TO_PADDING = {"min_new_tokens", "suppress_tokens", "begin_suppress_tokens"}
+"""Wishes that padding before a prompt leaves as they are; n-grams are looked for in it as well."""
+if Version(transformers.__version__) >= Version("5.23"):  # before, the padding was punished as well
+    BLIND_TO_PADDING.add("repetition_penalty")
+KEPT = 0.75
 """Share of a batch that is still at work below which the others are taken out of it."""
 
 
@@ -52,6 +47,19 @@ class Generated:
     ended: bool
     seconds: float
     batch_rows: int
+
+
+class Answer(NamedTuple):
+    ids: list[int]
+    ended: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    ends: set[int]
+    pad_id: int
+    most: int
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, learned: Collection[int] = ()) -> set[int]:
@@ -73,114 +81,131 @@ def generate(
 ) -> Iterator[Generated]:
     """Greedy answers to all prompts but those in `done`, batch by batch.
 
+    They are those of `model.generate` for one prompt at a time, with the model's generation configuration but for
+    sampling: whatever else that asks for is left to `generate`, and so are models that keep other things than keys and
+    values of all positions. Rows of different lengths are put together only where padding changes nothing.
+
     Args:
+        ends: the tokens that end an answer.
         expected_lengths: of the answers, in tokens: rows that are alike are put together. They change no answer.
     """
     lengths = [len(prompt) for prompt in prompts]
-    expected = expected_lengths or [0] * len(lengths)
-    order = sorted(
-        (index for index in range(len(lengths)) if index not in done),
-        key=lambda index: (-expected[index], -lengths[index]),
-    )
-    whole = [length + max_new_tokens for length in lengths]
-    own = _is_plain(model, ends, pad_id)
+    expected = [0] * len(lengths) if expected_lengths is None else expected_lengths
+    left = [index for index in range(len(lengths)) if index not in done]
+    if not left or max_new_tokens < 1:
+        return
+    wishes = _wishes(model)
+    own = not wishes and _has_plain_loop(model)
+    limits = Limits(set(ends), pad_id, max_new_tokens)
 
     def work(batch: list[int]) -> list[Generated]:
         chosen = [list(prompts[index]) for index in batch]
         with autocast(model):
-            made = (_own_loop if own else _library)(model, chosen, set(ends), pad_id, max_new_tokens)
+            made = (_own_loop if own else _library)(model, chosen, limits)
         return [Generated(row, *one, len(batch)) for row, one in zip(batch, made, strict=True)]
 
-    for batch in batches(whole, token_budget(model) * 2, order=order):
-        yield from shrinking(work, batch)
+    def planned() -> Iterator[list[int]]:
+        sizes = [length + max_new_tokens // 2 for length in lengths]  # an answer's tokens are keys and values only
+        budget = 2 * token_budget(model)  # a step reads all weights, for however many rows
+        if own or (wishes <= BLIND_TO_PADDING and ignores_padding(model)):
+            order = sorted(left, key=lambda index: (-expected[index], -lengths[index]))
+            yield from batches(sizes, budget, order=order)
+            return
+        order = sorted(left, key=lambda index: (-lengths[index], -expected[index]))
+        for _, alike in itertools.groupby(order, key=lambda index: lengths[index]):
+            yield from batches(sizes, budget, order=list(alike))
+
+    yield from shrinking(work, planned())
 
 
-def _is_plain(model: Any, ends: Collection[int], pad_id: int) -> bool:
-    """Whether a greedy answer is the most likely token each time, and the cache one that rows can be taken out of."""
-    config: GenerationConfig = model.generation_config
-    asked = {name for name in config.to_diff_dict() if getattr(config, name, None) not in (None, False, [])}
-    neutral = {name for name in asked if getattr(config, name) == getattr(GenerationConfig(), name, None)}
-    ones_ = {"repetition_penalty", "encoder_repetition_penalty", "length_penalty", "num_beams", "num_return_sequences"}
-    neutral |= {name for name in asked & ones_ if getattr(config, name) == 1}
-    if asked - neutral - _HARMLESS:
-        return False
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    made = model(input_ids=torch.tensor([[pad_id, pad_id]], device=model.device), past_key_values=cache, use_cache=True)
-    return type(made.past_key_values) is DynamicCache and all(
-        type(layer) is DynamicLayer for layer in made.past_key_values.layers
-    )
+def _wishes(model: Any) -> set[str]:
+    """The names of what a model's generation configuration asks for beyond the most likely token each time."""
+    asked = model.generation_config.to_diff_dict().items()
+    return {
+        name
+        for name, value in asked
+        if name not in HARMLESS
+        and value not in (None, False, [], {}, 0)
+        and not (name in NEUTRAL_AT_ONE and value == 1)
+    }
 
 
-def _library(
-    model: Any, prompts: list[list[int]], ends: set[int], pad_id: int, most: int
-) -> list[tuple[list[int], bool, float]]:
+def _has_plain_loop(model: Any) -> bool:
+    """Whether `generate` does with this model what it does with most, so that the own loop does the same."""
+    methods = ("generate", "_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+    inner = type(bare(model))
+    usual = all(getattr(inner, name, None) is getattr(GenerationMixin, name, None) for name in methods)
+    return usual and has_plain_cache(model)
+
+
+def _library(model: Any, prompts: list[list[int]], limits: Limits) -> list[Answer]:
     """By transformers, with all that the model's generation configuration asks for but sampling."""
     began = time.perf_counter()
-    inputs = padded(prompts, pad_id, left=True).to(model.device)
+    inputs = padded(prompts, limits.pad_id, left=True).to(model.device)
     output = model.generate(
         input_ids=inputs,
         attention_mask=padded(ones(prompts), 0, left=True).to(model.device),
-        max_new_tokens=most,
+        max_new_tokens=limits.most,
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad_id,
+        eos_token_id=sorted(limits.ends),
+        pad_token_id=limits.pad_id,
         use_cache=True,
+        return_dict_in_generate=False,
     )
     seconds = time.perf_counter() - began
     found = []
     for ids in output[:, inputs.shape[1] :].tolist():
-        end = next((place for place, token in enumerate(ids) if token in ends), None)
-        found.append((ids[:end], end is not None, seconds))
+        end = next((place for place, token in enumerate(ids) if token in limits.ends), None)
+        found.append(Answer(ids[:end], end is not None, seconds))
     return found
 
 
-def _own_loop(
-    model: Any, prompts: list[list[int]], ends: set[int], pad_id: int, most: int
-) -> list[tuple[list[int], bool, float]]:
+def _own_loop(model: Any, prompts: list[list[int]], limits: Limits) -> list[Answer]:
     """The most likely token each time; rows that have ended leave the batch and its cache."""
     began = time.perf_counter()
     device = model.device
     mask = padded(ones(prompts), 0, left=True).to(device)
-    ids = padded(prompts, pad_id, left=True).to(device)
+    ids = padded(prompts, limits.pad_id, left=True).to(device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    stop = torch.tensor(sorted(ends), device=device)
+    cache = new_cache(model)
     answers: list[list[int]] = [[] for _ in prompts]
-    ended = [0.0] * len(prompts)
-    rows = torch.arange(len(prompts))
-    alive = torch.ones(len(prompts), dtype=torch.bool)
-    for step in range(most):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+    ended: list[float | None] = [None] * len(prompts)
+    rows = list(range(len(prompts)))
+    for step in range(limits.most):
+        logits = (
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
         )
-        chosen = output.logits[:, -1].float().argmax(-1)
-        ends_now = torch.isin(chosen, stop).cpu()
+        chosen = logits.argmax(-1)
         now = time.perf_counter() - began
-        for place in torch.nonzero(alive).flatten().tolist():
-            row = int(rows[place])
-            if ends_now[place]:
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if ended[row] is None and token in limits.ends:
                 ended[row] = now
-            else:
-                answers[row].append(int(chosen[place]))
-        alive &= ~ends_now
-        if not alive.any() or step == most - 1:
+            elif ended[row] is None:
+                answers[row].append(token)
+        working = [place for place, row in enumerate(rows) if ended[row] is None]
+        if not working or step == limits.most - 1:
             break
-        ids = chosen[:, None]
-        positions = positions[:, -1:] + 1
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        if int(alive.sum()) <= _KEPT * len(alive):
-            keep = torch.nonzero(alive).flatten()
-            where = keep.to(device)
+        if len(working) <= KEPT * len(rows):
+            where = torch.tensor(working, device=device)
             cache.batch_select_indices(where)
             ids, positions, mask = ids[where], positions[where], mask[where]
-            rows, alive = rows[keep], alive[keep]
+            rows = [rows[place] for place in working]
     total = time.perf_counter() - began
-    return [(answer, end > 0, end or total) for answer, end in zip(answers, ended, strict=True)]
+    return [
+        Answer(answer, end is not None, total if end is None else end)
+        for answer, end in zip(answers, ended, strict=True)
+    ]

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.nn import functional
 
 from lorafit.data import IGNORED
-from lorafit.evaluate.engine.arithmetic import autocast
-from lorafit.evaluate.engine.batches import batches, ones, padded, shrinking, token_budget
+from lorafit.evaluate.engine.arithmetic import autocast, bare
+from lorafit.evaluate.engine.batches import batches, logit_positions, ones, padded, shrinking, token_budget
 
 CHUNK_BYTES = 256 * 1024 * 1024
-"""Logits that are held at once, in bytes of float32."""
+"""Logits of a model and of its base that are held at once, in bytes of float32."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RowLikelihood:
 
 @dataclass(frozen=True)
 class RowDivergence:
-    """A row's learned positions: the summed KL(base || model) in nats, how many, and the model's likelihood there."""
+    """A row's learned positions: the summed KL(base || model) in nats, how many, and the model's own likelihoods."""
 
     row: int
     kl: float
@@ -48,21 +49,25 @@ def likelihoods(model: Any, rows: Any, pad_id: int, done: Collection[int] = ()) 
     """
 
     def work(batch: list[int]) -> list[RowLikelihood]:
-        chosen = [rows[index] for index in batch]
-        inputs = padded([row["input_ids"] for row in chosen], pad_id)
-        with autocast(model):
-            output = model(
-                input_ids=inputs.to(model.device),
-                attention_mask=padded(ones([row["input_ids"] for row in chosen]), 0).to(model.device),
-                labels=padded([row["labels"] for row in chosen], IGNORED).to(model.device),
-                fused_lm_head=True,
-            )
-        columns = (-output.log_probs.double().sum(-1), output.label_mask.sum(-1), output.is_top1.sum(-1))
-        values = zip(batch, *(column.tolist() for column in columns), strict=True)
-        return [RowLikelihood(row, nll, int(tokens), int(hits)) for row, nll, tokens, hits in values]
+        made = score_rows(model, [rows[index] for index in batch], pad_id)
+        return [RowLikelihood(index, *values) for index, values in zip(batch, made, strict=True)]
 
-    for batch in _in_batches(model, rows, done):
-        yield from shrinking(work, batch)
+    yield from shrinking(work, _planned(rows, done, token_budget(model)))
+
+
+def score_rows(model: Any, rows: list[dict[str, Any]], pad_id: int) -> list[tuple[float, int, int]]:
+    """Each row's `nll`, `tokens` and `hits`, in one batch."""
+    ids = [row["input_ids"] for row in rows]
+    with autocast(model):
+        output = model(
+            input_ids=padded(ids, pad_id).to(model.device),
+            attention_mask=padded(ones(ids), 0).to(model.device),
+            labels=padded([row["labels"] for row in rows], IGNORED).to(model.device),
+            fused_lm_head=True,
+        )
+    columns = (-output.log_probs.double().sum(-1), output.label_mask.sum(-1), output.is_top1.sum(-1))
+    values = zip(*(column.tolist() for column in columns), strict=True)
+    return [(nll, int(tokens), int(hits)) for nll, tokens, hits in values]
 
 
 @torch.no_grad()
@@ -74,55 +79,83 @@ def divergences(
     Args:
         base: within it, `model` is the base.
     """
+    positions = logit_positions(model, CHUNK_BYTES // 2)
+    inner, budget = bare(model), token_budget(model)
+    apart = _has_plain_head(model)
+    head = inner.get_output_embeddings() if apart else torch.nn.Identity()
 
-    def logits(chosen: list[dict[str, Any]]) -> torch.Tensor:
-        """(learned positions of all rows, vocabulary)."""
+    def states(chosen: list[dict[str, Any]]) -> torch.Tensor:
+        """What enters the head at the learned positions of all rows, or the logits there: (positions, ...)."""
         ids = [row["input_ids"] for row in chosen]
-        labels = padded([row["labels"] for row in chosen], IGNORED)[:, 1:]
+        inputs = {
+            "input_ids": padded(ids, pad_id).to(model.device),
+            "attention_mask": padded(ones(ids), 0).to(model.device),
+            "use_cache": False,
+        }
         with autocast(model):
-            made = model(
-                input_ids=padded(ids, pad_id).to(model.device),
-                attention_mask=padded(ones(ids), 0).to(model.device),
-                use_cache=False,
-            ).logits[:, :-1]
-        return made[(labels != IGNORED).to(model.device)]
+            made = inner.base_model(**inputs).last_hidden_state if apart else model(**inputs).logits
+        learned = padded([row["labels"] for row in chosen], IGNORED)[:, 1:] != IGNORED
+        return made[:, :-1][learned.to(made.device)]
 
-    def own(made: torch.Tensor, chosen: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each position: the negative log-likelihood of the row's own token, and whether it is top-1."""
-        labels = torch.tensor([label for row in chosen for label in row["labels"][1:] if label != IGNORED])
-        labels = labels.to(made.device)
-        nll = functional.cross_entropy(made.float(), labels, reduction="none")
-        return nll.double().cpu(), (made.argmax(-1) == labels).cpu()
+    def log_probs(part: torch.Tensor) -> torch.Tensor:
+        with autocast(model):
+            made: torch.Tensor = head(part)
+        return functional.log_softmax(made.float(), -1)
 
     def work(batch: list[int]) -> list[RowDivergence]:
         chosen = [rows[index] for index in batch]
-        mine = logits(chosen)
+        mine = states(chosen)
         with base():
-            its = logits(chosen)
-        count = max(CHUNK_BYTES // (4 * mine.shape[-1]), 1)
-        parts = [_kl(its[i : i + count], mine[i : i + count]) for i in range(0, len(mine), count)]
-        each = torch.cat(parts).double().cpu()
-        sizes = [sum(label != IGNORED for label in row["labels"][1:]) for row in chosen]
-        nll, hits = own(mine, chosen)
-        parts_of = zip(batch, sizes, each.split(sizes), nll.split(sizes), hits.split(sizes), strict=True)
+            its = states(chosen)
+        labels = [[label for label in row["labels"][1:] if label != IGNORED] for row in chosen]
+        wanted = torch.tensor([label for part in labels for label in part], dtype=torch.long, device=mine.device)
+        parts = [torch.zeros(3, 0, dtype=torch.double)]
+        for start in range(0, len(mine), positions):
+            part = slice(start, start + positions)
+            of_model = log_probs(mine[part])
+            with base():
+                of_base = log_probs(its[part])
+            parts.append(_compared(of_base, of_model, wanted[part]).cpu())
+        each = torch.cat(parts, 1).split([len(part) for part in labels], 1)
+        sums = [one.sum(1).tolist() for one in each]
         return [
-            RowDivergence(row, float(kl.sum()), size, RowLikelihood(row, float(loss.sum()), size, int(hit.sum())))
-            for row, size, kl, loss, hit in parts_of
+            RowDivergence(row, kl, len(part), RowLikelihood(row, nll, len(part), round(hits)))
+            for row, (kl, nll, hits), part in zip(batch, sums, labels, strict=True)
         ]
 
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    for batch in _in_batches(model, rows, done, most_tokens=max(CHUNK_BYTES // (4 * vocabulary), 1)):
-        yield from shrinking(work, batch)
+    yield from shrinking(work, _planned(rows, done, budget if apart else min(budget, positions)))
 
 
-def _kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """(positions,) divergences of two (positions, vocabulary) logits."""
-    log_p, log_q = functional.log_softmax(one.float(), -1), functional.log_softmax(other.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding makes it less at times
+def _has_plain_head(model: Any) -> bool:
+    """Whether logits are what the head makes of the last hidden states, and nothing is done to them."""
+    inner = bare(model)
+    inputs = {"input_ids": torch.arange(8, device=model.device)[None], "use_cache": False}
+    with autocast(model):
+        own = model(**inputs).logits
+        try:
+            made = inner.get_output_embeddings()(inner.base_model(**inputs).last_hidden_state)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+    return made.shape == own.shape and bool((made - own).abs().max() <= 1e-4 * own.abs().max())
 
 
-def _in_batches(model: Any, rows: Any, done: Collection[int], most_tokens: int | None = None) -> Iterator[list[int]]:
-    lengths = [len(row["input_ids"]) for row in rows]
+def _compared(base: torch.Tensor, model: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(3, positions) in float64, of (positions, vocabulary) log-probabilities: divergence, loss, and top-1 or not."""
+    kl = (base.exp() * (base - model)).sum(-1).clamp_min(0)  # rounding makes it less at times
+    return torch.stack([kl, -model.gather(-1, labels[:, None])[:, 0], model.argmax(-1) == labels]).double()
+
+
+def _planned(rows: Any, done: Collection[int], budget: int) -> Iterator[list[int]]:
+    lengths = _lengths(rows)
     order = sorted((index for index in range(len(lengths)) if index not in done), key=lambda index: -lengths[index])
-    budget = token_budget(model)
-    yield from batches(lengths, min(budget, most_tokens or budget), order=order)
+    return batches(lengths, budget, order=order)
+
+
+def _lengths(rows: Any) -> list[int]:
+    """In tokens, without holding the rows."""
+    if not isinstance(rows, Dataset):
+        return [len(row["input_ids"]) for row in rows]
+    import pyarrow.compute as pc
+
+    tables = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    return [length for table in tables for length in pc.list_value_length(table["input_ids"]).to_pylist()]
