@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorafit.errors import UsageError
@@ -51,7 +51,7 @@ def results(figures: dict[str, Any], metrics: tuple[Metric, ...] = (LOSS, MATCH,
         hardware={},
         settings={},
         models={"base": model("base"), "adapter": model("adapter"), "merged": model("merged")},
-        sets={name: info for name in dict.fromkeys(key.split(".")[0] for key in figures)},
+        sets=dict.fromkeys((key.split(".")[0] for key in figures), info),
         figures={key: figure(of) for key, of in figures.items()},
         differences=(),
         gates=(),
@@ -198,7 +198,7 @@ def test_a_gate_can_be_neither_too_long_nor_too_deep() -> None:
         "-(" * 500,
         "(" * 51 + "1" + ")" * 51 + ">0",
     ):
-        with pytest.raises(UsageError, match="is nested more than 50 deep$"):
+        with pytest.raises(UsageError, match=r"is nested more than 50 deep$"):
             parse(text)
     assert sides("(" * 50 + "1" + ")" * 50 + " > 0") == (1, 0)
     assert sides("(1) + " * 200 + "1 > " + "(0) + " * 100 + "0") == (201, 0)  # beside each other they are not deep
@@ -207,7 +207,7 @@ def test_a_gate_can_be_neither_too_long_nor_too_deep() -> None:
 @pytest.mark.parametrize("sign", "+-*/")
 def test_a_long_chain_is_not_deep(sign: str) -> None:
     """As many operators as a gate has room for; no recursion goes along them."""
-    gate = judged(f"a.b.c{f'{sign}1' * 990} != 0.5")
+    gate = judged(f"a.b.c {f'{sign}1' * 990} != 0.5")
     assert gate.passed
     assert "a.b.c is 8: left is " in gate.sentence
     assert parse("a.b.c > 1" + "+1" * 990).figures() == ["a.b.c"]
@@ -217,24 +217,18 @@ PIECES = ["a.b.c", "baseline.a.b.c", "d.e.f", "x", "1", "5%", "1e5", ".", "-", "
 PIECES += [">=", "<=", ">", "<", "==", "!=", "=", " ", "\n", "%", "é", "\x00", "1e999", "0"]
 
 
+@settings(max_examples=400)
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
 @example("1" * 1999 + ">0")
 @example("\ud800 > 1")
 @example("١٢ > ²")
 def test_any_text_is_a_gate_or_is_refused_in_one_line(text: str) -> None:
-    try:
-        demand = parse(text)
-    except UsageError as error:
-        assert str(error).isprintable()
-        return
-    assert demand.text == text
     drawn = {name: np.full(10, value) for name, value in FIGURES.items() if value is not None}
     try:
-        gate = judge(demand, "x", FIGURES, drawn.get, results({"a.b.c": 1.0}))
+        said = judge(parse(text), "x", FIGURES, drawn.get, results({"a.b.c": 1.0})).sentence
     except UsageError as error:
-        assert "no figure" in str(error)
-        return
-    assert gate.sentence.isprintable()
+        said = str(error)
+    assert said.isprintable()
 
 
 EXPRESSIONS = st.recursive(
@@ -250,7 +244,7 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@given(EXPRESSIONS)
+@given(EXPRESSIONS.filter(lambda text: len(text) < 1900))
 def test_an_expression_is_what_python_makes_of_it(text: str) -> None:
     code = text
     for name, value in FIGURES.items():
@@ -260,7 +254,7 @@ def test_an_expression_is_what_python_makes_of_it(text: str) -> None:
             expected = float(eval(code, {"np": np}))
         except (ZeroDivisionError, OverflowError):
             expected = math.nan  # of Python's own numbers
-        found = sides(f"{text} > 0")[0] if len(text) < 1900 else expected
+    found = sides(f"{text} > 0")[0]
     if math.isfinite(expected):
         assert found == pytest.approx(expected, rel=1e-9)
     else:
@@ -324,7 +318,7 @@ def test_a_figure_that_is_not_finite_has_no_value(value: float) -> None:
 
 
 def correlated() -> dict[str, Any]:
-    """Resamples of two figures that go up and down together: alone they overlap, their difference never changes sign."""
+    """Resamples of two figures that go up and down together: alone they overlap, their difference has one sign."""
     random = np.random.default_rng(0)
     hard = random.normal(0, 1.0, 10_000)
     return {"heldout.loss.base": 2.0 + hard, "heldout.loss.adapter": 1.5 + hard + random.normal(0, 0.1, 10_000)}
@@ -525,7 +519,7 @@ def test_only_main_figures_that_both_have_are_compared() -> None:
 
 
 def test_nothing_to_compare_is_an_error() -> None:
-    with pytest.raises(UsageError, match="^--baseline: has none of this evaluation's figures, so there is nothing"):
+    with pytest.raises(UsageError, match=r"^--baseline: has none of this evaluation's figures, so there is nothing"):
         regression_gates(results({"heldout.loss.adapter": 1.0}), results({"other.loss.adapter": 1.0}))
 
 

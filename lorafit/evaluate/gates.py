@@ -72,20 +72,30 @@ class Node:
     parts: tuple[Node, ...] = ()
 
     def figures(self) -> Iterator[str]:
-        if self.figure is not None:
-            yield self.figure
-        for part in self.parts:
-            yield from part.figures()
+        first, *rest = self._chain()
+        if first.figure is not None:
+            yield first.figure
+        for node in rest:
+            yield from node.parts[1].figures()
 
     def compute(self, look_up: Callable[[str], Value]) -> Value:
-        if self.number is not None:
-            return self.number
-        if self.figure is not None:
-            return look_up(self.figure)
-        one, other = (part.compute(look_up) for part in self.parts)
-        with np.errstate(all="ignore"):
-            found: Value = _COMBINE[self.sign](np.float64(one) if isinstance(one, float) else one, other)
+        first, *rest = self._chain()
+        found: Value = look_up(first.figure) if first.figure is not None else first.number or 0.0
+        for node in rest:
+            other = node.parts[1].compute(look_up)
+            with np.errstate(all="ignore"):
+                found = _COMBINE[node.sign](np.float64(found) if isinstance(found, float) else found, other)
         return found
+
+    def _chain(self) -> list[Node]:
+        """The leftmost number or figure, and what is done to it step by step: in `a + b - c` that is a, a + b, all.
+
+        A gate has room for hundreds of operators in a row, which are too many for a recursion.
+        """
+        nodes = [self]
+        while nodes[-1].parts:
+            nodes.append(nodes[-1].parts[0])
+        return nodes[::-1]
 
 
 @dataclass(frozen=True)
@@ -133,8 +143,10 @@ class _Parser:
         if len(self.text) > 2000:
             raise UsageError(f"the gate {printable(self.text[:40])!r} … is too long ({len(self.text)} characters)")
         left = self.expression()
+        before = self.place
         kind, comparison = self.take()
         if kind != "comparison":
+            self.place = before
             raise self.wrong("a comparison such as >= or <")
         right = self.expression()
         if self.body[self.place :].strip():
@@ -179,7 +191,9 @@ class _Parser:
                 node = Node(sign="-", parts=(Node(number=0.0), self.factor()))
             else:
                 node = self.expression()
+                before = self.place
                 if self.take()[1] != ")":
+                    self.place = before
                     raise self.wrong("a closing parenthesis")
             self.depth -= 1
             return node
@@ -195,7 +209,8 @@ class _Parser:
         return found.lastgroup, found[found.lastgroup]
 
     def wrong(self, expected: str) -> UsageError:
-        return UsageError(f"{printable(self.text)!r}: expected {expected} at column {self.place + 1}")
+        column = len(self.body) - len(self.body[self.place :].lstrip()) + 1
+        return UsageError(f"{printable(self.text)!r}: expected {expected} at column {column}")
 
 
 def _unknown(where: str, name: str, known: Collection[str]) -> UsageError:
@@ -272,8 +287,9 @@ def _sentence(demand: Demand, left: float, right: float, value_of: Callable[[str
             f"{demand.left.figure} is {left:.4g}, and {_DEMANDED[demand.comparison].format(f'{right:g}')} was demanded"
         )
     shown = ", ".join(f"{name} is {value_of(name):.4g}" for name in demand.figures())
-    both = "" if demand.left.figure and demand.right.figure else f": left is {left:.4g}, right is {right:.4g}"
-    return shown + both
+    if demand.left.figure and demand.right.figure:
+        return shown
+    return f"{shown}{': ' if shown else ''}left is {left:.4g}, right is {right:.4g}"
 
 
 def _gate(demand: Demand, where: str, passed: bool, sentence: str) -> Gate:
@@ -290,16 +306,16 @@ def load_results(path: Path) -> Results:
     """An earlier results.json. Raises UsageError."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: can't be read as results of an evaluation: {first_line(error)}") from None
     version = raw.get("results_version") if isinstance(raw, dict) else None
     if version != RESULTS_VERSION:
-        raise UsageError(f"{path}: has results_version {version}, and this lorafit reads {RESULTS_VERSION}")
+        raise UsageError(f"{path}: has results_version {version!r}, and this lorafit reads {RESULTS_VERSION}")
     try:
         return Results.model_validate(raw)
     except ValidationError as error:
         fault = error.errors()[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        raise UsageError(f"{path}: {printable('.'.join(map(str, fault['loc'])))}: {fault['msg']}") from None
 
 
 def regression_gates(current: Results, baseline: Results) -> list[Gate]:

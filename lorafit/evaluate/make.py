@@ -107,8 +107,8 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
     main = next((c.name for c in lineup.contenders if c.kind in ("adapter", "trained")), None)
     sets = {rows.name: rows for rows in read_sets(plan, section, tokenizer, options.data, remarks, console)}
     choices = {name: list(option_rows(rows, plan)) if rows.spec["options"] else [] for name, rows in sets.items()}
-    judged = section["judge"] is not None
-    scored = {name: scored_rows(rows, section, choices[name], main, judged) for name, rows in sets.items()}
+    names = [contender.name for contender in lineup.contenders]
+    scored = {name: scored_rows(rows, section, choices[name], main, names) for name, rows in sets.items()}
     for name, rows in choices.items():
         if strange := sum(row.expected < 0 for row in rows):
             remarks.append(

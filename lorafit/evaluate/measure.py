@@ -34,9 +34,10 @@ def measure(
     name, pad = (rows.name, contender.name), rows.tokenizer.pad_token_id
     shows = rows.role == "forgetting" and contender.kind == "adapter"
     with torch.inference_mode():
-        _likelihoods(model, rows, name, pad, records, console)
         if shows:
             _divergences(loaded, model, rows, name, pad, records, console)
+        else:
+            _likelihoods(model, rows, name, pad, records, console)
         if options:
             _options(model, options, name, pad, records, console)
         if rows.questions:
@@ -63,9 +64,11 @@ def _divergences(
     done = records.done(*names)
     if len(done) == len(rows.rows):
         return
-    with records.writer(*names) as add:
+    with records.writer(*name, "likelihood", timed=False) as add_own, records.writer(*names) as add:
         made = divergences(loaded.base, model, rows.rows, pad, done)
         for one in _shown(made, len(rows.rows) - len(done), names, console):
+            own = one.likelihood
+            add_own({"row": own.row, "nll": own.nll, "tokens": own.tokens, "hits": own.hits})
             add({"row": one.row, "kl": one.kl, "tokens": one.tokens})
 
 

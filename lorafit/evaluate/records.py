@@ -38,8 +38,12 @@ class Records:
         return frozenset(self._offsets(*names))
 
     @contextlib.contextmanager
-    def writer(self, *names: str) -> Iterator[Any]:
-        """A function that adds a record; what was cut off by a kill is taken away first."""
+    def writer(self, *names: str, timed: bool = True) -> Iterator[Any]:
+        """A function that adds a record; what was cut off by a kill is taken away first.
+
+        Args:
+            timed: whether the time until the block ends counts as that of these records.
+        """
         file = self._file(*names)
         whole = _whole(file)
         began = time.perf_counter()
@@ -54,7 +58,8 @@ class Records:
             try:
                 yield add
             finally:
-                self._note_time(names, time.perf_counter() - began)
+                if timed:
+                    self._note_time(names, time.perf_counter() - began)
 
     def read(self, *names: str) -> Iterator[dict[str, Any]]:
         """All records, in the order in which they were written."""

@@ -18,7 +18,7 @@ from lorafit.evaluate.assemble import (
     Question,
     Rows,
 )
-from lorafit.evaluate.contenders import Contender
+from lorafit.evaluate.contenders import BASE, Contender
 from lorafit.evaluate.metrics import default_metrics, make_metrics
 from lorafit.evaluate.results import Metric
 from lorafit.evaluate.results import Set as SetInfo
@@ -46,9 +46,9 @@ class _Questions(Mapping[int, Question]):
 
 
 def scored_rows(
-    rows: EvalRows, section: dict[str, Any], options: Iterable[OptionRow], main: str | None, judged: bool
+    rows: EvalRows, section: dict[str, Any], options: Iterable[OptionRow], main: str | None, names: list[str]
 ) -> Rows:
-    """A set with its metrics. Raises UsageError for a metric that there is none of."""
+    """A set with its metrics, for the models of these names. Raises UsageError for a metric that there is none of."""
     asked = rows.spec["metrics"] or section["metrics"]
     specs = asked or default_metrics(rows.question(row).expected for row in rows.questions)
     metrics = make_metrics(specs) if rows.questions else ()
@@ -61,8 +61,9 @@ def scored_rows(
     if rows.spec["options"]:
         infos += [ACCURACY, ACCURACY_NORM, *([MACRO_F1] if fixed else [])]
     if rows.questions:
-        infos += [metric.info for metric in metrics] + [ENDED, LENGTH, AGREEMENT]
-        infos += [JUDGE] if judged else []
+        infos += [metric.info for metric in metrics] + [ENDED, LENGTH]
+        infos += [AGREEMENT] if main and set(names) - {BASE, main} else []
+        infos += [JUDGE] if section["judge"] else []
     places = rows.rows.select_columns(["file", "number"])
 
     def place(row: int) -> str:
