@@ -29,6 +29,9 @@ FIGURES = {
     "d.e.f": 3.0,
     "none.loss.base": None,
     "zero.loss.base": 0.0,
+    "2024-q1.loss.base": 6.0,
+    "3shot.b.c": 4.0,
+    "1e5.b.c": 5.0,
 }
 
 
@@ -114,7 +117,13 @@ def sides(text: str) -> tuple[float, float]:
         ("a.b.c -d.e.f", 5.0),
         ("a.b.c\t-\n1", 7.0),
         ("a.b.c*2", 16.0),
-        ("1-a.b.c", -7.0),
+        ("1 - a.b.c", -7.0),
+        ("1.5-a.b.c", -6.5),
+        ("1.5-2.5", -1.0),
+        ("2024-q1.loss.base", 6.0),
+        ("-2024-q1.loss.base", -6.0),
+        ("2024-q1.loss.base - 3shot.b.c", 2.0),
+        ("1e5.b.c + 1e5", 100_005.0),
     ],
 )
 def test_what_an_expression_is(expression: str, value: float) -> None:
@@ -369,9 +378,39 @@ def test_resamples_without_a_value_are_left_out_and_none_is_no_interval() -> Non
     gate = judged("a.b.c > 0 (ci)", {"a.b.c": made})
     assert gate.passed
     assert "[1.05, 2.95]" in gate.sentence
-    gate = judged("1 / a.b.c > 0 (ci)", {"a.b.c": np.zeros(5)})
+    gate = judged("a.b.c > 0 (ci)", {"a.b.c": np.full(5, math.nan)})
     assert (gate.passed, gate.sentence) == (False, "has no interval")
-    assert not judged("a.b.c > 0 (ci)", {"a.b.c": np.full(5, math.nan)}).passed
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["1 / a.b.c {} 1 (ci)", "1 {} 1 / a.b.c (ci)", "1 / a.b.c {} 1 / a.b.c (ci)"])
+@pytest.mark.parametrize("comparison", ["<", "<=", ">", ">="])
+def test_resamples_that_divide_by_zero_count_against_a_gate(text: str, comparison: str) -> None:
+    """The others say yes, or no; that some divide by zero never makes a yes of it."""
+    made = np.where(np.arange(1000) < 400, 0.0, 8.0)
+    gate = judged(text.format(comparison), {"a.b.c": made})
+    assert (gate.passed, gate.sentence) == (
+        False,
+        "has no 95% interval: it divides by zero, or is out of range, in 0.4 of the resamples",
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_resamples_that_divide_by_zero_leave_an_interval() -> None:
+    """10 of 1000 are less than what an interval leaves out on one side."""
+    made = np.where(np.arange(1000) < 10, 0.0, np.linspace(2, 10, 1000))
+    for text, passed in (
+        ("1 / a.b.c < 0.6 (ci)", True),
+        ("1 / a.b.c < 0.2 (ci)", False),
+        ("1 / a.b.c > 0.01 (ci)", True),
+    ):
+        gate = judged(text, {"a.b.c": made})
+        assert gate.passed is passed
+        assert "the 95% interval of left - right is [" in gate.sentence
+    # the interval's end is that of all resamples, the infinite ones among them
+    with np.errstate(divide="ignore"):
+        end = np.percentile(1 / made, 97.5)
+    assert f"{end:.4g}]" in judged("1 / a.b.c <= 0 (ci)", {"a.b.c": made}).sentence
 
 
 # --- figures that there are none of ---------------------------------------------------------------
@@ -395,7 +434,7 @@ def test_a_figure_that_there_is_none_of(text: str, said: str) -> None:
     assert str(caught.value).startswith(f"eval.gates.3: {said}")
     assert str(caught.value).isprintable()
     with pytest.raises(UsageError):
-        judge(parse(text), "eval.gates.3", dict.fromkeys(known, 1.0), {}.get)
+        judge(parse(text), "eval.gates.3", dict.fromkeys(known, 1.0), lambda _: None)
 
 
 def test_figures_of_the_baseline_are_fixed_values() -> None:

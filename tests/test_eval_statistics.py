@@ -163,7 +163,11 @@ def test_a_seed_gives_the_same_and_another_seed_others() -> None:
 
 def test_chunks_and_companions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other, tokens = drawn()
-    series = {"a": Series(one, tokens), "b": Series(other, tokens), "c": Classes(tokens, tokens, 40)}
+    series: dict[str, Series | Classes] = {
+        "a": Series(one, tokens),
+        "b": Series(other, tokens),
+        "c": Classes(tokens, tokens, 40),
+    }
     alone = Bootstrap(ROWS, 1).resampled(series["b"])
     monkeypatch.setattr(statistics, "_CHUNK_CELLS", ROWS * 999)
     made = Bootstrap(ROWS, 1).resample_all(series)
@@ -259,7 +263,7 @@ def test_intervals_leave_out_zero_as_seldom_as_they_should() -> None:
             pairs[trial, model] = Series(hard + random.normal(0, 0.5, 60), np.ones(60))
     made = Bootstrap(60, 3).resample_all(pairs)
     found = [
-        difference("s", "m", "a", "b", *(pairs[t, m] for m in "ab"), *(made[t, m] for m in "ab")) for t in range(300)
+        difference("s", "m", "a", "b", pairs[t, "a"], pairs[t, "b"], made[t, "a"], made[t, "b"]) for t in range(300)
     ]
     assert 0.02 <= sum(one.is_clear for one in found) / 300 <= 0.09
 
@@ -298,6 +302,7 @@ def test_what_is_detectable_is_detected_four_times_in_five() -> None:
     random = np.random.default_rng(5)
     noise = random.normal(0, 1, 200)
     said = compared(Series(noise, np.ones(200)), Series(np.zeros(200), np.ones(200))).detectable
+    assert said is not None
     assert said == pytest.approx(2.8016 * noise.std() / math.sqrt(200), rel=0.04)
     trials = {trial: Series(random.normal(said, noise.std(), 200), np.ones(200)) for trial in range(300)}
     made = Bootstrap(200, 3).resample_all(trials)
@@ -309,5 +314,6 @@ def test_where_all_agree_it_is_the_share_that_would_have_shown() -> None:
     right = Series(np.ones(20), np.ones(20), better="higher")
     found = compared(right, right)
     assert (found.value, found.low, found.high, found.ties) == (0, 0, 0, 20)
+    assert found.detectable is not None
     assert found.detectable == pytest.approx(1 - 0.2 ** (1 / 20))
     assert 1 - (1 - found.detectable) ** 20 == pytest.approx(0.8)

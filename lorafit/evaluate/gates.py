@@ -6,8 +6,8 @@
     factor     = ["-"] (number ["%"] | figure | "(" expression ")")
     figure     = ["baseline."] SET.METRIC.MODEL
 
-Names may have a `-` in them, so a minus between two figures has spaces around it. With `(ci)` the comparison must hold
-for the whole 95% interval of left minus right.
+Names may have a `-` in them, so a minus beside a figure has spaces around it: `1-a.loss.base` is the set `1-a`. With
+`(ci)` the comparison must hold for the whole 95% interval of left minus right.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ Value = float | Array
 BASELINE = "baseline."
 MOST_DEPTH = 50
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?)(?![\w.])"
-    r"|(?P<figure>[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*)"
+    r"\s*(?:(?P<figure>[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)*"
+    # a set may begin with a digit, a metric does not: 1.5-2.5 and 1.2.3 are no figures
+    r"|[0-9][A-Za-z0-9_-]*\.[A-Za-z_][A-Za-z0-9_-]*(?:\.[A-Za-z0-9_-]+)+)"
+    r"|(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?%?)(?![\w.])"
     r"|(?P<comparison>>=|<=|==|!=|>|<)|(?P<sign>[-+*/()]))"
 )
 _CI = re.compile(r"\(\s*ci\s*\)\s*$")
@@ -239,6 +241,9 @@ def judge(
         where: it was written.
         resamples: of a figure: its value on each bootstrap resample. Figures of the baseline are fixed values.
 
+    With `(ci)`, resamples in which a figure has no value are left out. Those in which only the expression has none, as
+    it divides by zero, count against the demand: left out, they would make the interval better than it is.
+
     Raises UsageError for a figure that does not exist.
     """
     demand.check(where, figures.keys(), baseline)
@@ -264,11 +269,15 @@ def judge(
     if not demand.by_interval:
         passed = bool(_COMPARE[demand.comparison](left, right))
         return _gate(demand, where, passed, _sentence(demand, left, right, value_of))
-    gap = np.asarray(demand.left.compute(drawn) - demand.right.compute(drawn), dtype=float)
-    gap = gap[np.isfinite(gap)]
+    gap = _gap(demand, drawn)
     if not len(gap):
         return _gate(demand, where, False, "has no interval")
-    low, high = (float(end) for end in np.percentile(gap, [2.5, 97.5]))
+    with np.errstate(all="ignore"):
+        low, high = (float(end) for end in np.percentile(gap, [2.5, 97.5]))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        share = 1 - np.isfinite(gap).mean()
+        what = f"has no 95% interval: it divides by zero, or is out of range, in {share:.2g} of the resamples"
+        return _gate(demand, where, False, what)
     passed = all(bool(_COMPARE[demand.comparison](end, 0.0)) for end in (low, high))
     side = {">=": "0 or more", "<=": "0 or less", ">": "above 0", "<": "below 0"}[demand.comparison]
     shown = _sentence(demand, left, right, value_of)
@@ -279,6 +288,18 @@ def judge(
         f"{shown}; the 95% interval of left - right is [{low:.4g}, {high:.4g}], which is "
         f"{'' if passed else 'not '}whole {side}",
     )
+
+
+def _gap(demand: Demand, drawn: Callable[[str], Value]) -> Array:
+    """(resamples,) left minus right where all figures have a value; infinite on the failing side if it has none."""
+    values = {name: drawn(name) for name in demand.figures()}
+    with np.errstate(all="ignore"):
+        gap = np.atleast_1d(demand.left.compute(values.__getitem__) - demand.right.compute(values.__getitem__))
+    there = np.ones(gap.shape, dtype=bool)
+    for value in values.values():
+        there &= np.isfinite(value)
+    worst = -math.inf if demand.comparison in (">", ">=") else math.inf
+    return np.where(np.isfinite(gap), gap, worst)[there]
 
 
 def _sentence(demand: Demand, left: float, right: float, value_of: Callable[[str], float]) -> str:

@@ -50,6 +50,16 @@ Tracker = Literal[
     "dagshub",
     "flyte",
 ]
+RowFormat = Literal[
+    "auto",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "text",
+    "preference",
+    "unpaired_preference",
+]
 Trackers = Annotated[tuple[Tracker, ...], Field(strict=False)]
 
 
@@ -130,16 +140,7 @@ class Source(Section):
     path: Text
     """A .json, .jsonl, .csv or .parquet file (the first three also with .gz or .zst), a folder of
     them, a pattern such as `data/*.jsonl`, or a hub data set's id. Relative to the working directory."""
-    format: Literal[
-        "auto",
-        "alpaca",
-        "messages",
-        "sharegpt",
-        "prompt_completion",
-        "text",
-        "preference",
-        "unpaired_preference",
-    ] = "auto"
+    format: RowFormat = "auto"
     """Shape of the rows. `auto` decides from the columns and says why. Of a preference row the chosen
     answer is learned; of unpaired ones, those whose label is true."""
     columns: dict[str, Text] = Field(default_factory=dict)
@@ -361,16 +362,7 @@ class EvalSet(Section):
     """As it stands in figures. `heldout` are the rows that the run kept out of training, unless a path is given."""
     path: Text | None = None
     """As a source's path, on this machine. Only `heldout` needs none."""
-    format: Literal[
-        "auto",
-        "alpaca",
-        "messages",
-        "sharegpt",
-        "prompt_completion",
-        "text",
-        "preference",
-        "unpaired_preference",
-    ] = "auto"
+    format: RowFormat = "auto"
     """Shape of the rows, as a source's."""
     columns: dict[str, Text] = Field(default_factory=dict)
     """As a source's columns."""
