@@ -100,7 +100,7 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
     section, plan = lineup.section, lineup.plan
     remarks = list(lineup.remarks)
     demands = [(parse(text), f"eval.gates.{number}") for number, text in enumerate(section["gates"])]
-    demands += [(parse(text), "--fail-under") for text in options.fail_under]
+    demands += [(_from_command_line(text), "--fail-under") for text in options.fail_under]
     baseline = load_results(options.baseline) if options.baseline else None
     check_extras(section)
     tokenizer = load_tokenizer(plan, lineup.run.result)
@@ -119,6 +119,13 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
         of_tasks = [name for name in demand.figures() if section["lm_eval"] and name.split(".")[0] not in sets]
         demand.check(where, [*known, *of_tasks], baseline)
     return Work(lineup, main, sets, scored, choices, demands, baseline, remarks)
+
+
+def _from_command_line(text: str) -> Demand:
+    try:
+        return parse(text)
+    except UsageError as error:
+        raise UsageError(f"--fail-under: {error}") from None
 
 
 def run_models(work: Work, records: Records, console: Console) -> Benchmarked:

@@ -350,7 +350,7 @@ class MergeSection(Section):
     """Limit of the largest difference between two logits. null: none."""
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 MetricSpec = Text | dict[Name, Text]
 MetricSpecs = Annotated[tuple[MetricSpec, ...], Field(strict=False)]
 
