@@ -45,6 +45,12 @@ class GateError(LorafitError):
     exit_code = 6
 
 
+class DriftError(LorafitError):
+    """Something is no longer what a lock or a record says."""
+
+    exit_code = 7
+
+
 class Interrupted(BaseException):
     """The command was stopped by a signal; a run in its steps, after saving what can be resumed.
 
@@ -73,8 +79,8 @@ EXIT_CODES: dict[int, str] = {
     3: "the data is wrong",
     4: "the model can't be loaded, or inputs don't belong together",
     5: "it does not fit in memory or on disk",
-    6: "a gate failed (for example, the loss is not finite)",
-    7: "something drifted from a lock (reserved)",
+    6: "a gate failed: a result is worse than demanded, or the loss is not finite",
+    7: "something differs from its lock or record; for `diff`: the recipes differ",
     130: "interrupted by Ctrl-C; a checkpoint was saved if training had begun",
     143: "terminated by SIGTERM; a checkpoint was saved if training had begun",
 }

@@ -40,7 +40,7 @@ class Hardware:
 def detect() -> Hardware:
     """The hardware of this machine: the first visible CUDA GPU, else the CPU."""
     world_size = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    return _first_gpu(world_size) or _cpu(world_size)
+    return _first_gpu(world_size) or detect_cpu(world_size)
 
 
 def detect_gpu_or_assume() -> Hardware:
@@ -84,7 +84,8 @@ def _first_gpu(world_size: int) -> Hardware | None:
     return Hardware("cuda", name, memory, (major, minor), major >= 8, world_size)
 
 
-def _cpu(world_size: int) -> Hardware:
+def detect_cpu(world_size: int = 1) -> Hardware:
+    """This machine without its GPUs."""
     try:
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

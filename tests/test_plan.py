@@ -587,6 +587,7 @@ def echo_free(plan: Plan) -> dict[str, Any]:
 def test_the_table_has_every_field() -> None:
     sources = {("dataset", "validation", name) for name in Source.model_fields}
     fields = {field for field in leaf_fields() if tuple(field.split(".")) not in sources}
+    fields = {field for field in fields if not field.startswith("hardware.")}  # decide nothing; see test_meant.py
     assert "dataset.validation" in fields | set(map(".".join, dict(sections())))
     assert fields | {"dataset.validation"} == set(CHANGES)
 

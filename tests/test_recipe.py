@@ -144,6 +144,7 @@ def test_every_field_has_a_description() -> None:
         ("dataset", "audit"),
         ("training",),
         ("merge",),
+        ("hardware",),
         ("eval",),
         ("eval", "sets"),
         ("eval", "lm_eval"),
@@ -170,7 +171,7 @@ def test_every_field_has_a_description() -> None:
         ("lora.r: 3", "6:1: lora.r: unknown key; a dot does not nest: write lora: {r: …}"),
         (
             "zzz: 3",
-            "6:1: zzz: unknown key; known keys: model, quantization, lora, dataset, training, merge, eval, "
+            "6:1: zzz: unknown key; known keys: model, quantization, lora, dataset, training, hardware, merge, eval, "
             "output_dir, extends",
         ),
         ("lora: {'<<': {}}", "6:8: lora.<<: unknown key; known keys: " + ", ".join(LoraSection.model_fields)),
@@ -270,7 +271,7 @@ def test_values_and_paths_in_messages_are_short_and_printable() -> None:
     assert mistakes(BASE + '"a\\nb\\e[31m\\ud800": 1\noutput_dir: "\\udfff"') == [
         "r.yaml:6:1: a\\nb\\x1b[31m\\ud800: holds \\ud800, which is not a character",
         "r.yaml:6:1: a\\nb\\x1b[31m?: unknown key; known keys: "
-        "model, quantization, lora, dataset, training, merge, eval, output_dir, extends",
+        "model, quantization, lora, dataset, training, hardware, merge, eval, output_dir, extends",
         "r.yaml:7:13: output_dir: holds \\udfff, which is not a character",
     ]
     assert only_mistake(BASE + 'lora: {r: "a\\nb"}') == "r.yaml:6:11: lora.r: expected a whole number, got 'a\\nb'"

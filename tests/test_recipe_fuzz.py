@@ -131,6 +131,7 @@ def whole_recipe() -> dict[str, Any]:
     document["model"]["name_or_path"] = "a/b"
     document["dataset"] |= {"train": [{"path": "rows.jsonl"}], "validation": 0.1}
     document["quantization"] = {"load_in_4bit": True}
+    document["hardware"] = {"gpu": "RTX 4090", "vram": "24GiB"}
     document["eval"] |= {
         "sets": [{"name": "own", "path": "own.jsonl"}],
         "lm_eval": document["eval"]["lm_eval"] | {"tasks": ["task"]},

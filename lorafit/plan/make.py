@@ -16,6 +16,7 @@ from lorafit.hardware import Hardware, detect
 from lorafit.plan.adapter import adapter_dtype, adapter_targets, lora_kwargs
 from lorafit.plan.context import Context
 from lorafit.plan.data import choose_max_length, plan_data, read_chat_template
+from lorafit.plan.meant import elsewhere
 from lorafit.plan.model import choose_dtype, model_kwargs, model_summary, quantization_kwargs
 from lorafit.plan.sources import counted, plan_sources
 from lorafit.plan.training import training_kwargs
@@ -73,6 +74,9 @@ def _resolve(context: Context, default_name: str, read_data: bool) -> Plan:
     """All but the number of steps, which takes reading the data through."""
     recipe = context.recipe
     output_dir = recipe.output_dir or f"runs/{default_name}"
+    remark = elsewhere(recipe, context.hardware)
+    if remark:
+        context.remarks.append(remark)
     dtype = choose_dtype(context)
     targets = adapter_targets(context)
     max_length = choose_max_length(context)

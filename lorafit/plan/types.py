@@ -155,7 +155,7 @@ class Plan:
     def decides(self) -> dict[str, Any]:
         """What the trained weights depend on, as JSON-able values: a run can go on only if it is the same.
 
-        How the result will be evaluated and merged is no part of it.
+        How the result will be evaluated and merged, and where the recipe is meant to run, is no part of it.
         """
         whole = json.loads(self.to_json())
         parts = (
@@ -170,7 +170,7 @@ class Plan:
         machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
         for source in (*whole["data"]["train"], *whole["data"]["validation"]):
             del source["rows"]  # follows from the files
-        for later in ("merge", "eval"):
+        for later in ("merge", "eval", "hardware"):
             whole["recipe"].pop(later, None)
         return {part: whole[part] for part in parts} | {"hardware": machine}
 

@@ -23,6 +23,7 @@ def cross_check(recipe: Recipe) -> Iterator[Complaint]:
     yield from _lora(recipe)
     yield from _dataset(recipe)
     yield from _training(recipe)
+    yield from _hardware(recipe)
     yield from _merge(recipe)
     yield from _eval(recipe)
 
@@ -187,6 +188,24 @@ def _training(recipe: Recipe) -> Iterator[Complaint]:
                 yield ("training", name), "needs evaluations; remove eval_strategy: no"
     if training.load_best_model_at_end is True or training.early_stopping_patience is not None:
         yield from _best_needs_a_checkpoint(recipe)
+
+
+def _hardware(recipe: Recipe) -> Iterator[Complaint]:
+    hardware = recipe.hardware
+    if hardware is None:
+        return
+    from lorafit.vram.gpus import find_gpu, parse_memory
+
+    for name, read in (("gpu", find_gpu), ("vram", parse_memory)):
+        value = getattr(hardware, name)
+        if value is None:
+            continue
+        if hardware.device == "cpu":
+            yield ("hardware", name), "has no effect with device: cpu; remove it"
+        try:
+            read(value)
+        except UsageError as error:
+            yield ("hardware", name), str(error)
 
 
 def _merge(recipe: Recipe) -> Iterator[Complaint]:

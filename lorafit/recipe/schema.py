@@ -325,6 +325,18 @@ class TrainingSection(Section):
     written."""
 
 
+class HardwareSection(Section):
+    """What the recipe is meant for, so that it can be checked on another machine, such as one of a CI. Training
+    elsewhere is said, and goes on."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Default: cuda where gpu or vram is given; else what is here."""
+    gpu: Text | None = None
+    """A GPU's name, such as RTX 4090 (docs/vram.md lists them). The recipe has to fit its memory."""
+    vram: Text | None = None
+    """Memory of one GPU that the recipe has to fit, such as 24GiB. Default: that of gpu."""
+
+
 class MergeSection(Section):
     """What `lorafit merge` does unless its options say otherwise. Nothing here changes the training. A
     merge over a limit fails; the limits hold for the merged model against the adapter on the base as it
@@ -460,6 +472,8 @@ class Recipe(Section):
     """The training and validation rows."""
     training: TrainingSection = Field(default_factory=TrainingSection)
     """The optimization."""
+    hardware: HardwareSection | None = None
+    """What the recipe is meant for. Absent: any machine."""
     merge: MergeSection = Field(default_factory=MergeSection)
     """How the adapter is merged into the base, and what the result must hold."""
     eval: EvalSection = Field(default_factory=EvalSection)

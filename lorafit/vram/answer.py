@@ -15,6 +15,7 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect_gpu_or_assume
 from lorafit.memory import CONTEXT, Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
+from lorafit.plan.meant import hardware_of, meant_hardware
 from lorafit.recipe import Recipe
 from lorafit.vram.gpus import GIB, GPUS, Device, Gpu
 
@@ -52,7 +53,7 @@ class Subject:
 
     def on(self, gpu: Gpu | None) -> Subject:
         """The same for another GPU; as it is for one of which only the memory is known."""
-        return self if gpu is None else dataclasses.replace(self, hardware=as_hardware(gpu, self.hardware.world_size))
+        return self if gpu is None else dataclasses.replace(self, hardware=hardware_of(gpu, self.hardware.world_size))
 
     def over(self, gpus: int, sharding: Sharding) -> Subject:
         """The same over several GPUs."""
@@ -313,17 +314,15 @@ def subject_of(
     if sharding is not None and sharding not in SHARDINGS:
         raise UsageError(f"--sharding {sharding}: not one of {', '.join(SHARDINGS)}")
     hardware = detect_gpu_or_assume()
+    if config is not None and gpu is None:
+        hardware = meant_hardware(Recipe.load(config, overrides))
     world = gpus or hardware.world_size
     if sharding not in (None, "none") and world == 1:
         raise UsageError(f"--sharding {sharding}: needs --gpus of 2 or more")
     if sharding == "none" and world > 1:
         raise UsageError(f"--sharding none: is for one GPU, not {world}; ddp gives each GPU the whole model")
-    hardware = as_hardware(gpu, world) if gpu else dataclasses.replace(hardware, world_size=world)
+    hardware = hardware_of(gpu, world) if gpu else dataclasses.replace(hardware, world_size=world)
     return Subject(config, model, method or "lora", tuple(overrides), hardware, sharding)  # type: ignore[arg-type]
-
-
-def as_hardware(gpu: Gpu, world: int) -> Hardware:
-    return Hardware("cuda", gpu.name, gpu.memory_bytes, gpu.compute_capability, gpu.compute_capability >= (8, 0), world)
 
 
 def known_tensors(facts: ModelFacts) -> ModelFacts:

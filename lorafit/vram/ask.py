@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
+from lorafit.plan.meant import meant_device
 from lorafit.vram.answer import Answer, Question, answer, as_dict, failures, gib, subject_of
 from lorafit.vram.gpus import GIB, Device, find_gpu, parse_device, parse_memory
 from lorafit.vram.sweep import as_typed, parse_sweeps
@@ -85,21 +86,21 @@ def ask(asked: Asked) -> Reply:
         from lorafit.vram.plot import check
 
         check(asked.plot)
-    subject = subject_of(
-        asked.config,
-        asked.model,
-        asked.method,
-        (
-            *(override for _, override, _ in asked.short),
-            *asked.overrides,
-        ),  # --set, as advice gives it, has the last word
-        gpus[0] if gpus else None,
-        asked.world,
-        asked.sharding,
-    )
     asserted = tuple(parse_device(text) for text in asked.asserted)
-    question = Question(subject, tuple(devices), asserted, parse_sweeps(asked.sweeps), asked.trace)
     with as_typed({override: f"--{option} {value}" for option, override, value in asked.short}):
+        # --set, as advice gives it, has the last word
+        subject = subject_of(
+            asked.config,
+            asked.model,
+            asked.method,
+            (*(override for _, override, _ in asked.short), *asked.overrides),
+            gpus[0] if gpus else None,
+            asked.world,
+            asked.sharding,
+        )
+        stated = meant_device(subject.recipe()) if asked.config and not (devices or asserted) else None
+        devices += [stated] if stated else []
+        question = Question(subject, tuple(devices), asserted, parse_sweeps(asked.sweeps), asked.trace)
         found = answer(question)
     if asked.plot is not None:
         draw(found, asked.plot)
