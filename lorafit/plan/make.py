@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorafit.audit import Audit
 from lorafit.cache import known_audit
+from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect
 from lorafit.plan.adapter import adapter_dtype, adapter_targets, lora_kwargs
@@ -18,7 +19,7 @@ from lorafit.plan.context import Context
 from lorafit.plan.data import choose_max_length, plan_data, read_chat_template
 from lorafit.plan.meant import elsewhere
 from lorafit.plan.model import choose_dtype, model_kwargs, model_summary, quantization_kwargs
-from lorafit.plan.sources import counted, plan_sources
+from lorafit.plan.sources import Reading, counted, plan_sources
 from lorafit.plan.training import training_kwargs
 from lorafit.plan.types import Choice, Plan, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
@@ -52,7 +53,12 @@ def make_plan(
 
     Raises RecipeError with every choice that this model or machine can't carry out, and DataError.
     """
-    plan = _resolve(Context(recipe, facts, hardware), default_name, read_data)
+    context = Context(recipe, facts, hardware)
+    plan = examine(context, default_name, "digests" if read_data else "nothing")
+    if plan is None:
+        raise RecipeError(context.mistakes)
+    if context.faults:
+        raise DataError("\n".join(str(error) for _, error in context.faults))
     return _with_steps(plan, count_rows) if read_data else plan
 
 
@@ -70,8 +76,11 @@ def with_audit(plan: Plan, audit: Audit) -> Plan:
     )
 
 
-def _resolve(context: Context, default_name: str, read_data: bool) -> Plan:
-    """All but the number of steps, which takes reading the data through."""
+def examine(context: Context, default_name: str, reading: Reading) -> Plan | None:
+    """All but the number of steps, which takes reading the data through.
+
+    What can't be carried out is noted in the context, as mistakes and faults; None if there are mistakes.
+    """
     recipe = context.recipe
     output_dir = recipe.output_dir or f"runs/{default_name}"
     remark = elsewhere(recipe, context.hardware)
@@ -81,13 +90,13 @@ def _resolve(context: Context, default_name: str, read_data: bool) -> Plan:
     targets = adapter_targets(context)
     max_length = choose_max_length(context)
     chat_template = read_chat_template(context)
-    train, validation = plan_sources(context, read_data)
+    train, validation = plan_sources(context, reading)
     data = plan_data(context, train, validation, max_length, chat_template)
     for_training = training_kwargs(context, dtype, has_validation=bool(recipe.dataset.validation))
     for_model = model_kwargs(context, dtype)
     for_quantization = quantization_kwargs(context, dtype)
     if context.mistakes:
-        raise RecipeError(context.mistakes)
+        return None
     return Plan(
         name=Path(output_dir).name,
         output_dir=output_dir,

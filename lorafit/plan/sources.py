@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Literal
 
 from lorafit.errors import DataError, printable
 from lorafit.plan.context import Context
@@ -21,14 +22,18 @@ from lorafit.rows import (
     size_digest,
 )
 
+Reading = Literal["nothing", "formats", "digests"]
+"""How far sources are looked into: not at all, their first rows, or whole for their hash."""
 
-def plan_sources(context: Context, read_data: bool) -> tuple[list[SourcePlan], list[SourcePlan]]:
-    """The sources of training rows and those of validation rows."""
+
+def plan_sources(context: Context, reading: Reading) -> tuple[list[SourcePlan], list[SourcePlan]]:
+    """The sources of training rows and those of validation rows. Those that can't be read are noted as faults."""
     dataset = context.recipe.dataset
-    train = [_source(context, source, f"dataset.train.{i}", read_data) for i, source in enumerate(dataset.train)]
-    if not isinstance(dataset.validation, tuple):
-        return train, []
-    return train, [_source(context, s, f"dataset.validation.{i}", read_data) for i, s in enumerate(dataset.validation)]
+    validation = dataset.validation if isinstance(dataset.validation, tuple) else ()
+    return (
+        [_source(context, source, f"dataset.train.{i}", reading) for i, source in enumerate(dataset.train)],
+        [_source(context, source, f"dataset.validation.{i}", reading) for i, source in enumerate(validation)],
+    )
 
 
 def counted(source: SourcePlan) -> SourcePlan:
@@ -48,7 +53,7 @@ def unread_columns(row: Row, format: Format, source: SourcePlan) -> list[str]:
     return [printable(name) for name in row.fields if name not in read]
 
 
-def _source(context: Context, source: Source, key: str, read_data: bool) -> SourcePlan:
+def _source(context: Context, source: Source, key: str, reading: Reading) -> SourcePlan:
     asked = SourcePlan(
         source.path,
         key,
@@ -64,16 +69,26 @@ def _source(context: Context, source: Source, key: str, read_data: bool) -> Sour
     for name in ("split", "name", "revision"):
         if name in source.model_fields_set:
             context.wrong((*_recipe_path(key), name), "is for hub data sets; this is a local path")
-    if not read_data:
+    if reading == "nothing":
         return asked
+    try:
+        return _looked_into(context, asked, reading)
+    except DataError as error:
+        context.faults.append(((*_recipe_path(key), "path"), error))
+        return asked
+
+
+def _looked_into(context: Context, source: SourcePlan, reading: Reading) -> SourcePlan:
+    """The source with its format and, if asked for, its hash. Raises DataError."""
+    key = source.key
     first = next(read_rows(source.path), None)
     if first is None:
         raise DataError(f"{source.path}: there are no rows")
-    format = asked.format
+    format = source.format
     if format is None:
-        format, reason = detect_format(first, asked.columns, asked.template, key)
+        format, reason = detect_format(first, source.columns, source.template, key)
         context.choose(f"{key}.format", format, reason)
-    unread = unread_columns(first, format, asked)
+    unread = unread_columns(first, format, source)
     if unread:
         context.remarks.append(f"{key}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}.")
     if format == "preference":
@@ -81,8 +96,10 @@ def _source(context: Context, source: Source, key: str, read_data: bool) -> Sour
     if format == "unpaired_preference":
         context.remarks.append(f"{key}: the rows whose label is false are left out.")
     streamed = context.recipe.dataset.streaming and key.startswith("dataset.train")
+    if reading == "formats":
+        return dataclasses.replace(source, format=format)
     sha256 = size_digest(source.path) if streamed else digest(source.path)
-    return dataclasses.replace(asked, format=format, sha256=sha256)
+    return dataclasses.replace(source, format=format, sha256=sha256)
 
 
 def _given(format: str) -> Format | None:
