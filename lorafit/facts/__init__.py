@@ -13,7 +13,7 @@ from pathlib import Path
 from lorafit.errors import ModelError
 from lorafit.facts.folder import TOKENIZER_FILES, from_folder, safetensors_header, stored_tensors, weight_files
 from lorafit.facts.gguf import from_gguf, gguf_header
-from lorafit.facts.hub import from_hub, hub_unreachable, known_models
+from lorafit.facts.hub import UnreachableError, from_hub, hub_unreachable, known_models
 from lorafit.facts.layouts import layout
 from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
 
@@ -22,6 +22,7 @@ __all__ = [
     "ModelFacts",
     "Tensor",
     "TokenizerFacts",
+    "UnreachableError",
     "gguf_header",
     "hub_unreachable",
     "known_models",

@@ -17,6 +17,10 @@ from lorafit.facts.layouts import layout
 from lorafit.facts.types import ModelFacts
 
 
+class UnreachableError(ModelError):
+    """The hub can't be asked for a model, which says nothing about the model."""
+
+
 @functools.cache
 def hub_unreachable() -> str | None:
     """Why the hub is not asked, or None if it can be.
@@ -43,8 +47,9 @@ def from_hub(name: str, revision: str | None) -> ModelFacts:
     if found["config.json"] is None:
         bundled = known_models().get(name.lower())
         if bundled is None:
-            why = hub_unreachable() or "the hub does not have it or does not let you read it"
-            raise ModelError(
+            unreachable = hub_unreachable()
+            why = unreachable or "the hub does not have it or does not let you read it"
+            raise (UnreachableError if unreachable else ModelError)(
                 f"{name}: config.json is not in the cache and {why}; download the model first, or check the name, "
                 "the revision and your access"
             )

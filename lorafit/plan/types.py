@@ -175,6 +175,13 @@ class Plan:
         return {part: whole[part] for part in parts} | {"hardware": machine}
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows (packed ones, with packing) of an optimizer step over all processes."""
+        kwargs = self.training_kwargs
+        rows = kwargs["per_device_train_batch_size"] * kwargs["gradient_accumulation_steps"]
+        return int(rows * self.hardware.world_size)
+
+    @property
     def trainable_parameters(self) -> int:
         return int(self.model["trainable_parameters"])
 

@@ -58,6 +58,18 @@ _ALIASES = {
 """What other tools and habit call some fields, for the hint only."""
 
 
+_ELSEWHERE = {
+    "resume_from_checkpoint": "goes on from the last checkpoint with `lorafit train --resume`, which needs no path",
+    "bf16": "is decided by model.dtype",
+    "fp16": "is decided by model.dtype",
+    "deepspeed": "is the launcher's: `accelerate launch` or torchrun",
+    "fsdp": "is the launcher's: `accelerate launch` or torchrun",
+    "hub_token": "does not belong in a file; the hub's client reads HF_TOKEN",
+    "wandb_project": "is an environment variable of the tracker, see training.report_to",
+}
+"""What other tools have as keys and lorafit elsewhere, for the hint only."""
+
+
 class RecipeError(LorafitError):
     """Everything that is wrong in a recipe, one line each.
 
@@ -296,6 +308,8 @@ def _known_keys(section: KeyPath) -> list[str]:
 def _near_key(path: KeyPath) -> KeyPath:
     """The key that was probably meant by an unknown one; empty if there is none near."""
     parent, key = path[:-1], str(path[-1])
+    if key in _ELSEWHERE:
+        return ()
     elsewhere = [(*where, key) for where, section in sections() if key in section.model_fields]
     if elsewhere:
         return elsewhere[0]
@@ -307,6 +321,8 @@ def _near_key(path: KeyPath) -> KeyPath:
 
 
 def _unknown_key(path: KeyPath, meant: KeyPath) -> str:
+    if not meant and path[-1] in _ELSEWHERE:
+        return f"unknown key; this {_ELSEWHERE[str(path[-1])]}"
     if not meant:
         return f"unknown key; known keys: {', '.join(_known_keys(path[:-1]))}"
     if path[-1] == dotted(meant):

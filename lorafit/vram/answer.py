@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -101,17 +101,8 @@ class Solver:
         return self._estimates[subject, capacity]
 
     def judged(self, subject: Subject, capacity: int) -> tuple[Estimate, str]:
-        """The estimate and the verdict for a capacity.
-
-        What is held beyond what is allocated may be given back: then it is tight rather than too much.
-        """
-        known = self.estimate(subject)
-        verdict = fits(known, capacity)
-        if verdict == "does not fit" and known.allocated + CONTEXT[0] <= capacity:
-            short = self.estimate(subject, capacity)
-            if short.served:
-                return short, "tight"
-        return known, verdict
+        """The estimate and the verdict for a capacity."""
+        return judged(lambda limit: self.estimate(subject, limit), capacity)
 
     def _planned(self, subject: Subject) -> Case:
         recipe = subject.recipe()
@@ -123,6 +114,20 @@ class Solver:
         setup = setup_of(plan, facts, subject.sharding)
         check_size(setup)
         return Case(subject, recipe, facts, plan, setup)
+
+
+def judged(estimated: Callable[[int | None], Estimate], capacity: int) -> tuple[Estimate, str]:
+    """The estimate and the verdict for a capacity, from estimates by capacity (None: without a limit).
+
+    What is held beyond what is allocated may be given back: then it is tight rather than too much.
+    """
+    known = estimated(None)
+    verdict = fits(known, capacity)
+    if verdict == "does not fit" and known.allocated + CONTEXT[0] <= capacity:
+        short = estimated(capacity)
+        if short.served:
+            return short, "tight"
+    return known, verdict
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""`lorafit validate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.common import AsJson, Overrides, fail, reporting
+from lorafit.errors import UsageError
+
+
+@reporting
+def validate(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Recipes, folders of them, or patterns.")],
+    overrides: Overrides = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Tokenize and audit all data as well; loads torch, but no weights.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option("--skip", metavar="data|model|memory", help="Leave a part out, such as data that is elsewhere."),
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="Check for this GPU, not what each recipe is meant for.")
+    ] = None,
+    here: Annotated[bool, typer.Option("--here", help="Check for this machine.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="What can't be checked is a fault.")] = False,
+    format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="text, json, github, junit or sarif.")
+    ] = "text",
+    as_json: AsJson = False,
+) -> None:
+    """Check recipes: keys, values, target modules, data, memory. Every fault at its line, in a moment."""
+    from lorafit.validate.report import FORMATS
+
+    if format not in FORMATS:
+        fail(f"--format {format}: not one of {', '.join(FORMATS)}", UsageError.exit_code)
+    if gpu is not None and here:
+        fail("--gpu and --here exclude each other", UsageError.exit_code)
+    from lorafit.hardware import detect
+    from lorafit.plan.meant import hardware_of
+    from lorafit.validate.findings import Options
+    from lorafit.validate.run import validate as run_validate
+    from lorafit.vram.gpus import find_gpu
+
+    hardware = hardware_of(find_gpu(gpu)) if gpu is not None else detect() if here else None
+    if deep:
+        from lorafit.quiet import hush
+
+        hush()
+    report = run_validate(paths, Options(tuple(overrides or ()), tuple(skip or ()), hardware, strict, deep))
+    typer.echo(FORMATS["json" if as_json else format](report))
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)

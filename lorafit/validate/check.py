@@ -1,0 +1,104 @@
+"""One recipe, checked as far as files, tensor names and arithmetic can tell."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafit.errors import DataError, ModelError
+from lorafit.facts import ModelFacts, UnreachableError, read_facts
+from lorafit.plan import Plan
+from lorafit.plan.context import Context
+from lorafit.plan.make import examine
+from lorafit.plan.meant import meant_hardware
+from lorafit.recipe import Recipe, RecipeError
+from lorafit.rows import Row, read_rows
+from lorafit.validate.contents import check_contents, place_of_fault
+from lorafit.validate.findings import Findings, Options
+from lorafit.validate.fit import Estimates, check_fit
+from lorafit.validate.types import Checked, Fault
+
+
+@dataclass
+class Checker:
+    """Checks recipes one after the other, and looks once at what they share."""
+
+    options: Options
+    _estimates: Estimates = field(default_factory=Estimates)
+    _facts: dict[tuple[str, str | None], ModelFacts | ModelError] = field(default_factory=dict)
+    _rows: dict[tuple[str, int], tuple[Row, ...] | DataError] = field(default_factory=dict)
+
+    def check(self, file: str) -> Checked:
+        """Everything that is wrong with a recipe."""
+        try:
+            recipe = Recipe.load(file, self.options.overrides)
+        except RecipeError as error:
+            return _unreadable(file, error)
+        found = Findings(recipe, self.options)
+        plan, facts = self._planned(found, file)
+        if "data" not in self.options.skip:
+            check_contents(found, self.rows)
+        if plan is not None and facts is not None:
+            check_fit(found, plan, facts, self._estimates)
+            if self.options.deep and not found.faults:
+                from lorafit.validate.deep import check_deep
+
+                check_deep(found, file)
+        return Checked(file, "recipe", tuple(dict.fromkeys(found.faults)), tuple(found.notes), found.facts)
+
+    def rows(self, path: str, most: int) -> tuple[Row, ...]:
+        """The first rows of a local source. Raises DataError."""
+        if (path, most) not in self._rows:
+            try:
+                self._rows[path, most] = tuple(itertools.islice(read_rows(path), most))
+            except DataError as error:
+                self._rows[path, most] = error
+        found = self._rows[path, most]
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def _planned(self, found: Findings, file: str) -> tuple[Plan | None, ModelFacts | None]:
+        """The plan, if nothing stands against it, and what is known of the model."""
+        recipe = found.recipe
+        facts = None
+        if "model" not in self.options.skip:
+            try:
+                facts = self._model(recipe)
+            except UnreachableError as error:
+                found.unchecked(("model", "name_or_path"), ModelError(f"the model was not checked: {error}"))
+            except ModelError as error:
+                found.wrong(("model", "name_or_path"), error)
+        hardware = self.options.hardware or meant_hardware(recipe)
+        context = Context(recipe, facts or ModelFacts(recipe.model.name_or_path, "hub", "nothing", {}, ()), hardware)
+        plan = examine(context, Path(file).stem, "nothing" if "data" in self.options.skip else "formats")
+        for mistake in context.mistakes:
+            if facts is not None or not mistake.path.startswith("lora."):  # modules can't be told without the model
+                found.faults.append(Fault(mistake, RecipeError.exit_code))
+        if facts is not None:
+            found.notes += context.remarks
+        for path, unreadable in context.faults:
+            found.wrong(place_of_fault(found, path, self.rows), unreadable)
+        return plan, facts
+
+    def _model(self, recipe: Recipe) -> ModelFacts:
+        """Raises ModelError."""
+        asked = recipe.model.name_or_path, recipe.model.revision
+        if asked not in self._facts:
+            try:
+                self._facts[asked] = read_facts(*asked)
+            except ModelError as error:
+                self._facts[asked] = error
+        found = self._facts[asked]
+        if isinstance(found, ModelError):
+            raise found
+        return found
+
+
+def _unreadable(file: str, error: RecipeError) -> Checked:
+    """A recipe with mistakes, or a part of recipes, which may do without a model and data."""
+    missing = {one.path for one in error.mistakes if one.message.startswith("is missing")}
+    is_part = missing >= {"model", "dataset"}
+    mistakes = [one for one in error.mistakes if not (is_part and one.path in ("model", "dataset"))]
+    return Checked(file, "part" if is_part else "recipe", tuple(Fault(one, error.exit_code) for one in mistakes))

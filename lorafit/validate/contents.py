@@ -1,0 +1,114 @@
+"""The first rows of a recipe's data: whether they are there and have what their format needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lorafit.errors import DataError
+from lorafit.plan.context import Path
+from lorafit.recipe import Source
+from lorafit.recipe.schema import EvalSet
+from lorafit.rows import Row, data_files, detect_format, is_local, to_example
+from lorafit.rows.cells import Shape
+from lorafit.rows.row import Fault as RowFault
+from lorafit.validate.findings import Findings
+
+FIRST_ROWS = 20
+"""Rows of each file that are read."""
+Rows = Callable[[str, int], tuple[Row, ...]]
+"""The first rows of a local source. Raises DataError."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Rows that the recipe names, and where."""
+
+    path: Path
+    file: str
+    source: Source | EvalSet
+
+    @property
+    def key(self) -> str:
+        return ".".join(map(str, self.path))
+
+
+def check_contents(found: Findings, rows: Rows) -> None:
+    """Note the first row of each source that can't be used, and files that are missing."""
+    faulty = {fault.mistake.path.rpartition(".")[0] for fault in found.faults if fault.exit_code == DataError.exit_code}
+    for asked in _asked(found):
+        if asked.key in faulty:
+            continue
+        if not is_local(asked.file):
+            found.unchecked(
+                (*asked.path, "path"),
+                DataError(f"{asked.key} was not checked: {asked.file} is a hub data set, read when training begins"),
+            )
+            continue
+        try:
+            _check_rows(asked, rows, dict(found.recipe.dataset.audit))
+        except DataError as error:
+            found.wrong(place_of_fault(found, (*asked.path, "path"), rows), error)
+    _benchmarks(found)
+
+
+def place_of_fault(found: Findings, path: Path, rows: Rows) -> Path:
+    """Where what is wrong with a source's rows was most likely written: a column's name, the format, or the path."""
+    source = next((asked.source for asked in _asked(found) if asked.path == path[:-1]), None)
+    if source is None:
+        return path
+    place = path[:-1]
+    try:
+        fields = rows(source.path or "", 1)[0].fields
+    except (DataError, IndexError):
+        return path
+    for column, name in source.columns.items():
+        if name not in fields and name.split(".")[0] not in fields:
+            return (*place, "columns", column)
+    return (*place, "format") if source.format != "auto" else path
+
+
+def _asked(found: Findings) -> Iterator[_Asked]:
+    dataset = found.recipe.dataset
+    validation = dataset.validation if isinstance(dataset.validation, tuple) else ()
+    for name, sources in (("train", dataset.train), ("validation", validation)):
+        for number, source in enumerate(sources):
+            yield _Asked(("dataset", name, number), source.path, source)
+    for number, one in enumerate(found.recipe.eval.sets):
+        if one.path is not None:
+            yield _Asked(("eval", "sets", number), one.path, one)
+
+
+def _check_rows(asked: _Asked, rows: Rows, limits: dict[str, float | None]) -> None:
+    """Raises DataError for the first row of a file that can't be read as its format wants it."""
+    source = asked.source
+    template = dict(source.template) if isinstance(source.template, dict) else source.template
+    left = source.max_rows
+    format = source.format
+    for file in data_files(asked.file):
+        first = rows(str(file), min(FIRST_ROWS, left or FIRST_ROWS))
+        if first and format == "auto":
+            format, _ = detect_format(first[0], source.columns, template, asked.key)
+        for row in first:
+            try:
+                to_example(row, Shape(format, source.columns, template, asked.key))  # type: ignore[arg-type]
+            except RowFault as error:
+                if limits.get(error.rule) == 0:
+                    raise DataError(f"{error} (dataset.audit.{error.rule} lets none pass)") from None
+        if left is not None:
+            return  # later files may not be reached
+    if format == "auto":
+        raise DataError(f"{asked.file}: there are no rows")
+
+
+def _benchmarks(found: Findings) -> None:
+    """Task files and folders of lm-evaluation-harness that are not there."""
+    section = found.recipe.eval.lm_eval
+    if section is None:
+        return
+    for number, task in enumerate(section.tasks):
+        if task.endswith((".yaml", ".yml")) and not os.path.isfile(task):
+            found.wrong(("eval", "lm_eval", "tasks", number), DataError(f"{task}: no such file"))
+    if section.include_path is not None and not os.path.isdir(section.include_path):
+        found.wrong(("eval", "lm_eval", "include_path"), DataError(f"{section.include_path}: no such folder"))

@@ -1,0 +1,33 @@
+"""The whole data of a recipe, tokenized and audited as for training. Loads torch, but no weights."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from lorafit.audit import findings
+from lorafit.data import prepare
+from lorafit.errors import DataError, LorafitError
+from lorafit.plan import plan_recipe
+from lorafit.plan.meant import meant_hardware
+from lorafit.quiet import hush_progress
+from lorafit.tokenizer import load_tokenizer
+from lorafit.validate.findings import Findings
+
+
+def check_deep(found: Findings, file: str) -> None:
+    """Note what an audit finds beyond its limits, and a tokenizer or template that does not work."""
+    hush_progress()
+    recipe = found.recipe
+    try:
+        plan = plan_recipe(recipe, file, found.options.hardware or meant_hardware(recipe), count_rows=False)
+        data = prepare(plan.data, load_tokenizer(plan), Console(stderr=True))
+    except LorafitError as error:
+        found.wrong(("dataset",) if isinstance(error, DataError) else ("model", "name_or_path"), error)
+        return
+    for one in findings(data.audit, plan.data.audit):
+        if one.is_breach:
+            limited = one.rule in recipe.dataset.audit.model_fields_set
+            path = ("dataset", "audit", one.rule) if limited else ("dataset", "train")
+            found.wrong(path, DataError(f"{one.finding.first} (dataset.audit.{one}, is above {one.limit:.4g})"))
+    rows = data.audit.training_rows
+    found.facts |= {"rows": rows.rows, "tokens": rows.tokens}

@@ -1,0 +1,67 @@
+"""The recipes that paths name: files, folders and patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.errors import UsageError
+from lorafit.recipe import Recipe
+
+ENDINGS = (".yaml", ".yml")
+NOT_SEARCHED = ("node_modules", "__pycache__", "venv")
+FILE_KEYS = {"extends", *Recipe.model_fields}
+_TOP_KEY = re.compile(r"^(?:[\"']?)([A-Za-z_][\w-]*)(?:[\"']?)\s*:", re.MULTILINE)
+_MOST_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Found:
+    """Recipes in order, each once, and the YAML files of folders and patterns that are none."""
+
+    recipes: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def find(paths: Iterable[str]) -> Found:
+    """What the paths name. A file is taken as it is; a folder is searched. Raises UsageError where there is nothing."""
+    recipes: dict[str, None] = {}
+    skipped: dict[str, None] = {}
+    for path in paths:
+        if os.path.isdir(path):
+            inside = list(_inside(path))
+        elif not os.path.exists(path) and glob.has_magic(path):
+            inside = sorted(file for file in glob.glob(path, recursive=True) if file.endswith(ENDINGS))
+        else:
+            recipes[path] = None
+            continue
+        chosen = [file for file in inside if _is_recipe(file)]
+        if not chosen:
+            raise UsageError(f"{path}: there are no recipes ({len(inside)} YAML files)")
+        recipes |= dict.fromkeys(chosen)
+        skipped |= dict.fromkeys(file for file in inside if file not in chosen)
+    return Found(tuple(recipes), tuple(file for file in skipped if file not in recipes))
+
+
+def _inside(folder: str) -> Iterator[str]:
+    """The YAML files below a folder, but for hidden ones, run directories, and what tools keep."""
+    for where, folders, files in os.walk(folder):
+        if "plan.json" in files:  # a run keeps a copy of its recipe
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NOT_SEARCHED)
+        yield from (os.path.join(where, name) for name in sorted(files) if name.endswith(ENDINGS) and name[0] != ".")
+
+
+def _is_recipe(file: str) -> bool:
+    """Whether a YAML file has one of a recipe's keys at its top. One that can't be read is for the check to report."""
+    try:
+        with Path(file).open("rb") as stream:
+            text = stream.read(_MOST_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return True
+    return any(key in FILE_KEYS for key in _TOP_KEY.findall(text))

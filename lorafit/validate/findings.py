@@ -1,0 +1,54 @@
+"""What is being found in a recipe, and how it is being looked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorafit.errors import LorafitError
+from lorafit.hardware import Hardware
+from lorafit.plan.context import Path
+from lorafit.recipe import Recipe
+from lorafit.validate.types import Fault
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is checked, and for which machine.
+
+    Attributes:
+        overrides: KEY=VALUE, for every recipe.
+        skip: parts that are left out, of lorafit.validate.types.PARTS.
+        hardware: None: what each recipe is meant for.
+        strict: whether what can't be checked is a fault.
+        deep: whether the data is tokenized and audited, which takes torch and its time.
+    """
+
+    overrides: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    hardware: Hardware | None = None
+    strict: bool = False
+    deep: bool = False
+
+
+@dataclass
+class Findings:
+    """What was found in a recipe so far."""
+
+    recipe: Recipe
+    options: Options
+    faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def wrong(self, path: Path, error: LorafitError) -> None:
+        """A fault for each line of an error, at a place in the recipe."""
+        for line in str(error).splitlines():
+            self.faults.append(Fault(self.recipe.mistake(path, line), error.exit_code))
+
+    def unchecked(self, path: Path, error: LorafitError) -> None:
+        """What can't be told on this machine."""
+        if self.options.strict:
+            self.wrong(path, error)
+        else:
+            self.notes.append(str(error))
