@@ -239,7 +239,7 @@ def test_what_is_missing_says_what_it_is() -> None:
         ),
         ("  validation: 1.5", "6:15: dataset.validation: expected a number below 1 or a list, got 1.5"),
         ("  validation: held.jsonl", "6:15: dataset.validation: expected a number or a list, got 'held.jsonl'"),
-        ("  validation: {float: 1}", "6:15: dataset.validation: expected a number or a list, got {'float': 1}"),
+        ("  validation: {float: 1}", "6:3: dataset.validation: expected a number or a list, got {'float': 1}"),
         ("  validation: [{path: 1}]", "6:23: dataset.validation.0.path: expected text, got 1"),
         ("      columns: {output: 1}", "6:25: dataset.train.0.columns.output: expected text, got 1"),
         ("      columns: {output: [a]}", "6:25: dataset.train.0.columns.output: expected text, got ['a']"),
@@ -648,7 +648,7 @@ NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
         ),
         (
             FOUR_BIT,
-            "6:15: quantization: quantized weights can't be trained in full; add `lora: {}`, or remove quantization",
+            "6:1: quantization: quantized weights can't be trained in full; add `lora: {}`, or remove quantization",
         ),
         (
             "lora: {init_lora_weights: loftq}",
@@ -800,7 +800,7 @@ NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
         ),
         (
             "merge: {max_kl: 0.2}",
-            "6:8: merge: training in full leaves no adapter to merge; add `lora: {}`, or remove merge",
+            "6:1: merge: training in full leaves no adapter to merge; add `lora: {}`, or remove merge",
         ),
         (
             "lora: {}\nmerge: {base_weights: original}",

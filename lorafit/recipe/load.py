@@ -178,9 +178,8 @@ def _may_be_null(path: KeyPath) -> bool:
 
 def locate(root: Located, path: KeyPath, message: str, *, at_key: bool = False) -> Mistake:
     """A mistake about the value at `path`, at the position of the deepest part that was written."""
-    node, found = root.find(path)
-    position = node.key if (at_key or found != path) and node.key else node.position
-    return Mistake(position, dotted(path), message)
+    key = root.find(path)[0].key if at_key else None
+    return Mistake(key or root.place(path), dotted(path), message)
 
 
 # --- pydantic's errors, in our words --------------------------------------------------------------

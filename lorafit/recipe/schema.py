@@ -510,9 +510,7 @@ class Recipe(Section):
         """A mistake about the value at `path`, at the place where it was written."""
         if self._source is None:
             return Mistake(Position("recipe"), dotted(path), message)
-        node, found = self._source.find(path)
-        position = node.key if found != path and node.key else node.position
-        return Mistake(position, dotted(path), message)
+        return Mistake(self._source.place(path), dotted(path), message)
 
     def resolved(self) -> dict[str, Any]:
         """Every field with defaults filled in, as JSON-able values: what a run is compared by."""

@@ -89,6 +89,12 @@ class Located:
             node, done = node.value[step], done + 1
         return node, path[:done]
 
+    def place(self, path: tuple[str | int, ...]) -> Position:
+        """Where what is at `path` was written; a section, and what isn't there, by the key above it."""
+        node, found = self.find(path)
+        by_key = found != path or isinstance(node.value, dict)
+        return node.key if by_key and node.key else node.position
+
     def over(self, old: Located | None) -> Located:
         """This value, written over another (None: over nothing)."""
         return replace(self, removes=True) if self.value is None and old is not None else self
