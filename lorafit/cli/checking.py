@@ -12,7 +12,7 @@ from lorafit.errors import UsageError
 
 @reporting
 def validate(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH…", help="Recipes, folders of them, or patterns.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Recipes, folders of them, or patterns.")],
     overrides: Overrides = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Tokenize and audit all data as well; loads torch, but no weights.")

@@ -33,7 +33,7 @@ def find(paths: Iterable[str]) -> Found:
     skipped: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
-            inside = list(_inside(path))
+            inside = [os.path.normpath(file) for file in _inside(path)]
         elif not os.path.exists(path) and glob.has_magic(path):
             inside = sorted(file for file in glob.glob(path, recursive=True) if file.endswith(ENDINGS))
         else:
@@ -58,10 +58,11 @@ def _inside(folder: str) -> Iterator[str]:
 
 
 def _is_recipe(file: str) -> bool:
-    """Whether a YAML file has one of a recipe's keys at its top. One that can't be read is for the check to report."""
+    """Whether a YAML file has one of a recipe's keys at its top. One without any keys is for the check to report."""
     try:
         with Path(file).open("rb") as stream:
             text = stream.read(_MOST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return True
-    return any(key in FILE_KEYS for key in _TOP_KEY.findall(text))
+    keys = _TOP_KEY.findall(text)
+    return not keys or not FILE_KEYS.isdisjoint(keys)
