@@ -27,6 +27,7 @@ from lorafit.data.progress import counted
 from lorafit.data.render import Rendered, Renderer, special_tokens
 from lorafit.data.table import TRAINED, Numbers, read_table, write_table
 from lorafit.errors import DataError, first_line
+from lorafit.facts import spare_retries
 from lorafit.plan.types import DataPlan, SourcePlan, validation_rows
 from lorafit.rows import Row, detect_format, digest, place_of, read_rows
 
@@ -165,6 +166,7 @@ def rows_of(source: SourcePlan, streaming: bool = False) -> Iterator[Row]:
 def hub_rows(source: SourcePlan, streaming: bool = False) -> Dataset | IterableDataset:
     """A hub data set, from the client's cache where it is there. Raises DataError."""
     hub = source.hub or {}
+    spare_retries()
     try:
         return load_dataset(source.path, hub["name"], split=hub["split"], revision=hub["revision"], streaming=streaming)
     except Exception as error:  # noqa: BLE001 - the client raises dozens of types

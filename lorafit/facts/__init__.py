@@ -13,7 +13,7 @@ from pathlib import Path
 from lorafit.errors import ModelError
 from lorafit.facts.folder import TOKENIZER_FILES, from_folder, safetensors_header, stored_tensors, weight_files
 from lorafit.facts.gguf import from_gguf, gguf_header
-from lorafit.facts.hub import UnreachableError, from_hub, hub_unreachable, known_models
+from lorafit.facts.hub import UnreachableError, from_hub, hub_unreachable, known_models, spare_retries
 from lorafit.facts.layouts import layout
 from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
 
@@ -29,6 +29,7 @@ __all__ = [
     "layout",
     "read_facts",
     "safetensors_header",
+    "spare_retries",
     "stored_tensors",
     "weight_files",
 ]

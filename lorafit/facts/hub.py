@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import socket
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,20 @@ def hub_unreachable() -> str | None:
     return None
 
 
+def spare_retries() -> None:
+    """Where the hub can't be reached, have its clients use their caches at once, without retries of half a minute."""
+    if hub_unreachable() is None:
+        return
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # which has taken the value over
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
 def from_hub(name: str, revision: str | None) -> ModelFacts:
     """Cached files first, then the network, then the bundled configuration."""
+    spare_retries()
     found = {file: _hub_file(name, file, revision) for file in ("config.json", "tokenizer_config.json")}
     if found["config.json"] is None:
         bundled = known_models().get(name.lower())
