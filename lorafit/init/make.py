@@ -1,0 +1,225 @@
+"""A first recipe for a model, its data and a GPU: every value chosen for a reason, which stands beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.errors import ModelError, UsageError
+from lorafit.facts import ModelFacts, known_models, read_facts
+from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume
+from lorafit.init.fit import ROWS_A_STEP, Settings, fitting, on_cpu
+from lorafit.init.sample import MOST_ROWS, Sample, look
+from lorafit.init.write import Document, Line
+from lorafit.plan.meant import hardware_of
+from lorafit.rows import data_files, is_local
+from lorafit.targets import near
+from lorafit.vram.answer import gib
+from lorafit.vram.gpus import find_gpu, parse_memory
+
+FEW_ROWS = 50
+"""Rows below which a tenth of them says nothing."""
+SMALL = 2_000
+DEFAULT_LENGTH = 2_048
+SHORTEST_ROW = 256
+LARGE_MODEL = 30_000_000_000
+PACKED_BELOW = 0.5
+"""Share of max_length that rows fill on average, below which they are packed."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for: a model, data, and one of gpu, vram and cpu.
+
+    Attributes:
+        validation: a path, or a fraction as text.
+        name: of the run.
+    """
+
+    model: str
+    data: str
+    name: str
+    validation: str | None = None
+    gpu: str | None = None
+    vram: str | None = None
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class First:
+    """A first recipe, and what should be said of it."""
+
+    document: Document
+    remarks: tuple[str, ...]
+
+
+def first_recipe(wish: Wish) -> First:
+    """Choose everything. Raises UsageError, DataError, ModelError and DoesNotFitError."""
+    hardware, capacity = _meant(wish)
+    facts = _facts(wish.model)
+    sample = look(wish.data)
+    held_out, held_out_why = _validation(wish, sample)
+    length, length_why = _max_length(sample, facts)
+    packing = capacity is not None and _worth_packing(sample, length)
+    if capacity is None:
+        settings = on_cpu(length)
+    else:
+        others = (f"training.packing={str(packing).lower()}", *["dataset.validation=0.1"] * (held_out is not None))
+        settings = fitting(wish.model, hardware, capacity, length, others)
+    if settings.max_length < length:
+        length_why = f"the longest that fits; longer rows are cut ({length} would hold the longest seen)"
+    lines = (
+        _model(wish, settings)
+        | _dataset(wish, sample, held_out, held_out_why)
+        | _training(facts, sample, settings, length_why, packing)
+        | _hardware(wish)
+        | {"output_dir": Line(f"runs/{wish.name}")}
+    )
+    memory = _memory(wish, settings)
+    return First(
+        Document(lines, (f"{_title(wish, settings)} Made by `lorafit init`.", memory)), (*settings.passed, memory)
+    )
+
+
+def _facts(model: str) -> ModelFacts:
+    try:
+        return read_facts(model)
+    except ModelError as error:
+        raise ModelError(f"{error}{near(model, list(known_models()))}") from None
+
+
+def _meant(wish: Wish) -> tuple[Hardware, int | None]:
+    """What the recipe is for, and its memory; None on a CPU."""
+    if wish.cpu:
+        return detect_cpu(), None
+    if wish.gpu is not None:
+        gpu = find_gpu(wish.gpu)
+        return hardware_of(gpu), parse_memory(wish.vram) if wish.vram else gpu.memory_bytes
+    assert wish.vram is not None
+    return detect_gpu_or_assume(), parse_memory(wish.vram)
+
+
+def _validation(wish: Wish, sample: Sample) -> tuple[float | list[dict[str, Any]] | None, str]:
+    """The held-out rows, and why. Raises UsageError and DataError."""
+    if wish.validation is None:
+        if sample.rows is not None and sample.rows < FEW_ROWS:
+            return None, ""
+        return 0.1, "a tenth is held out: shows when the model only learns the rows by heart"
+    try:
+        share = float(wish.validation)
+    except ValueError:
+        if is_local(wish.validation):
+            data_files(wish.validation)
+        seen = look(wish.validation)
+        return [{"path": wish.validation, "format": seen.format or "auto"}], "rows of their own"
+    if not 0 < share < 1:
+        raise UsageError(f"--validation {wish.validation}: expected a path, or a fraction between 0 and 1 such as 0.1")
+    return share, "the share of rows that is held out"
+
+
+def _max_length(sample: Sample, facts: ModelFacts) -> tuple[int, str]:
+    limit = facts.max_position_embeddings
+    if sample.longest is None:
+        chosen, why = DEFAULT_LENGTH, "the rows were not looked at"
+    else:
+        chosen = max(SHORTEST_ROW, 1 << (sample.longest - 1).bit_length())
+        why = f"the longest of the first rows has roughly {sample.longest} tokens"
+    if limit is not None and chosen > limit:
+        return limit, f"the model's context; {why}"
+    return chosen, why
+
+
+def _worth_packing(sample: Sample, length: int) -> bool:
+    many = sample.rows is not None and sample.rows >= SMALL
+    return many and sample.average is not None and sample.average < PACKED_BELOW * length
+
+
+def _model(wish: Wish, settings: Settings) -> dict[str, Line]:
+    lines = {"model.name_or_path": Line(wish.model)}
+    if wish.cpu:
+        lines["model.dtype"] = Line("float32", "CPUs rarely have bfloat16; the same result on every machine")
+    if settings.method == "qlora":
+        lines["quantization.load_in_4bit"] = Line(True, "QLoRA: in 16 bits the base does not fit")
+    return lines | {
+        "lora.r": Line(16, "enough for most tasks; more for much new knowledge"),
+        "lora.lora_alpha": Line(32, "twice r, the common convention"),
+        "lora.lora_dropout": Line(0.05),
+        "lora.target_modules": Line("all-linear", "better than attention alone, at modest cost"),
+    }
+
+
+def _dataset(wish: Wish, sample: Sample, held_out: Any, held_out_why: str) -> dict[str, Line]:
+    known = Line(sample.format or "auto", sample.why)
+    lines = {"dataset.train": Line([{"path": wish.data, "format": known}])}
+    if held_out is not None:
+        lines["dataset.validation"] = Line(held_out, held_out_why)
+    if sample.format == "text":
+        lines["dataset.loss_on"] = Line("all", "plain text has no answers")
+    else:
+        lines["dataset.loss_on"] = Line("assistant", "only the answers are learned")
+    return lines
+
+
+def _training(facts: ModelFacts, sample: Sample, settings: Settings, length_why: str, packing: bool) -> dict[str, Line]:
+    epochs, why = _epochs(sample)
+    large = facts.parameters > LARGE_MODEL
+    lines = {
+        "training.max_length": Line(settings.max_length, length_why),
+        "training.packing": Line(packing, "rows are short: several in one" if packing else ""),
+        "training.num_train_epochs": Line(epochs, why),
+        "training.per_device_train_batch_size": Line(settings.batch, "rows in memory at once"),
+        "training.global_batch_size": Line(ROWS_A_STEP, "rows a step, on any number of GPUs"),
+        "training.learning_rate": Line(
+            1e-4 if large else 2e-4, "large models want less" if large else "usual for LoRA"
+        ),
+        "training.lr_scheduler_type": Line("cosine"),
+        "training.warmup_ratio": Line(0.03),
+        "training.gradient_checkpointing": Line(
+            settings.checkpointing,
+            "saves memory for a third more time" if settings.checkpointing else "not needed here, and slower",
+        ),
+        "training.seed": Line(42),
+    }
+    if settings.method == "qlora":
+        lines["training.max_grad_norm"] = Line(0.3, "a 4-bit base gives a spikier gradient")
+    return lines if packing else {key: line for key, line in lines.items() if key != "training.packing"}
+
+
+def _epochs(sample: Sample) -> tuple[int, str]:
+    if sample.rows is None:
+        return 2, "how many rows there are is not known here"
+    rows = f"{sample.rows} rows" if sample.rows < MOST_ROWS else f"{MOST_ROWS} rows or more"
+    if sample.rows < SMALL:
+        return 3 if sample.rows < SMALL // 2 else 2, f"{rows}: few are learned in 2 or 3 passes; more overfit"
+    return (2, f"{rows}: rarely better with more") if sample.rows < MOST_ROWS else (1, f"{rows}: one pass is plenty")
+
+
+def _hardware(wish: Wish) -> dict[str, Line]:
+    """What the recipe is for."""
+    if wish.cpu:
+        return {"hardware.device": Line("cpu")}
+    asked = {"hardware.gpu": wish.gpu and find_gpu(wish.gpu).name, "hardware.vram": wish.vram}
+    given = {key: Line(value) for key, value in asked.items() if value}
+    first = next(iter(given))
+    return given | {first: Line(given[first].value, "what it has to fit; checked by validate and by CI")}
+
+
+def _place(wish: Wish) -> str:
+    if wish.cpu:
+        return "a CPU"
+    return find_gpu(wish.gpu).name if wish.gpu else f"a GPU of {wish.vram}"
+
+
+def _title(wish: Wish, settings: Settings) -> str:
+    method = "QLoRA" if settings.method == "qlora" else "LoRA"
+    return f"{method} of {wish.model} on {wish.data}, for {_place(wish)}."
+
+
+def _memory(wish: Wish, settings: Settings) -> str:
+    known = settings.estimate
+    if known is None:
+        return "Memory on a CPU is not estimated; `lorafit train` says when it runs short."
+    return (
+        f"Memory: about {gib(known.total)} GiB on the GPU, from {gib(known.least)} to {gib(known.most)} "
+        f"(estimated; {_place(wish)})."
+    )

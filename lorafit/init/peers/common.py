@@ -1,0 +1,232 @@
+"""What the tools share: transformers' own options, evaluation, sources, and chat templates."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from lorafit.errors import LorafitError
+from lorafit.facts import read_facts
+from lorafit.init.peers.convert import Conversion
+from lorafit.init.peers.dialect import above_zero, count, flag, limit, mapping, names, number, text, whole
+from lorafit.init.peers.rules import Rules, becomes, decides, idle, lost, table
+from lorafit.template import trl_templates
+
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+)
+OPTIMIZERS = {
+    name: name
+    for name in (
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adafactor",
+        "lion_8bit",
+        "lion_32bit",
+        "paged_lion_8bit",
+        "paged_lion_32bit",
+        "ademamix_8bit",
+        "paged_ademamix_8bit",
+        "rmsprop",
+        "adagrad",
+        "sgd",
+    )
+} | {
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw_hf": "adamw_torch",
+    "adamw_apex_fused": "adamw_torch_fused",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_lion": "paged_lion_32bit",
+    "lion": "lion_32bit",
+}
+FUSED = "adamw_torch_fused"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
+    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+NOT_LEARNED = "only how fast it runs, or what is shown"
+PEFT_DEFAULTS = {
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
+    "bloom": ["query_key_value"],
+    "gpt_neox": ["query_key_value"],
+    "falcon": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "mpt": ["Wqkv"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+}
+"""What PEFT adapts in families where it is not the query and value, if nothing is asked for."""
+
+TRANSFORMERS: Rules = table(
+    becomes("learning_rate", "training.learning_rate", above_zero),
+    becomes("per_device_train_batch_size", "training.per_device_train_batch_size", count),
+    becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", count),
+    decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
+    decides("warmup_ratio warmup_steps", "training.warmup_ratio, training.warmup_steps"),
+    decides("lr_scheduler_type", "training.lr_scheduler_type"),
+    becomes("lr_scheduler_kwargs", "training.lr_scheduler_kwargs", mapping),
+    decides("optim", "training.optim"),
+    becomes("weight_decay", "training.weight_decay", number),
+    becomes("adam_beta1", "training.adam_beta1", number),
+    becomes("adam_beta2", "training.adam_beta2", number),
+    becomes("adam_epsilon", "training.adam_epsilon", above_zero),
+    becomes("max_grad_norm", "training.max_grad_norm", number),
+    becomes("neftune_noise_alpha", "training.neftune_noise_alpha", above_zero),
+    becomes("seed", "training.seed", whole),
+    becomes("dataloader_num_workers", "training.dataloader_num_workers", whole),
+    becomes("output_dir", "output_dir", text),
+    decides("bf16 fp16", "model.dtype"),
+    decides("logging_steps logging_strategy", "training.logging_steps"),
+    decides("eval_strategy evaluation_strategy eval_steps", "training.eval_strategy, training.eval_steps"),
+    decides("save_strategy save_steps", "training.save_strategy, training.save_steps"),
+    decides("per_device_eval_batch_size", "training.per_device_eval_batch_size"),
+    decides("load_best_model_at_end", "training.load_best_model_at_end"),
+    becomes("save_total_limit", "training.save_total_limit", limit),
+    decides("report_to", "training.report_to"),
+    decides("group_by_length train_sampling_strategy", "training.train_sampling_strategy"),
+    idle(
+        "do_train do_eval do_predict overwrite_output_dir log_level log_level_replica logging_first_step logging_dir "
+        "disable_tqdm dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers "
+        "remove_unused_columns use_liger_kernel torch_compile torch_compile_backend torch_compile_mode "
+        "gradient_checkpointing_kwargs ddp_timeout ddp_find_unused_parameters ddp_backend save_safetensors "
+        "save_only_model torch_empty_cache_steps local_rank include_num_input_tokens_seen include_tokens_per_second "
+        "skip_memory_metrics activation_checkpointing_kwargs dataloader_in_order dataloader_multiprocessing_context "
+        "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_static_graph debug enable_jit_checkpoint liger_kernel_config "
+        "eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics label_names "
+        "length_column_name logging_nan_inf_filter restore_callback_states_from_checkpoint save_on_each_node "
+        "prediction_loss_only use_cache eval_accumulation_steps average_tokens_across_devices "
+        "dataset_num_proc bf16_full_eval fp16_full_eval use_legacy_prediction_loop log_on_each_node",
+        NOT_LEARNED,
+    ),
+    lost("run_name project trackio_*", "a tracker's own settings come from its environment variables", "huggingface"),
+    lost("use_cpu", "say it with --cpu"),
+    lost(
+        "push_to_hub hub_* push_to_hub_*", "lorafit pushes nothing by itself; see `lorafit merge --help`", "every_save"
+    ),
+    lost("resume_from_checkpoint", "an unfinished run goes on with `lorafit train --resume`"),
+    lost("deepspeed fsdp fsdp_config fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
+    lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
+    lost(
+        "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
+    ),
+    lost("label_smoothing_factor optim_args optim_target_modules auto_find_batch_size full_determinism data_seed", ""),
+    lost("dataloader_drop_last eval_on_start eval_delay accelerator_config parallelism_config ignore_data_skip", ""),
+)
+"""transformers' TrainingArguments, which TRL and LLaMA-Factory take as they are."""
+
+
+def schedule(c: Conversion, epochs_key: str, epochs: float) -> None:
+    """max_steps has the last word over epochs; a recipe has only one of them."""
+    steps = c.get("max_steps", whole, -1)
+    if steps > 0:
+        c.put("training.max_steps", steps, "max_steps")
+        if c.given(epochs_key):
+            c.fates[epochs_key] = "no effect on what is learned: max_steps has the last word"
+    elif c.given(epochs_key):
+        c.put("training.num_train_epochs", c.get(epochs_key, above_zero, epochs), epochs_key)
+    else:
+        c.default("training.num_train_epochs", epochs)
+
+
+def scheduler(c: Conversion, key: str, default: str) -> None:
+    name = c.get(key, text, default)
+    if name not in SCHEDULERS:
+        c.note(key, f"'{name}': no equivalent; {default} is written in its place")
+        name = default
+    c.put("training.lr_scheduler_type", name, key if c.given(key) else f"{c.title}'s default")
+
+
+def optimizer(c: Conversion, key: str) -> None:
+    name = c.get(key, text, FUSED)
+    if name not in OPTIMIZERS:
+        c.note(key, f"'{name}': no equivalent; {FUSED} is written in its place")
+        name = FUSED
+    c.put("training.optim", OPTIMIZERS[name], key if c.given(key) else f"{c.title}'s default")
+
+
+def warmup(c: Conversion) -> None:
+    """transformers': steps before the ratio, steps below 1 are a ratio, and none by default."""
+    steps = c.get("warmup_steps", number, 0.0)
+    ratio = c.get("warmup_ratio", number, 0.0)
+    if steps >= 1:
+        c.put("training.warmup_steps", int(steps), "warmup_steps")
+    elif steps or ratio:
+        c.put("training.warmup_ratio", steps or ratio, "warmup_steps" if steps else "warmup_ratio")
+    else:
+        given = next((key for key in ("warmup_steps", "warmup_ratio") if c.given(key)), None)
+        c.put("training.warmup_steps", 0, given or f"{c.title}'s default")
+
+
+def trackers(c: Conversion) -> None:
+    """transformers' report_to."""
+    asked: list[str] = c.get("report_to", names, [])
+    named = [name for name in asked if name not in ("none", "all")]
+    if "all" in asked:
+        c.note("report_to", "all: name the trackers in training.report_to")
+    if named:
+        c.put("training.report_to", named, "report_to")
+
+
+def sampling(c: Conversion) -> None:
+    strategy = c.get("train_sampling_strategy", text, "random")
+    if c.get("group_by_length", flag, False):
+        strategy = "group_by_length"
+    if strategy != "random":
+        c.put("training.train_sampling_strategy", strategy, "group_by_length")
+
+
+def logging(c: Conversion) -> None:
+    steps = c.get("logging_steps", number, 0.0)
+    if steps >= 1:
+        c.put("training.logging_steps", int(steps), "logging_steps")
+    elif steps:
+        c.note("logging_steps", "a share of the steps has no equivalent; every step is logged")
+
+
+def chat_template(c: Conversion, key: str, name: str, known: dict[str, str]) -> None:
+    """A template by the tool's name for it: one that TRL ships, or ChatML in a file beside the recipe."""
+    if name == "chatml":
+        beside_recipe(c, "chatml.jinja", CHATML, key)
+    elif known.get(name, name) in trl_templates():
+        c.put("model.chat_template", known.get(name, name), key)
+    else:
+        c.note(
+            key, f"'{name}' is not shipped with lorafit; the tokenizer's own is used: compare with `lorafit preview`"
+        )
+
+
+def beside_recipe(c: Conversion, name: str, content: str, key: str) -> None:
+    path = c.output.parent / f"{c.output.stem}.{name}"
+    c.beside[path] = content
+    c.put("model.chat_template", str(path), key)
+
+
+def peft_default_targets(c: Conversion) -> None:
+    """What PEFT adapts if nothing is said, which depends on the family."""
+    try:
+        family = read_facts(str(c.value("model.name_or_path"))).model_type
+    except LorafitError:
+        family = ""
+    c.put("lora.target_modules", PEFT_DEFAULTS.get(family, "qv"), "PEFT's default, if nothing is said")
+    if not family:
+        c.note("lora_target_modules", "is not given: PEFT's default for most models, query and value, is written")
+
+
+def split_of_folder(path: str, split: str) -> str | None:
+    """The files of a folder that the datasets library takes for a split, as a glob."""
+    for pattern in (f"{split}.*", f"{split}[-_]*", f"*[-_]{split}.*"):
+        if glob.glob(os.path.join(path, pattern)):
+            return str(Path(path) / pattern)
+    return None

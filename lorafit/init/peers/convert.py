@@ -1,0 +1,167 @@
+"""One conversion: the tool's values by its table, then what its own code decides, and what was lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from lorafit.errors import UsageError, printable
+from lorafit.init.peers.rules import Rule, Rules, find
+from lorafit.init.write import Document, Line
+from lorafit.recipe.source import Located, shorten
+from lorafit.targets import near
+
+Kind = Literal["axolotl", "llamafactory", "trl"]
+T = TypeVar("T")
+NO_ADAPTER = "has no effect without an adapter"
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something of the other recipe that is not in this one."""
+
+    line: int | None
+    key: str
+    message: str
+
+
+@dataclass
+class Conversion:
+    """A conversion on its way.
+
+    Attributes:
+        lines: the recipe's values, by dotted key.
+        notes: what has no equivalent.
+        fates: what became of every key, in words; of `datasets.0.path` and its like too.
+        beside: files that the recipe names, to be written beside it.
+    """
+
+    title: str
+    file: Path
+    output: Path
+    source: Mapping[str, Located]
+    rules: Rules
+    lines: dict[str, Line] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    fates: dict[str, str] = field(default_factory=dict)
+    beside: dict[Path, str] = field(default_factory=dict)
+
+    def get(self, key: str, read: Callable[[Any], T], default: T) -> T:
+        """The value of a key as it is read; the default where it isn't given, or null."""
+        value = self.plain(key)
+        return default if value is None else self.read(key, read, value)
+
+    def plain(self, key: str) -> Any:
+        return self.source[key].plain() if key in self.source else None
+
+    def given(self, key: str) -> bool:
+        return self.plain(key) is not None
+
+    def read(self, key: str, read: Callable[[Any], T], value: Any) -> T:
+        try:
+            return read(value)
+        except ValueError as error:
+            self.refuse(key, f"{error}, got {shorten(repr(value))}")
+
+    def put(self, target: str, value: Any, why: str = "") -> None:
+        """Set a value of the recipe; where it comes from stands beside it."""
+        self.lines[target] = Line(value, why)
+
+    def default(self, target: str, value: Any) -> None:
+        """A value that the tool has where nothing is said."""
+        if target not in self.lines:
+            self.put(target, value, f"{self.title}'s default")
+
+    def value(self, target: str) -> Any:
+        return self.lines[target].value if target in self.lines else None
+
+    def note(self, key: str, message: str, fate: str | None = None) -> None:
+        """List something that has no equivalent."""
+        self.notes.append(Note(self.line_of(key), key, message))
+        self.fates[key] = fate or message
+
+    def line_of(self, path: str) -> int | None:
+        node: Located | None = None
+        value: Any = dict(self.source)
+        for step in path.split("."):
+            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                node = value[int(step)]
+            elif isinstance(value, dict) and step in value:
+                node = value[step]
+            else:
+                break
+            value = node.value
+        if node is None:
+            return None
+        return (node.key or node.position).line
+
+    def refuse(self, key: str, message: str) -> NoReturn:
+        line = self.line_of(key)
+        place = f"{self.file}:{line}" if line else str(self.file)
+        raise UsageError(f"{printable(place)}: {printable(key)}: {printable(message)}")
+
+    def apply(self, only: str = "", index: int | None = None, values: Mapping[str, Located] | None = None) -> None:
+        """Let the table say what becomes of every key, or of the keys of one data set in a list called `only`."""
+        for key, located in (self.source if values is None else values).items():
+            path = key if values is None else f"{only}.{index}.{key}"
+            rule = find(self.rules, key if values is None else f"{only}[].{key}")
+            self.fates[path] = self._apply(path, rule, located.plain(), f"{only}[]." * (values is not None) + key)
+
+    def _apply(self, path: str, rule: Rule | None, value: Any, key: str) -> str:
+        if rule is None:
+            prefix = key.rpartition(".")[0]
+            known = [own.key.rpartition(".")[2] for own in self.rules if own.key.rpartition(".")[0] == prefix]
+            message = f"unknown key of {self.title}{near(key.rpartition('.')[2], known)}"
+            self.notes.append(Note(self.line_of(path), path, message))
+            return message
+        if rule.fate == "becomes":
+            if value is None:
+                return "empty: the default"
+            self.put(rule.target, self.read(path, rule.read, value), f"{key}; {rule.remark}" if rule.remark else key)
+            return rule.target
+        if rule.fate in ("decides", "idle"):
+            return rule.target or f"no effect on what is learned: {rule.remark}"
+        if rule.is_off(value):
+            return "off"
+        if rule.fate == "refused":
+            self.refuse(path, rule.remark)
+        message = f"no equivalent ({rule.remark})" if rule.remark else "no equivalent"
+        self.notes.append(Note(self.line_of(path), path, message))
+        return message
+
+    def without_adapter(self) -> None:
+        """Training in full: what is said of an adapter has no effect."""
+        self.lines = {key: line for key, line in self.lines.items() if not key.startswith("lora.")}
+        for key, fate in self.fates.items():
+            if fate.startswith("lora."):
+                self.fates[key] = NO_ADAPTER
+
+    def settle(self) -> None:
+        """Where a key's value is what lorafit does anyway, so that nothing was written for it, say so."""
+        for key, fate in self.fates.items():
+            rule = find(self.rules, re.sub(r"^(test_)?datasets\.\d+\.", "datasets[].", key))
+            if rule is None or rule.fate != "decides" or fate != rule.target:
+                continue
+            if not any(line.startswith(target) for target in fate.split(", ") for line in self.lines):
+                self.fates[key] = f"as by default: {fate}"
+
+    def said(self) -> tuple[str, ...]:
+        """The notes as lines, by place."""
+        ordered = sorted(self.notes, key=lambda note: note.line or 10**9)
+        return tuple(
+            printable(f"{self.file}{f':{note.line}' if note.line else ''}: {note.key}: {note.message}")
+            for note in ordered
+        )
+
+    def document(self) -> Document:
+        head = (f"Converted from {self.title}'s {printable(self.file.name)} by `lorafit init --from`.",)
+        notes = self.said()
+        foot = ("Not converted:", *(f"  {note}" for note in notes)) if notes else ()
+        lines = {
+            key: Line(line.value, "" if line.comment == key.rpartition(".")[2] else line.comment)
+            for key, line in self.lines.items()
+        }
+        return Document(lines, head, foot)

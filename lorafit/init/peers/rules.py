@@ -1,0 +1,73 @@
+"""What becomes of another tool's keys: one rule a key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from lorafit.init.peers.dialect import text
+
+Fate = Literal["becomes", "decides", "idle", "lost", "refused"]
+"""`becomes`: the value is the recipe's. `decides`: together with other keys. `idle`: has no effect on what is learned.
+`lost`: no equivalent, and listed. `refused`: no recipe is made, since it would train something else."""
+
+OFF: tuple[Any, ...] = (None, False, "", 0, "no", "none", "false", "off", [], {})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of a key.
+
+    Attributes:
+        key: the tool's; `*` stands for anything, `datasets[].` for a data set's own.
+        target: the recipe's key or keys.
+        read: the value for the recipe. Raises ValueError.
+        harmless: values with which a lost or refused key changes nothing, besides those that turn it off.
+    """
+
+    key: str
+    fate: Fate
+    target: str = ""
+    remark: str = ""
+    read: Callable[[Any], Any] = text
+    harmless: tuple[Any, ...] = ()
+
+    def is_off(self, value: Any) -> bool:
+        word = value.lower() if isinstance(value, str) else value
+        return any(word == off and isinstance(word, bool) is isinstance(off, bool) for off in (*OFF, *self.harmless))
+
+
+Rules = tuple[Rule, ...]
+
+
+def becomes(key: str, target: str, read: Callable[[Any], Any], remark: str = "") -> Rules:
+    return (Rule(key, "becomes", target, remark, read),)
+
+
+def decides(keys: str, target: str, remark: str = "") -> Rules:
+    """For keys with spaces between."""
+    return tuple(Rule(key, "decides", target, remark) for key in keys.split())
+
+
+def idle(keys: str, remark: str) -> Rules:
+    return tuple(Rule(key, "idle", "", remark) for key in keys.split())
+
+
+def lost(keys: str, remark: str, *harmless: Any) -> Rules:
+    return tuple(Rule(key, "lost", "", remark, harmless=harmless) for key in keys.split())
+
+
+def refused(keys: str, remark: str, *harmless: Any) -> Rules:
+    return tuple(Rule(key, "refused", "", remark, harmless=harmless) for key in keys.split())
+
+
+def table(*groups: Iterable[Rule]) -> Rules:
+    return tuple(rule for group in groups for rule in group)
+
+
+def find(rules: Rules, key: str) -> Rule | None:
+    """The rule of a key: its own, or that of a pattern."""
+    own = next((rule for rule in rules if rule.key == key), None)
+    return own or next((rule for rule in rules if "*" in rule.key and fnmatchcase(key, rule.key)), None)

@@ -1,0 +1,210 @@
+"""TRL's recipes (`trl sft --config`): what several keys decide together, and its own defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorafit.errors import LorafitError
+from lorafit.init.peers.common import (
+    logging,
+    optimizer,
+    peft_default_targets,
+    sampling,
+    schedule,
+    scheduler,
+    split_of_folder,
+    trackers,
+    warmup,
+)
+from lorafit.init.peers.convert import Conversion
+from lorafit.init.peers.dialect import data_sets, file_names, flag, names, number, text, whole
+from lorafit.init.peers.evaluation import evaluation, quiet_evaluation
+from lorafit.rows import detect_format, is_local, read_rows
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+
+def assemble(c: Conversion) -> None:
+    """What several keys decide together, and TRL's own defaults."""
+    adapter = c.get("use_peft", flag, False)
+    _quantization(c, adapter)
+    if adapter:
+        _adapter(c)
+    else:
+        c.without_adapter()
+    _precision(c, adapter)
+    _attention(c)
+    _template(c)
+    _sources(c)
+    _masking(c)
+    _training(c)
+    evaluation(c, logged=10)
+    quiet_evaluation(c)
+    trackers(c)
+
+
+def _why(c: Conversion, key: str) -> str:
+    return key if c.given(key) else "TRL's default"
+
+
+def _quantization(c: Conversion, adapter: bool) -> None:
+    four, eight = c.get("load_in_4bit", flag, False), c.get("load_in_8bit", flag, False)
+    key = "load_in_4bit" if four else "load_in_8bit"
+    if (four or eight) and not adapter:
+        c.refuse(key, "quantized weights can't be trained without an adapter; TRL wants use_peft: true with it")
+    if four or eight:
+        c.put(f"quantization.{key}", True, key)
+    if four:
+        kind = c.get("bnb_4bit_quant_type", text, "nf4")
+        c.put("quantization.bnb_4bit_quant_type", kind, _why(c, "bnb_4bit_quant_type"))
+        double = c.get("use_bnb_nested_quant", flag, False)
+        c.put("quantization.bnb_4bit_use_double_quant", double, _why(c, "use_bnb_nested_quant"))
+
+
+def _adapter(c: Conversion) -> None:
+    c.default("lora.r", 16)
+    c.default("lora.lora_alpha", 32)
+    c.default("lora.lora_dropout", 0.05)
+    targets = c.plain("lora_target_modules")
+    if not targets:
+        peft_default_targets(c)
+    elif targets in ("all-linear", ["all-linear"]):
+        c.put("lora.target_modules", "all-linear", "lora_target_modules")
+    else:
+        c.put("lora.target_modules", c.read("lora_target_modules", names, targets), "lora_target_modules")
+
+
+def _precision(c: Conversion, adapter: bool) -> None:
+    key = "dtype" if c.given("dtype") else "torch_dtype"
+    dtype = c.get(key, text, "float32")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        c.refuse(key, f"expected auto, float32, bfloat16 or float16, got {dtype}")
+    mixed = c.get("bf16", flag, not c.get("fp16", flag, False)) or c.get("fp16", flag, False)
+    if dtype == "float32" and mixed and adapter:
+        message = "TRL computes in 16 bits on float32 weights, lorafit in float32; dtype: bfloat16 halves the memory"
+        c.note(key if c.given(key) else "dtype", message, "model.dtype")
+    if dtype == "float32" and mixed and not adapter:
+        dtype = "auto"  # which is float32 weights with 16-bit arithmetic
+    c.put("model.dtype", dtype, _why(c, key))
+
+
+def _attention(c: Conversion) -> None:
+    name = c.get("attn_implementation", text, "")
+    if name in ATTENTION:
+        c.put("model.attn_implementation", name, "attn_implementation")
+    elif name:
+        c.note("attn_implementation", f"'{name}': no equivalent; lorafit chooses (the same result but for rounding)")
+
+
+def _template(c: Conversion) -> None:
+    path = c.get("chat_template_path", text, "")
+    if path.endswith((".jinja", ".j2", ".jinja2")):
+        c.put("model.chat_template", path, "chat_template_path")
+    elif path:
+        c.note("chat_template_path", f"'{path}': a tokenizer's template has no equivalent; save it as a Jinja file")
+
+
+def _sources(c: Conversion) -> None:
+    if c.plain("datasets"):
+        found: list[dict[str, Any]] = []
+        c.read("datasets", data_sets, c.plain("datasets"))
+        for index, located in enumerate(c.source["datasets"].value):
+            c.apply("datasets", index, located.value)
+            entry = located.plain()
+            path = c.read(f"datasets.{index}.path", text, entry.get("path"))
+            for file in c.read(f"datasets.{index}.data_files", file_names, entry.get("data_files")) or [path]:
+                hub = {
+                    name: c.read(f"datasets.{index}.{name}", text, entry[name])
+                    for name in ("name", "split")
+                    if entry.get(name) not in (None, "train")
+                }
+                found.append(_shaped(c, {"path": file} | ({} if is_local(file) else hub)))
+        c.put("dataset.train", found, "datasets")
+        if c.given("dataset_name"):
+            c.fates["dataset_name"] = "no effect on what is learned: datasets has the last word"
+    elif c.given("dataset_name"):
+        c.put("dataset.train", [_shaped(c, _split(c, "dataset_train_split", "train"))], "dataset_name")
+    else:
+        c.refuse("dataset_name", "there is none, so there is nothing to train on")
+    if c.get("test_split_size", number, 0.0):
+        c.put("dataset.validation", c.get("test_split_size", number, 0.0), "test_split_size")
+    elif c.given("dataset_name") and _evaluates(c):
+        rows = _split(c, "dataset_test_split", "test")
+        if "split" in rows or rows["path"] != c.plain("dataset_name"):
+            c.put("dataset.validation", [_shaped(c, rows)], _why(c, "dataset_test_split"))
+    if c.get("dataset_streaming", flag, False) or c.get("streaming", flag, False):
+        c.put("dataset.streaming", True, "dataset_streaming")
+
+
+def _evaluates(c: Conversion) -> bool:
+    strategy = c.plain("eval_strategy") if c.given("eval_strategy") else c.plain("evaluation_strategy")
+    return strategy not in (None, False, "no")
+
+
+def _split(c: Conversion, key: str, usual: str) -> dict[str, Any]:
+    """A split of dataset_name: on the hub, or the files of a folder that are named after it."""
+    path, split = c.get("dataset_name", text, ""), c.get(key, text, usual)
+    if not is_local(path):
+        config = c.get("dataset_config", text, "")
+        return {"path": path} | ({"name": config} if config else {}) | ({"split": split} if split != "train" else {})
+    files = split_of_folder(path, split)
+    if files is None and split != c.get("dataset_train_split", text, "train"):
+        c.note(
+            key if c.given(key) else "dataset_name",
+            f"no files of the split {split} in {path}: it does not evaluate",
+        )
+    return {"path": files or path}
+
+
+def _shaped(c: Conversion, source: dict[str, Any]) -> dict[str, Any]:
+    """With the rows' format, if they are here."""
+    column = c.get("dataset_text_field", text, "text")
+    columns = {"text": column} if column != "text" else {}
+    form = "auto"
+    if is_local(source["path"]):
+        try:
+            first = next(read_rows(source["path"]), None)
+            form = detect_format(first, columns)[0] if first is not None else "auto"
+        except LorafitError:
+            form = "auto"
+    return source | {"format": form} | ({"columns": columns} if columns and form in ("text", "auto") else {})
+
+
+def _masking(c: Conversion) -> None:
+    """By default, a prompt is masked if it has a column of its own; else all tokens are learned."""
+    forms = {source["format"] for source in c.value("dataset.train")}
+    only = c.plain("completion_only_loss")
+    if c.get("assistant_only_loss", flag, False):
+        c.put("dataset.loss_on", "assistant", "assistant_only_loss")
+    elif forms == {"prompt_completion"} and (only is None or c.read("completion_only_loss", flag, only)):
+        c.put("dataset.loss_on", "completion", _why(c, "completion_only_loss"))
+    else:
+        c.put("dataset.loss_on", "all", _why(c, "completion_only_loss"))
+        if "auto" in forms and only is not False:
+            c.note("dataset_name", "the rows are not here: if they have prompt and completion, set loss_on: completion")
+            c.fates["dataset_name"] = "dataset.train"
+
+
+def _training(c: Conversion) -> None:
+    key = "max_length" if c.given("max_length") or "max_length" in c.source else "max_seq_length"
+    length = c.get(key, whole, 1024)
+    if "max_length" in c.source and not c.given("max_length"):
+        c.note("max_length", "null: TRL cuts no rows; lorafit needs a limit, 1024 is written")
+    c.put("training.max_length", length, _why(c, key))
+    for target, value in (
+        ("training.per_device_train_batch_size", 8),
+        ("training.gradient_accumulation_steps", 1),
+        ("training.learning_rate", 2e-5),
+        ("training.weight_decay", 0.0),
+        ("training.max_grad_norm", 1.0),
+        ("training.seed", 42),
+    ):
+        c.default(target, value)
+    key = "gradient_checkpointing" if c.given("gradient_checkpointing") else "activation_checkpointing"
+    c.put("training.gradient_checkpointing", c.get(key, flag, True), _why(c, key))
+    schedule(c, "num_train_epochs", 3.0)
+    scheduler(c, "lr_scheduler_type", "linear")
+    warmup(c)
+    optimizer(c, "optim")
+    sampling(c)
+    logging(c)
