@@ -312,7 +312,7 @@ def test_a_busy_machine_is_remarked(load: float, busy: bool, merged: RunDir, mon
 
 def test_the_report_is_written_whole_or_not_at_all(merged: RunDir, tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
-    options = BenchOptions(merged.path, ("adapter", "merged"), (4,), 2, (1,), 2, output=file)
+    options = BenchOptions(merged.path, ("adapter",), (4,), 2, (1,), 2, output=file)
 
     def interrupted() -> float:
         raise KeyboardInterrupt
@@ -336,3 +336,11 @@ def test_tables_show_every_figure(report: BenchReport) -> None:
     print_bench(report, Console(file=shown, width=80))
     for part in ("27.0 [27.0, 27.0]", "KV cache", "nf4, the rest float32", report.hardware["name"]):
         assert part in shown.getvalue()
+
+
+def test_one_round_has_no_intervals(merged: RunDir) -> None:
+    options = BenchOptions(merged.path, models=("base", "merged"), **SMALL | {"rounds": 1})
+    text = as_markdown(bench(options, QUIET, ticking()))
+    assert "| 9 | 3 | merged | 27.0 |" in text
+    assert "[" not in text
+    assert "One round, so there are no intervals; 4 greedy steps" in text

@@ -74,7 +74,7 @@ def test_a_gpu_is_assumed_where_there_is_none(smi: Path) -> None:
 def test_cpu_flags(flags: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     info = f"processor\t: 0\nmodel name\t: Some CPU @ 2: GHz\nflags\t\t: {flags}\n\n"
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: info)
-    found = hardware._cpu(1)
+    found = hardware.detect_cpu(1)
     assert (found.name, found.fast_bf16) == ("Some CPU @ 2: GHz", fast)
     assert found.memory_bytes is None or found.memory_bytes > 1 << 28
 
@@ -84,4 +84,4 @@ def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert hardware._cpu(2) == Hardware("cpu", "CPU", hardware._cpu(2).memory_bytes, None, False, 2)
+    assert hardware.detect_cpu(2) == Hardware("cpu", "CPU", hardware.detect_cpu(2).memory_bytes, None, False, 2)
