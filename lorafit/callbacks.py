@@ -90,6 +90,17 @@ class StopOnSignal(TrainerCallback):
             )
 
 
+class StopAfter(TrainerCallback):
+    """Ends the training after some steps, as if it were interrupted there."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= self.steps:
+            control.should_training_stop = True
+
+
 class EvaluateAtTheEnd(TrainerCallback):
     """Evaluates after the last step too, so that the last adapter can be the best one."""
 

@@ -55,19 +55,23 @@ def model_fingerprint(plan: Plan) -> Fingerprint:
 
     Raises ModelError for weight files that are missing or cut off.
     """
-    asked = plan.model["name_or_path"]
+    return base_fingerprint(plan.model["name_or_path"], plan.model_kwargs["revision"])
+
+
+def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
+    """The same for a model's name and revision."""
     path = Path(asked).expanduser()
     if path.is_file():
         named = {"fingerprint_version": VERSION, "model": path.name, "revision": None, "commit": None}
         return named | {"samples": {path.name: _hash_samples(path)}}
     if path.is_dir():
         return fingerprint_of(path)
-    folder = _cached(plan)
+    folder = _cached(asked, revision)
     if folder is None:
         return {}
     weights = weight_files(folder)
     whole = all(file.is_file() for file in weights)  # or else the download is not finished
-    names = {"model": asked, "revision": plan.model_kwargs["revision"]}
+    names = {"model": asked, "revision": revision}
     return _fingerprint(folder, weights if whole else []) | names
 
 
@@ -204,11 +208,11 @@ def _fingerprint(folder: Path, weights: list[Path]) -> Fingerprint:
     }
 
 
-def _cached(plan: Plan) -> Path | None:
+def _cached(asked: str, revision: str | None) -> Path | None:
     """The folder in which the hub's client keeps the base, if it does."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(plan.model["name_or_path"], _CONFIG, revision=plan.model_kwargs["revision"])
+    config = try_to_load_from_cache(asked, _CONFIG, revision=revision)
     return Path(config).parent if isinstance(config, str) else None
 
 

@@ -13,8 +13,11 @@ from lorafit.fingerprint import Fingerprint, summary
 from lorafit.rows import data_files, file_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lorafit.data import Prepared
     from lorafit.plan import Plan, Schedule
+    from lorafit.rundir import RunDir
 
 STACK = (
     "lorafit",
@@ -80,6 +83,20 @@ def build_manifest(
         "seconds": round(ended.timestamp() - began, 3),
         "finished": ended.isoformat(timespec="seconds"),
     }
+
+
+def hashes(run: RunDir, result: Path, name: str) -> dict[str, str]:
+    """SHA-256 of what a finished run holds, by path in it.
+
+    Args:
+        result: where the result is now.
+        name: what it will be called.
+    """
+    own = [run.recipe, run.lock_file, run.plan_file, run.metrics, run.fingerprint]
+    files = {file.name: file for file in own if file.is_file()}
+    inside = sorted(file for file in result.rglob("*") if file.is_file())
+    files |= {f"{name}/{file.relative_to(result).as_posix()}": file for file in inside}
+    return {path: file_digest(file) for path, file in files.items()}
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import (
@@ -47,7 +48,19 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     except Exception as error:
         raise cannot_load("model", name, error) from error
     model.config.use_cache = False
+    keep_gradients(model)
     return model
+
+
+def keep_gradients(model: PreTrainedModel) -> None:
+    """Have 4-bit layers compute the same in and outside of training.
+
+    On CPUs with AVX512-BF16, bitsandbytes (nn/modules.py: Linear4bit.forward) repacks the weights at the first pass
+    outside of training, such as an evaluation: from then on it computes in bfloat16, and no gradient passes the layer.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def on_cpu(plan: Plan) -> Plan:

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lorafit.errors import UsageError
+from lorafit.errors import UsageError, first_line
 from lorafit.plan import Plan
 from lorafit.staging import discard, staged, write_text
 
@@ -32,6 +32,11 @@ class RunDir:
     def recipe(self) -> Path:
         """What the user wrote, byte for byte."""
         return self.path / "recipe.yaml"
+
+    @property
+    def lock_file(self) -> Path:
+        """The recipe's lock, of a run with --locked."""
+        return self.path / "recipe.lock"
 
     @property
     def plan_file(self) -> Path:
@@ -127,10 +132,12 @@ class RunDir:
         ]
         return max(found)[1] if found else None
 
-    def begin(self, plan: Plan, recipe_text: bytes) -> None:
-        """Make the directory of a new run, or fill an empty one, with the recipe and the plan."""
+    def begin(self, plan: Plan, recipe_text: bytes, lock_text: str | None = None) -> None:
+        """Make the directory of a new run, or fill an empty one, with the recipe, its lock and the plan."""
         with contextlib.nullcontext(self.path) if self.path.exists() else staged(self.path) as folder:
             (folder / "recipe.yaml").write_bytes(recipe_text)
+            if lock_text is not None:
+                write_text(folder / "recipe.lock", lock_text)
             write_text(folder / "plan.json", plan.to_json())  # makes it a run, so it comes last
 
     def clear(self) -> None:
@@ -150,11 +157,16 @@ class RunDir:
             self.path.rename(self.replaced)
 
     def base_files(self) -> dict[str, Any] | None:
-        """The base's fingerprint (see lorafit.fingerprint) that `write_base_files` wrote; None if it did not."""
+        """The base's fingerprint (see lorafit.fingerprint) that `write_base_files` wrote; None if it did not.
+
+        Raises UsageError for a file that is broken.
+        """
         try:
             return dict(json.loads(self.fingerprint.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{self.fingerprint}: can't be read as a fingerprint: {first_line(error)}") from None
 
     def write_base_files(self, fingerprint: dict[str, Any]) -> None:
         write_text(self.fingerprint, json.dumps(fingerprint, indent=2) + "\n")

@@ -27,6 +27,7 @@ from lorafit.callbacks import (
     ProgressDisplay,
     RefuseNonFinite,
     RunningSums,
+    StopAfter,
     StopOnSignal,
     StopRequest,
     check_finite,
@@ -38,7 +39,7 @@ from lorafit.errors import DoesNotFitError, ModelError, UsageError, is_out_of_me
 from lorafit.fingerprint import changed_base, changed_source, listed, run_fingerprint
 from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
-from lorafit.manifest import build_manifest
+from lorafit.manifest import build_manifest, hashes
 from lorafit.model import dequantize_gguf, load_base, lora_config
 from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.quiet import hush_progress
@@ -51,10 +52,17 @@ from lorafit.vram.calibrate import Meter, memory_record
 
 @dataclass(frozen=True)
 class Start:
-    """How to treat what already stands at the run directory."""
+    """How to begin, and how to treat what already stands at the run directory.
+
+    Attributes:
+        lock: the text of the lock that the run is held to, which it keeps.
+        steps: stop after so many, of a schedule for all: to repeat the beginning of a run.
+    """
 
     resume: bool = False
     overwrite: bool = False
+    lock: str | None = None
+    steps: int | None = None
 
 
 def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> RunDir:
@@ -91,6 +99,8 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         schedule = plan.schedule
         assert schedule is not None
         display = add_callbacks(trainer, plan, run, schedule, request, console, checkpoint)
+        if start.steps is not None:
+            trainer.add_callback(StopAfter(start.steps))
         measured = None
         try:
             if checkpoint and is_last(checkpoint):
@@ -192,7 +202,7 @@ def make_run(run: RunDir, plan: Plan, recipe_text: bytes, start: Start) -> None:
         run.set_aside()
     elif run.is_run:
         run.clear()
-    run.begin(plan, recipe_text)
+    run.begin(plan, recipe_text, start.lock)
 
 
 def is_last(checkpoint: Path) -> bool:
@@ -483,8 +493,7 @@ def check_parameters(trainer: Trainer, plan: Plan) -> None:
 def save_result(
     trainer: Trainer, plan: Plan, run: RunDir, tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
 ) -> None:
-    """Write adapter/ (or model/), whole, and then the manifest; clear away what it replaces."""
-    run.write_manifest(manifest)
+    """Write adapter/ (or model/), whole, with a manifest that knows its hashes; clear away what it replaces."""
     adapter = isinstance(trainer.model, PeftModel)
     with staged(run.adapter if adapter else run.model) as folder:
         if adapter:
@@ -495,4 +504,6 @@ def save_result(
             trainer.model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         write_card(folder / "README.md", plan, manifest)
+        # A run with a result is finished, so the manifest is there before it.
+        run.write_manifest(manifest | {"files": hashes(run, folder, "adapter" if adapter else "model")})
     discard(run.replaced)

@@ -79,13 +79,18 @@ def test_a_loss_that_is_not_finite_is_6(folder: Path, tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(number: signal.Signals, folder: Path) -> None:
-    os.mkfifo(folder / "pipe.yaml")
-    process = subprocess.Popen(
-        [*COMMAND, "validate", "pipe.yaml"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    code = (
+        "import time, lorafit.recipe.docs as docs\n"
+        "docs.json_schema = lambda: (print('at work', flush=True), time.sleep(60))\n"
+        "from lorafit.cli import main; main()"
     )
-    with (folder / "pipe.yaml").open("w"):  # the command has begun to read
-        process.send_signal(number)
-        _, complaint = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "schema"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(number)
+    _, complaint = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in complaint
 

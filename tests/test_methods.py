@@ -91,3 +91,19 @@ def test_full_training_saves_a_whole_model(
     with torch.no_grad():
         logits = loaded(input_ids=torch.arange(3, 40)[None]).logits
     torch.testing.assert_close(logits, trained_logits["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_an_evaluation_between_steps_changes_no_weight_of_a_4_bit_run(recipe: RecipeMaker, train: Train) -> None:
+    """On some CPUs bitsandbytes' layers, once run outside of training, let no gradient through."""
+    quantization = {"load_in_4bit": True}
+    rows = {"validation": 0.2}
+    training = {"eval_strategy": "steps", "load_best_model_at_end": False, "save_strategy": "no"}
+    weights = []
+    for every in (1, 100):
+        path = recipe(
+            f"every-{every}", quantization=quantization, dataset=rows, training=training | {"eval_steps": every}
+        )
+        run = train(path)
+        weights.append(load_file(run.adapter / "adapter_model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())

@@ -6,15 +6,22 @@ Heavy modules are imported inside the commands that need them.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated
 
 import typer
 
+from lorafit.cli.checking import validate
 from lorafit.cli.common import reporting, show
+from lorafit.cli.complete import COMPLETE, answer
 from lorafit.cli.evaluation import bench, chat, evaluate
+from lorafit.cli.locking import lock, verify
 from lorafit.cli.memory import estimate_vram
 from lorafit.cli.merging import merge
+from lorafit.cli.review import diff, explain
+from lorafit.cli.smoking import smoke
+from lorafit.cli.starting import init
 from lorafit.cli.training import preview, train
 
 app = typer.Typer(
@@ -27,8 +34,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command()(init)
+app.command()(validate)
+app.command()(explain)
+app.command()(diff)
+app.command()(lock)
 app.command()(train)
+app.command()(verify)
 app.command()(preview)
+app.command()(smoke)
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(chat)
@@ -57,6 +71,8 @@ def root(
 
 
 def main() -> None:
+    if COMPLETE in os.environ:
+        answer(app)
     for stream in (sys.stdout, sys.stderr):  # what a terminal can't show is escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -27,13 +27,17 @@ def validate(
     here: Annotated[bool, typer.Option("--here", help="Check for this machine.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="What can't be checked is a fault.")] = False,
     format: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="text, json, github, junit or sarif.")
-    ] = "text",
+        str | None,
+        typer.Option("--format", metavar="FORMAT", help="text, json, github, junit or sarif.  [default: text]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check recipes: keys, values, target modules, data, memory. Every fault at its line, in a moment."""
     from lorafit.validate.report import FORMATS
 
+    if as_json and format not in (None, "json"):
+        fail(f"--json and --format {format} exclude each other", UsageError.exit_code)
+    format = format or ("json" if as_json else "text")
     if format not in FORMATS:
         fail(f"--format {format}: not one of {', '.join(FORMATS)}", UsageError.exit_code)
     if gpu is not None and here:
@@ -50,6 +54,6 @@ def validate(
 
         hush()
     report = run_validate(paths, Options(tuple(overrides or ()), tuple(skip or ()), hardware, strict, deep))
-    typer.echo(FORMATS["json" if as_json else format](report))
+    typer.echo(FORMATS[format](report))
     if report.exit_code:
         raise typer.Exit(report.exit_code)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+from lorafit.cli.complete import keys, recipes, runs
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 
     from lorafit.plan import Plan
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.")]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.", autocompletion=recipes)]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.", autocompletion=runs)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable.", autocompletion=keys),
 ]
+Locked = Annotated[bool, typer.Option("--locked", help="Refuse any drift from the lock that the run was trained with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -114,6 +118,16 @@ def make_plan(config: Path, overrides: list[str] | None, count_rows: bool = Fals
     from lorafit.recipe import Recipe
 
     return plan_recipe(Recipe.load(config, overrides or ()), config, count_rows=count_rows)
+
+
+def check_locked(path: Path) -> None:
+    """Refuse drift from the lock that a run was trained with; a recipe's run is where it says. Raises DriftError."""
+    from lorafit.lock import check_run
+    from lorafit.recipe import Recipe
+    from lorafit.rundir import RunDir
+
+    folder = Path(Recipe.load(path).output_dir or f"runs/{path.stem}") if path.is_file() else path
+    check_run(RunDir(folder))
 
 
 def show(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, RunPath, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Locked, RunPath, check_locked, fail, reporting, show, talk
 from lorafit.errors import GateError, UsageError
 
 Adapters = Annotated[
@@ -54,6 +54,7 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: eval/ in the run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted evaluation.")] = False,
+    locked: Locked = False,
     show_rows: Annotated[int, typer.Option("--show", min=0, help="Answers to print.")] = 3,
     as_json: AsJson = False,
 ) -> None:
@@ -74,6 +75,8 @@ def evaluate(
         resume=resume,
     )
     options.check()
+    if locked:
+        check_locked(path)
     from lorafit.quiet import hush
 
     hush()

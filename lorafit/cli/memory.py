@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.common import AsJson, Overrides, fail, reporting, show, talk
+from lorafit.cli.complete import gpus as known_gpus
+from lorafit.cli.complete import recipes, runs
 from lorafit.errors import DoesNotFitError, UsageError
 
 
 @reporting
 def estimate_vram(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="The recipe, a YAML file.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="The recipe, a YAML file.", autocompletion=recipes)
+    ] = None,
     overrides: Overrides = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="A model in place of a recipe, with defaults.")
@@ -27,7 +31,12 @@ def estimate_vram(
     ] = None,
     gpu: Annotated[
         list[str] | None,
-        typer.Option("--gpu", metavar="NAME", help="A GPU that it should fit, such as 'RTX 4090'; repeatable."),
+        typer.Option(
+            "--gpu",
+            metavar="NAME",
+            help="A GPU that it should fit, such as 'RTX 4090'; repeatable.",
+            autocompletion=known_gpus,
+        ),
     ] = None,
     vram: Annotated[
         list[str] | None,
@@ -36,7 +45,10 @@ def estimate_vram(
     assert_fits: Annotated[
         list[str] | None,
         typer.Option(
-            "--assert-fits", metavar="GPU|SIZE", help="Exit with 5 unless it certainly fits; repeatable, for CI."
+            "--assert-fits",
+            metavar="GPU|SIZE",
+            help="Exit with 5 unless it certainly fits; repeatable, for CI.",
+            autocompletion=known_gpus,
         ),
     ] = None,
     gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="GPUs that train together.")] = None,
@@ -58,7 +70,12 @@ def estimate_vram(
     ] = None,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option("--calibrate", metavar="RUN", help="How far off the estimates of finished runs were; repeatable."),
+        typer.Option(
+            "--calibrate",
+            metavar="RUN",
+            help="How far off the estimates of finished runs were; repeatable.",
+            autocompletion=runs,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

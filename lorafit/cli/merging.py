@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Locked, check_locked, fail, reporting, show, talk
 from lorafit.errors import ModelError
 
 
@@ -78,6 +78,7 @@ def merge(
     check_vllm: Annotated[
         bool, typer.Option("--check-vllm", help="Only tell whether vLLM can serve the adapter unmerged, and how.")
     ] = False,
+    locked: Locked = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base, prove the result, and save it as a model that transformers loads alone."""
@@ -127,6 +128,8 @@ def merge(
         private=private,
     )
     options.check()
+    if locked:
+        check_locked(run)
     from lorafit.quiet import hush
 
     hush()

@@ -54,7 +54,7 @@ def init(
     if source is not None:
         if model or data or validation or name:
             fail("--from takes everything from the other recipe; it goes with --kind, --gpu, --vram and --cpu", 2)
-        convert_other(source, kind, file, gpu, vram, cpu, to_stdout)
+        convert_other(source, kind, file, gpu, vram, cpu, to_stdout, force)
         return
     if kind is not None:
         fail("--kind says whose recipe --from is; give both", UsageError.exit_code)
@@ -113,6 +113,8 @@ def is_terminal() -> bool:
 def refuse_overwriting(file: Path, force: bool) -> None:
     if file.is_dir():
         raise UsageError(f"{file}: is a folder; give the name of a file")
+    if file.exists() and not file.is_file():
+        raise UsageError(f"{file}: is no file that can be replaced")
     if file.exists() and not force:
         raise UsageError(f"{file}: is there already; --force overwrites it, --print only shows")
     if not file.parent.is_dir():
@@ -162,7 +164,14 @@ def doubts(recipe: object) -> list[str]:
 
 
 def convert_other(
-    source: Path, kind: str | None, file: Path, gpu: str | None, vram: str | None, cpu: bool, to_stdout: bool
+    source: Path,
+    kind: str | None,
+    file: Path,
+    gpu: str | None,
+    vram: str | None,
+    cpu: bool,
+    to_stdout: bool,
+    force: bool,
 ) -> None:
     """Convert another tool's recipe, and list what has no equivalent."""
     from lorafit.init.peers.kinds import PEERS, convert
@@ -172,6 +181,9 @@ def convert_other(
     for key, value in (("gpu", gpu), ("vram", vram), ("device", "cpu" if cpu else None)):
         if value:
             conversion.put(f"hardware.{key}", value)
+    if not to_stdout:
+        for path in conversion.beside:
+            refuse_overwriting(path, force)
     console = talk()
     how = "as --kind says" if kind else "by its keys"
     console.print(f"{source}: {PEERS[found].title}'s, {how}", highlight=False, markup=False, soft_wrap=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorafit.cli.common import AsJson, Config, Overrides, fail, make_plan, reporting, show, talk
 from lorafit.errors import DataError
+
+if TYPE_CHECKING:
+    from lorafit.plan import Plan
 
 
 @reporting
@@ -21,13 +25,16 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew; the old run is kept until the new one is done.")
     ] = False,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Refuse any drift from the recipe's lock; load the locked commits.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says, into its run directory."""
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other", 2)
     written = config.read_bytes() if config.is_file() else b""
-    plan = make_plan(config, overrides, count_rows=dry_run)
+    plan, lock = plan_locked(config, overrides, dry_run) if locked else (make_plan(config, overrides, dry_run), None)
     if dry_run:
         from lorafit.show import print_plan
 
@@ -48,7 +55,7 @@ def train(
     console = talk()
     for remark in plan.remarks:
         console.print(remark, style="yellow", highlight=False, soft_wrap=True)
-    run = run_training(plan, written, Start(resume, overwrite), console)
+    run = run_training(plan, written, Start(resume, overwrite, lock), console)
     result = run.load_manifest().get("result", {}) | {"run": str(run.path), "result": str(run.result)}
     if os.environ.get("RANK", "0") != "0":
         return
@@ -56,6 +63,18 @@ def train(
         show(result)
     else:
         typer.echo(f"{result['result']}")
+
+
+def plan_locked(config: Path, overrides: list[str] | None, count_rows: bool) -> tuple[Plan, str]:
+    """The plan with the locked commits, and the lock. Raises DriftError."""
+    from lorafit.lock import held_lock
+    from lorafit.lock.state import pinned
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+
+    recipe = Recipe.load(config, overrides or ())
+    lock = held_lock(config, recipe)
+    return plan_recipe(pinned(recipe, lock), config, count_rows=count_rows), lock.text
 
 
 @reporting

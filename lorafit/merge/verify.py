@@ -18,7 +18,7 @@ from lorafit.data import IGNORED
 from lorafit.errors import DataError, GateError, LorafitError
 from lorafit.evaluate.sets import held_out_rows
 from lorafit.merge.source import Base, Source
-from lorafit.model import load_adapter, load_base, on_cpu
+from lorafit.model import keep_gradients, load_adapter, load_base, on_cpu
 from lorafit.tokenizer import cannot_load
 
 PROBES = (
@@ -165,10 +165,10 @@ def as_trained(source: Source, base: Base) -> PreTrainedModel:
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """All but quantized weights as float32, with the values they have; quantized ones are multiplied in float32."""
+    keep_gradients(model)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
-            module.support_avx512bf16_for_cpu = False  # else bitsandbytes computes in bfloat16 outside of training
     for parameter in model.parameters():
         if parameter.is_floating_point() and not isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):
             parameter.data = parameter.data.float()

@@ -9,18 +9,31 @@ from lorafit.targets import OUTPUT_HEADS, Targets, is_skipped, near, trainable_p
 
 NO_SDPA = frozenset(
     (
+        "bloom",
+        "codegen",
         "deepseek_v4",
+        "falcon_mamba",
         "flint",
         "gemma2",
+        "gpt_neo",
+        "gpt_neox_japanese",
         "gpt_oss",
+        "gptj",
         "granite_swa",
         "granitemoe_swa",
         "hy_v4",
+        "inkling2_text",
+        "mamba",
+        "mamba2",
         "mimo_v2_flash",
+        "mpt",
+        "openai-gpt",
+        "rwkv",
         "vaultgemma",
+        "xglm",
     )
 )
-"""Models that transformers does not run with sdpa, which knows no soft caps and no attention sinks."""
+"""Models that transformers does not run with sdpa: it knows no soft caps and no attention sinks, or was never added."""
 FLASH_NEEDS = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 """The compute capability from which a kernel runs."""
 

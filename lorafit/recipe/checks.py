@@ -14,6 +14,18 @@ from lorafit.rows import COLUMNS, OPTIONAL, check_template
 
 Complaint = tuple[tuple[str | int, ...], str]
 BUILT_IN_SETS = ("general", "chat")
+SCHEDULE_KWARGS = {
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "cosine_with_min_lr": ("min_lr_rate", "min_lr", "num_cycles"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": (
+        *("num_decay_steps", "num_stable_steps", "warmup_type"),
+        *("decay_type", "min_lr_ratio", "num_cycles"),
+    ),
+}
+"""What transformers' schedules take; the others take nothing."""
 FOUR_BIT_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
@@ -23,6 +35,7 @@ def cross_check(recipe: Recipe) -> Iterator[Complaint]:
     yield from _lora(recipe)
     yield from _dataset(recipe)
     yield from _training(recipe)
+    yield from _schedule(recipe)
     yield from _hardware(recipe)
     yield from _merge(recipe)
     yield from _eval(recipe)
@@ -188,6 +201,21 @@ def _training(recipe: Recipe) -> Iterator[Complaint]:
                 yield ("training", name), "needs evaluations; remove eval_strategy: no"
     if training.load_best_model_at_end is True or training.early_stopping_patience is not None:
         yield from _best_needs_a_checkpoint(recipe)
+
+
+def _schedule(recipe: Recipe) -> Iterator[Complaint]:
+    """Arguments that transformers would only miss, or refuse, when the first step is near."""
+    name, given = recipe.training.lr_scheduler_type, recipe.training.lr_scheduler_kwargs
+    known = SCHEDULE_KWARGS.get(name, ())
+    for key in given:
+        if key not in known:
+            what = f"; it takes {', '.join(known)}" if known else ", which takes none; remove it"
+            yield ("training", "lr_scheduler_kwargs", key), f"is no argument of {name}{what}"
+    path = ("training", "lr_scheduler_type")
+    if name == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
+        yield path, "give one of min_lr_rate and min_lr in lr_scheduler_kwargs, such as min_lr_rate: 0.1"
+    if name == "warmup_stable_decay" and "num_decay_steps" not in given:
+        yield path, "needs num_decay_steps in lr_scheduler_kwargs"
 
 
 def _hardware(recipe: Recipe) -> Iterator[Complaint]:

@@ -23,6 +23,7 @@ from lorafit.recipe.source import (
     Located,
     Mistake,
     SourceMistakes,
+    Store,
     dotted,
     holds,
     read_recipe,
@@ -87,10 +88,15 @@ class RecipeError(LorafitError):
         super().__init__("\n".join(map(str, self.mistakes)))
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None) -> Recipe:
-    """Read a recipe file with its parents and `--set` overrides. Raises RecipeError."""
+def load(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    environment: Mapping[str, str] | None = None,
+    store: Store | None = None,
+) -> Recipe:
+    """Read a recipe file with its parents and `--set` overrides, from the disk or another store. Raises RecipeError."""
     try:
-        draft = read_recipe(Path(path), overrides, environment)
+        draft = read_recipe(Path(path), overrides, environment, store)
     except SourceMistakes as error:
         raise RecipeError(error.mistakes) from None
     return validate(draft)
@@ -112,7 +118,7 @@ def validate(draft: Draft) -> Recipe:
         with contextlib.suppress(ValidationError):
             recipe = Recipe.model_validate(data)
     unknown = [path for path, errors in wrong.items() if errors[0]["type"] == "extra_forbidden"]
-    meant = {path: _near_key(path) for path in unknown[:MAX_SUGGESTIONS]}
+    meant = {path: near_key(path) for path in unknown[:MAX_SUGGESTIONS]}
     mistakes = list(draft.mistakes)
     mistakes += _schema_mistakes(draft, wrong, meant)
     if recipe is not None and draft.complete:
@@ -162,7 +168,7 @@ def _without_removed(node: Located, path: KeyPath = ()) -> Located:
         kept = {
             key: _without_removed(child, (*path, key))
             for key, child in node.value.items()
-            if not child.removes or _may_be_null((*path, key))
+            if not child.removes or may_be_null((*path, key))
         }
         return Located(kept, node.position)
     if isinstance(node.value, list):
@@ -170,7 +176,8 @@ def _without_removed(node: Located, path: KeyPath = ()) -> Located:
     return node
 
 
-def _may_be_null(path: KeyPath) -> bool:
+def may_be_null(path: KeyPath) -> bool:
+    """Whether null is a value of that field."""
     section = section_at(path[:-1])
     field = section.model_fields.get(_name(path)) if section else None
     return field is not None and type(None) in typing.get_args(field.annotation)
@@ -304,7 +311,7 @@ def _known_keys(section: KeyPath) -> list[str]:
     return [*(model.model_fields if model else ()), *(() if section else ("extends",))]
 
 
-def _near_key(path: KeyPath) -> KeyPath:
+def near_key(path: KeyPath) -> KeyPath:
     """The key that was probably meant by an unknown one; empty if there is none near."""
     parent, key = path[:-1], str(path[-1])
     if key in _ELSEWHERE:

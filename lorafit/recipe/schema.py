@@ -506,6 +506,11 @@ class Recipe(Section):
         """Keep where each value was written, for mistakes that only the plan can see."""
         self._source = root
 
+    @property
+    def source(self) -> Located | None:
+        """What was written, and where; None for a recipe that was not read."""
+        return self._source
+
     def mistake(self, path: tuple[str | int, ...], message: str) -> Mistake:
         """A mistake about the value at `path`, at the place where it was written."""
         if self._source is None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import yaml
 from yaml.composer import ComposerError
@@ -64,13 +64,16 @@ class Located:
     """A scalar, a dict of str to Located, or a list of Located, with its position.
 
     `key` is the position of the key that leads here, for mistakes that are about the key.
-    `removes` marks a null that was written over a value of a parent recipe.
+    `removes` marks a null that was written over a value of a parent recipe, `earlier` holds the values that this one
+    was written over, newest first, and `reference` is the ${NAME} that it was written as.
     """
 
     value: Any
     position: Position
     key: Position | None = None
     removes: bool = False
+    earlier: tuple[Located, ...] = ()
+    reference: str | None = None
 
     def plain(self) -> Any:
         """The value without positions."""
@@ -97,7 +100,18 @@ class Located:
 
     def over(self, old: Located | None) -> Located:
         """This value, written over another (None: over nothing)."""
-        return replace(self, removes=True) if self.value is None and old is not None else self
+        if old is None:
+            return self
+        written = once(self, *self.earlier, replace(old, earlier=()), *old.earlier)
+        return replace(self, removes=self.value is None, earlier=written[1:])
+
+
+def once(*nodes: Located) -> tuple[Located, ...]:
+    """The first node of each place: a parent may be reached in several ways."""
+    places: dict[Position, Located] = {}
+    for node in nodes:
+        places.setdefault(node.position, node)
+    return tuple(places.values())
 
 
 def holds(value: Any, step: str | int) -> bool:
@@ -218,7 +232,8 @@ class _Reader:
         if height > MAX_DEPTH:
             self.fail(node, path, f"is nested deeper than {MAX_DEPTH} levels by its aliases")
         self._open.discard(id(node))
-        self._done[id(node)] = _Expanded(Located(value, self.at(node.start_mark)), size, height)
+        located = Located(value, self.at(node.start_mark), reference=_reference(node))
+        self._done[id(node)] = _Expanded(located, size, height)
         return self._done[id(node)]
 
     def _limit(self, node: yaml.Node, path: tuple[str | int, ...], size: int) -> None:
@@ -288,7 +303,7 @@ class _Reader:
             lines[key] = key_node.start_mark.line + 1
             value = child.located.value
             if key != "<<" or key_node.style is not None:
-                own[key] = Located(value, child.located.position, self.at(key_node.start_mark))
+                own[key] = replace(child.located, key=self.at(key_node.start_mark))
                 continue
             for parent in value if isinstance(value, list) else [child.located]:
                 if isinstance(parent.value, dict):
@@ -296,6 +311,12 @@ class _Reader:
                 else:
                     self.mistake(value_node, where, "merges mappings only")
         return {**merged, **own}, size, height
+
+
+def _reference(node: yaml.Node) -> str | None:
+    """The text of a scalar that is read from the environment."""
+    is_one = isinstance(node, yaml.ScalarNode) and node.style != "'" and _ENVIRONMENT.fullmatch(node.value)
+    return node.value if is_one else None
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
@@ -362,7 +383,7 @@ def merge(parent: Located, child: Located) -> Located:
     merged = dict(parent.value)
     for key, value in child.value.items():
         merged[key] = merge(merged[key], value) if key in merged else value
-    return Located(merged, child.position, child.key)
+    return replace(child, value=merged, earlier=once(*child.earlier, *parent.earlier))
 
 
 @dataclass
@@ -377,13 +398,52 @@ class Draft:
     complete: bool
 
 
-def read_recipe(path: Path, overrides: Iterable[str], environment: Mapping[str, str] | None = None) -> Draft:
+class Store(Protocol):
+    """Where recipe files stand, such as on the disk."""
+
+    def real(self, file: Path) -> str:
+        """A name that is the same however the file is reached. Raises ValueError for what is no path."""
+
+    def shown(self, file: Path) -> str:
+        """The name of a file for people."""
+
+    def exists(self, file: Path) -> bool: ...
+
+    def is_file(self, file: Path) -> bool: ...
+
+    def read(self, file: Path, most: int) -> bytes:
+        """The first bytes of a file. Raises OSError."""
+
+
+class Disk:
+    """The files that are there."""
+
+    def real(self, file: Path) -> str:
+        return os.path.realpath(file)
+
+    def shown(self, file: Path) -> str:
+        return str(file)
+
+    def exists(self, file: Path) -> bool:
+        return os.path.exists(file)
+
+    def is_file(self, file: Path) -> bool:
+        return os.path.isfile(file)
+
+    def read(self, file: Path, most: int) -> bytes:
+        with file.open("rb") as stream:
+            return stream.read(most)
+
+
+def read_recipe(
+    path: Path, overrides: Iterable[str], environment: Mapping[str, str] | None = None, store: Store | None = None
+) -> Draft:
     """Read a recipe, everything it `extends:`, and `--set` arguments.
 
     Raises SourceMistakes when the file itself can't be read; other mistakes are in the draft.
     """
-    files = _Files(os.environ if environment is None else environment)
-    root = files.load(path, (), Position(str(path)))
+    files = _Files(os.environ if environment is None else environment, store or Disk())
+    root = files.load(path, (), Position(files.store.shown(path)))
     if root is None:
         raise SourceMistakes(*files.mistakes)
     for argument in overrides:
@@ -411,6 +471,7 @@ class _Files:
     """Recipe files, each read once."""
 
     environment: Mapping[str, str]
+    store: Store = field(default_factory=Disk)
     mistakes: list[Mistake] = field(default_factory=list)
     complete: bool = True
     _read: dict[str, Located | None] = field(default_factory=dict)
@@ -438,7 +499,7 @@ class _Files:
         """The real path of a file that may be read."""
         wrong = None
         try:
-            real = os.path.realpath(file)
+            real = self.store.real(file)
         except ValueError as error:  # such as a NUL character
             raise SourceMistakes(Mistake(named_at, "extends" if trail else "", f"is not a path: {error}")) from None
         if not trail:
@@ -446,8 +507,9 @@ class _Files:
         if real in trail:
             circle = " -> ".join(_readable(part) for part in (*trail[trail.index(real) :], real))
             wrong = f"goes in a circle: {shorten(circle, 300)}"
-        elif not os.path.isfile(file):
-            wrong = f"{shorten(str(file), 200)} {'is not a file' if os.path.exists(file) else 'does not exist'}"
+        elif not self.store.is_file(file):
+            shown = shorten(self.store.shown(file), 200)
+            wrong = f"{shown} {'is not a file' if self.store.exists(file) else 'does not exist'}"
         elif real not in self._read and len(self._read) >= MAX_FILES:
             wrong = f"needs more than {MAX_FILES} files"
         if wrong:
@@ -455,21 +517,21 @@ class _Files:
         return real
 
     def _content(self, file: Path) -> Located:
-        start = Position(str(file))
+        shown = self.store.shown(file)
+        start = Position(shown)
         try:
-            with file.open("rb") as stream:
-                data = stream.read(MAX_BYTES + 1)
+            data = self.store.read(file, MAX_BYTES + 1)
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             before = data[: error.start]
-            place = Position(str(file), before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
+            place = Position(shown, before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
             raise SourceMistakes(Mistake(place, "", "is not UTF-8 text")) from None
         except OSError as error:
             raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
         if len(data) > MAX_BYTES:
             raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
-        reader = _Reader(str(file), self.environment)
-        node = _compose(text, str(file))
+        reader = _Reader(shown, self.environment)
+        node = _compose(text, shown)
         located = reader.read(node).located
         if not isinstance(located.value, dict):
             reader.fail(node, (), "a recipe is a mapping of sections, such as `model:`")
@@ -530,7 +592,7 @@ def _override(
     node: Located, steps: tuple[str, ...], new: Located, position: Position, trail: tuple[str, ...]
 ) -> Located:
     if not steps:
-        return new
+        return new.over(node)
     step, rest = steps[0], steps[1:]
     if isinstance(node.value, list):
         items = list(node.value)
@@ -538,7 +600,7 @@ def _override(
             what = f"{dotted(trail)} is a list of {len(items)}; give an index, from 0"
             raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
         items[int(step)] = _override(items[int(step)], rest, new, position, (*trail, step))
-        return Located(items, node.position, node.key)
+        return replace(node, value=items)
     if node.value is not None and not isinstance(node.value, dict):
         what = f"{dotted(trail)} is a single value and has no keys"
         raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
@@ -548,4 +610,5 @@ def _override(
         content[step] = _override(child, rest, new, position, (*trail, step))
     else:
         content[step] = new.over(content.get(step))
-    return Located(content, node.position, node.key)
+    kept = (replace(node, earlier=()), *node.earlier) if node.removes else node.earlier
+    return replace(node, value=content, removes=False, earlier=kept)

@@ -1,0 +1,116 @@
+"""Two recipes compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.difference.compare import Change, compare
+from lorafit.difference.consequences import Consequence, Follower, consequences, followers, unknowns
+from lorafit.difference.pair import Warned
+from lorafit.difference.side import Examiner, Opened, Side, content_hash, open_side
+from lorafit.difference.warnings import warnings
+from lorafit.errors import printable
+from lorafit.explain.make import defaults_of
+from lorafit.hardware import Hardware
+from lorafit.rows import is_local
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs, and what follows.
+
+    Attributes:
+        before, after: names, as typed.
+        unknown: why figures are missing, a sentence each.
+        remarks: what else to know, a sentence each.
+    """
+
+    before: str
+    after: str
+    changes: tuple[Change, ...]
+    consequences: tuple[Consequence, ...] = ()
+    followers: tuple[Follower, ...] = ()
+    warnings: tuple[Warned, ...] = ()
+    unknown: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able values, as `--format json` prints them."""
+        return {
+            "before": self.before,
+            "after": self.after,
+            "same": not self.changes,
+            "changes": [dataclasses.asdict(one) for one in self.changes],
+            "consequences": [dataclasses.asdict(one) | {"change": one.change} for one in self.consequences],
+            "followers": [dataclasses.asdict(one) for one in self.followers],
+            "warnings": [dataclasses.asdict(one) for one in self.warnings],
+            "unknown": list(self.unknown),
+            "remarks": list(self.remarks),
+        }
+
+
+def difference(before: str, after: str, hardware: Hardware | None = None) -> Difference:
+    """Compare two recipes, each a file or `REV:path`. Raises UsageError and RecipeError.
+
+    Args:
+        hardware: to plan both for; None: what each is meant for.
+    """
+    opened = open_side(before), open_side(after)
+    changes = [*compare(*(one.recipe.resolved() for one in opened)), *_template_text(*opened)]
+    differing = _differing_data(*opened)
+    if not changes:
+        return Difference(before, after, (), remarks=tuple(differing))
+    examiner = Examiner(hardware)
+    old, new = (examiner.examine(one) for one in opened)
+    changes = [_with_meaning(change, old, new) for change in changes]
+    return Difference(
+        before,
+        after,
+        tuple(changes),
+        tuple(consequences(old, new)),
+        tuple(followers(old, new, changes)),
+        tuple(warnings(old, new, changes)),
+        tuple(unknowns(old, new)),
+        (*_as_now(old, new), *differing),
+    )
+
+
+def _with_meaning(change: Change, before: Side, after: Side) -> Change:
+    """The change with what the plan makes of its values."""
+    found = []
+    for side, value in ((before, change.before), (after, change.after)):
+        choice = (side.plan.choices | defaults_of(side.recipe, side.plan)).get(change.key)
+        found.append(choice.value if choice is not None and choice.value != value else None)
+    return dataclasses.replace(change, meant_before=found[0], meant_after=found[1])
+
+
+def _template_text(before: Opened, after: Opened) -> list[Change]:
+    """A chat template's file of the same name and other content is another template."""
+    path = before.recipe.model.chat_template
+    if path is None or path != after.recipe.model.chat_template:
+        return []
+    old, new = (content_hash(side, path) for side in (before, after))
+    if old is None or new is None or old == new:
+        return []
+    return [Change("model.chat_template (text)", "model.chat_template", f"{path} {old[:8]}", f"{path} {new[:8]}")]
+
+
+def _as_now(*sides: Opened) -> list[str]:
+    """What was read from the disk although a side is of a revision."""
+    names = " and ".join(printable(side.name) for side in sides if side.revision is not None)
+    return [f"Data, models and templates are those on the disk now, for {names} as well."] if names else []
+
+
+def _differing_data(before: Opened, after: Opened) -> list[str]:
+    """Data files that are in the repository, and are others at the one side than at the other."""
+    if before.revision is None and after.revision is None:
+        return []
+    paths = [{source.path for source in side.recipe.dataset.train if is_local(source.path)} for side in (before, after)]
+    remarks = []
+    for path in sorted(paths[0] & paths[1]):
+        hashes = [content_hash(side, path) for side in (before, after)]
+        if None not in hashes and hashes[0] != hashes[1]:
+            remarks.append(f"{printable(path)} itself differs between the two; its rows are counted as they are now.")
+    return remarks

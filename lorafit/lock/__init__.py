@@ -1,0 +1,17 @@
+"""`lorafit lock`: what a recipe came to when it was approved, in a file beside it, and what drifted since. No torch.
+
+A lock (version 1) is JSON:
+
+    lock_version    1
+    recipe          digest and values: every value after `extends` and defaults. Comments and order are none.
+    model           name, and of a hub model its commit, else its fingerprint (see lorafit.fingerprint)
+    tokenizer       SHA-256 of each of its files; empty for a hub model, which the commit pins
+    chat_template   SHA-256 of the template that is used; null where it is not known here
+    data            by path as in the recipe: SHA-256 of each file, or the commit of a hub data set
+    versions        of lorafit, what it stands on, and Python
+"""
+
+from lorafit.lock.file import Lock, lock_path
+from lorafit.lock.make import check_lock, check_run, held_lock, write_lock
+
+__all__ = ["Lock", "check_lock", "check_run", "held_lock", "lock_path", "write_lock"]

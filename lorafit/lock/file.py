@@ -1,0 +1,67 @@
+"""A lock as a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import UsageError, first_line
+from lorafit.staging import write_text
+
+VERSION = 1
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "recipe": dict,
+    "model": dict,
+    "tokenizer": dict,
+    "chat_template": (str, type(None)),
+    "data": dict,
+    "versions": dict,
+}
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a lock holds, see lorafit.lock."""
+
+    content: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        return (
+            json.dumps({"lock_version": VERSION, **self.content}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        )
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def write(self, path: Path) -> None:
+        """Write it, or nothing. Raises UsageError for a path that is a folder."""
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; a lock is a file")
+        write_text(path, self.text)
+
+    @staticmethod
+    def read(path: Path) -> Lock:
+        """Raises UsageError for a file that is missing or no lock of this version."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UsageError(f"{path}: there is no lock; `lorafit lock` writes it") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: can't be read as a lock: {first_line(error)}; write it anew") from None
+        if not isinstance(content, dict) or content.get("lock_version") != VERSION:
+            found = content.get("lock_version") if isinstance(content, dict) else None
+            raise UsageError(f"{path}: is no lock of version {VERSION} (lock_version: {found}); write it anew")
+        wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name, ...), kind)]
+        if wrong or not isinstance(content["recipe"].get("values"), dict):
+            raise UsageError(f"{path}: is no lock: {', '.join(wrong) or 'recipe'} can't be read; write it anew")
+        return Lock({name: content[name] for name in _PARTS})
+
+
+def lock_path(config: Path) -> Path:
+    """recipe.yaml -> recipe.yaml.lock"""
+    return config.with_name(f"{config.name}.lock")

@@ -1,0 +1,136 @@
+"""What a recipe comes to here and now, in the shape of a lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import DataError
+from lorafit.facts import TOKENIZER_FILES, ModelFacts, UnreachableError, read_facts
+from lorafit.fingerprint import base_fingerprint
+from lorafit.hardware import detect_cpu
+from lorafit.lock.commits import Kind, commit_of
+from lorafit.lock.file import Lock
+from lorafit.manifest import versions
+from lorafit.plan.context import Context
+from lorafit.plan.data import read_chat_template
+from lorafit.recipe import Recipe, RecipeError, Source
+from lorafit.rows import data_files, file_digest, is_local
+
+
+def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
+    """Hash and look up everything. Raises LorafitError where something is missing.
+
+    Args:
+        known: a lock whose commits hold for what is asked for as it was then, so that no hub is asked.
+    """
+    values = recipe.resolved()
+    return Lock(
+        {
+            "recipe": {"digest": digest_of(values), "values": values},
+            "model": _model(recipe, known),
+            "tokenizer": _tokenizer(recipe),
+            "chat_template": _chat_template(recipe, known),
+            "data": dict(_data(recipe, known)),
+            "versions": versions() | {"python": ".".join(platform.python_version_tuple()[:2])},
+        }
+    )
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    """SHA-256 of a recipe's values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def pinned(recipe: Recipe, lock: Lock) -> Recipe:
+    """The recipe with the locked commits as its revisions."""
+    model, dataset = recipe.model, recipe.dataset
+    commit = lock.content["model"].get("commit")
+    if commit is not None:
+        model = model.model_copy(update={"revision": commit})
+    changes: dict[str, Any] = {"train": tuple(_pinned(source, lock) for source in dataset.train)}
+    if isinstance(dataset.validation, tuple):
+        changes["validation"] = tuple(_pinned(source, lock) for source in dataset.validation)
+    return recipe.model_copy(update={"model": model, "dataset": dataset.model_copy(update=changes)})
+
+
+def _pinned(source: Source, lock: Lock) -> Source:
+    commit = lock.content["data"].get(_data_key(source.path, source.revision), {}).get("commit")
+    return source.model_copy(update={"revision": commit}) if commit is not None else source
+
+
+def _is_hub(name: str) -> bool:
+    return not name.endswith(".gguf") and not Path(name).expanduser().exists()
+
+
+def _model(recipe: Recipe, known: Lock | None) -> dict[str, Any]:
+    name, revision = recipe.model.name_or_path, recipe.model.revision
+    if not _is_hub(name):
+        return {"name": name, "fingerprint": base_fingerprint(name, revision)}
+    before = known.content["model"] if known else {}
+    if known is not None and _asked_for(known) == (name, revision) and before.get("commit"):
+        return {"name": name, "commit": before["commit"]}
+    read_facts(name, revision)  # a name that can't be one of the hub's is told as everywhere
+    return {"name": name, "commit": commit_of(name, revision, "model")}
+
+
+def _asked_for(lock: Lock) -> tuple[Any, Any]:
+    model = lock.content["recipe"]["values"].get("model", {})
+    return model.get("name_or_path"), model.get("revision")
+
+
+def _tokenizer(recipe: Recipe) -> dict[str, str]:
+    folder = Path(recipe.model.name_or_path).expanduser()
+    files = (folder / name for name in TOKENIZER_FILES)
+    return {file.name: file_digest(file) for file in files if file.is_file()} if folder.is_dir() else {}
+
+
+def _chat_template(recipe: Recipe, known: Lock | None) -> str | None:
+    name = recipe.model.name_or_path
+    revision = known.content["model"].get("commit") if known and _is_hub(name) else None
+    try:
+        facts = read_facts(name, revision or recipe.model.revision)
+    except UnreachableError:
+        facts = ModelFacts(name, "hub", "nothing", {}, ())
+    context = Context(recipe, facts, detect_cpu())
+    template = read_chat_template(context)
+    if context.mistakes:
+        raise RecipeError(context.mistakes)
+    if template is None and facts.tokenizer is not None:
+        template = facts.tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if template is not None else None
+
+
+def _data(recipe: Recipe, known: Lock | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    dataset = recipe.dataset
+    validation = dataset.validation if isinstance(dataset.validation, tuple) else ()
+    for source in (*dataset.train, *validation):
+        if is_local(source.path):
+            yield source.path, {"files": _files(source.path)}
+        else:
+            key = _data_key(source.path, source.revision)
+            yield key, {"commit": _commit(key, source.path, source.revision, "dataset", known)}
+    for one in recipe.eval.sets:
+        if one.path is not None and is_local(one.path):
+            yield one.path, {"files": _files(one.path)}
+
+
+def _data_key(path: str, revision: str | None) -> str:
+    return path if revision is None else f"{path}@{revision}"
+
+
+def _commit(key: str, name: str, revision: str | None, kind: Kind, known: Lock | None) -> str:
+    before = known.content["data"].get(key, {}) if known else {}
+    return str(before.get("commit") or commit_of(name, revision, kind))
+
+
+def _files(path: str) -> dict[str, str] | None:
+    """SHA-256 by file; None if there are none."""
+    try:
+        return {str(file): file_digest(file) for file in data_files(path)}
+    except DataError:
+        return None

@@ -1,0 +1,118 @@
+"""A run's recorded hashes, computed once more. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorafit.errors import LorafitError, UsageError
+from lorafit.fingerprint import changed_source, comparable, model_fingerprint, summary
+from lorafit.plan import Plan
+from lorafit.rows import data_files, file_digest
+from lorafit.rundir import RunDir
+
+Status = Literal["ok", "changed", "missing", "not recorded", "not here"]
+FAILED: tuple[Status, ...] = ("changed", "missing")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a manifest has a hash of.
+
+    Attributes:
+        status: `not recorded` by the version that trained the run; `not here`: can't be told on this machine.
+    """
+
+    what: str
+    status: Status
+    detail: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.status in FAILED
+
+
+def verify(run: RunDir) -> list[Check]:
+    """Every hash of a finished run's manifest. Raises UsageError for what is no finished run."""
+    if not run.path.is_dir():
+        raise UsageError(f"{run.path}: no such run directory")
+    plan, manifest = run.load_plan(), run.load_manifest()
+    if run.result is None:
+        raise UsageError(f"{run.path}: the run is not finished; go on with `lorafit train … --resume`")
+    if not manifest:
+        raise UsageError(f"{run.manifest}: is missing or can't be read, so there is nothing to verify by")
+    return [*_own_files(run, manifest), *_template(run, manifest), *_data(plan, manifest), *_base(run, plan, manifest)]
+
+
+def _own_files(run: RunDir, manifest: dict[str, Any]) -> Iterator[Check]:
+    recorded = manifest.get("files")
+    if not isinstance(recorded, dict):
+        yield Check("the run's own files", "not recorded")
+        return
+    for name, digest in recorded.items():
+        yield _file(name, run.path / name, digest)
+    result = run.result
+    assert result is not None
+    for file in sorted(result.rglob("*")):
+        name = f"{result.name}/{file.relative_to(result).as_posix()}"
+        if file.is_file() and name not in recorded:
+            yield Check(name, "changed", "was added after the training")
+
+
+def _file(name: str, file: Path, digest: str) -> Check:
+    if not file.is_file():
+        return Check(name, "missing")
+    return Check(name, "ok" if file_digest(file) == digest else "changed")
+
+
+def _template(run: RunDir, manifest: dict[str, Any]) -> Iterator[Check]:
+    recorded = manifest.get("tokenizer", {}).get("chat_template_sha256")
+    file = (run.result or run.adapter) / "chat_template.jinja"
+    if recorded is None:
+        return
+    if not file.is_file():
+        yield Check("chat template", "not here", "the tokenizer keeps it elsewhere")
+        return
+    found = hashlib.sha256(file.read_bytes().decode("utf-8", "replace").encode()).hexdigest()
+    yield Check("chat template", "ok" if found == recorded else "changed")
+
+
+def _data(plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
+    recorded = manifest.get("data", {}).get("files", {})
+    for name, digest in recorded.items():
+        yield _file(name, Path(name).expanduser(), digest)
+    for source in (*plan.data.train, *plan.data.validation):
+        if source.hub is not None:
+            yield Check(source.path, "not recorded", "a hub data set; `lorafit lock` pins its commit")
+            continue
+        try:
+            files = data_files(source.path)
+        except LorafitError:
+            continue  # its files are listed as missing
+        for file in files:
+            if str(file) not in recorded:
+                yield Check(str(file), "changed", "was added after the training")
+
+
+def _base(run: RunDir, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
+    what = f"base {plan.model['name_or_path']}"
+    recorded = run.base_files()
+    if recorded is None:
+        yield Check(what, "not recorded")
+        return
+    in_manifest = manifest.get("model", {}).get("fingerprint")
+    if in_manifest is not None and in_manifest != summary(recorded):
+        yield Check("fingerprint.json", "changed", "is not the one of the manifest")
+    try:
+        changed = changed_source(plan, run)
+        known = comparable(recorded, model_fingerprint(plan))
+    except LorafitError as error:
+        yield Check(what, "missing", str(error))
+        return
+    if changed:
+        yield Check(what, "changed", ", ".join(changed[:5]))
+    else:
+        yield Check(what, "ok" if known else "not here", "" if known else "its weights are not on this machine")
