@@ -15,8 +15,8 @@ from conftest import WORDS, write_jsonl
 from rich.console import Console
 
 from lorafit.errors import DataError, UsageError
-from lorafit.evaluate import benchmarks
 from lorafit.evaluate.benchmarks import Benchmarks, TaskResult, check, run
+from lorafit.evaluate.benchmarks import tasks as tasks_module
 
 pytest.importorskip("lm_eval")
 
@@ -270,7 +270,7 @@ def test_too_little_memory_for_a_batch(
 
 
 def test_only_local_tasks_need_no_list_of_the_harness_own(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "_every_task", None)
+    monkeypatch.setattr(tasks_module, "_every_task", None)
     for asked in (Benchmarks(("tiny_tag",), include_path=str(tasks)), Benchmarks((str(tasks),))):
         check(asked)
 
@@ -278,7 +278,7 @@ def test_only_local_tasks_need_no_list_of_the_harness_own(tasks: Path, monkeypat
 @pytest.fixture
 def none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the harness came without tasks: reading all of them takes seconds."""
-    monkeypatch.setattr(benchmarks, "_every_task", lambda folders: benchmarks._manager(folders, False))
+    monkeypatch.setattr(tasks_module, "_every_task", lambda folders: tasks_module.manager_of(folders, False))
 
 
 @pytest.mark.usefixtures("none_of_its_own")
@@ -374,6 +374,19 @@ def test_a_metric_from_elsewhere_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "metric.py").write_text(CODE)
     path = write_task(tmp_path, WRITE | {"metric_list": [{"metric": str(tmp_path / "metric.py")}]}, data)
     with pytest.raises(UsageError, match=r"the metric .*metric\.py is none of lm-evaluation-harness"):
+        check(Benchmarks((str(path),)))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("is_member", [False, True])
+def test_pickles_are_refused(tmp_path: Path, is_member: bool) -> None:
+    """`datasets` 4 has a builder that reads them."""
+    pickled = tmp_path / "rows.pkl"
+    pickled.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    content = ROLL | {"dataset_path": "pandas", "dataset_kwargs": {"data_files": str(pickled)}}
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.safe_dump({"group": "all_of_it", "task": [content]} if is_member else content))
+    with pytest.raises(UsageError, match=r"pandas reads pickles, .* set eval\.lm_eval\.trust_code: true"):
         check(Benchmarks((str(path),)))
     assert not (tmp_path / "ran").exists()
 

@@ -617,3 +617,15 @@ def test_the_budget_is_of_the_free_memory(name: str, monkeypatch: pytest.MonkeyP
     assert found[0] == 1
     assert 1 < found[1] < found[2] < CPU_TOKENS
     assert found[3:] == [CPU_TOKENS, CPU_TOKENS]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["loop", "library"])
+def test_answers_end_where_the_models_positions_do(own: bool) -> None:
+    """A model with learned positions can't be run beyond them."""
+    model = ready(MODELS["gpt2"](), SimpleNamespace(hardware=SimpleNamespace(device="cpu")))
+    positions = model.config.max_position_embeddings
+    model.generation_config.repetition_penalty = 1.0 if own else 1.1
+    prompts = [[5] * (positions - 3), [5, 6, 7]]
+    found = {one.row: one for one in generate(model, prompts, set(), 0, 8)}
+    assert [len(found[row].ids) for row in (0, 1)] == [3, 8]
+    assert not found[0].ended

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lorafit.errors import UsageError
 from lorafit.evaluate.metrics import METRICS, Judged, MetricSpec, default_metrics, make_metric, make_metrics
+from lorafit.evaluate.metrics import text as text_metrics
 
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -406,3 +407,22 @@ def test_no_metric_has_the_name_of_another_figure() -> None:
         assert metric.name not in METRICS
         with pytest.raises(UsageError, match=f"there is a figure {metric.name} already"):
             make_metric(f"my_own:{metric.name}")
+
+
+def test_an_expression_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_metrics, "LONGEST_SEARCH", 0.2)
+    metric = make_metric({"regex": "(a+)+$"})
+    assert metric.score(Judged(answer="aaa", expected="")) == 1
+    with pytest.raises(UsageError, match=r"'\(a\+\)\+\$' takes too long"):
+        metric.score(Judged(answer="a" * 60 + "b", expected=""))
+    assert metric.score(Judged(answer="b", expected="")) == 0
+
+
+def test_own_metric_is_called_once_for_an_answer_to_a_row(own: Any) -> None:
+    """Figures and samples ask for it, each by themselves."""
+    module = own(
+        "calls = []\ndef nth(answer, expected):\n    calls.append(answer)\n    return len(calls)\n", "my_own_nth"
+    )
+    metric = make_metric(f"{module}:nth")
+    judged = [Judged(answer="a", expected="b", row={"number": number}) for number in (1, 2)]
+    assert [metric.score(one) for one in (*judged, *judged)] == [1, 2, 1, 2]

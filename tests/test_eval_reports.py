@@ -68,6 +68,12 @@ def test_the_verdict_says_noise_where_it_is(results: Results) -> None:
     assert "more than noise" in said[0]
     assert "within noise" in said[1]
     assert f"{len(results.failed)} of {len(results.gates)} gates failed" in said[0]
+    few = clear.model_copy(update={"wins": 5, "losses": 0})
+    alone = few.model_copy(update={"low": None, "high": None})
+    for one in (few, alone):
+        said = verdict(results.model_copy(update={"differences": (one, *others)}))
+        assert "too few rows to tell" in said
+        assert ("95% interval" in said) == (one.low is not None)
 
 
 def test_markdown_tables_are_whole(results: Results) -> None:

@@ -198,10 +198,10 @@ def test_rows_without_a_value_are_left_out() -> None:
 
 
 def test_resamples_without_a_value_are_left_out() -> None:
-    values, asked = np.array([3.0, 0, 0, 0]), np.array([1.0, 0, 0, 0])
+    values, asked = np.array([3.0, 3.0, 0, 0]), np.array([1.0, 1.0, 0, 0])
     bootstrap = Bootstrap(4, 1)
     made = bootstrap.resampled(Series(values, asked))
-    assert np.isnan(made).mean() == pytest.approx(0.75**4, abs=0.02)
+    assert np.isnan(made).mean() == pytest.approx(0.5**4, abs=0.02)
     assert bootstrap.interval(made) == (3.0, 3.0)
 
 
@@ -216,14 +216,31 @@ def test_where_no_row_has_a_value() -> None:
     assert not found.is_clear
 
 
-def test_one_row() -> None:
-    one, other = Series(np.array([6.0]), np.array([3.0])), Series(np.array([3.0]), np.array([3.0]))
-    bootstrap = Bootstrap(1, 1)
+@pytest.mark.parametrize("others", [0, 7])
+def test_one_row_has_no_interval(others: int) -> None:
+    """All resamples are that row: an interval without width would say that there is no doubt at all."""
+    without = np.zeros(others)
+    one = Series(np.append(6.0, without), np.append(3.0, without))
+    other = Series(np.append(3.0, without), np.append(3.0, without))
+    bootstrap = Bootstrap(1 + others, 1)
     assert bootstrap.value(one) == 2.0
-    assert bootstrap.interval(bootstrap.resampled(one)) == (2.0, 2.0)
+    assert bootstrap.interval(bootstrap.resampled(one)) == (None, None)
     found = compared(one, other)
-    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
+    assert (found.value, found.low, found.high, found.is_clear) == (1.0, None, None, False)
     assert found.detectable == pytest.approx(0.8)  # 1 - 0.2 ** 1
+    right = Classes(np.zeros(1, dtype=int), np.zeros(1, dtype=int), 2)
+    assert Bootstrap(1, 1).interval(Bootstrap(1, 1).resampled(right)) == (None, None)
+
+
+@pytest.mark.parametrize(("wins", "clear"), [(5, False), (6, True)])
+def test_a_difference_is_clear_only_if_enough_rows_differ(wins: int, clear: bool) -> None:
+    """Five rows of sixty, all won: the bootstrap leaves out zero, and a coin does as well one time in 16."""
+    better, rows = np.zeros(60), np.ones(60)
+    better[:wins] = 1
+    found = compared(Series(better, rows, better="higher"), Series(np.zeros(60), rows, better="higher"))
+    assert found.low is not None
+    assert found.low > 0
+    assert found.is_clear is clear
 
 
 @pytest.mark.parametrize(

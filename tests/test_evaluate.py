@@ -12,6 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,8 +30,10 @@ from yaml import safe_dump
 from lorafit.cli import app
 from lorafit.data import IGNORED
 from lorafit.errors import DataError, Interrupted, ModelError, UsageError
+from lorafit.evaluate.assemble import speeds
 from lorafit.evaluate.make import evaluate
 from lorafit.evaluate.options import Named, Options
+from lorafit.evaluate.records import Records
 from lorafit.evaluate.results import Results, Sample
 from lorafit.evaluate.sets import held_out_rows
 from lorafit.merge import Options as MergeOptions
@@ -238,16 +241,16 @@ def test_several_adapters_on_one_base(run: RunDir, trained: Path, tmp_path: Path
     weights = load_file(zero / "adapter_model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, zero / "adapter_model.safetensors")
     results = evaluated(
-        run, compare=("base", "adapter", str(other.path)), adapters=(Named("zero", zero),), limit=4, max_new_tokens=4
+        run, compare=("base", "adapter", str(other.path)), adapters=(Named("run", zero),), limit=4, max_new_tokens=4
     )
-    assert list(results.models) == ["base", "adapter", "run", "zero"]
+    assert list(results.models) == ["base", "adapter", "run_2", "run"], "the folder's name is taken by the adapter"
     alone = evaluated(other, data=None, compare=("adapter",), limit=4, max_new_tokens=4)
     for metric in ("loss", "exact_match", "token_accuracy"):
-        assert value(results, f"heldout.{metric}.zero") == pytest.approx(value(results, f"heldout.{metric}.base"))
+        assert value(results, f"heldout.{metric}.run") == pytest.approx(value(results, f"heldout.{metric}.base"))
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
     rows = held_out_rows(run.load_plan(), tokenizer, None)
     losses = row_losses(AutoPeftModelForCausalLM.from_pretrained(other.adapter), rows)
-    found = [sample.answers["run"].scores["loss"] for sample in samples(run.eval)]
+    found = [sample.answers["run_2"].scores["loss"] for sample in samples(run.eval)]
     assert found == pytest.approx(losses, rel=1e-5, abs=1e-6)
     assert list(alone.models) == ["adapter"]
 
@@ -351,6 +354,78 @@ def test_a_benchmark_is_a_set_like_others(run: RunDir, tmp_path: Path) -> None:
     assert figure.value == pytest.approx(right / 10)
     with pytest.raises(UsageError, match="colors"):
         evaluated(run, overrides=(*PLAIN, "eval.lm_eval={tasks: [colors.yaml]}"))
+
+
+def test_a_task_of_the_harness_takes_no_sets_place(run: RunDir, tmp_path: Path) -> None:
+    task = {"task": "heldout", "dataset_path": "json", "test_split": "train", "output_type": "loglikelihood"}
+    rows = write_jsonl(tmp_path / "documents.jsonl", [{"question": "red", "answer": "green"}])
+    more = {"dataset_kwargs": {"data_files": str(rows)}, "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    (tmp_path / "heldout.yaml").write_text(safe_dump(task | more))
+    with pytest.raises(UsageError, match="heldout: there is a set of that name"):
+        evaluated(run, overrides=(*PLAIN, f"eval.lm_eval={{tasks: [{tmp_path / 'heldout.yaml'}]}}"))
+
+
+def test_a_single_row_says_nothing_of_others(run: RunDir, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "one.jsonl", [conversation("red cat", "green")])
+    gate = "heldout.exact_match.adapter > heldout.exact_match.base (ci)"
+    results = evaluated(run, data=data, max_new_tokens=4, compare=("base", "adapter"), fail_under=(gate,))
+    assert value(results, "heldout.exact_match.adapter") > value(results, "heldout.exact_match.base")
+    assert results.figures["heldout.exact_match.adapter"].low is None
+    assert [(one.passed, one.sentence) for one in results.gates] == [(False, "has no interval")]
+    assert "too few rows to tell; 1 row)" in (run.eval / "report.md").read_text()
+
+
+def test_answers_that_are_cut_off_are_not_asked_for(run: RunDir, tmp_path: Path) -> None:
+    """No model can give half of an answer, so that would count against all of them."""
+    long = " ".join(["cat"] * 400)
+    rows = [("red cat", "green"), ("red dog", f"green {long}"), (f"red {long}", "green")]
+    rows += [(f"red {number}", "green") for number in range(17)]
+    data = write_jsonl(tmp_path / "long.jsonl", [conversation(*row) for row in rows])
+    results = evaluated(run, data=data, max_new_tokens=4, compare=("base", "adapter"))
+    assert (results.sets["heldout"].rows, results.sets["heldout"].answered) == (19, 18)
+    assert [sample.answers["adapter"].text for sample in samples(run.eval)[:2]] == ["green", None]
+    said = "\n".join(results.remarks)
+    assert "heldout: max_length 128 cuts 1 of 19 rows within an answer" in said
+    assert "heldout: 1 of 20 rows are left out (1 answers cut off)" in said
+
+
+def test_a_model_that_overflows_has_no_figures_and_passes_nothing(run: RunDir, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    token = tokenizer(" mat", add_special_tokens=False)["input_ids"][0]
+    file = run.merged / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][token] = math.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    data = write_jsonl(tmp_path / "rows.jsonl", [conversation(f"red mat {number}", "green") for number in range(3)])
+    gates = ("heldout.loss.merged < 99", "heldout.accuracy.merged == 0")
+    setting = (*PLAIN, "eval.sets=[{name: heldout, options: [green, red]}]")
+    results = evaluated(run, data=data, overrides=setting, max_new_tokens=3, fail_under=gates)
+    assert [gate.passed for gate in results.gates] == [False, True]
+    merged = samples(run.eval)[0].answers["merged"]
+    assert (merged.chosen, "loss" in merged.scores) == (None, False)
+    assert "loss" in samples(run.eval)[0].answers["adapter"].scores
+
+
+def test_the_same_option_twice(run: RunDir, tmp_path: Path) -> None:
+    setting = (*PLAIN, "eval.sets=[{name: heldout, options: [green, 'green ']}]")
+    with pytest.raises(DataError, match="an option is there twice"):
+        evaluated(run, overrides=setting)
+
+
+def test_a_speed_is_of_answers_whose_time_is_known(tmp_path: Path) -> None:
+    """A kill takes along the time of what was done before it."""
+    names = ("heldout", "base", "answers")
+    records = Records(tmp_path / "records", {}, False)
+    killed = records.writer(*names)
+    killed.__enter__()({"row": 0, "tokens": 3, "seconds": 0.1})
+    assert records.timed(*names) == 0
+    records = Records(tmp_path / "records", {}, True)
+    rows: Any = SimpleNamespace(name="heldout")
+    for model in ("base", "adapter"):
+        with records.writer("heldout", model, "answers") as add:
+            add({"row": 1, "tokens": 3, "seconds": 0.1})
+    assert len(list(records.read(*names))) == 2
+    assert [one.model for one in speeds(rows, ["base", "adapter"], records)] == ["adapter"]
 
 
 SABOTAGE = (

@@ -56,9 +56,14 @@ def _speed(report: BenchReport, phase: Phase) -> tuple[Columns, list[list[str]]]
     rows = []
     for one in sorted(report.timings, key=lambda one: shapes.index((one.prompt_tokens, one.batch))):
         speed = one.prefill if phase == "prefill" else one.decode
-        row = [str(one.prompt_tokens), str(one.batch), one.model, _shown(speed, _figures(speed.value))]
+        row = [
+            str(one.prompt_tokens),
+            str(one.batch),
+            one.model,
+            _shown(speed, _figures(speed.value), len(one.prefill_seconds)),
+        ]
         ratio = found.get((one.model, one.prompt_tokens, one.batch))
-        rows.append(row + ([_shown(ratio.ratio, 2) if ratio else "1"] if against else []))
+        rows.append(row + ([_shown(ratio.ratio, 2, len(one.prefill_seconds)) if ratio else "1"] if against else []))
     return header, rows
 
 
@@ -89,14 +94,23 @@ def _notes(report: BenchReport) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     return [
         f"{hardware['name']} ({hardware['device']}{threads} of {_count(hardware['cores'], 'core')}); {versions}",
-        f"Medians of {_count(settings['rounds'], 'round')} with 95% bootstrap intervals; "
+        f"{_medians(settings['rounds'])}; "
         f"{settings['new_tokens']} greedy steps after each prompt; seed {settings['seed']}.",
         *report.remarks,
     ]
 
 
-def _shown(found: Median, digits: int) -> str:
-    return f"{found.value:,.{digits}f} [{found.low:,.{digits}f}, {found.high:,.{digits}f}]"
+def _shown(found: Median, digits: int, rounds: int) -> str:
+    value = f"{found.value:,.{digits}f}"
+    return value if rounds == 1 else f"{value} [{found.low:,.{digits}f}, {found.high:,.{digits}f}]"
+
+
+def _medians(rounds: int) -> str:
+    return (
+        "One round, so there are no intervals"
+        if rounds == 1
+        else f"Medians of {rounds} rounds with 95% bootstrap intervals"
+    )
 
 
 def _count(number: int, what: str) -> str:

@@ -13,7 +13,7 @@ from lorafit.evaluate.metrics import AnswerMetric, Judged
 from lorafit.evaluate.records import Records
 from lorafit.evaluate.results import Answer, Difference, Figure, Metric, Sample, Speed
 from lorafit.evaluate.results import Set as SetInfo
-from lorafit.evaluate.statistics import Bootstrap, Classes, Series, difference
+from lorafit.evaluate.statistics import Bootstrap, Classes, Series, difference, rows_with_value
 
 Array = np.ndarray[Any, Any]
 Scores = Series | Classes
@@ -114,12 +114,12 @@ def _of_options(rows: Rows, records: Iterator[dict[str, Any]]) -> dict[str, Scor
     for record in records:
         row, logprobs = record["row"], record["logprobs"]
         options, answer = rows.options[row]
-        chosen = int(np.argmax(logprobs))
+        chosen = _chosen(logprobs)
         each = [value / max(len(option.encode()), 1) for value, option in zip(logprobs, options, strict=True)]
         predicted[row], expected[row] = chosen, answer
         if answer >= 0:
             asked[row] = 1
-            right[row], per_byte[row] = chosen == answer, int(np.argmax(each)) == answer
+            right[row], per_byte[row] = chosen == answer, _chosen(each) == answer
     found: dict[str, Scores] = {
         "accuracy": Series(right, asked, better="higher"),
         "accuracy_per_byte": Series(per_byte, asked, better="higher"),
@@ -128,6 +128,11 @@ def _of_options(rows: Rows, records: Iterator[dict[str, Any]]) -> dict[str, Scor
         known = expected >= 0
         found["macro_f1"] = Classes(np.where(known, predicted, -1), expected, len(rows.fixed))
     return found
+
+
+def _chosen(logprobs: list[float]) -> int:
+    """The index of the most likely option; -1 if a model that overflows made one of them no number."""
+    return -1 if any(map(math.isnan, logprobs)) else int(np.argmax(logprobs))
 
 
 def _of_answers(rows: Rows, model: str, records: Records) -> dict[str, Scores]:
@@ -193,7 +198,7 @@ def figures_of(name: str, scores: dict[str, dict[str, Scores]], seed: int, main:
     for (metric, model), value in series.items():
         key = f"{name}.{metric}.{model}"
         low, high = bootstrap.interval(drawn[metric, model])
-        figures[key] = Figure(value=_finite(bootstrap.value(value)), low=low, high=high, rows=_rows(value))
+        figures[key] = Figure(value=_finite(bootstrap.value(value)), low=low, high=high, rows=rows_with_value(value))
         resamples[key] = drawn[metric, model]
     pairs = [
         (model, against)
@@ -224,12 +229,6 @@ def _length(scores: Scores) -> int:
     return len(scores.predicted) if isinstance(scores, Classes) else len(scores.numerator)
 
 
-def _rows(scores: Scores) -> int:
-    if isinstance(scores, Classes):
-        return int((scores.expected >= 0).sum())
-    return int((scores.denominator > 0).sum())
-
-
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
@@ -256,8 +255,8 @@ def _answer(rows: Rows, row: int, found: dict[str, dict[str, Any] | None]) -> An
         scores["kl"] = one["kl"] / one["tokens"]
     if one := found["options"]:
         options, answer = rows.options[row]
-        number = int(np.argmax(one["logprobs"]))
-        chosen = options[number]
+        number = _chosen(one["logprobs"])
+        chosen = options[number] if number >= 0 else None
         if answer >= 0:
             scores["accuracy"] = float(number == answer)
     if one := found["answers"]:
@@ -266,16 +265,17 @@ def _answer(rows: Rows, row: int, found: dict[str, dict[str, Any] | None]) -> An
         scores["length"] = one["tokens"]
     if (one := found["judge"]) and one["score"] is not None:
         scores["judge"] = one["score"]
-    return Answer(text=text, ended=ended, chosen=chosen, scores=scores)
+    finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+    return Answer(text=text, ended=ended, chosen=chosen, scores=finite)
 
 
 def speeds(rows: Rows, models: list[str], records: Records) -> list[Speed]:
-    """How fast each model answered a set's questions."""
+    """How fast each model answered a set's questions; left out where a kill took the time of some of them along."""
     found = []
     for model in models:
         made = list(records.read(rows.name, model, "answers"))
         spent = records.seconds(model, rows.name, "answers")
-        if made and spent > 0:
+        if made and spent > 0 and records.timed(rows.name, model, "answers") == len(made):
             latency = np.array([record["seconds"] for record in made])
             found.append(
                 Speed(

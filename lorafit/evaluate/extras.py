@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -11,11 +12,13 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lorafit.errors import UsageError
 from lorafit.evaluate.assemble import Rows, Scores
 from lorafit.evaluate.contenders import BASE, Contender, Loaded
 from lorafit.evaluate.records import Records
 from lorafit.evaluate.results import Answer, Metric, Sample
 from lorafit.evaluate.results import Set as SetInfo
+from lorafit.evaluate.sets import HELD_OUT
 from lorafit.evaluate.statistics import Series
 
 Benchmarked: TypeAlias = dict[str, list[dict[str, Any]]]
@@ -36,7 +39,10 @@ def check_extras(section: dict[str, Any]) -> None:
     if section["lm_eval"]:
         from lorafit.evaluate.benchmarks import check
 
-        check(_asked(section))
+        sets = {HELD_OUT, *section["forgetting"], *(spec["name"] for spec in section["sets"])}
+        for name in check(_asked(section)):
+            if name in sets:
+                raise UsageError(f"eval.lm_eval.tasks: {name}: there is a set of that name; rename the task or the set")
 
 
 def _asked(section: dict[str, Any]) -> Any:
@@ -116,7 +122,8 @@ def benchmark_samples(found: Benchmarked) -> Iterator[Sample]:
 
 def _document(one: dict[str, Any]) -> Answer:
     return Answer(
-        text=one["answer"], scores={name: score for name, score in one["scores"].items() if score is not None}
+        text=one["answer"],
+        scores={name: score for name, score in one["scores"].items() if score is not None and math.isfinite(score)},
     )
 
 

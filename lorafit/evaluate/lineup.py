@@ -86,7 +86,7 @@ def _contenders(options: Options, run: RunDir, plan: Plan, stack: contextlib.Exi
         asked = (BASE, own.kind, *(("merged",) if (run.merged / "config.json").is_file() else ()))
     found: list[Contender] = []
     for name in asked:
-        taken = [contender.name for contender in found]
+        taken = [*(contender.name for contender in found), *(adapter.name for adapter in options.adapters)]
         if name == BASE:
             found.append(base_of(run, plan))
         elif name == own.kind or name in ("adapter", "trained"):

@@ -51,15 +51,19 @@ class Records:
             stream.truncate(whole)
             stream.seek(whole)
 
+            added = 0
+
             def add(record: dict[str, Any]) -> None:
+                nonlocal added
                 stream.write(json.dumps(record).encode() + b"\n")
                 stream.flush()
+                added += 1
 
             try:
                 yield add
             finally:
                 if timed:
-                    self._note_time(names, time.perf_counter() - began)
+                    self._note_time(names, time.perf_counter() - began, added)
 
     def read(self, *names: str) -> Iterator[dict[str, Any]]:
         """All records, in the order in which they were written."""
@@ -77,16 +81,17 @@ class Records:
 
     def seconds(self, model: str, *of: str) -> float:
         """How long a model was run, all times together; with `of`, a set and a kind, for these alone."""
-        file = self.folder / _TIMES
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        entries = map(json.loads, lines)
         return float(
             sum(
                 entry["seconds"]
-                for entry in entries
+                for entry in self._times()
                 if entry["of"][1:2] == [model] and (not of or entry["of"] == [of[0], model, *of[1:]])
             )
         )
+
+    def timed(self, *names: str) -> int:
+        """How many of these records were written in a time that is known: a kill leaves none."""
+        return sum(entry["records"] for entry in self._times() if entry["of"] == list(names))
 
     def write(self, value: Any, *names: str) -> None:
         """Keep something whole that is not by row."""
@@ -101,9 +106,13 @@ class Records:
         """Remove them: the evaluation is finished."""
         discard(self.folder)
 
-    def _note_time(self, names: tuple[str, ...], seconds: float) -> None:
+    def _note_time(self, names: tuple[str, ...], seconds: float, records: int) -> None:
         with (self.folder / _TIMES).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"of": names, "seconds": seconds}) + "\n")
+            stream.write(json.dumps({"of": names, "seconds": seconds, "records": records}) + "\n")
+
+    def _times(self) -> list[dict[str, Any]]:
+        file = self.folder / _TIMES
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
     def _file(self, *names: str) -> Path:
         return self.folder / f"{'.'.join(names)}.jsonl"

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 RESULTS_VERSION: Literal[2] = 2
+FEWEST = 6
+"""Rows that differ: of fewer, all may fall to one side by chance more often than in 5 of 100 cases (2 * 0.5 ** 5)."""
 
 
 class Part(BaseModel):
@@ -60,8 +62,10 @@ class Difference(Part):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval leaves out zero, and enough rows differ: resamples of few rows are too sure of them."""
+        if self.low is None or self.high is None or self.wins + self.losses < FEWEST:
+            return False
+        return self.low > 0 or self.high < 0
 
 
 class Gate(Part):

@@ -58,12 +58,12 @@ def scored_rows(
     infos: list[Metric] = [*LIKELIHOOD]
     if rows.role == "forgetting":
         infos.append(KL)
-    if rows.spec["options"]:
+    if rows.spec["options"] and rows.questions:
         infos += [ACCURACY, ACCURACY_NORM, *([MACRO_F1] if fixed else [])]
     if rows.questions:
         infos += [metric.info for metric in metrics] + [ENDED, LENGTH]
         infos += [AGREEMENT] if main and set(names) - {BASE, main} else []
-        infos += [JUDGE] if section["judge"] else []
+        infos += [JUDGE] if section["judge"] and BASE in names else []
     places = rows.rows.select_columns(["file", "number"])
 
     def place(row: int) -> str:
@@ -101,15 +101,15 @@ def scored_rows(
 
 def expected_figures(sets: list[Rows], contenders: list[Contender], main: str | None) -> list[str]:
     """The names of all figures that the sets will have."""
-    found = []
+    found, names = [], [contender.name for contender in contenders]
     for rows in sets:
         for metric in rows.info.metrics:
             for contender in contenders:
                 if metric == KL and contender.kind != "adapter":
                     continue
-                if metric == AGREEMENT and contender.name in ("base", main):
+                if metric == AGREEMENT and contender.name in (BASE, main):
                     continue
-                if metric == JUDGE and contender.name == "base":
+                if metric == JUDGE and (contender.name == BASE or BASE not in names):
                     continue
                 found.append(f"{rows.name}.{metric.name}.{contender.name}")
     return found

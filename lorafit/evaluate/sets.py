@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import SourceAudit, gate
-from lorafit.data import IGNORED, Lengths, Renderer, prepare, rows_of, tokenize
+from lorafit.data import IGNORED, Lengths, Renderer, prepare, rows_of, special_tokens, tokenize
 from lorafit.errors import DataError, first_line
 from lorafit.evaluate.engine.choices import Choice
 from lorafit.plan import Plan, SourcePlan
@@ -103,25 +104,32 @@ def held_out_rows(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None = None
 ) -> Dataset:
     """Tokenized held-out rows: of a file, else those that the run kept out of training. Raises DataError."""
-    return _held_out(plan, tokenizer, data, console)[0]
+    return _held_out(plan, tokenizer, data, console).rows
 
 
-def _held_out(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None
-) -> tuple[Dataset, tuple[SourcePlan, ...]]:
+@dataclass(frozen=True)
+class _Read:
+    """Rows, what they were read from, and what became of each source's rows where all of them are in the set."""
+
+    rows: Dataset
+    sources: tuple[SourcePlan, ...]
+    audits: tuple[SourceAudit, ...] = ()
+
+
+def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None) -> _Read:
     if data is not None:
         first = plan.data.train[0]
         source = SourcePlan(str(data), "--data", columns=first.columns, template=first.template)
-        return _read(plan, source, tokenizer, console), (source,)
+        return _read(plan, source, tokenizer, console)
     if not plan.data.validation and plan.data.validation_fraction is None:
         raise DataError("the run held no rows out of training; name some with --data")
     check_unchanged(plan)
-    rows = prepare(plan.data, tokenizer, console).validation
-    assert rows is not None
-    return rows, plan.data.validation or plan.data.train
+    made = prepare(plan.data, tokenizer, console)
+    assert made.validation is not None
+    return _Read(made.validation, plan.data.validation or plan.data.train, made.audit.validation)
 
 
-def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> Dataset:
+def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> _Read:
     """A source's rows, all of them. Raises DataError for an audit beyond its limits."""
     alone = dataclasses.replace(
         plan.data, train=(source,), validation=(), validation_fraction=None, packing=False, streaming=False
@@ -129,7 +137,7 @@ def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase, co
     made = prepare(alone, tokenizer, console)
     gate(made.audit, plan.data.audit | dict.fromkeys(("duplicates", "truncated", "lost_tokens")))
     assert made.rows is not None
-    return made.rows
+    return _Read(made.rows, (source,), made.audit.train)
 
 
 def check_unchanged(plan: Plan) -> None:
@@ -164,7 +172,7 @@ def read_sets(
     for name, spec in asked.items():
         role: Role = spec["role"]
         try:
-            rows, sources = _rows_of(name, spec, plan, tokenizer, data, console)
+            read = _rows_of(name, spec, plan, tokenizer, data, console)
         except DataError as error:
             if name in BUILT_IN:
                 remarks.append(f"{name}: left out: {first_line(error)}")
@@ -175,10 +183,35 @@ def read_sets(
             raise
         limit = spec["limit"] or section["limit"]
         asks = role == "task"
-        chosen = tuple(itertools.islice(_with_questions(rows), limit)) if asks else ()
+        cut = frozenset(_cut_off(read.rows, plan.data.max_length, set(special_tokens(tokenizer).values())))
+        remarks.extend(_lost(name, read, len(cut), plan.data.max_length))
+        whole = (index for index in _with_questions(read.rows) if index not in cut)
+        chosen = tuple(itertools.islice(whole, limit)) if asks else ()
         shown = spec["path"] or (str(data) if data and name == HELD_OUT else _shown(name))
-        found.append(EvalRows(name, role, shown, rows, sources, spec, chosen, tokenizer))
+        found.append(EvalRows(name, role, shown, read.rows, read.sources, spec, chosen, tokenizer))
     return found
+
+
+def _cut_off(rows: Dataset, max_length: int, special: Collection[int]) -> Iterator[int]:
+    """The rows that max_length cuts within an answer: what is left of it is not what a model should answer."""
+    for index, row in enumerate(rows.select_columns(["input_ids", "labels"])):
+        ids = row["input_ids"]
+        if len(ids) == max_length and row["labels"][-1] != IGNORED and ids[-1] not in special:
+            yield index
+
+
+def _lost(name: str, read: _Read, cut: int, max_length: int) -> Iterator[str]:
+    """What a set does not have of the rows that were read for it."""
+    if cut:
+        yield (
+            f"{name}: max_length {max_length} cuts {cut} of {len(read.rows)} rows within an answer: likelihoods are of "
+            "what is left of it, and it is not generated"
+        )
+    dropped = sum((Counter(audit.dropped) for audit in read.audits), Counter())
+    if dropped:
+        reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items())
+        total = sum(audit.read for audit in read.audits)
+        yield f"{name}: {dropped.total()} of {total} rows are left out ({reasons})"
 
 
 def _has_none(plan: Plan) -> bool:
@@ -198,7 +231,7 @@ def _rows_of(
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
     console: Console | None,
-) -> tuple[Dataset, tuple[SourcePlan, ...]]:
+) -> _Read:
     if name == HELD_OUT and (data is not None or not spec["path"]):
         return _held_out(plan, tokenizer, data, console)
     path = spec["path"] or str(TEXTS / f"{name}.jsonl")
@@ -210,7 +243,7 @@ def _rows_of(
         template=spec["template"],
         max_rows=spec["max_rows"],
     )
-    return _read(plan, source, tokenizer, console), (source,)
+    return _read(plan, source, tokenizer, console)
 
 
 def _with_questions(rows: Dataset) -> Iterator[int]:
@@ -278,6 +311,8 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
     lengths = Lengths(plan.data.max_length)
     for index, raw, example in raw_rows(rows):
         options = _options(rows.spec["options"], raw)
+        if len({option.strip() for option in options}) < len(options):
+            raise DataError(f"{raw.place}: an option is there twice, so which of the two is chosen would be chance")
         answers = [_with_answer(example, option) for option in options]
         made = [row for batch in tokenize(answers, renderer, lengths, SourceAudit("options")) for row in batch]
         if len(made) != len(options):

@@ -56,7 +56,10 @@ class Bootstrap:
         return None if math.isnan(found) else float(found)
 
     def resampled(self, series: Series | Classes) -> Array:
-        """(RESAMPLES,); nan where a resample has no row with a value."""
+        """(RESAMPLES,); nan where a resample has no row with a value.
+
+        All are nan where fewer than two rows have one: resamples of a single row say nothing of how rows differ.
+        """
         return self.resample_all({"one": series})["one"]
 
     def resample_all(self, series: Mapping[K, Series | Classes]) -> dict[K, Array]:
@@ -68,7 +71,8 @@ class Bootstrap:
         made = np.concatenate([counts @ stacked for counts in self._counts()])
         found, place = {}, 0
         for key, part in columns.items():
-            found[key] = _combined(series[key], made[:, place : place + part.shape[1]])
+            values = _combined(series[key], made[:, place : place + part.shape[1]])
+            found[key] = values if rows_with_value(series[key]) > 1 else np.full_like(values, np.nan)
             place += part.shape[1]
         return found
 
@@ -91,6 +95,12 @@ class Bootstrap:
             drawn = random.integers(self.rows, size=(size, self.rows))
             drawn += np.arange(size)[:, None] * self.rows
             yield np.bincount(drawn.ravel(), minlength=size * self.rows).reshape(size, self.rows).astype(np.float64)
+
+
+def rows_with_value(series: Series | Classes) -> int:
+    if isinstance(series, Classes):
+        return int((series.expected >= 0).sum())
+    return int((series.denominator > 0).sum())
 
 
 def _sums(series: Series | Classes) -> Array:

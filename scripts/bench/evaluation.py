@@ -110,11 +110,16 @@ def prepare(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Any],
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def parted(prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """As the harness does: the white space that a prompt ends with is scored with the answer."""
+        head, whole = ids(prompt.rstrip()), ids(prompt + answer)
+        return head, whole[len(head) :]
+
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        head, tail = ids(prompt), ids(answer)
+        head, tail = parted(prompt, answer)
         rows.append({"input_ids": head + tail, "labels": [IGNORED] * len(head) + tail})
-    questions = [Choice(ids(prompt), [ids(option) for option in options]) for prompt in prompts]
+    questions = [Choice(ids(prompt.rstrip()), [parted(prompt, option)[1] for option in options]) for prompt in prompts]
     pad = tokenizer.pad_token_id
 
     @functools.cache

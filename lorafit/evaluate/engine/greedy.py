@@ -83,7 +83,8 @@ def generate(
 
     They are those of `model.generate` for one prompt at a time, with the model's generation configuration but for
     sampling: whatever else that asks for is left to `generate`, and so are models that keep other things than keys and
-    values of all positions. Rows of different lengths are put together only where padding changes nothing.
+    values of all positions. Rows of different lengths are put together only where padding changes nothing. An answer
+    ends, unended, where the model's positions do: some models can go no further, and others have never learned to.
 
     Args:
         ends: the tokens that end an answer.
@@ -96,10 +97,11 @@ def generate(
         return
     wishes = _wishes(model)
     own = not wishes and _has_plain_loop(model)
-    limits = Limits(set(ends), pad_id, max_new_tokens)
+    room = [_room(model, length, max_new_tokens) for length in lengths]
 
     def work(batch: list[int]) -> list[Generated]:
         chosen = [list(prompts[index]) for index in batch]
+        limits = Limits(set(ends), pad_id, room[batch[0]])
         with autocast(model):
             made = (_own_loop if own else _library)(model, chosen, limits)
         return [Generated(row, *one, len(batch)) for row, one in zip(batch, made, strict=True)]
@@ -107,15 +109,23 @@ def generate(
     def planned() -> Iterator[list[int]]:
         sizes = [length + max_new_tokens // 2 for length in lengths]  # an answer's tokens are keys and values only
         budget = 2 * token_budget(model)  # a step reads all weights, for however many rows
+        yield from ([index] for index in left if room[index] < max_new_tokens)
+        free = [index for index in left if room[index] == max_new_tokens]
         if own or (wishes <= BLIND_TO_PADDING and ignores_padding(model)):
-            order = sorted(left, key=lambda index: (-expected[index], -lengths[index]))
+            order = sorted(free, key=lambda index: (-expected[index], -lengths[index]))
             yield from batches(sizes, budget, order=order)
             return
-        order = sorted(left, key=lambda index: (-lengths[index], -expected[index]))
+        order = sorted(free, key=lambda index: (-lengths[index], -expected[index]))
         for _, alike in itertools.groupby(order, key=lambda index: lengths[index]):
             yield from batches(sizes, budget, order=list(alike))
 
     yield from shrinking(work, planned())
+
+
+def _room(model: Any, prompt: int, most: int) -> int:
+    """Tokens that an answer may have after a prompt of so many; a prompt beyond the positions shows there is no end."""
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(most, positions - prompt) if isinstance(positions, int) and positions > prompt else most
 
 
 def _wishes(model: Any) -> set[str]:

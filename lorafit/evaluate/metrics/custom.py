@@ -26,7 +26,8 @@ def custom_metric(spec: str) -> AnswerMetric:
 
     This imports and runs the user's own code, with all rights of this process: the recipe names it explicitly.
     It is called with (answer, expected, row) if it takes three arguments, else with (answer, expected), and returns a
-    number, a bool or None (the row has no value). The figure has the function's name.
+    number, a bool or None (the row has no value). The figure has the function's name. It is called once for an answer
+    to a row, so that figures and samples agree even if it asks a service or draws lots.
 
     Raises UsageError if it can't be imported; the metric does if it fails, or returns anything else.
     """
@@ -37,7 +38,15 @@ def custom_metric(spec: str) -> AnswerMetric:
     if not takes_row and not _takes(function, 2):
         raise UsageError(f"metric {spec}: it has to take (answer, expected) or (answer, expected, row)")
 
+    known: dict[tuple[str, ...], float | None] = {}
+
     def score(judged: Judged) -> float | None:
+        key = (judged.answer, judged.expected, judged.prompt, repr(judged.row))
+        if key not in known:
+            known[key] = fresh(judged)
+        return known[key]
+
+    def fresh(judged: Judged) -> float | None:
         given = (judged.answer, judged.expected, judged.row)[: 3 if takes_row else 2]
         try:
             value = function(*given)

@@ -46,12 +46,12 @@ def verdict(results: Results) -> str:
         metric = metric_of(results, main)
         before, after = (results.figures[f"{main.set}.{main.metric}.{m}"].value for m in (main.against, main.model))
         ends = interval(main.low, main.high, metric.unit, signed=True)
-        sure = "more than noise" if main.is_clear else "within noise"
+        sure = "more than noise" if main.is_clear else _unclear(main)
         shown = f"{quantity(before, metric.unit)} → {quantity(after, metric.unit)}"
         count = results.figures[f"{main.set}.{main.metric}.{main.model}"].rows
         parts.append(
             f"{metric.label} of {main.model} against {main.against}: {shown}, {change(main.value, metric.unit)} "
-            f"(95% interval {ends}; {sure}; {count} rows)"
+            f"({f'95% interval {ends}; ' if ends else ''}{sure}; {count} row{'s' * (count != 1)})"
         )
     if results.gates:
         failed = len(results.failed)
@@ -59,6 +59,12 @@ def verdict(results: Results) -> str:
             f"{failed} of {len(results.gates)} gates failed" if failed else f"{len(results.gates)} gates passed"
         )
     return ". ".join(parts) or "nothing to compare"
+
+
+def _unclear(one: Difference) -> str:
+    """Why a difference says nothing: `is_clear` asks for more than an interval that leaves out zero."""
+    has_zero = one.low is not None and one.high is not None and one.low <= 0 <= one.high
+    return "within noise" if has_zero else "too few rows to tell"
 
 
 def _main(results: Results) -> Difference | None:
@@ -134,6 +140,6 @@ def difference_rows(results: Results, name: str, metrics: list[Metric]) -> Itera
             change(one.value, metric.unit),
             interval(one.low, one.high, metric.unit, signed=True),
             f"{one.wins}/{one.ties}/{one.losses}",
-            (direction or "differs") if one.is_clear else "same" if one.low == one.high == 0 else "within noise",
+            (direction or "differs") if one.is_clear else "same" if one.low == one.high == 0 else _unclear(one),
             quantity(one.detectable, metric.unit),
         )

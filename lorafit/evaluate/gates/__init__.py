@@ -1,0 +1,10 @@
+"""Gates: what must hold of an evaluation's figures, in a small language of comparisons."""
+
+from __future__ import annotations
+
+from lorafit.evaluate.gates.baseline import load_results, regression_gates
+from lorafit.evaluate.gates.demand import Demand
+from lorafit.evaluate.gates.grammar import parse
+from lorafit.evaluate.gates.judging import judge
+
+__all__ = ["Demand", "judge", "load_results", "parse", "regression_gates"]

@@ -1,0 +1,68 @@
+"""An earlier evaluation, and that nothing is worse than in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lorafit.errors import UsageError, first_line, printable
+from lorafit.evaluate.results import RESULTS_VERSION, Figure, Gate, Results
+
+REGRESSED = ("loss", "exact_match", "bits_per_byte")
+"""Metrics that must not be worse than in the baseline."""
+
+
+def load_results(path: Path) -> Results:
+    """An earlier results.json. Raises UsageError."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: can't be read as results of an evaluation: {first_line(error)}") from None
+    version = raw.get("results_version") if isinstance(raw, dict) else None
+    if version != RESULTS_VERSION:
+        raise UsageError(f"{path}: has results_version {version!r}, and this lorafit reads {RESULTS_VERSION}")
+    try:
+        return Results.model_validate(raw)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise UsageError(f"{path}: {printable('.'.join(map(str, fault['loc'])))}: {fault['msg']}") from None
+
+
+def regression_gates(current: Results, baseline: Results) -> list[Gate]:
+    """A gate for each main figure that both have: not worse than in the baseline beyond both intervals.
+
+    What is allowed is the root of the summed squares of the two half widths: they are of different runs of chance.
+    Raises UsageError if there is nothing to compare.
+    """
+    found = []
+    for set_name, info in current.sets.items():
+        for metric in info.metrics:
+            for model, its in current.models.items():
+                if metric.name not in REGRESSED or its.kind == "base" or metric.better is None:
+                    continue
+                now, before = (results.figure(set_name, metric.name, model) for results in (current, baseline))
+                if now is not None and before is not None and before.value is not None:
+                    name = f"{set_name}.{metric.name}.{model}"
+                    found.append(_regression(name, now, before, before.value, metric.better == "lower"))
+    if not found:
+        raise UsageError("--baseline: has none of this evaluation's figures, so there is nothing to compare")
+    return found
+
+
+def _regression(name: str, now: Figure, before: Figure, then: float, is_lower_better: bool) -> Gate:
+    gate, was = f"{name} no worse than before", f"was {then:.4g}"
+    if now.value is None:
+        return Gate(gate=gate, where="--baseline", passed=False, sentence=f"{name} has no value and {was}")
+    allowed = math.hypot(_half_width(now), _half_width(before))
+    worse = (now.value - then) * (1 if is_lower_better else -1)
+    sentence = f"{name} is {now.value:.4g} and {was}; {allowed:.2g} is within noise"
+    if now.rows != before.rows:
+        sentence += f" (other rows: {now.rows} now, {before.rows} then)"
+    return Gate(gate=gate, where="--baseline", passed=worse <= allowed, sentence=sentence)
+
+
+def _half_width(figure: Figure) -> float:
+    return (figure.high - figure.low) / 2 if figure.low is not None and figure.high is not None else 0.0
