@@ -490,6 +490,15 @@ def check_parameters(trainer: Trainer, plan: Plan) -> None:
         raise ModelError("nothing would be trained: no module matches lora.target_modules")
 
 
+def settle_order(config: Path) -> None:
+    """Sort the names of modules, which PEFT keeps as sets: the same run writes the same bytes."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values.get(name), list):
+            values[name].sort()
+    config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def save_result(
     trainer: Trainer, plan: Plan, run: RunDir, tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
 ) -> None:
@@ -499,6 +508,7 @@ def save_result(
         if adapter:
             start = {"path_initial_model_for_weight_conversion": str(run.start)} if run.start.is_dir() else {}
             trainer.model.save_pretrained(str(folder), **start)
+            settle_order(folder / "adapter_config.json")
         else:
             trainer.model.config.use_cache = True
             trainer.model.save_pretrained(str(folder))

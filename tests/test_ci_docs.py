@@ -119,7 +119,7 @@ def test_every_command_of_the_pipeline(project: Project) -> None:
         assert any(f"lorafit {name} " in command for command in commands)
     assert (project.folder / "runs/support/merged/model.safetensors").is_file()
     assert project.git("status", "--porcelain").split() == ["??", "diff.md"]
-    assert "training.learning_rate" in (project.folder / "diff.md").read_text()
+    assert "0.0005" in (project.folder / "diff.md").read_text()
     assert "--body-file\ndiff.md" in project.commented()
 
 
@@ -147,7 +147,7 @@ class TestTheAction:
     def test_a_change_is_reported_and_commented(self, project: Project) -> None:
         found = self.outputs(project, project.base)
         assert found["changed"] == "true"
-        assert "training.learning_rate" in found["summary"]
+        assert "0.0005" in found["summary"]
         where = {"REPORT": found["report"], "PULL_REQUEST": "7", "GITHUB_REPOSITORY": "you/yours"}
         project.sh(self.step("Comment"), **where)
         assert f"--body-file\n{found['report']}" in project.commented()

@@ -527,3 +527,51 @@ def test_it_needs_no_torch(recipe: RecipeMaker) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- a whole working tree -------------------------------------------------------------------------
+
+
+def against(*arguments: str) -> tuple[int, dict[str, Any]]:
+    ran = CliRunner().invoke(app, ["diff", "--against", "main", *arguments, "--json"])
+    return ran.exit_code, json.loads(ran.stdout)
+
+
+def test_every_recipe_is_compared_with_the_revision(repository: Path) -> None:
+    text = (repository / "configs" / "a.yaml").read_text()
+    for name in ("same", "gone"):
+        (repository / "configs" / f"{name}.yaml").write_text(text + f"output_dir: runs/{name}\n")
+    (repository / "configs" / "broken.yaml").write_text("lora: 5\nmodel: 5\n")
+    commit("second")
+    edit(repository / "recipes" / "base.yaml", "1e-3", "2e-3")  # what a changes by its parent
+    edit(repository / "configs" / "same.yaml", "training:\n", "training:\n  learning_rate: 1e-3\n")
+    (repository / "configs" / "gone.yaml").unlink()
+    (repository / "configs" / "new.yaml").write_text(text)
+    (repository / "configs" / "broken.yaml").write_text(text)
+    code, found = against("configs", "recipes")
+    assert code == 7
+    (changed,) = found["changed"]
+    assert (changed["before"], changed["after"]) == ("main:configs/a.yaml", "configs/a.yaml")
+    assert [change["key"] for change in changed["changes"]] == ["training.learning_rate"]
+    assert (found["same"], found["new"]) == (["configs/same.yaml"], ["configs/new.yaml"])
+    assert (found["gone"], found["unreadable"]) == (["configs/gone.yaml"], ["configs/broken.yaml"])
+    shown = CliRunner().invoke(app, ["diff", "--against", "main", "configs", "--format", "markdown"]).stdout
+    assert "- `configs/gone.yaml`: gone" in shown
+
+
+def test_nothing_changed_against_the_revision(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, found = against("configs")
+    assert (code, found["changed"], found["same"]) == (0, [], ["configs/a.yaml"])
+    monkeypatch.chdir(repository / "configs")
+    assert against("a.yaml")[1]["same"] == ["a.yaml"]
+    shown = CliRunner().invoke(app, ["diff", "--against", "main", ".", "--format", "markdown"])
+    assert shown.stdout == "### Recipes\n\nNone differs from `main`.\n"
+
+
+def test_what_is_asked_amiss(repository: Path) -> None:
+    one = CliRunner().invoke(app, ["diff", "configs/a.yaml"])
+    assert one.exit_code == 2
+    assert "expected two recipes, got 1" in one.stderr
+    nowhere = CliRunner().invoke(app, ["diff", "--against", "nowhere", "configs"])
+    assert nowhere.exit_code == 2
+    assert "there is no revision 'nowhere'" in nowhere.stderr

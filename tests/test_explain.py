@@ -59,7 +59,7 @@ def family(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["explain", *arguments])
+    return CliRunner(env={"COLUMNS": None}).invoke(app, ["explain", *arguments])
 
 
 def values(*arguments: str) -> dict[str, dict[str, Any]]:

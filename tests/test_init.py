@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,29 @@ def test_nothing_is_overwritten_unless_it_is_forced(tmp_path: Path, tiny_model: 
     assert (printed.exit_code, file.read_text()) == (0, "mine")
     assert init(file, *options, "--force").exit_code == 0
     assert file.read_text() == printed.stdout
+
+
+def test_only_a_file_is_overwritten(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    done = init(pipe, "--model", tiny_model, "--data", rows, "--cpu", "--force")
+    assert (done.exit_code, pipe.is_fifo()) == (2, True)
+    assert "no file that can be replaced" in done.stderr
+
+
+def test_any_name_of_data_can_stand_in_a_recipe(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
+    odd = rows.rename(tmp_path / "two\nlines # 'x'.jsonl")
+    file = tmp_path / "r.yaml"
+    assert init(file, "--model", tiny_model, "--data", odd, "--cpu").exit_code == 0
+    assert Recipe.load(file).dataset.train[0].path == str(odd)
+
+
+def test_rows_that_training_would_refuse_are_said(tmp_path: Path, tiny_model: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [conversation("hello", "hi"), conversation("hello", "")])
+    done = init(tmp_path / "r.yaml", "--model", tiny_model, "--data", rows, "--cpu")
+    assert done.exit_code == 0
+    assert "rows.jsonl:2: " in done.stderr
+    assert "`lorafit preview` counts such rows" in done.stderr
 
 
 def test_it_says_how_to_go_on(tmp_path: Path, tiny_model: Path, rows: Path) -> None:

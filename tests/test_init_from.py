@@ -20,6 +20,7 @@ from lorafit.init.peers.rules import find
 from lorafit.init.write import recipe_of
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import section_at
+from lorafit.rows import Row, Shape, to_example
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 
@@ -932,3 +933,111 @@ def test_the_conversion_loads_no_torch(folder: Path) -> None:
         "assert done.exit_code == 0, done.output; assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def axolotl(folder: Path, datasets: str, more: str = "") -> tuple[Conversion, dict[str, Any]]:
+    """A small recipe of axolotl's with these data sets, converted."""
+    content = (
+        f"base_model: {LLAMA}\nadapter: lora\nmicro_batch_size: 1\nlearning_rate: 1e-4\nsequence_len: 64\n"
+        f"datasets:\n{datasets}{more}"
+    )
+    made = converted(folder, content, "axolotl", "small.yml")
+    return made, recipe_of(made.document().text(), "recipe.yaml").resolved()
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"q": "how?"}, "SYS Be {good}\nhow? "),
+        ({"q": "how?", "input": "this"}, "SYS Be {good}\nQ: how? {x} this\nA:"),
+        ({"q": "how?", "role": "Be bad", "input": ""}, "SYS Be bad\nhow? "),
+        ({"q": "how?", "role": ""}, "how? "),
+    ],
+)
+def test_axolotls_own_prompt_is_written_as_axolotl_writes_it(folder: Path, row: dict[str, str], prompt: str) -> None:
+    kind = (
+        "      system_prompt: Be {good}\n"
+        '      system_format: "SYS {system}\\n"\n'
+        "      field_instruction: q\n      field_system: role\n"
+        '      format: "Q: {instruction} {{x}} {input}\\nA:"\n'
+    )
+    _, recipe = axolotl(folder, f"  - path: {folder}/own.jsonl\n    type:\n{kind}")
+    source = recipe["dataset"]["train"][0]
+    found = to_example(
+        Row("own.jsonl", 1, row | {"output": "so"}), Shape(source["format"], template=source["template"])
+    )
+    assert (found.prompt, found.completion) == (prompt, "so")
+
+
+def test_a_field_that_axolotl_does_not_fill_in_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"small.yml:9: datasets.0.type.format: \{question\}: axolotl fills in"):
+        axolotl(folder, "  - path: own.jsonl\n    type:\n      format: '{question}'\n")
+
+
+def test_several_chat_templates_are_listed(folder: Path) -> None:
+    sets = "".join(
+        f"  - {{path: c.jsonl, type: chat_template, chat_template: {name}}}\n" for name in ("llama3", "qwen3")
+    )
+    made, recipe = axolotl(folder, sets, "chat_template: gemma\n")
+    assert recipe["model"]["chat_template"] == "qwen3"
+    assert [line.partition(" lorafit")[0] for line in made.said() if "one chat template" in line] == [
+        f"{folder}/small.yml:8: datasets.1.chat_template:",
+        f"{folder}/small.yml:9: chat_template:",
+    ]
+
+
+def test_arguments_of_a_schedule_that_has_no_equivalent_are_listed(folder: Path) -> None:
+    more = "lr_scheduler: rex\nlr_scheduler_kwargs: {max_lr: 1}\n"
+    made, recipe = axolotl(folder, "  - {path: a.jsonl, type: alpaca}\n", more)
+    assert recipe["training"]["lr_scheduler_kwargs"] == {}
+    assert any("lr_scheduler_kwargs: no equivalent" in line for line in made.said())
+
+
+def test_the_environment_of_trl_is_listed(folder: Path) -> None:
+    (folder / "t.yml").write_text(f"model_name_or_path: {LLAMA}\ndataset_name: org/set\nenv:\n  NAME: value\n")
+    assert any(
+        ":3: env: no equivalent" in line for line in convert(folder / "t.yml", folder / "recipe.yaml", "trl")[1].said()
+    )
+
+
+def test_llama_factorys_columns_without_an_equivalent_are_listed_or_refused(folder: Path) -> None:
+    (folder / "l.yml").write_text(
+        f"model_name_or_path: {LLAMA}\nstage: sft\ndataset: own\ndataset_dir: {folder / 'own'}\ntemplate: llama3\n"
+    )
+    (folder / "own").mkdir()
+    for column, is_refused in (("strange", False), ("kto_tag", True)):
+        entry = {"file_name": "a.jsonl", "columns": {"prompt": "q", column: "x"}}
+        (folder / "own/dataset_info.json").write_text(json.dumps({"own": entry}))
+        with pytest.raises(UsageError, match="preferences") if is_refused else contextlib.nullcontext():
+            assert any(
+                "columns.strange" in line
+                for line in convert(folder / "l.yml", folder / "recipe.yaml", "llamafactory")[1].said()
+            )
+
+
+def test_llama_factory_online_reads_the_hub(folder: Path) -> None:
+    (folder / "l.yml").write_text(
+        f"model_name_or_path: {LLAMA}\nstage: sft\ndataset: org/set\ndataset_dir: ONLINE\ntemplate: llama3\n"
+    )
+    made = convert(folder / "l.yml", folder / "recipe.yaml", "llamafactory")[1]
+    assert made.value("dataset.train")[0]["path"] == "org/set"
+
+
+def test_files_beside_the_recipe_are_not_overwritten_either(folder: Path) -> None:
+    jinja = "chat_template_jinja: '{{ messages }}'\nchat_template: jinja\n"
+    axolotl(folder, "  - {path: c.jsonl, type: chat_template}\n", jinja)
+    beside = folder / "mine.chat_template.jinja"
+    beside.write_text("mine")
+    arguments = ["init", str(folder / "mine.yaml"), "--from", str(folder / "small.yml")]
+    done = CliRunner().invoke(app, arguments)
+    assert (done.exit_code, beside.read_text()) == (2, "mine")
+    assert not (folder / "mine.yaml").exists()
+    assert CliRunner().invoke(app, [*arguments, "--force"]).exit_code == 0
+    assert beside.read_text() == "{{ messages }}"
+
+
+def test_of_hundreds_of_keys_only_those_that_are_alike_are_named(folder: Path) -> None:
+    made, _ = axolotl(folder, "  - {path: a.jsonl, type: alpaca}\n", "zzz: 1\nsequence_length: 2\n")
+    strange, alike = [line.partition(": ")[2] for line in made.said() if "unknown" in line]
+    assert strange == "zzz: unknown key of axolotl"
+    assert alike.startswith("sequence_length: unknown key of axolotl; did you mean sequence_len, ")

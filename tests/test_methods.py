@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorafit import train as train_module
+from lorafit.model import keep_gradients
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 METHODS: dict[str, dict[str, Any]] = {
@@ -68,6 +69,7 @@ def test_trains_and_loads_with_plain_peft(
     else:
         config = BitsAndBytesConfig(**{"bnb_4bit_use_double_quant": True} | quantization)
         base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=config, device_map={"": "cpu"})
+        keep_gradients(base)  # the arithmetic of the training; else some CPUs compute in bfloat16
         loaded = PeftModel.from_pretrained(base, run.adapter)
     loaded.eval()
     with torch.no_grad():

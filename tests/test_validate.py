@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -162,6 +163,54 @@ FAULTS: dict[str, tuple[str, int, str]] = {
     "eval set that is not there": (
         f"{GOOD}eval:\n  sets:\n    - name: own\n      path: own.jsonl {HERE}\n", 3, "no such file"
     ),
+    "set of options without its column": (
+        f"{GOOD}eval:\n  sets:\n    - name: own\n      path: chat.jsonl\n      options: choices {HERE}\n",
+        3,
+        "'choices' must be a list",
+    ),
+    "gate on a set that there is none of": (
+        f"{GOOD}eval:\n  gates:\n    - helout.exact_match.adapter >= 0.8 {HERE}\n", 2, "did you mean heldout?"
+    ),
+    "judge without a scheme": (
+        f"{GOOD}eval:\n  judge:\n    base_url: localhost:8000 {HERE}\n    model: own\n", 2, "http://localhost:8000/v1"
+    ),
+    "judge that is shown no answers": (
+        f"{GOOD}eval:\n  judge:\n    base_url: http://localhost:8000\n    model: own\n    prompt: Better? {HERE}\n",
+        2,
+        "has no {first}",
+    ),
+    "chat template that is no Jinja": (
+        GOOD.replace("MODEL\n", f"MODEL\n  chat_template: broken.jinja {HERE}\n"), 2, "broken.jinja:2: no Jinja"
+    ),
+    "misspelt mapped path": (
+        changed(
+            "- path: chat.jsonl\n      format: messages",
+            "- path: nested.jsonl\n      format: alpaca\n      columns:\n        instruction: task.text\n"
+            f"        output: task.answr {HERE}",
+        ),
+        3,
+        "'task.answr' is missing",
+    ),
+    "misspelt column in a template": (
+        changed(
+            "- path: chat.jsonl\n      format: messages",
+            "- path: questions.csv\n      format: prompt_completion\n      template:\n"
+            f"        prompt: '{{{{ qestion }}}}' {HERE}\n        completion: '{{{{ answer }}}}'",
+        ),
+        3,
+        "'qestion' is undefined",
+    ),
+    "folder that is not there": (changed("path: chat.jsonl", f"path: shards/ {HERE}"), 3, "no such file"),
+    "path that is no hub id": (changed("path: chat.jsonl", f"path: data/all/train {HERE}"), 3, "no such file"),
+    "argument of another schedule": (
+        added("training", f"lr_scheduler_kwargs: {{min_lr_rate: 0.1}} {HERE}"), 2, "is no argument of cosine"
+    ),
+    "schedule without its argument": (
+        added("training", f"lr_scheduler_type: cosine_with_min_lr {HERE}"), 2, "min_lr_rate"
+    ),
+    "decay without its steps": (
+        added("training", f"lr_scheduler_type: warmup_stable_decay {HERE}"), 2, "needs num_decay_steps"
+    ),
     "model that is not there": (changed("MODEL", f"./models/none {HERE}"), 4, "no such folder"),
     "quantized model": (changed("MODEL", f"GPTQ {HERE}"), 2, "stored quantized (gptq)"),
     "too little memory": (f"{GOOD}hardware:\n  vram: 100MiB {HERE}\n", 5, "does not fit"),
@@ -177,6 +226,13 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     (folder / "questions.csv").write_text("question,answer\nhow,so\n")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jinja").write_text("{% for one in messages %}\n{{ one.role }")
+    (folder / "marked.jinja").write_text(
+        "{% for one in messages %}{{ one.role }}{% generation %}{{ one.content }}{% endgeneration %}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
+    )
+    write_jsonl(folder / "nested.jsonl", [{"task": {"text": "how", "answer": "so"}}])
+    write_jsonl(folder / "choices.jsonl", [{"instruction": "how", "output": "so", "asked": {"of": ["so", "not so"]}}])
     (folder / "base.yaml").write_text("lora:\n  r: 4\n")
     gptq = folder / "gptq"
     gptq.mkdir()
@@ -226,6 +282,14 @@ SOUND = {
     "plain": GOOD,
     "4 bits": GOOD + FOUR_BITS,
     "paged optimizer for a GPU": added("training", "optim: paged_adamw_8bit"),
+    "chat template with marks": GOOD.replace("MODEL\n", "MODEL\n  chat_template: marked.jinja\n"),
+    "schedule with its argument": added(
+        "training", "lr_scheduler_type: cosine_with_min_lr\n  lr_scheduler_kwargs: {min_lr_rate: 0.1}"
+    ),
+    "what is measured": f"{GOOD}eval:\n  sets:\n    - {{name: own, path: choices.jsonl, options: asked.of}}\n"
+    "  gates: [heldout.loss.adapter < baseline.heldout.loss.adapter, own.accuracy.base > 0, chat.kl.adapter < 1]\n"
+    "  judge: {base_url: 'https://judge.example/v1', model: own, api_key_env: NO_SUCH_VARIABLE}\n",
+    "gate on a task": f"{GOOD}eval:\n  lm_eval: {{tasks: [arc_easy]}}\n  gates: [arc_easy.acc.adapter > 0.3]\n",
     "room enough": f"{GOOD}hardware:\n  gpu: RTX 4090\n  vram: 8GiB\n",
     "on a CPU": f"{GOOD}hardware:\n  device: cpu\n",
     "own columns": changed(
@@ -366,7 +430,7 @@ def test_deep_audits_the_data(written: Path, tiny_model: Path, monkeypatch: pyte
     assert run(file).exit_code == 0
     ran = run(file, "--deep")
     assert ran.exit_code == 3
-    assert re.search(r"recipe.yaml:\d+:\d+: dataset.train: late.jsonl:31: .*nothing to learn", ran.stdout)
+    assert re.search(r"recipe.yaml:6:\d+: dataset.train.0.path: late.jsonl:31: .*nothing to learn", ran.stdout)
     fine = json.loads(run(write(GOOD, tiny_model), "--deep", "--json").stdout)
     assert fine["recipes"][0]["facts"]["rows"] == 27
 
@@ -419,3 +483,48 @@ def test_an_unknown_format(two_faults: str) -> None:
     ran = run(two_faults, "--format", "yaml")
     assert ran.exit_code == 2
     assert "not one of text, json, github, junit, sarif" in ran.output
+
+
+def test_a_tracker_that_is_only_missing_here_is_no_fault(written: Path, tiny_model: Path) -> None:
+    file = write(added("training", "report_to: [dvclive]"), tiny_model)
+    checked = Checker(Options()).check(file)
+    assert checked.faults == ()
+    assert "the package dvclive is not installed here" in checked.notes[0]
+    assert run(file, "--here").exit_code == 2
+    assert run(file, "--strict").exit_code == 2
+
+
+def test_a_recipe_is_checked_once_however_it_is_named(written: Path, tiny_model: Path) -> None:
+    file = write(GOOD, tiny_model)
+    found = run(file, f"./{file}", str(written / file), "recipe*.yaml", "--json")
+    assert [one["file"] for one in json.loads(found.output)["recipes"]] == [file]
+
+
+def test_what_is_no_file_is_left_out_of_a_folder(written: Path, tiny_model: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "recipe.yaml").write_text("model: {}\n")
+    for path in (str(tmp_path), str(tmp_path / "*.yaml")):
+        assert "1 file: " in run(path).output
+
+
+def test_a_fault_of_a_parent_is_shown_by_its_plain_path(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    Path("base.yaml").write_text("lora:\n  r: 0\n")
+    Path("recipes/own.yaml").write_text("extends: ../base.yaml\n")
+    assert "::error file=base.yaml,line=2," in run(str(tmp_path / "recipes/own.yaml"), "--format", "github").output
+    sarif = json.loads(run("recipes/own.yaml", "--format", "sarif").output)
+    places = [result["locations"][0]["physicalLocation"] for result in sarif["runs"][0]["results"]]
+    assert places[0]["artifactLocation"]["uri"] == "base.yaml"
+
+
+def test_a_fault_of_the_command_line_is_in_no_file(written: Path, tiny_model: Path) -> None:
+    arguments = (write(GOOD, tiny_model), "--set", "lora.r=0")
+    assert "::error title=lorafit%3A recipe::lora.r: " in run(*arguments, "--format", "github").output
+    assert json.loads(run(*arguments, "--format", "sarif").output)["runs"][0]["results"][0]["locations"] == []
+
+
+def test_json_goes_with_no_other_format(written: Path, tiny_model: Path) -> None:
+    assert run(write(GOOD, tiny_model), "--json", "--format", "junit").exit_code == 2

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.common import AsJson, Config, Overrides, fail, reporting, show, talk
+from lorafit.cli.complete import recipes
 from lorafit.errors import DriftError, UsageError
 
 
@@ -56,8 +57,18 @@ def _width() -> int | None:
 
 @reporting
 def diff(
-    before: Annotated[str, typer.Argument(metavar="A", help="A recipe: a file, or REV:path from git, as main:a.yaml.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="Another, likewise.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B",
+            help="Two recipes, each a file, or REV:path from git, as main:a.yaml; or with --against, any.",
+            autocompletion=recipes,
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="REV", help="Compare recipes, folders or patterns with those of a revision."),
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this GPU, not what each recipe is meant for.")
     ] = None,
@@ -69,11 +80,23 @@ def diff(
 
     if format not in FORMATS:
         fail(f"--format {format}: not one of {', '.join(FORMATS)}", UsageError.exit_code)
+    if against is None and len(paths) != 2:
+        fail(
+            f"expected two recipes, got {len(paths)}; to compare with a revision, give --against", UsageError.exit_code
+        )
     from lorafit.difference.make import difference
+    from lorafit.difference.many import compare_all, shown
     from lorafit.plan.meant import hardware_of
     from lorafit.vram.gpus import find_gpu
 
-    found = difference(before, after, hardware_of(find_gpu(gpu)) if gpu is not None else None)
+    hardware = hardware_of(find_gpu(gpu)) if gpu is not None else None
+    if against is not None:
+        many = compare_all(against, paths, hardware)
+        typer.echo(shown(many, "json" if as_json else format))
+        if many.differs:
+            raise typer.Exit(DriftError.exit_code)
+        return
+    found = difference(paths[0], paths[1], hardware)
     typer.echo(FORMATS["json" if as_json else format](found).rstrip("\n"))
     if found.changes:
         raise typer.Exit(DriftError.exit_code)

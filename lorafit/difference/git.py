@@ -122,6 +122,12 @@ class Revision:
         return Entry(words[1].decode(), words[0].decode(), int(words[2]))
 
 
+def open_tree(revision: str) -> Revision:
+    """A revision of the repository that the working directory is in. Raises UsageError."""
+    top = Path(_text(run("rev-parse", "--show-toplevel")))
+    return Revision(revision, _tree(revision, printable(revision)), top)
+
+
 def open_revision(text: str, revision: str, path: str) -> tuple[Revision, Path]:
     """The revision and the path in it of `REV:path`, as typed in `text`.
 

@@ -57,17 +57,20 @@ def difference(before: str, after: str, hardware: Hardware | None = None) -> Dif
     Args:
         hardware: to plan both for; None: what each is meant for.
     """
-    opened = open_side(before), open_side(after)
-    changes = [*compare(*(one.recipe.resolved() for one in opened)), *_template_text(*opened)]
-    differing = _differing_data(*opened)
+    return between(open_side(before), open_side(after), Examiner(hardware))
+
+
+def between(before: Opened, after: Opened, examiner: Examiner) -> Difference:
+    """Compare two recipes that were read."""
+    changes = [*compare(before.recipe.resolved(), after.recipe.resolved()), *_template_text(before, after)]
+    differing = _differing_data(before, after)
     if not changes:
-        return Difference(before, after, (), remarks=tuple(differing))
-    examiner = Examiner(hardware)
-    old, new = (examiner.examine(one) for one in opened)
+        return Difference(before.name, after.name, (), remarks=tuple(differing))
+    old, new = examiner.examine(before), examiner.examine(after)
     changes = [_with_meaning(change, old, new) for change in changes]
     return Difference(
-        before,
-        after,
+        before.name,
+        after.name,
         tuple(changes),
         tuple(consequences(old, new)),
         tuple(followers(old, new, changes)),

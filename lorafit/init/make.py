@@ -76,9 +76,9 @@ def first_recipe(wish: Wish) -> First:
         | {"output_dir": Line(f"runs/{wish.name}")}
     )
     memory = _memory(wish, settings)
-    return First(
-        Document(lines, (f"{_title(wish, settings)} Made by `lorafit init`.", memory)), (*settings.passed, memory)
-    )
+    head = (f"{_title(wish, settings)} Made by `lorafit init`.", memory)
+    faulty = (f"{sample.faulty}; `lorafit preview` counts such rows",) if sample.faulty else ()
+    return First(Document(lines, head), (*settings.passed, memory, *faulty))
 
 
 def _facts(model: str) -> ModelFacts:

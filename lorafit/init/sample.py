@@ -28,6 +28,7 @@ class Sample:
         rows: their number; MOST_ROWS for as many or more, None where they aren't here.
         longest: rough tokens of the longest of the first rows.
         average: rough tokens of a row.
+        faulty: what is wrong with the first row that can't be learned, of those that were looked at.
     """
 
     format: Format | None
@@ -35,6 +36,7 @@ class Sample:
     rows: int | None = None
     longest: int | None = None
     average: float | None = None
+    faulty: str | None = None
 
 
 def look(path: str) -> Sample:
@@ -46,16 +48,20 @@ def look(path: str) -> Sample:
     if not first:
         raise DataError(f"{path}: there are no rows")
     format, why = detect_format(first[0], {})
-    lengths = [_tokens(row, Shape(format)) for row in first]
+    lengths, faults = [], []
+    for row in first:
+        try:
+            lengths.append(_tokens(row, Shape(format)))
+        except Fault as error:
+            faults.append(str(error))
+    lengths = lengths or [0]
     count = len(first) + sum(1 for _ in itertools.islice(rows, MOST_ROWS - len(first)))
-    return Sample(format, why, count, max(lengths), sum(lengths) / len(lengths))
+    return Sample(format, why, count, max(lengths), sum(lengths) / len(lengths), next(iter(faults), None))
 
 
 def _tokens(row: Row, shape: Shape) -> int:
-    try:
-        example = to_example(row, shape)
-    except Fault:  # counted by the audit, and left out or refused there
-        return 0
+    """Raises DataError, and Fault for a row that the audit would leave out or refuse."""
+    example = to_example(row, shape)
     said = [*(message["content"] for message in example.messages), example.prompt, example.completion, example.text]
     size = sum(map(_bytes, said)) + _bytes(str(example.tools) if example.tools else None)
     return size // BYTES_A_TOKEN + TOKENS_A_TURN * (len(example.messages) + 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafit.errors import printable
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import section_at, validate
 from lorafit.recipe.source import Draft, parse_scalar, read_yaml
@@ -67,7 +68,7 @@ def recipe_of(text: str, file: Path | str) -> Recipe:
 
 
 def _comment(text: str) -> str:
-    return f"# {text}".rstrip()
+    return f"# {printable(text)}".rstrip()
 
 
 def _entry(key: str, line: Line, indent: str) -> Iterator[str]:
@@ -96,7 +97,7 @@ def _nested(name: str, value: Any, indent: str, first: str) -> Iterator[str]:
 
 
 def _remarked(text: str, comment: str) -> Iterator[str]:
-    yield f"{text} # {comment}" if comment else text
+    yield f"{text} {_comment(comment)}" if comment else text
 
 
 def scalar(value: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
 
 from lorafit.errors import DataError
 from lorafit.plan.context import Path
@@ -17,6 +19,7 @@ from lorafit.validate.findings import Findings
 
 FIRST_ROWS = 20
 """Rows of each file that are read."""
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 Rows = Callable[[str, int], tuple[Row, ...]]
 """The first rows of a local source. Raises DataError."""
 
@@ -41,24 +44,28 @@ def check_contents(found: Findings, rows: Rows) -> None:
         if asked.key in faulty:
             continue
         if not is_local(asked.file):
-            found.unchecked(
-                (*asked.path, "path"),
-                DataError(f"{asked.key} was not checked: {asked.file} is a hub data set, read when training begins"),
-            )
+            _check_hub(found, asked)
             continue
         try:
             _check_rows(asked, rows, dict(found.recipe.dataset.audit))
         except DataError as error:
-            found.wrong(place_of_fault(found, (*asked.path, "path"), rows), error)
-    _benchmarks(found)
+            found.wrong(place_of_fault(found, (*asked.path, "path"), error, rows), error)
 
 
-def place_of_fault(found: Findings, path: Path, rows: Rows) -> Path:
-    """Where what is wrong with a source's rows was most likely written: a column's name, the format, or the path."""
+def place_of_fault(found: Findings, path: Path, error: DataError, rows: Rows) -> Path:
+    """Where what is wrong with a source's rows was most likely written: a column's name or template, the format, or
+    the path."""
     source = next((asked.source for asked in _asked(found) if asked.path == path[:-1]), None)
     if source is None:
         return path
-    place = path[:-1]
+    place, said = path[:-1], str(error)
+    if isinstance(source, EvalSet) and isinstance(source.options, str) and f"{source.options!r} must be" in said:
+        return (*place, "options")
+    if made := re.search(r"\.template \((\w+)\): ", said):
+        return (*place, "template", made[1])
+    for column, name in source.columns.items():
+        if f" {name!r} is missing" in said:
+            return (*place, "columns", column)
     try:
         fields = rows(source.path or "", 1)[0].fields
     except (DataError, IndexError):
@@ -96,19 +103,28 @@ def _check_rows(asked: _Asked, rows: Rows, limits: dict[str, float | None]) -> N
             except RowFault as error:
                 if limits.get(error.rule) == 0:
                     raise DataError(f"{error} (dataset.audit.{error.rule} lets none pass)") from None
+            if isinstance(source, EvalSet) and isinstance(source.options, str):
+                _check_options(source.options, row)
         if left is not None:
             return  # later files may not be reached
     if format == "auto":
         raise DataError(f"{asked.file}: there are no rows")
 
 
-def _benchmarks(found: Findings) -> None:
-    """Task files and folders of lm-evaluation-harness that are not there."""
-    section = found.recipe.eval.lm_eval
-    if section is None:
+def _check_options(asked: str, row: Row) -> None:
+    """Raises DataError where the column of a set's options holds none."""
+    value: Any = row.fields
+    for part in asked.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) for item in value):
+        raise DataError(f"{row.place}: {asked!r} must be a list of two or more texts, the options of the row")
+
+
+def _check_hub(found: Findings, asked: _Asked) -> None:
+    """What isn't here may be on the hub, if it can be a name there."""
+    path = (*asked.path, "path")
+    if not _HUB_NAME.fullmatch(asked.file):
+        found.wrong(path, DataError(f"{asked.file}: no such file or folder (looked in {FilePath.cwd()})"))
         return
-    for number, task in enumerate(section.tasks):
-        if task.endswith((".yaml", ".yml")) and not os.path.isfile(task):
-            found.wrong(("eval", "lm_eval", "tasks", number), DataError(f"{task}: no such file"))
-    if section.include_path is not None and not os.path.isdir(section.include_path):
-        found.wrong(("eval", "lm_eval", "include_path"), DataError(f"{section.include_path}: no such folder"))
+    what = f"{asked.file} is not here, so it is a hub data set, read when training begins"
+    found.unchecked(path, DataError(f"{asked.key} was not checked: {what}"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 
-from lorafit.audit import findings
+from lorafit.audit import Audit, Limits, Share, findings, source_findings
 from lorafit.data import prepare
 from lorafit.errors import DataError, LorafitError
 from lorafit.plan import plan_recipe
+from lorafit.plan.context import Path
 from lorafit.plan.meant import meant_hardware
 from lorafit.quiet import hush_progress
 from lorafit.tokenizer import load_tokenizer
@@ -24,10 +27,21 @@ def check_deep(found: Findings, file: str) -> None:
     except LorafitError as error:
         found.wrong(("dataset",) if isinstance(error, DataError) else ("model", "name_or_path"), error)
         return
-    for one in findings(data.audit, plan.data.audit):
+    for place, one in _placed(data.audit, plan.data.audit):
         if one.is_breach:
             limited = one.rule in recipe.dataset.audit.model_fields_set
-            path = ("dataset", "audit", one.rule) if limited else ("dataset", "train")
+            path = ("dataset", "audit", one.rule) if limited else place
             found.wrong(path, DataError(f"{one.finding.first} (dataset.audit.{one}, is above {one.limit:.4g})"))
     rows = data.audit.training_rows
     found.facts |= {"rows": rows.rows, "tokens": rows.tokens}
+
+
+def _placed(audit: Audit, limits: Limits) -> Iterator[tuple[Path, Share]]:
+    """What was found, with its source's place in the recipe."""
+    for part, sources in (("train", audit.train), ("validation", audit.validation)):
+        for number, source in enumerate(sources):
+            for one in source_findings(source, limits):
+                yield ("dataset", part, number, "path"), one
+    for one in findings(audit, limits):
+        if one.rule in ("duplicates", "leaked"):  # of all sources together
+            yield ("dataset", "train"), one

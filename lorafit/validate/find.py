@@ -29,22 +29,35 @@ class Found:
 
 def find(paths: Iterable[str]) -> Found:
     """What the paths name. A file is taken as it is; a folder is searched. Raises UsageError where there is nothing."""
-    recipes: dict[str, None] = {}
+    recipes: dict[str, str] = {}
     skipped: dict[str, None] = {}
     for path in paths:
         if os.path.isdir(path):
             inside = [os.path.normpath(file) for file in _inside(path)]
         elif not os.path.exists(path) and glob.has_magic(path):
-            inside = sorted(file for file in glob.glob(path, recursive=True) if file.endswith(ENDINGS))
+            inside = sorted(filter(_is_yaml, glob.glob(path, recursive=True)))
         else:
-            recipes[path] = None
+            recipes.setdefault(_identity(path), path)
             continue
         chosen = [file for file in inside if _is_recipe(file)]
         if not chosen:
             raise UsageError(f"{path}: there are no recipes ({len(inside)} YAML files)")
-        recipes |= dict.fromkeys(chosen)
+        for file in chosen:
+            recipes.setdefault(_identity(file), file)
         skipped |= dict.fromkeys(file for file in inside if file not in chosen)
-    return Found(tuple(recipes), tuple(file for file in skipped if file not in recipes))
+    return Found(tuple(recipes.values()), tuple(file for file in skipped if _identity(file) not in recipes))
+
+
+def _identity(file: str) -> str:
+    """The same for all ways to write a path. A link in another folder is another recipe: its parents are others."""
+    folder, name = os.path.split(file)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _is_yaml(file: str) -> bool:
+    return file.endswith(ENDINGS) and (
+        os.path.isfile(file) or not os.path.exists(file)
+    )  # a broken link is for the check
 
 
 def _inside(folder: str) -> Iterator[str]:
@@ -54,7 +67,8 @@ def _inside(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NOT_SEARCHED)
-        yield from (os.path.join(where, name) for name in sorted(files) if name.endswith(ENDINGS) and name[0] != ".")
+        inside = (os.path.join(where, name) for name in sorted(files) if not name.startswith("."))
+        yield from filter(_is_yaml, inside)
 
 
 def _is_recipe(file: str) -> bool:

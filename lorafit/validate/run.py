@@ -16,7 +16,7 @@ def validate(paths: Iterable[str], options: Options) -> Report:
     """Check every recipe that the paths name. Raises UsageError for a path without recipes, or an unknown part."""
     for part in options.skip:
         if part not in PARTS:
-            raise UsageError(f"--skip {part}: there are {', '.join(PARTS)}{near(part, PARTS)}")
+            raise UsageError(f"--skip {part}: no such part{near(part, PARTS)}")
     found = find(paths)
     checker = Checker(options)
     return Report(tuple(map(checker.check, found.recipes)), found.skipped)

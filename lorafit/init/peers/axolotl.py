@@ -30,6 +30,8 @@ def assemble(c: Conversion) -> None:
     schedule(c, "num_epochs", 1.0)
     _schedule(c)
     optimizer(c, "optimizer")
+    if not c.given("learning_rate"):
+        c.note("learning_rate", "is not given, which axolotl wants; lorafit's default is 2e-4")
     logging(c)
     sampling(c)
     c.default("training.max_length", 512)
@@ -149,6 +151,9 @@ def _template(c: Conversion) -> None:
         return
     if "model.chat_template" not in c.lines:
         set_template(c, "chat_template", name, jinja)
+    elif (name or jinja) and name not in [entry.get("chat_template") for entry in c.plain("datasets")]:
+        key = "chat_template" if name else "chat_template_jinja"
+        c.note(key, "lorafit has one chat template for all data sets, which is a data set's own here")
 
 
 def _batches(c: Conversion) -> None:

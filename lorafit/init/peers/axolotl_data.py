@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorafit.init.peers.axolotl_prompt import ALPACA, own_prompt
 from lorafit.init.peers.common import beside_recipe, chat_template
 from lorafit.init.peers.convert import Conversion
 from lorafit.init.peers.dialect import data_sets, file_names, mapping, text, words
@@ -48,17 +49,6 @@ DATASET_RULES: Rules = table(
     lost("datasets[].split_thinking datasets[].input_transform datasets[].input_format datasets[].temperature", ""),
 )
 
-_ASKS = "Write a response that appropriately completes the request.\n\n"
-_TASK = "Below is an instruction that describes a task"
-ALPACA = (
-    "{% if input | default('') %}"
-    f"{_TASK}, paired with an input that provides further context. {_ASKS}"
-    "### Instruction:\n{{ instruction }}\n\n### Input:\n{{ input }}\n\n### Response:\n"
-    "{% else %}"
-    f"{_TASK}. {_ASKS}### Instruction:\n{{{{ instruction }}}}\n\n### Response:\n"
-    "{% endif %}"
-)
-"""The prompt of the type alpaca, as the Stanford Alpaca data set was trained with."""
 _TEXTS = (
     *("split", "name", "revision", "conversation", "field", "field_messages", "field_tools"),
     *("message_field_role", "message_field_content", "chat_template", "chat_template_jinja"),
@@ -136,13 +126,13 @@ def _part(c: Conversion, key: str, entry: dict[str, Any], path: str) -> dict[str
 def _shape(c: Conversion, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     kind = entry.get("type")
     if isinstance(kind, dict):
-        return _own_prompt(c, f"{key}.type", kind)
+        return own_prompt(c, f"{key}.type", kind)
     name, _, variant = str(kind or "").partition(".")
     if name == "chat_template":
         return _conversation(c, key, entry, str(entry.get("field_messages") or "messages"))
     if name == "sharegpt":
-        if entry.get("conversation") and "model.chat_template" not in c.lines:
-            set_template(c, f"{key}.conversation", str(entry["conversation"]), "")
+        if entry.get("conversation"):
+            _own_template(c, f"{key}.conversation", str(entry["conversation"]), "")
         return _conversation(c, key, entry, str(entry.get("field_messages") or "conversations"))
     if name == "completion":
         field = entry.get("field") or "text"
@@ -170,7 +160,7 @@ def _conversation(c: Conversion, key: str, entry: dict[str, Any], column: str) -
         c.note(f"{key}.roles", f"{', '.join(sorted(strange))}: no equivalent; lorafit knows {', '.join(ROLES)}")
     _roles_to_train(c, key, entry)
     if entry.get("chat_template") or entry.get("chat_template_jinja"):
-        set_template(
+        _own_template(
             c, f"{key}.chat_template", entry.get("chat_template") or "", entry.get("chat_template_jinja") or ""
         )
     own = "sharegpt" if column == "conversations" else "messages"
@@ -194,8 +184,18 @@ def _roles_to_train(c: Conversion, key: str, entry: dict[str, Any]) -> None:
         return
     if {"user", "human"} & {*roles} and {"assistant", "gpt", "model"} & {*roles}:
         c.put("dataset.loss_on", "all", "roles_to_train")
+        if len(c.plain("datasets")) > 1:
+            c.note(f"{key}.roles_to_train", "lorafit learns everything in all data sets then", "dataset.loss_on")
     else:
         c.note(f"{key}.roles_to_train", f"{', '.join(map(str, roles))}: lorafit learns the answers, or everything")
+
+
+def _own_template(c: Conversion, key: str, name: str, jinja: str) -> None:
+    """A template of one data set, where lorafit has one for all."""
+    before, files = c.value("model.chat_template"), dict(c.beside)
+    set_template(c, key, name, jinja)
+    if before is not None and (c.value("model.chat_template"), c.beside) != (before, files):
+        c.note(key, "lorafit has one chat template for all data sets, which is this one now", "model.chat_template")
 
 
 def set_template(c: Conversion, key: str, name: str, jinja: str) -> None:
@@ -209,24 +209,3 @@ def set_template(c: Conversion, key: str, name: str, jinja: str) -> None:
         c.note(key, f"'{name}': the tokenizer's own is used; if it has none, set model.chat_template")
     elif name not in ("", "tokenizer_default"):
         chat_template(c, key, name, TEMPLATES)
-
-
-def _own_prompt(c: Conversion, key: str, kind: dict[str, Any]) -> dict[str, Any]:
-    """A prompt of the user's own, with {instruction} and {input}."""
-    fields = {name: str(kind.get(f"field_{name}") or name) for name in ("instruction", "input", "output")}
-    system = str(kind.get("system_format") or "{system}").replace("{system}", str(kind.get("system_prompt") or ""))
-    with_input = str(kind.get("format") or "{instruction} {input}")
-    without = str(kind.get("no_input_format") or "{instruction}")
-
-    def jinja(text_: str) -> str:
-        for name in ("instruction", "input"):
-            text_ = text_.replace("{" + name + "}", "{{ row['" + fields[name] + "'] }}")
-        return text_
-
-    prompt = (
-        f"{{% if row['{fields['input']}'] | default('') %}}{jinja(with_input)}{{% else %}}{jinja(without)}{{% endif %}}"
-    )
-    if kind.get("field_system") and kind["field_system"] != "system":
-        c.note(key, f"field_system: {kind['field_system']}: a system prompt of each row is not put into the prompt")
-    completion = "{{ row['" + fields["output"] + "'] }}"
-    return {"format": "prompt_completion", "template": {"prompt": jinja(system) + prompt, "completion": completion}}

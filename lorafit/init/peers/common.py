@@ -144,6 +144,8 @@ def scheduler(c: Conversion, key: str, default: str) -> None:
     name = c.get(key, text, default)
     if name not in SCHEDULERS:
         c.note(key, f"'{name}': no equivalent; {default} is written in its place")
+        if c.lines.pop("training.lr_scheduler_kwargs", None):
+            c.note("lr_scheduler_kwargs", f"no equivalent: they are those of '{name}'")
         name = default
     c.put("training.lr_scheduler_type", name, key if c.given(key) else f"{c.title}'s default")
 

@@ -114,7 +114,8 @@ class Conversion:
         if rule is None:
             prefix = key.rpartition(".")[0]
             known = [own.key.rpartition(".")[2] for own in self.rules if own.key.rpartition(".")[0] == prefix]
-            message = f"unknown key of {self.title}{near(key.rpartition('.')[2], known)}"
+            hint = near(key.rpartition(".")[2], known)  # of hundreds of keys, only those that are alike
+            message = f"unknown key of {self.title}{hint if hint.startswith('; did') else ''}"
             self.notes.append(Note(self.line_of(path), path, message))
             return message
         if rule.fate == "becomes":

@@ -19,6 +19,10 @@ _TAGS = {
     "function_tag": {"function_call"},
     "system_tag": {"system"},
 }
+_COLUMNS = (
+    *("prompt", "query", "response", "history", "messages", "system", "tools"),
+    *("images", "videos", "audios", "kto_tag"),
+)
 _READ = ("file_name", "hf_hub_url", "formatting", "columns", "tags", "subset", "split", "num_samples", "ranking")
 
 
@@ -54,14 +58,16 @@ def _info(c: Conversion, folder: Path) -> dict[str, Any]:
 
 
 def _source(c: Conversion, key: str, name: str, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+    if str(folder) == "ONLINE":
+        return {"path": name} | _shape(c, key, name, {})
     entry = info.get(name)
     if not isinstance(entry, dict):
         where = "is not in" if info else "is looked up in"
         hint = "" if info else ", which is not here"
         c.note(key, f"'{name}' {where} {folder / INFO}{hint}; check the path and the format")
         return {"path": str(folder / f"{name}.json"), "format": "auto"}
-    if entry.get("ranking"):
-        c.refuse(key, f"'{name}' holds preferences (ranking), and lorafit trains on answers only")
+    if entry.get("ranking") or _columns(entry).get("kto_tag"):
+        c.refuse(key, f"'{name}' holds preferences, and lorafit trains on answers only")
     return _place(c, key, name, folder, entry) | _shape(c, key, name, entry)
 
 
@@ -81,13 +87,20 @@ def _place(c: Conversion, key: str, name: str, folder: Path, entry: dict[str, An
 
 
 def _shape(c: Conversion, key: str, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    columns = entry.get("columns") or {}
+    columns = _columns(entry)
+    for strange in sorted({*columns} - {*_COLUMNS}):
+        c.note(key, f"'{name}' in {INFO}: columns.{strange}: no equivalent")
     for media in ("images", "videos", "audios"):
         if columns.get(media):
             c.refuse(key, f"'{name}' has {media}, and lorafit trains on text only")
     if entry.get("formatting", "alpaca") == "sharegpt":
         return _turns(c, key, name, columns, entry.get("tags") or {})
     return _alpaca(columns)
+
+
+def _columns(entry: dict[str, Any]) -> dict[str, Any]:
+    columns = entry.get("columns")
+    return columns if isinstance(columns, dict) else {}
 
 
 def _turns(c: Conversion, key: str, name: str, columns: dict[str, str], tags: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorafit.recipe import Position
+from lorafit.validate.report.place import shown_file
 from lorafit.validate.report.text import text
 from lorafit.validate.types import Report
 
@@ -29,7 +30,7 @@ def _commands(report: Report) -> Iterator[str]:
 
 
 def _command(kind: str, at: Position, title: str, message: str) -> str:
-    places = {"file": at.file, "line": at.line, "col": at.column, "title": title}
+    places = {"file": shown_file(at), "line": at.line, "col": at.column, "title": title}
     properties = ",".join(f"{name}={_property(str(value))}" for name, value in places.items() if value is not None)
     return f"::{kind} {properties}::{_data(message)}"
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
 from lorafit import __version__
 from lorafit.errors import EXIT_CODES
 from lorafit.recipe import Position
+from lorafit.validate.report.place import shown_file
 from lorafit.validate.types import RULES, Fault, Report
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -29,14 +29,15 @@ def sarif(report: Report) -> dict[str, Any]:
 def _result(fault: Fault) -> dict[str, Any]:
     key = fault.mistake.path
     message = f"{key}: " * bool(key) + fault.mistake.message
-    place = {"physicalLocation": _physical(fault.mistake.position)}
-    return {"ruleId": fault.rule, "level": "error", "message": {"text": message}, "locations": [place]}
+    places = [{"physicalLocation": place} for place in _physical(fault.mistake.position)]
+    return {"ruleId": fault.rule, "level": "error", "message": {"text": message}, "locations": places}
 
 
-def _physical(at: Position) -> dict[str, Any]:
-    """A file below the working directory is named relative to it, as code scanning wants it."""
-    relative = os.path.relpath(at.file) if Path(at.file).is_absolute() else at.file
-    place: dict[str, Any] = {"artifactLocation": {"uri": quote(Path(os.path.normpath(relative)).as_posix())}}
+def _physical(at: Position) -> Iterator[dict[str, Any]]:
+    file = shown_file(at)
+    if file is None:
+        return
+    place: dict[str, Any] = {"artifactLocation": {"uri": quote(file)}}
     if at.line is not None:
         place["region"] = {"startLine": at.line, "startColumn": at.column}
-    return place
+    yield place

@@ -22,7 +22,7 @@ def _lines(report: Report) -> Iterator[str]:
             seen.add(fault)
             yield f"     {fault.mistake.position}: (as above)" if again else f"     {fault.mistake}"
         for note in one.notes:
-            yield f"     note: {note}"
+            yield f"     note: {printable(note)}"
     for file in report.skipped:
         yield f"skip {printable(file)}: has none of a recipe's keys"
 
