@@ -7,12 +7,15 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.common import AsJson, Overrides, fail, reporting
+from lorafit.cli.complete import gpus, recipes
 from lorafit.errors import UsageError
 
 
 @reporting
 def validate(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Recipes, folders of them, or patterns.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH", help="Recipes, folders of them, or patterns.", autocompletion=recipes)
+    ],
     overrides: Overrides = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Tokenize and audit all data as well; loads torch, but no weights.")
@@ -22,7 +25,10 @@ def validate(
         typer.Option("--skip", metavar="data|model|memory", help="Leave a part out, such as data that is elsewhere."),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="Check for this GPU, not what each recipe is meant for.")
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", help="Check for this GPU, not what each recipe is meant for.", autocompletion=gpus
+        ),
     ] = None,
     here: Annotated[bool, typer.Option("--here", help="Check for this machine.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="What can't be checked is a fault.")] = False,

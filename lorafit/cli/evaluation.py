@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.common import AsJson, Locked, RunPath, check_locked, fail, reporting, show, talk
+from lorafit.cli.complete import runs
 from lorafit.errors import GateError, UsageError
 
 Adapters = Annotated[
@@ -20,7 +21,9 @@ Adapters = Annotated[
 
 @reporting
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or the recipe of one.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or the recipe of one.", autocompletion=runs)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the eval section; repeatable."),
@@ -96,7 +99,10 @@ def evaluate(
 
 @reporting
 def chat(
-    path: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, a model folder or a hub id.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="RUN|MODEL", help="A run directory, a model folder or a hub id.", autocompletion=runs),
+    ],
     adapter: Adapters = None,
     use: Annotated[
         str | None, typer.Option("--use", metavar="NAME", help="The model that answers first.  [default: the run's]")

@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.common import AsJson, Locked, check_locked, fail, reporting, show, talk
+from lorafit.cli.complete import runs
 from lorafit.errors import ModelError
 
 
 @reporting
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a folder with an adapter.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory, or a folder with an adapter.", autocompletion=runs)
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: merged/ in the run.")] = None,
     method: Annotated[
         str, typer.Option("--method", metavar="auto|stream|full", help="stream: tensor by tensor; full: in memory.")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli.common import AsJson, Config, Overrides, fail, reporting, show, talk
-from lorafit.cli.complete import recipes
+from lorafit.cli.complete import gpus, recipes
 from lorafit.errors import DriftError, UsageError
 
 
@@ -22,7 +22,10 @@ def explain(
     ] = None,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this GPU, not what the recipe is meant for.")
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", help="Plan for this GPU, not what the recipe is meant for.", autocompletion=gpus
+        ),
     ] = None,
     here: Annotated[bool, typer.Option("--here", help="Plan for this machine.")] = False,
     as_json: AsJson = False,
@@ -70,7 +73,10 @@ def diff(
         typer.Option("--against", metavar="REV", help="Compare recipes, folders or patterns with those of a revision."),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="Plan for this GPU, not what each recipe is meant for.")
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", help="Plan for this GPU, not what each recipe is meant for.", autocompletion=gpus
+        ),
     ] = None,
     format: Annotated[str, typer.Option("--format", metavar="FORMAT", help="text, markdown or json.")] = "text",
     as_json: AsJson = False,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorafit.cli.common import fail, reporting, talk
+from lorafit.cli.complete import gpus
 from lorafit.errors import LorafitError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ def init(
         ),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="NAME", help="The GPU that it has to fit, such as 'RTX 4090'.")
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", help="The GPU that it has to fit, such as 'RTX 4090'.", autocompletion=gpus
+        ),
     ] = None,
     vram: Annotated[
         str | None, typer.Option("--vram", metavar="SIZE", help="The memory that it has to fit, such as 24GiB.")

@@ -36,6 +36,7 @@ from lorafit.evaluate.sets import EvalRows, OptionRow, option_rows, read_sets
 from lorafit.evaluate.write import write_reports
 from lorafit.manifest import versions
 from lorafit.quiet import hush_progress
+from lorafit.rows import file_digest
 from lorafit.rundir import located
 from lorafit.tokenizer import load_tokenizer
 
@@ -218,11 +219,23 @@ def _key(work: Work) -> dict[str, Any]:
             section["max_new_tokens"],
             {n: rows.spec["max_new_tokens"] for n, rows in work.sets.items()},
         ],
+        "seed": section["seed"],
         "lm_eval": section["lm_eval"],
+        "tasks": _task_files(section["lm_eval"]),
         "judge": section["judge"],
         "device": plan.hardware.device,
         "versions": versions(),
     }
+
+
+def _task_files(section: dict[str, Any] | None) -> dict[str, str]:
+    """SHA-256 of the files of own benchmark tasks."""
+    if section is None:
+        return {}
+    files = [Path(task) for task in section["tasks"] if task.endswith((".yaml", ".yml"))]
+    if section["include_path"] is not None:
+        files += sorted(Path(section["include_path"]).rglob("*"))
+    return {str(file): file_digest(file) for file in files if file.is_file()}
 
 
 def _destination(options: Options, lineup: Lineup) -> Path:

@@ -39,7 +39,7 @@ def read_chat_template(context: Context) -> str | None:
         path = str(known[path])
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         context.wrong(("model", "chat_template"), f"can't be read: {error}")
         return None
 
