@@ -5,45 +5,24 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
+from typing import get_args
 
 from lorafit.errors import LorafitError
 from lorafit.facts import read_facts
 from lorafit.init.peers.convert import Conversion
 from lorafit.init.peers.dialect import above_zero, count, flag, limit, mapping, names, number, text, whole
 from lorafit.init.peers.rules import Rules, becomes, decides, idle, lost, table
+from lorafit.recipe import TrainingSection
 from lorafit.template import trl_templates
 
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "cosine_with_min_lr",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "warmup_stable_decay",
-)
-OPTIMIZERS = {
-    name: name
-    for name in (
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adamw_8bit",
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "adafactor",
-        "lion_8bit",
-        "lion_32bit",
-        "paged_lion_8bit",
-        "paged_lion_32bit",
-        "ademamix_8bit",
-        "paged_ademamix_8bit",
-        "rmsprop",
-        "adagrad",
-        "sgd",
-    )
-} | {
+
+def _choices(field: str) -> tuple[str, ...]:
+    """What a field of the recipe's training section may be, but for auto."""
+    return tuple(name for name in get_args(TrainingSection.model_fields[field].annotation) if name != "auto")
+
+
+SCHEDULERS = _choices("lr_scheduler_type")
+OPTIMIZERS = {name: name for name in _choices("optim")} | {
     "adamw_bnb_8bit": "adamw_8bit",
     "adamw_hf": "adamw_torch",
     "adamw_apex_fused": "adamw_torch_fused",
