@@ -374,14 +374,16 @@ def test_every_key_is_mapped_or_listed_or_explained(folder: Path, name: str) -> 
     }
     for key in (*made.source, *nested):
         fate = made.fates[key]
-        explained = fate.startswith(("no effect", "has no effect", "off", "empty", "as by default"))
+        explained = fate.startswith(("no effect", "has no effect", "off", "empty", "as lorafit"))
         reached = any(
             line == target or line.startswith(f"{target}.") for target in fate.split(", ") for line in document.lines
         )
         assert key in listed or explained or reached, (key, fate)
     text = document.text()
-    for line in made.said():
+    for line in (*made.said(), *made.idle()):
         assert f"#   {line}" in text
+    explained = {key for key in made.source if made.fates[key].startswith(("no effect", "off", "empty", "as lorafit"))}
+    assert explained - listed <= {line.split(": ")[1] for line in made.idle()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,9 @@ from lorafit.targets import near
 Kind = Literal["axolotl", "llamafactory", "trl"]
 T = TypeVar("T")
 NO_ADAPTER = "has no effect without an adapter"
+NO_EFFECT = "no effect on what is learned"
+AS_BY_DEFAULT = "as lorafit does it anyway"
+OFF, EMPTY = "off", "empty, so it is as by default"
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,13 @@ class Conversion:
             return message
         if rule.fate == "becomes":
             if value is None:
-                return "empty: the default"
+                return EMPTY
             self.put(rule.target, self.read(path, rule.read, value), f"{key}; {rule.remark}" if rule.remark else key)
             return rule.target
         if rule.fate in ("decides", "idle"):
-            return rule.target or f"no effect on what is learned: {rule.remark}"
+            return rule.target or f"{NO_EFFECT}{f': {rule.remark}' if rule.remark else ''}"
         if rule.is_off(value):
-            return "off"
+            return OFF
         if rule.fate == "refused":
             self.refuse(path, rule.remark)
         message = f"no equivalent ({rule.remark})" if rule.remark else "no equivalent"
@@ -147,7 +150,7 @@ class Conversion:
             if rule is None or rule.fate != "decides" or fate != rule.target:
                 continue
             if not any(line.startswith(target) for target in fate.split(", ") for line in self.lines):
-                self.fates[key] = f"as by default: {fate}"
+                self.fates[key] = f"{AS_BY_DEFAULT} ({fate})"
 
     def said(self) -> tuple[str, ...]:
         """The notes as lines, by place."""
@@ -157,10 +160,20 @@ class Conversion:
             for note in ordered
         )
 
+    def idle(self) -> tuple[str, ...]:
+        """The keys for which nothing had to be written, with the reason, as lines by place."""
+        reasons = (NO_ADAPTER, NO_EFFECT, AS_BY_DEFAULT, OFF, EMPTY)
+        listed = {note.key for note in self.notes}
+        found = [(self.line_of(key), key, fate) for key, fate in self.fates.items() if fate.startswith(reasons)]
+        given = sorted((line, key, fate) for line, key, fate in found if line is not None and key not in listed)
+        return tuple(printable(f"{self.file}:{line}: {key}: {fate}") for line, key, fate in given)
+
     def document(self) -> Document:
         head = (f"Converted from {self.title}'s {printable(self.file.name)} by `lorafit init --from`.",)
         notes = self.said()
         foot = ("Not converted:", *(f"  {note}" for note in notes)) if notes else ()
+        idle = self.idle()
+        foot += ("Nothing had to be written for:", *(f"  {line}" for line in idle)) if idle else ()
         lines = {
             key: Line(line.value, "" if line.comment == key.rpartition(".")[2] else line.comment)
             for key, line in self.lines.items()
