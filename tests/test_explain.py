@@ -58,8 +58,8 @@ def family(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner(env={"COLUMNS": None}).invoke(app, ["explain", *arguments])
+def run(*arguments: str, columns: str | None = None) -> Result:
+    return CliRunner(env={"COLUMNS": columns}).invoke(app, ["explain", *arguments])
 
 
 def values(*arguments: str) -> dict[str, dict[str, Any]]:
@@ -240,11 +240,10 @@ def test_an_invalid_recipe_is_refused_with_its_mistakes(family: Path) -> None:
 def test_the_table_is_readable_in_a_narrow_terminal(recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe(quantization={"load_in_4bit": True}, dataset={"validation": 0.2})
     monkeypatch.chdir(path.parent)
-    monkeypatch.setenv("COLUMNS", "80")
-    result = run(path.name)
+    result = run(path.name, columns="80")
     words = [line for line in result.stdout.splitlines() if len(line) > 80 and len(line.split()) > 1]
     assert words == []
-    piped = CliRunner(env={"COLUMNS": None}).invoke(app, ["explain", path.name, "lora"])
+    piped = run(path.name, "lora")
     assert any("auto" in line or "all-linear" in line for line in piped.stdout.splitlines())
     assert len([line for line in piped.stdout.splitlines() if line.startswith("  target_modules")]) == 1
 

@@ -492,7 +492,10 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.per_device_eval_batch_size": (3, VALIDATED),
     "training.learning_rate": (0.5, {}),
     "training.lr_scheduler_type": ("linear", {}),
-    "training.lr_scheduler_kwargs": ({"min_lr_rate": 0.1}, {"training": {"lr_scheduler_type": "cosine_with_min_lr"}}),
+    "training.lr_scheduler_kwargs": (
+        {"min_lr_rate": 0.1},
+        {"training": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.2}}},
+    ),
     "training.warmup_ratio": (0.5, {}),
     "training.warmup_steps": (5, {}),
     "training.optim": ("sgd", {}),

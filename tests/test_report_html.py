@@ -603,7 +603,7 @@ def test_a_difference_is_better_by_its_metric() -> None:
         value=-1,
         low=-2,
         high=-0.5,
-        wins=1,
+        wins=8,
         ties=0,
         losses=0,
         detectable=1,
