@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -41,7 +40,7 @@ from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
 from lorafit.manifest import build_manifest, hashes
 from lorafit.model import dequantize_gguf, load_base, lora_config
-from lorafit.plan import Plan, Schedule, with_audit
+from lorafit.plan import Plan, Schedule, dated, with_audit
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
@@ -139,7 +138,7 @@ def as_begun(run: RunDir, plan: Plan, start: Start) -> Plan:
     """The plan with the day on which the run that goes on was begun, for chat templates that write it."""
     if not start.resume or not run.is_run or plan.data.date is None:
         return plan
-    return dataclasses.replace(plan, data=dataclasses.replace(plan.data, date=run.load_plan().data.date))
+    return dated(plan, run.load_plan().data.date)
 
 
 def check_start(run: RunDir, plan: Plan, start: Start) -> None:

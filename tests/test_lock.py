@@ -183,6 +183,50 @@ def test_broken_locks_are_one_line(content: str | None, message: str, project: P
     assert len(checked.stderr.splitlines()) == 1
 
 
+def test_a_lock_that_was_edited_is_none(project: Project) -> None:
+    project("lock", "recipe.yaml")
+    file = Path("recipe.yaml.lock")
+    file.write_text(file.read_text().replace('"learning_rate": 0.01', '"learning_rate": 0.02'))
+    checked = project("lock", "--check", "recipe.yaml")
+    assert checked.exit_code == 2
+    assert "was edited" in checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("data", {"rows.jsonl": 5}),
+        ("data", {"rows.jsonl": {"files": []}}),
+        ("model", {"fingerprint": "x"}),
+        ("tokenizer", {"a": 1}),
+        ("versions", {"torch": None}),
+        ("date", 5),
+        ("chat_template", {}),
+    ],
+)
+def test_parts_of_another_kind_are_one_line(part: str, value: Any, project: Project) -> None:
+    project("lock", "recipe.yaml")
+    file = Path("recipe.yaml.lock")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
+    checked = project("lock", "--check", "recipe.yaml")
+    assert checked.exit_code == 2
+    assert "is no lock" in checked.stderr
+    assert len(checked.stderr.splitlines()) == 1
+
+
+def test_the_day_that_a_template_writes_is_the_locks(project: Project) -> None:
+    template = project.folder / "model" / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    assert project("lock", "recipe.yaml").exit_code == 0
+    file = Path("recipe.yaml.lock")
+    content = json.loads(file.read_text())
+    assert content["date"] is not None
+    file.write_text(json.dumps(content | {"date": "2001-02-03"}))
+    assert project.drift() == []
+    plan = json.loads(project("train", "recipe.yaml", "--locked", "--dry-run", "--json").stdout)
+    assert plan["data"]["date"] == "2001-02-03"
+
+
 def test_a_folder_in_the_place_of_the_lock(project: Project) -> None:
     Path("recipe.yaml.lock").mkdir()
     assert project("lock", "--check", "recipe.yaml").exit_code == 2
@@ -196,8 +240,9 @@ def test_what_is_missing_is_not_locked(project: Project) -> None:
     made = project("lock", "recipe.yaml")
     assert made.exit_code == 3
     assert "rows.jsonl: there are no such data files" in made.stderr
-    project.write(model={"name_or_path": "./elsewhere"})
-    assert project("lock", "recipe.yaml").exit_code == 4
+    for model in ("./elsewhere", "elsewhere.gguf"):
+        project.write(model={"name_or_path": model})
+        assert project("lock", "recipe.yaml").exit_code == 4
     assert not Path("recipe.yaml.lock").exists()
 
 

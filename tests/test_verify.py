@@ -133,6 +133,25 @@ def test_other_losses_are_found(folder: Path) -> None:
     assert verify(folder, "--retrain", "2", "--tolerance", "0.1").stderr.count("differs") == 0
 
 
+def test_a_broken_manifest_is_one_line(folder: Path) -> None:
+    file = folder / "run/manifest.json"
+    manifest = json.loads(file.read_text())
+    for broken in (manifest | {"tokenizer": []}, manifest | {"data": {"files": 5}}, {}):
+        file.write_text(json.dumps(broken))
+        found = verify(folder)
+        assert found.exit_code == 2
+        assert len(found.stderr.splitlines()) == 1
+
+
+def test_steps_that_do_not_come_again_are_a_difference(folder: Path) -> None:
+    metrics = folder / "run/metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines, json.dumps({"step": 7, "loss": 1.0})]) + "\n{torn")
+    found = verify(folder, "--retrain", "7", "--json")
+    assert found.exit_code == 7
+    assert json.loads(found.stdout)["retrained"]["largest_difference"] is None
+
+
 def test_what_is_no_finished_run_is_one_line(tmp_path: Path, recipe: RecipeMaker, train: Train) -> None:
     run = RunDir(tmp_path / "none")
     for path, message in ((run.path, "no such run directory"), (tmp_path, "not a run directory")):

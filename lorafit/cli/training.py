@@ -69,12 +69,13 @@ def plan_locked(config: Path, overrides: list[str] | None, count_rows: bool) -> 
     """The plan with the locked commits, and the lock. Raises DriftError."""
     from lorafit.lock import held_lock
     from lorafit.lock.state import pinned
-    from lorafit.plan import plan_recipe
+    from lorafit.plan import dated, plan_recipe
     from lorafit.recipe import Recipe
 
     recipe = Recipe.load(config, overrides or ())
     lock = held_lock(config, recipe)
-    return plan_recipe(pinned(recipe, lock), config, count_rows=count_rows), lock.text
+    plan = plan_recipe(pinned(recipe, lock), config, count_rows=count_rows)
+    return dated(plan, lock.content["date"] or plan.data.date), lock.text
 
 
 @reporting

@@ -7,6 +7,7 @@ A lock (version 1) is JSON:
     model           name, and of a hub model its commit, else its fingerprint (see lorafit.fingerprint)
     tokenizer       SHA-256 of each of its files; empty for a hub model, which the commit pins
     chat_template   SHA-256 of the template that is used; null where it is not known here
+    date            the day that the template writes into every row, for templates that do
     data            by path as in the recipe: SHA-256 of each file, or the commit of a hub data set
     versions        of lorafit, what it stands on, and Python
 """

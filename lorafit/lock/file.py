@@ -17,6 +17,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "model": dict,
     "tokenizer": dict,
     "chat_template": (str, type(None)),
+    "date": (str, type(None)),
     "data": dict,
     "versions": dict,
 }
@@ -57,9 +58,29 @@ class Lock:
             found = content.get("lock_version") if isinstance(content, dict) else None
             raise UsageError(f"{path}: is no lock of version {VERSION} (lock_version: {found}); write it anew")
         wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name, ...), kind)]
-        if wrong or not isinstance(content["recipe"].get("values"), dict):
-            raise UsageError(f"{path}: is no lock: {', '.join(wrong) or 'recipe'} can't be read; write it anew")
+        if wrong or not _is_whole(content):
+            raise UsageError(f"{path}: is no lock: {', '.join(wrong) or 'a part'} can't be read; write it anew")
+        recipe = content["recipe"]
+        if recipe.get("digest") != digest_of(recipe.get("values")):
+            raise UsageError(f"{path}: was edited: the recipe's values are not those of its digest; write it anew")
         return Lock({name: content[name] for name in _PARTS})
+
+
+def digest_of(values: Any) -> str:
+    """SHA-256 of a recipe's values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(content: dict[str, Any]) -> bool:
+    """Whether the parts hold what they should, as far as their readers count on it."""
+    data, model = content["data"], content["model"]
+    files = [entry.get("files") for entry in data.values() if isinstance(entry, dict)]
+    return (
+        len(files) == len(data)
+        and all(isinstance(part, dict | None) for part in (*files, model.get("fingerprint")))
+        and all(isinstance(entry.get("commit"), str | None) for entry in (model, *data.values()))
+        and all(isinstance(text, str) for text in (*content["versions"].values(), *content["tokenizer"].values()))
+    )
 
 
 def lock_path(config: Path) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +14,13 @@ from lorafit.facts import TOKENIZER_FILES, ModelFacts, UnreachableError, read_fa
 from lorafit.fingerprint import base_fingerprint
 from lorafit.hardware import detect_cpu
 from lorafit.lock.commits import Kind, commit_of
-from lorafit.lock.file import Lock
+from lorafit.lock.file import Lock, digest_of
 from lorafit.manifest import versions
 from lorafit.plan.context import Context
 from lorafit.plan.data import read_chat_template
 from lorafit.recipe import Recipe, RecipeError, Source
 from lorafit.rows import data_files, file_digest, is_local
+from lorafit.template import uses_date
 
 
 def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
@@ -29,21 +30,19 @@ def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
         known: a lock whose commits hold for what is asked for as it was then, so that no hub is asked.
     """
     values = recipe.resolved()
+    model = _model(recipe, known)
+    template = _chat_template(recipe, known)
     return Lock(
         {
             "recipe": {"digest": digest_of(values), "values": values},
-            "model": _model(recipe, known),
+            "model": model,
             "tokenizer": _tokenizer(recipe),
-            "chat_template": _chat_template(recipe, known),
+            "chat_template": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
+            "date": _date(template, known),
             "data": dict(_data(recipe, known)),
             "versions": versions() | {"python": ".".join(platform.python_version_tuple()[:2])},
         }
     )
-
-
-def digest_of(values: dict[str, Any]) -> str:
-    """SHA-256 of a recipe's values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def pinned(recipe: Recipe, lock: Lock) -> Recipe:
@@ -70,11 +69,12 @@ def _is_hub(name: str) -> bool:
 def _model(recipe: Recipe, known: Lock | None) -> dict[str, Any]:
     name, revision = recipe.model.name_or_path, recipe.model.revision
     if not _is_hub(name):
+        read_facts(name, revision)  # a model that isn't there is told as everywhere
         return {"name": name, "fingerprint": base_fingerprint(name, revision)}
     before = known.content["model"] if known else {}
     if known is not None and _asked_for(known) == (name, revision) and before.get("commit"):
         return {"name": name, "commit": before["commit"]}
-    read_facts(name, revision)  # a name that can't be one of the hub's is told as everywhere
+    read_facts(name, revision)
     return {"name": name, "commit": commit_of(name, revision, "model")}
 
 
@@ -89,7 +89,16 @@ def _tokenizer(recipe: Recipe) -> dict[str, str]:
     return {file.name: file_digest(file) for file in files if file.is_file()} if folder.is_dir() else {}
 
 
+def _date(template: str | None, known: Lock | None) -> str | None:
+    """The day that a template writes, if it writes one: that of the lock for ever."""
+    if template is None or not uses_date(template):
+        return None
+    before = known.content["date"] if known else None
+    return before or datetime.date.today().isoformat()
+
+
 def _chat_template(recipe: Recipe, known: Lock | None) -> str | None:
+    """The text of the template that is used; None where it isn't known here."""
     name = recipe.model.name_or_path
     revision = known.content["model"].get("commit") if known and _is_hub(name) else None
     try:
@@ -102,7 +111,7 @@ def _chat_template(recipe: Recipe, known: Lock | None) -> str | None:
         raise RecipeError(context.mistakes)
     if template is None and facts.tokenizer is not None:
         template = facts.tokenizer.chat_template
-    return hashlib.sha256(template.encode()).hexdigest() if template is not None else None
+    return template
 
 
 def _data(recipe: Recipe, known: Lock | None) -> Iterator[tuple[str, dict[str, Any]]]:

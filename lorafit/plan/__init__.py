@@ -7,7 +7,7 @@ what is shown before a run is what runs. No torch, no transformers.
 
 from __future__ import annotations
 
-from lorafit.plan.make import make_plan, plan_recipe, with_audit
+from lorafit.plan.make import dated, make_plan, plan_recipe, with_audit
 from lorafit.plan.model import NO_SDPA
 from lorafit.plan.types import (
     Choice,
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "Schedule",
     "SourcePlan",
+    "dated",
     "make_plan",
     "make_schedule",
     "plan_recipe",

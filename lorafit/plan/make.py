@@ -76,6 +76,11 @@ def with_audit(plan: Plan, audit: Audit) -> Plan:
     )
 
 
+def dated(plan: Plan, date: str | None) -> Plan:
+    """The plan with another day for chat templates that write it."""
+    return plan if plan.data.date is None else dataclasses.replace(plan, data=dataclasses.replace(plan.data, date=date))
+
+
 def examine(context: Context, default_name: str, reading: Reading) -> Plan | None:
     """All but the number of steps, which takes reading the data through.
 

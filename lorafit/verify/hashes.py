@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafit.errors import LorafitError, UsageError
+from lorafit.errors import LorafitError, UsageError, first_line
 from lorafit.fingerprint import changed_source, comparable, model_fingerprint, summary
 from lorafit.plan import Plan
 from lorafit.rows import data_files, file_digest
@@ -44,7 +44,11 @@ def verify(run: RunDir) -> list[Check]:
         raise UsageError(f"{run.path}: the run is not finished; go on with `lorafit train … --resume`")
     if not manifest:
         raise UsageError(f"{run.manifest}: is missing or can't be read, so there is nothing to verify by")
-    return [*_own_files(run, manifest), *_template(run, manifest), *_data(plan, manifest), *_base(run, plan, manifest)]
+    try:
+        own = [*_own_files(run, manifest), *_template(run, manifest)]
+        return [*own, *_data(plan, manifest), *_base(run, plan, manifest)]
+    except (AttributeError, TypeError) as error:
+        raise UsageError(f"{run.manifest}: can't be read as a manifest of this version: {first_line(error)}") from None
 
 
 def _own_files(run: RunDir, manifest: dict[str, Any]) -> Iterator[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,13 @@ class Repeated:
         return not self.largest <= self.tolerance
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"largest_difference": self.largest, "ok": not self.failed}
+        steps = {
+            step: {name: [one, two if math.isfinite(two) else None] for name, (one, two) in figures.items()}
+            for step, figures in self.steps.items()
+        }
+        largest = self.largest if math.isfinite(self.largest) else None
+        limit = {"tolerance": self.tolerance, "why": self.why}
+        return {"steps": steps, **limit, "largest_difference": largest, "ok": not self.failed}
 
 
 def retrain(run: RunDir, steps: int, tolerance: float | None, console: Console) -> Repeated:
@@ -57,7 +63,7 @@ def retrain(run: RunDir, steps: int, tolerance: float | None, console: Console) 
         tolerance: relative; None: exact on the machine and with the versions of the run, else TOLERANCE.
     """
     plan = run.load_plan()
-    recorded = _figures(run.metrics, steps)
+    recorded = _figures(run, steps)
     if not recorded:
         raise UsageError(f"{run.metrics}: has no losses of the first {steps} steps to compare with")
     here = detect()
@@ -71,12 +77,11 @@ def retrain(run: RunDir, steps: int, tolerance: float | None, console: Console) 
             training_kwargs=plan.training_kwargs | {"report_to": []},
         )
         repeated = train(again, run.recipe.read_bytes(), Start(steps=steps), console)
-        found = _figures(repeated.metrics, steps)
+        found = _figures(repeated, steps)
     limit, why = _tolerance(run, tolerance, here.name == plan.hardware.name and here.device == "cpu")
-    shared = {step: recorded[step].keys() & found.get(step, {}).keys() for step in recorded}
     pairs = {
-        step: {name: (recorded[step][name], found[step][name]) for name in FIGURES if name in names}
-        for step, names in shared.items()
+        step: {name: (value, found.get(step, {}).get(name, math.nan)) for name, value in figures.items()}
+        for step, figures in recorded.items()
     }
     return Repeated(pairs, limit, why)
 
@@ -93,19 +98,14 @@ def _tolerance(run: RunDir, asked: float | None, same_machine: bool) -> tuple[fl
     return 0.0, "the machine and the versions of the run"
 
 
-def _figures(metrics: Path, steps: int) -> dict[int, dict[str, float]]:
+def _figures(run: RunDir, steps: int) -> dict[int, dict[str, float]]:
     """Losses and gradient norms of the first steps."""
-    found: dict[int, dict[str, float]] = {}
-    try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    for line in lines:
-        entry = json.loads(line)
-        if "loss" in entry and entry["step"] <= steps:
-            found[entry["step"]] = {name: float(entry[name]) for name in FIGURES if name in entry}
-    return found
+    entries = (entry for entry in run.metrics_until(steps) if "loss" in entry and "step" in entry)
+    return {entry["step"]: {name: float(entry[name]) for name in FIGURES if name in entry} for entry in entries}
 
 
 def _difference(one: float, two: float) -> float:
+    """Relative; infinite where one is missing."""
+    if not (math.isfinite(one) and math.isfinite(two)):
+        return math.inf
     return 0.0 if one == two else abs(one - two) / max(abs(one), abs(two))
