@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import platform
@@ -74,7 +75,8 @@ def _model(recipe: Recipe, known: Lock | None) -> dict[str, Any]:
     before = known.content["model"] if known else {}
     if known is not None and _asked_for(known) == (name, revision) and before.get("commit"):
         return {"name": name, "commit": before["commit"]}
-    read_facts(name, revision)
+    with contextlib.suppress(UnreachableError):  # what can't be a hub id is told as everywhere
+        read_facts(name, revision)
     return {"name": name, "commit": commit_of(name, revision, "model")}
 
 
