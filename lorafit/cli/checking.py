@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Overrides, fail, reporting
-from lorafit.cli.complete import gpus, recipes
+from lorafit.cli.common import AsJson, ForGpu, Here, Overrides, fail, hardware_for, reporting
+from lorafit.cli.complete import recipes
 from lorafit.errors import UsageError
 
 
@@ -24,13 +24,8 @@ def validate(
         list[str] | None,
         typer.Option("--skip", metavar="data|model|memory", help="Leave a part out, such as data that is elsewhere."),
     ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            "--gpu", metavar="NAME", help="Check for this GPU, not what each recipe is meant for.", autocompletion=gpus
-        ),
-    ] = None,
-    here: Annotated[bool, typer.Option("--here", help="Check for this machine.")] = False,
+    gpu: ForGpu = None,
+    here: Here = False,
     strict: Annotated[bool, typer.Option("--strict", help="What can't be checked is a fault.")] = False,
     format: Annotated[
         str | None,
@@ -46,15 +41,10 @@ def validate(
     format = format or ("json" if as_json else "text")
     if format not in FORMATS:
         fail(f"--format {format}: not one of {', '.join(FORMATS)}", UsageError.exit_code)
-    if gpu is not None and here:
-        fail("--gpu and --here exclude each other", UsageError.exit_code)
-    from lorafit.hardware import detect
-    from lorafit.plan.meant import hardware_of
+    hardware = hardware_for(gpu, here)
     from lorafit.validate.findings import Options
     from lorafit.validate.run import validate as run_validate
-    from lorafit.vram.gpus import find_gpu
 
-    hardware = hardware_of(find_gpu(gpu)) if gpu is not None else detect() if here else None
     if deep:
         from lorafit.quiet import hush
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorafit.cli.complete import keys, recipes, runs
+from lorafit.cli.complete import gpus, keys, recipes, runs
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorafit.hardware import Hardware
     from lorafit.plan import Plan
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.", autocompletion=recipes)]
@@ -31,6 +32,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable.", autocompletion=keys),
 ]
+ForGpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu", metavar="NAME", help="Plan for this GPU, not what the recipe is meant for.", autocompletion=gpus
+    ),
+]
+Here = Annotated[bool, typer.Option("--here", help="Plan for this machine.")]
 Locked = Annotated[bool, typer.Option("--locked", help="Refuse any drift from the lock that the run was trained with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -118,6 +126,17 @@ def make_plan(config: Path, overrides: list[str] | None, count_rows: bool = Fals
     from lorafit.recipe import Recipe
 
     return plan_recipe(Recipe.load(config, overrides or ()), config, count_rows=count_rows)
+
+
+def hardware_for(gpu: str | None, here: bool = False) -> Hardware | None:
+    """What --gpu and --here ask to plan for; None: what a recipe is meant for. Raises UsageError."""
+    if gpu is not None and here:
+        raise UsageError("--gpu and --here exclude each other")
+    from lorafit.hardware import detect
+    from lorafit.plan.meant import hardware_of
+    from lorafit.vram.gpus import find_gpu
+
+    return hardware_of(find_gpu(gpu)) if gpu is not None else detect() if here else None
 
 
 def check_locked(path: Path) -> None:

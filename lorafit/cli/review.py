@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Config, Overrides, fail, reporting, show, talk
-from lorafit.cli.complete import gpus, recipes
+from lorafit.cli.common import AsJson, Config, ForGpu, Here, Overrides, fail, hardware_for, reporting, show, talk
+from lorafit.cli.complete import recipes
 from lorafit.errors import DriftError, UsageError
 
 
@@ -21,29 +21,20 @@ def explain(
         str | None, typer.Argument(metavar="[KEY]", help="A section, such as training, or a value, such as lora.r.")
     ] = None,
     overrides: Overrides = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            "--gpu", metavar="NAME", help="Plan for this GPU, not what the recipe is meant for.", autocompletion=gpus
-        ),
-    ] = None,
-    here: Annotated[bool, typer.Option("--here", help="Plan for this machine.")] = False,
+    gpu: ForGpu = None,
+    here: Here = False,
     as_json: AsJson = False,
 ) -> None:
     """Show every value of a recipe, who set it where, and what it was set over."""
-    if gpu is not None and here:
-        fail("--gpu and --here exclude each other", UsageError.exit_code)
+    asked = hardware_for(gpu, here)
     from lorafit.explain.make import explain as run_explain
     from lorafit.explain.planned import planned
     from lorafit.explain.show import as_dict, text
-    from lorafit.hardware import detect
-    from lorafit.plan.meant import hardware_of, meant_hardware
+    from lorafit.plan.meant import meant_hardware
     from lorafit.recipe import Recipe
-    from lorafit.vram.gpus import find_gpu
 
     recipe = Recipe.load(config, overrides or ())
-    hardware = hardware_of(find_gpu(gpu)) if gpu is not None else detect() if here else meant_hardware(recipe)
-    found = run_explain(recipe, planned(recipe, config.stem, hardware), key)
+    found = run_explain(recipe, planned(recipe, config.stem, asked or meant_hardware(recipe)), key)
     for remark in found.remarks:
         talk().print(remark, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if as_json:
@@ -72,12 +63,7 @@ def diff(
         str | None,
         typer.Option("--against", metavar="REV", help="Compare recipes, folders or patterns with those of a revision."),
     ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            "--gpu", metavar="NAME", help="Plan for this GPU, not what each recipe is meant for.", autocompletion=gpus
-        ),
-    ] = None,
+    gpu: ForGpu = None,
     format: Annotated[str, typer.Option("--format", metavar="FORMAT", help="text, markdown or json.")] = "text",
     as_json: AsJson = False,
 ) -> None:
@@ -92,10 +78,8 @@ def diff(
         )
     from lorafit.difference.make import difference
     from lorafit.difference.many import compare_all, shown
-    from lorafit.plan.meant import hardware_of
-    from lorafit.vram.gpus import find_gpu
 
-    hardware = hardware_of(find_gpu(gpu)) if gpu is not None else None
+    hardware = hardware_for(gpu)
     if against is not None:
         many = compare_all(against, paths, hardware)
         typer.echo(shown(many, "json" if as_json else format))
