@@ -370,15 +370,17 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
     """The trainer with model, adapter and data in place."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     args = training_arguments(plan, run)  # from here on, several processes know each other
-    trainer = Trainer(
-        model=load_base(plan, dequantized_base(plan, run)),
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=tokenizer,
-        peft_config=lora_config(plan),
-        loraplus_lr_ratio=plan.loraplus_lr_ratio,
-    )
+    base = load_base(plan, dequantized_base(plan, run))
+    with explained_experts(plan):
+        trainer = Trainer(
+            model=base,
+            args=args,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=tokenizer,
+            peft_config=lora_config(plan),
+            loraplus_lr_ratio=plan.loraplus_lr_ratio,
+        )
     trainer.remove_callback(PrinterCallback)
     settle_adapter(trainer, plan, run)
     check_parameters(trainer, plan)
@@ -387,6 +389,20 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
     with trainer.compute_loss_context_manager():
         settle_head(inner)
     return trainer
+
+
+@contextlib.contextmanager
+def explained_experts(plan: Plan) -> Iterator[None]:
+    """Turn PEFT's refusal of dropout on fused experts, which it adapts in some families, into a ModelError."""
+    try:
+        yield
+    except ValueError as error:
+        if "ParamWrapper" not in str(error):
+            raise
+        raise ModelError(
+            f"PEFT puts these lora.target_modules on the fused experts of a {plan.model['model_type']} model as well, "
+            "which lorafit does not plan; use target_modules: attention"
+        ) from error
 
 
 def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
