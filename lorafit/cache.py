@@ -2,10 +2,11 @@
 
     <cache>/lorafit/rows/<key>/   one source, tokenized: rows.arrow and audit.json
     <cache>/lorafit/sets/<key>/   what a recipe makes of its sources: audit.json, the order, the packs
+    <cache>/lorafit/digests/      of weight files that were read whole, by their place, size, times and inode
 
-Changing a byte of a data file, the tokenizer, the template, a setting or lorafit's own code gives
-another key. Entries are whole or absent, one process makes an entry while others wait, and the least
-recently used entries make way for new ones.
+Changing a byte of a data file, the tokenizer, the template, a setting or lorafit's own code gives another key. Entries
+are whole or absent, and compared with their seals when they are read; one process makes an entry while others wait, and
+the least recently used entries make way for new ones.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from filelock import FileLock, Timeout
-
 from lorafit.audit import Audit
-from lorafit.staging import discard, staged
+from lorafit.errors import UsageError
+from lorafit.files import damage, discard, held, read_seal, staged, write_text
 
 if TYPE_CHECKING:
     from lorafit.plan.types import DataPlan, SourcePlan
@@ -36,6 +37,8 @@ T = TypeVar("T")
 KINDS = ("rows", "sets")
 LIMIT_BYTES = 20 << 30
 """What all entries may take together."""
+SETTLED_NS = 2_000_000_000
+"""How long a file must have been left alone for its digests to be remembered."""
 _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
 _CODE = ("rows", "data", "template.py", "audit.py", "plan/types.py")
 _SHAPING = (
@@ -123,22 +126,55 @@ def kept(folder: Path, make: Callable[[Path], None], read: Callable[[Path], T]) 
 
     Args:
         make: fills a new folder.
-        read: opens a whole one; one where this fails is damaged and made anew.
+        read: opens a whole one; one where this fails is of another version and made anew.
     """
-    with held(folder):
-        if folder.is_dir():
+    with in_use(folder):
+        if read_seal(folder) is not None and not damage(folder):
             with contextlib.suppress(Exception):
                 return read(folder)
-        with staged(folder) as partial:
+        with staged(folder, "cache") as partial:
             make(partial)
         return read(folder)
 
 
+def remembered(file: Path, what: str, make: Callable[[Path], T]) -> T:
+    """What was found by reading a whole file, until its size, its times or its inode change.
+
+    Args:
+        make: reads the file; its result can be written as JSON.
+    """
+    real = file.resolve()
+    before = _identity(real)
+    place = cache_folder() / "digests" / f"{_hash(str(real))}.json"
+    try:
+        known = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if known.get("file") != before:
+        known = {"file": before}
+    if what not in known:
+        known[what] = make(file)
+        settled = (
+            time.time_ns() - max(before[2:]) > SETTLED_NS
+        )  # a change in the same tick of the clock leaves no trace
+        if settled and _identity(real) == before:
+            with contextlib.suppress(OSError):
+                place.parent.mkdir(exist_ok=True)
+                write_text(place, json.dumps(known))
+    made: T = known[what]
+    return made
+
+
+def _identity(file: Path) -> list[int]:
+    facts = file.stat()
+    return [facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def in_use(folder: Path) -> Iterator[None]:
     """Hold an entry for this process: others wait, and nobody prunes it. Marks it as used."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_file(folder)):
+    with held(_lock_file(folder), wait=True):
         yield
         with contextlib.suppress(OSError):
             os.utime(folder)
@@ -174,7 +210,7 @@ def _folders(pattern: str) -> list[Path]:
 
 def _remove(path: Path, folder: Path) -> bool:
     """Remove an entry's folder, or what is left of making it, unless another process holds the entry."""
-    with contextlib.suppress(Timeout, OSError), FileLock(_lock_file(folder)).acquire(timeout=0):
+    with contextlib.suppress(UsageError, OSError), held(_lock_file(folder)):
         discard(path)
         return True
     return False

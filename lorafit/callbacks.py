@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.errors import GateError, Interrupted
+from lorafit.files import write_text
 from lorafit.rundir import RunDir
-from lorafit.staging import write_text
 
 GIB = 1 << 30
 

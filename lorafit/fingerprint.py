@@ -1,20 +1,18 @@
 """What a base model is, so that resuming, evaluating and merging refuse another one.
 
-A fingerprint is a JSON-able dict (version 2):
+A fingerprint is a JSON-able dict (version 3):
 
-    fingerprint_version  2
+    fingerprint_version  3
     model, revision      a hub id and the revision asked for; of a local base, the last part of its path
     commit               of a hub model: the commit that its files in the cache are of
-    files                SHA-256 of config.json and the tokenizer's files, whole
+    files                SHA-256 of config.json and the tokenizer's files
     config               SHA-256 of config.json's meaning, which saving the model again leaves as it is
-    shards               of each safetensors file: SHA-256 of its header, and of samples of the file
-    tensors              of each stored tensor: a hash of its type, its shape and samples of its bytes
-    samples              of weight files of other kinds (GGUF, PyTorch's): SHA-256 of samples of the file
+    tensors              XXH3 (128 bits) of each stored tensor: its type, its shape and all its bytes
+    weights              XXH3 of each weight file of another kind (GGUF, PyTorch's)
     dequantized          of a run from a GGUF file: the fingerprint of the folder it was dequantized to
 
-Tensors are compared by name, so a base that was only sharded anew is the same. `shards`, `model`, `revision` and
-`commit` are for information. Version 1, which older runs hold, was `files`, `samples` and the samples of `shards`
-in one dict by file name. No weight file is read whole: of a tensor at most 4 KiB are, of a file 2 MiB.
+Tensors are compared by name, so a base that was only sharded anew is the same. `model`, `revision` and `commit` are for
+information. Weight files are read whole, once: what was found is remembered until their size, times or inode change.
 """
 
 from __future__ import annotations
@@ -22,25 +20,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+import xxhash
+
+from lorafit.cache import remembered
 from lorafit.errors import ModelError
-from lorafit.facts import TOKENIZER_FILES, Tensor, stored_tensors, weight_files
+from lorafit.facts import TOKENIZER_FILES, stored_tensors, weight_files
 from lorafit.facts.folder import read_json
-from lorafit.rows import file_digest
+from lorafit.files import file_digest, quick_digest
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
     from lorafit.rundir import RunDir
 
-VERSION = 2
+VERSION = 3
 Fingerprint = dict[str, Any]
 
 _CONFIG = "config.json"
-_PLACES = 4
-_PLACE_BYTES = 1024
+_CHUNK = 4 << 20
 _SAVED_ANEW = ("transformers_version", "_name_or_path")
 """What saving a model again changes in its configuration."""
 
@@ -51,7 +50,7 @@ def fingerprint_of(folder: Path) -> Fingerprint:
 
 
 def model_fingerprint(plan: Plan) -> Fingerprint:
-    """The fingerprint of the base that a plan names; empty for a hub model that was not downloaded yet.
+    """The fingerprint of the base that a plan names; only its names for a hub model that was not downloaded yet.
 
     Raises ModelError for weight files that are missing or cut off.
     """
@@ -63,12 +62,12 @@ def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
     path = Path(asked).expanduser()
     if path.is_file():
         named = {"fingerprint_version": VERSION, "model": path.name, "revision": None, "commit": None}
-        return named | {"samples": {path.name: _hash_samples(path)}}
+        return named | {"weights": {path.name: remembered(path, "xxh3", quick_digest)}}
     if path.is_dir():
         return fingerprint_of(path)
     folder = _cached(asked, revision)
     if folder is None:
-        return {}
+        return {"fingerprint_version": VERSION, "model": asked, "revision": revision, "commit": None}
     weights = weight_files(folder)
     whole = all(file.is_file() for file in weights)  # or else the download is not finished
     names = {"model": asked, "revision": revision}
@@ -103,13 +102,11 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
 
     The tensors have to be the same ones, but for an output head that is only stored a second time.
     """
-    if _is_first(before) or _is_first(now):
-        return _changed_files(_by_file(before), _by_file(now))
     before, now = _weights_like(before, now), _weights_like(now, before)
     changed = _changed_files(_part(before, "files"), _part(now, "files"))
     if before.get("config") and before.get("config") == now.get("config"):
         changed = [name for name in changed if name != _CONFIG]  # it was only written anew
-    one, two = _part(before, "samples"), _part(now, "samples")
+    one, two = _part(before, "weights"), _part(now, "weights")
     if one and two:
         changed += sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
     return changed + [f"tensor {name}" for name in _changed_tensors(_part(before, "tensors"), _part(now, "tensors"))]
@@ -117,11 +114,35 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
 
 def comparable(before: Fingerprint, now: Fingerprint) -> bool:
     """Whether `differences` compares any weights: if not, no difference means that nothing is known."""
-    if _is_first(before) or _is_first(now):
-        one, two = ({name for name, digest in _by_file(side).items() if ":" in digest} for side in (before, now))
-        return bool(one & two)
     before, now = _weights_like(before, now), _weights_like(now, before)
-    return any(_part(before, name) and _part(now, name) for name in ("tensors", "samples"))
+    return any(_part(before, name) and _part(now, name) for name in ("tensors", "weights"))
+
+
+def whole_digest(file: Path) -> str:
+    """SHA-256 of a weight file, remembered until the file changes."""
+    return remembered(file, "sha256", file_digest)
+
+
+def damaged_in_cache(asked: str, revision: str | None) -> list[str]:
+    """The files of a hub model in the client's cache whose bytes are not those that their name there says.
+
+    A file's name is its SHA-256 if it is a large one (LFS), else the hash that git gives it (SHA-1).
+    """
+    folder = None if Path(asked).expanduser().exists() else _cached(asked, revision)
+    files = sorted(folder.rglob("*")) if folder else []
+    return [file.name for file in files if file.is_symlink() and file.is_file() and not _is_its_name(file)]
+
+
+def _is_its_name(file: Path) -> bool:
+    name = file.resolve().name
+    if len(name) == 64:
+        return whole_digest(file) == name
+    return len(name) != 40 or remembered(file, "git", _git_digest) == name
+
+
+def _git_digest(file: Path) -> str:
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def listed(changed: list[str], most: int = 5) -> str:
@@ -142,19 +163,6 @@ def summary(fingerprint: Fingerprint) -> Fingerprint:
 
 
 # --- comparing ------------------------------------------------------------------------------------
-
-
-def _is_first(fingerprint: Fingerprint) -> bool:
-    """Whether it is of version 1; an empty one is of any version."""
-    return bool(fingerprint) and "fingerprint_version" not in fingerprint
-
-
-def _by_file(fingerprint: Fingerprint) -> dict[str, str]:
-    """A fingerprint as version 1 would have it."""
-    if _is_first(fingerprint):
-        return fingerprint
-    shards = {name: shard["samples"] for name, shard in _part(fingerprint, "shards").items()}
-    return _part(fingerprint, "files") | shards | _part(fingerprint, "samples")
 
 
 def _weights_like(side: Fingerprint, other: Fingerprint) -> Fingerprint:
@@ -193,8 +201,8 @@ def _fingerprint(folder: Path, weights: list[Path]) -> Fingerprint:
             raise ModelError(f"{folder}: {file.name} is missing, which model.safetensors.index.json names")
     real = Path(os.path.abspath(folder))  # not what links in it mean
     small = [folder / name for name in (_CONFIG, *TOKENIZER_FILES)]
-    shards = {file.name: _shard(file) for file in weights}
     others = [] if weights else sorted(folder.glob("pytorch_model*.bin"))
+    tensors = [remembered(file, "tensors", tensor_digests) for file in weights]
     return {
         "fingerprint_version": VERSION,
         "model": real.name,
@@ -202,9 +210,8 @@ def _fingerprint(folder: Path, weights: list[Path]) -> Fingerprint:
         "commit": real.name if real.parent.name == "snapshots" else None,
         "files": {file.name: file_digest(file) for file in small if file.is_file()},
         "config": _config_digest(folder / _CONFIG),
-        "shards": {name: shard for name, (shard, _) in shards.items()},
-        "tensors": {name: digest for _, tensors in shards.values() for name, digest in tensors.items()},
-        "samples": {file.name: _hash_samples(file) for file in others},
+        "tensors": {name: digest for found in tensors for name, digest in found.items()},
+        "weights": {file.name: remembered(file, "xxh3", quick_digest) for file in others},
     }
 
 
@@ -225,54 +232,20 @@ def _config_digest(file: Path) -> str | None:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _shard(file: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """What is recorded of a safetensors file, and the hashes of its tensors by name. Raises ModelError."""
-    stored = stored_tensors(file)
+def tensor_digests(file: Path) -> dict[str, str]:
+    """XXH3 (128 bits) of each tensor of a safetensors file: type, shape and all bytes. Raises ModelError."""
+    stored = sorted(stored_tensors(file), key=lambda item: item[1])  # as they lie in the file
+    buffer = memoryview(bytearray(_CHUNK))
+    found = {}
     try:
         with file.open("rb", buffering=0) as stream:
-            _read_here_and_there(stream)
-            header = stream.read(8)
-            header += stream.read(int.from_bytes(header, "little"))
-            tensors = {tensor.name: _hash_tensor(stream, tensor, begin, end) for tensor, (begin, end) in stored}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
-    return {"header": hashlib.sha256(header).hexdigest(), "samples": _hash_samples(file)}, tensors
-
-
-def _hash_tensor(stream: BinaryIO, tensor: Tensor, begin: int, end: int) -> str:
-    """BLAKE2b (16 bytes) of a tensor's type and shape, and of its bytes: all if they are few, else places in it."""
-    digest = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}\n".encode(), digest_size=16)
-    for at, length in _places(begin, end):
-        stream.seek(at)
-        digest.update(stream.read(length))
-    return digest.hexdigest()
-
-
-def _places(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Where to read: the first and the last bytes, and between them at equal distances, as (position, bytes)."""
-    if end - begin <= _PLACES * _PLACE_BYTES:
-        yield begin, end - begin
-        return
-    for place in range(_PLACES):
-        yield begin + (end - begin - _PLACE_BYTES) * place // (_PLACES - 1), _PLACE_BYTES
-
-
-def _read_here_and_there(stream: BinaryIO) -> None:
-    """Ask the system, where it takes such advice, not to read ahead what will not be asked for."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-
-
-def _hash_samples(path: Path, first: int = 1 << 20, samples: int = 64, length: int = 1 << 14) -> str:
-    """Of a weight file, the first MiB (which holds the header), places all over it, and the size.
-
-    Quick, and enough to tell files apart: models trained from one another share some tensors, not all.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        digest = hashlib.sha256(stream.read(first))
-        for sample in range(1, samples + 1):
-            stream.seek(max(size * sample // samples - length, 0))
-            digest.update(stream.read(length))
-    digest.update(str(size).encode())
-    return f"samples:{digest.hexdigest()}"
+            for tensor, (begin, end) in stored:
+                digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+                stream.seek(begin)
+                while begin < end and (count := stream.readinto(buffer[: end - begin])):
+                    digest.update(buffer[:count])
+                    begin += count
+                found[tensor.name] = digest.hexdigest()
+    except OSError as error:
+        raise ModelError(f"{file}: can't be read: {error}") from None
+    return found

@@ -18,15 +18,17 @@ from transformers import (
 )
 
 from lorafit.errors import LorafitError, ModelError
+from lorafit.files import check, staged
 from lorafit.fingerprint import changed_base, listed
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir
-from lorafit.staging import staged
 from lorafit.tokenizer import cannot_load, gguf, location
 
 
 def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     """The base as the plan has it: type, attention, quantization. Raises ModelError, DoesNotFitError.
+
+    DriftError for a folder that lorafit wrote and that has changed since.
 
     Args:
         source: a folder to load from instead of the plan's model, such as a dequantized GGUF file.
@@ -41,6 +43,7 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     if plan.quantization_kwargs is not None:
         kwargs["quantization_config"] = quantization_config(plan.quantization_kwargs)
         kwargs["device_map"] = {"": _device(plan)}
+    check(Path(name).expanduser(), "make it anew")
     try:
         model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)
     except LorafitError:
@@ -133,7 +136,7 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.config.name_or_path = ""
-    with staged(destination) as folder:
+    with staged(destination, "base") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

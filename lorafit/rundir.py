@@ -7,18 +7,36 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from lorafit.errors import UsageError, first_line
+from lorafit.errors import DriftError, UsageError, first_line
+from lorafit.files import (
+    LOCK,
+    SEAL,
+    Seal,
+    damage,
+    discard,
+    file_digest,
+    foreign,
+    held,
+    is_ours,
+    is_vacant,
+    own_digest,
+    read_seal,
+    write_bytes,
+    write_text,
+)
 from lorafit.plan import Plan
-from lorafit.staging import discard, staged, write_text
 
+FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "fingerprint.json", "manifest.json")
+"""What every run writes beside its folders; with --locked recipe.lock as well."""
+_RUN = ("run", "moving")
+"""The seals of a run, and of one that is being set aside."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -91,7 +109,7 @@ class RunDir:
     @property
     def replaced(self) -> Path:
         """Where `--overwrite` keeps the run before until the new one is finished."""
-        return self.path.with_name(f".{self.path.name}.replaced")
+        return self.path / ".replaced"
 
     @property
     def result(self) -> Path | None:
@@ -100,61 +118,174 @@ class RunDir:
 
     @property
     def is_run(self) -> bool:
-        return self.plan_file.is_file()
+        return self.is_begun and self.plan_file.is_file()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether lorafit wrote it, if only its seal: a start that was killed goes no further."""
+        return any((seal := read_seal(path)) and seal.kind in _RUN for path in (self.path, self.replaced))
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was trained or kept here yet."""
-        return self.result is None and self.last_checkpoint() is None
+        return self.result is None and not self.all_checkpoints()
 
     def load_plan(self) -> Plan:
         """Raises UsageError if this is no run."""
         try:
-            return Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            plan = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"{self.path}: not a run directory (it has no plan.json)") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.plan_file}: can't be read as a plan of this version: {error}") from None
+        if not self.is_begun:
+            raise UsageError(f"{self.path}: not a run directory of lorafit's (it has no {SEAL})")
+        return plan
 
     def load_manifest(self) -> dict[str, Any]:
-        """The manifest, or an empty one if the run has not written it."""
+        """The manifest of a finished run. Raises DriftError if it is missing or was edited."""
         try:
-            return dict(json.loads(self.manifest.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+            manifest = dict(json.loads(self.manifest.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise DriftError(f"{self.manifest}: can't be read: {first_line(error)}; train anew") from None
+        if manifest.get("sha256") != own_digest(manifest):
+            raise DriftError(f"{self.manifest}: is not as it was written (its sha256 is not that of its content)")
+        return manifest
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint."""
+    def check(self) -> None:
+        """See that what a finished run is read for is as it was written. Raises DriftError.
+
+        That is all that its manifest lists but the card, and nothing beside it that a model or a tokenizer is read of.
+        """
+        recorded = self.load_manifest().get("files")
+        if not isinstance(recorded, dict):
+            raise DriftError(f"{self.manifest}: has no hashes of the run's files")
+        wrong = [
+            line for name, digest in recorded.items() if name[-3:] != ".md" and (line := self.changed(name, digest))
+        ]
+        wrong += [f"{name} was added" for name in self.added(recorded) if _is_read(name)]
+        if wrong:
+            raise DriftError(
+                f"{self.path}: is not as it was trained: {', '.join(wrong[:5])}{' …' * (len(wrong) > 5)}; bring that "
+                "back, or train anew"
+            )
+
+    def changed(self, name: str, digest: Any) -> str | None:
+        """What is wrong with a file of the run that had a SHA-256; None if nothing is."""
+        file = self.path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        return None if file_digest(file) == digest else f"{name} has changed"
+
+    def added(self, recorded: Container[str]) -> Iterator[str]:
+        """The result's files that are not recorded."""
+        for file in sorted(self.result.rglob("*")) if self.result else ():
+            name = file.relative_to(self.path).as_posix()
+            if file.is_file() and file.name != SEAL and name not in recorded:
+                yield name
+
+    def all_checkpoints(self) -> list[Path]:
+        """Every checkpoint, whole or damaged, the newest first."""
         found = [
             (int(match[1]), folder)
             for folder in (self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())
             if (match := _CHECKPOINT.fullmatch(folder.name)) and folder.is_dir()
         ]
-        return max(found)[1] if found else None
+        return [folder for _, folder in sorted(found, reverse=True)]
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint. Raises DriftError if it is damaged, and names the one before it that is whole."""
+        found = self.all_checkpoints()
+        if not found or not (wrong := damage(found[0])):
+            return found[0] if found else None
+        whole = next((number for number, folder in enumerate(found) if number and not damage(folder)), None)
+        if whole is None:
+            way = "none before it is whole: start anew with --overwrite"
+        else:
+            gone = " and ".join(str(folder) for folder in found[:whole])
+            way = f"remove {gone}, and --resume goes on from {found[whole].name}, which is whole"
+        raise DriftError(f"{found[0]}: the checkpoint is damaged: {', '.join(wrong)}; {way}")
+
+    # --- beginning and ending
+
+    def in_the_way(self, locked: bool) -> str | None:
+        """The first thing where a new run would write that is not lorafit's; None if there is none."""
+        seal = read_seal(self.path)
+        ours = (SEAL, *(seal.files or ())) if seal else ()
+        for name in (SEAL, *_names(locked)):
+            if name not in ours and os.path.lexists(self.path / name):
+                return name
+        if os.path.lexists(self.replaced) and not is_ours(self.replaced):
+            return self.replaced.name
+        folders = [self.adapter, self.model, self.base, self.start, *self._sealed()]
+        folders += self.checkpoints.iterdir() if self.checkpoints.is_dir() else [self.checkpoints]
+        for folder in filter(os.path.lexists, folders):
+            other = next(foreign(folder), None) if folder.is_dir() and not folder.is_symlink() else ""
+            if other is not None:
+                return (folder.relative_to(self.path) / other).as_posix()
+        return None
+
+    def holds(self, path: Path) -> bool:
+        """Whether a path is in what lorafit wrote here, and would go with it."""
+        return any(path.resolve().is_relative_to(entry.resolve()) for entry in self._entries())
 
     def begin(self, plan: Plan, recipe_text: bytes, lock_text: str | None = None) -> None:
-        """Make the directory of a new run, or fill an empty one, with the recipe, its lock and the plan."""
-        with contextlib.nullcontext(self.path) if self.path.exists() else staged(self.path) as folder:
-            (folder / "recipe.yaml").write_bytes(recipe_text)
-            if lock_text is not None:
-                write_text(folder / "recipe.lock", lock_text)
-            write_text(folder / "plan.json", plan.to_json())  # makes it a run, so it comes last
+        """Make the directory of a new run, or fill a vacant one, with the recipe, its lock and the plan."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        names = _names(lock_text is not None)
+        Seal("run", dict.fromkeys(names)).write(self.path)  # makes it lorafit's, so it comes first
+        write_bytes(self.recipe, recipe_text)
+        if lock_text is not None:
+            write_text(self.lock_file, lock_text)
+        write_text(self.plan_file, plan.to_json())  # makes it a run, so it comes last
 
     def clear(self) -> None:
-        """Take out what is in the directory, which may be one that can't be renamed, such as a mount point."""
-        for entry in sorted(self.path.iterdir(), key=self.plan_file.__eq__):  # a run to the last
-            discard(entry) if entry.is_dir() else entry.unlink()
+        """Take out what lorafit wrote, but for the seal: the directory stays, as it may be a mount point."""
+        for entry in self._entries():
+            _discard_all(entry) if entry.is_dir() else entry.unlink()
 
     def set_aside(self) -> None:
         """Make way for a new run: keep this one until that is finished, if it holds anything."""
-        if not self.is_run:
-            return
-        if self.is_empty:
+        if self.is_empty or read_seal(self.replaced) is not None:
             self.clear()
-        elif self.replaced.exists():
-            discard(self.path)
-        else:
-            self.path.rename(self.replaced)
+            return
+        self.replaced.mkdir(exist_ok=True)
+        Seal("moving", {}).write(self.replaced)
+        for entry in self._entries():
+            entry.rename(self.replaced / entry.name)
+        (self.path / SEAL).replace(self.replaced / SEAL)  # last: until then `restore` undoes it
+
+    def restore(self) -> None:
+        """Undo a `set_aside` that was killed half-way."""
+        seal = read_seal(self.replaced)
+        if seal is not None and seal.kind == "moving":
+            for entry in self.replaced.iterdir():
+                if entry.name != SEAL:
+                    entry.rename(self.path / entry.name)
+            discard(self.replaced)
+
+    def forget_replaced(self) -> None:
+        """Remove the run that the finished one replaces."""
+        if (before := RunDir(self.replaced)).is_begun:
+            before.clear()
+            discard(before.path)
+
+    def _entries(self) -> Iterator[Path]:
+        """What lorafit wrote, at the top of the directory: files, sealed folders, checkpoints."""
+        seal = read_seal(self.path)
+        for name in seal.files or () if seal else ():
+            if (file := self.path / name).is_file() or file.is_symlink():
+                yield file
+        yield from self._sealed()
+        if self.checkpoints.is_dir():
+            yield self.checkpoints
+
+    def _sealed(self) -> list[Path]:
+        """The folders that lorafit sealed in the directory, but for runs of their own."""
+        if not self.path.is_dir():
+            return []
+        found = ((folder, read_seal(folder)) for folder in sorted(self.path.iterdir()) if not folder.is_symlink())
+        return [folder for folder, seal in found if seal and seal.kind not in _RUN]
 
     def base_files(self) -> dict[str, Any] | None:
         """The base's fingerprint (see lorafit.fingerprint) that `write_base_files` wrote; None if it did not.
@@ -172,7 +303,8 @@ class RunDir:
         write_text(self.fingerprint, json.dumps(fingerprint, indent=2) + "\n")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_text(self.manifest, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        whole = manifest | {"sha256": own_digest(manifest)}
+        write_text(self.manifest, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     def metrics_until(self, step: int) -> list[dict[str, Any]]:
         """The metrics up to a step; a line that was cut off by a kill is left out."""
@@ -186,21 +318,47 @@ class RunDir:
         return kept
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for one process. Raises UsageError if another one has it.
+    def lock(self, shared: bool = False) -> Iterator[None]:
+        """Hold the run: alone to write it, or with others to read it. Raises UsageError if a writer has it."""
+        made = not self.path.exists()
+        if not shared:
+            self.path.mkdir(parents=True, exist_ok=True)
+        busy = f"{self.path}: another process is at work on this run"
+        with held(self.path / LOCK, busy, shared):
+            try:
+                yield
+            finally:
+                if made and is_vacant(self.path):  # nothing was begun
+                    with contextlib.suppress(OSError):
+                        (self.path / LOCK).unlink()
+                        self.path.rmdir()
 
-        The lock's file stays: who takes it away lets one process lock the old file and another a new one.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(f"{self.path}: another process is at work on this run") from None
-        try:
-            yield
-        finally:
-            lock.release()
+    def refuse_busy(self) -> None:
+        """Say that another process is at work on a run, before anything heavy is imported. Raises UsageError."""
+        if (self.path / LOCK).is_file():
+            with self.lock():
+                pass
+
+
+def _names(locked: bool) -> tuple[str, ...]:
+    return (*FILES, "recipe.lock") if locked else FILES
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file of a model folder is one that loading it may read."""
+    file = PurePosixPath(name)
+    return not file.name.startswith(".") and file.suffix != ".md"
+
+
+def _discard_all(folder: Path) -> None:
+    """Remove a sealed folder, or one of sealed folders, and leave what is somebody else's."""
+    if read_seal(folder) is not None:
+        discard(folder)
+        return
+    for child in folder.iterdir():
+        discard(child)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def located(path: str | Path) -> Path:
@@ -212,12 +370,16 @@ def located(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def open_run(path: str | Path) -> Iterator[tuple[RunDir, Plan]]:
-    """A finished run and its plan, held for this process until the block ends. Raises UsageError."""
+    """A finished run and its plan, as they were written, held until the block ends, as other readers may hold it.
+
+    Raises UsageError, and DriftError for a run that was edited.
+    """
     run = RunDir(located(path))
-    if not run.path.exists():
+    if not run.path.is_dir():
         raise UsageError(f"{path}: no such run directory")
-    with run.lock():
+    with run.lock(shared=True):
         plan = run.load_plan()
         if run.result is None:
             raise UsageError(f"{path}: the run is not finished; go on with `lorafit train … --resume`")
+        run.check()
         yield run, plan

@@ -35,6 +35,7 @@ from lorafit.callbacks import (
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, ModelError, UsageError, is_out_of_memory
+from lorafit.files import check, discard, is_vacant, partial_of, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, run_fingerprint
 from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
@@ -44,7 +45,6 @@ from lorafit.plan import Plan, Schedule, dated, with_audit
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
-from lorafit.staging import discard, partial_of, staged
 from lorafit.tokenizer import load_tokenizer
 from lorafit.vram.calibrate import Meter, memory_record
 
@@ -79,7 +79,10 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     settle_device(plan, console)
     with run.lock() if main else contextlib.nullcontext():
         if main:  # another process may have been at it until now
+            run.restore()
             check_start(run, plan, start)
+            if start.resume:
+                check_checkpoints(run)
         tokenizer = load_tokenizer(plan)
         data = prepare(plan.data, tokenizer, console)
         gate(data.audit, plan.data.audit)
@@ -109,6 +112,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 measured = meter.measured()
             if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
+                check(Path(trainer.state.best_model_checkpoint), "bring it back, or start anew with --overwrite")
                 trainer._load_best_model()
         finally:
             display.close()
@@ -144,15 +148,12 @@ def as_begun(run: RunDir, plan: Plan, start: Start) -> Plan:
 def check_start(run: RunDir, plan: Plan, start: Start) -> None:
     """Refuse what would lose or confuse a run. Raises UsageError."""
     path = run.path
-    if path.exists() and not run.is_run:
-        if not path.is_dir() or any(path.iterdir()):
-            raise UsageError(f"{path}: exists and is not a run; choose another output_dir")
-        return
-    if not run.is_run:
-        if start.resume:
-            raise UsageError(f"{path}: there is no run to resume; leave out --resume")
-        return
-    if start.overwrite or (run.is_empty and not start.resume):
+    if path.exists() and not run.is_begun and not (path.is_dir() and is_vacant(path)):
+        raise UsageError(f"{path}: exists and is not a run; choose another output_dir")
+    if not run.is_run and start.resume:
+        raise UsageError(f"{path}: there is no run to resume; leave out --resume")
+    if not run.is_run or start.overwrite or (run.is_empty and not start.resume):
+        check_way(run, plan, start)
         return
     if run.result is not None:
         raise UsageError(f"{path}: the run is finished; use --overwrite to start anew, or another output_dir")
@@ -181,6 +182,31 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
         )
 
 
+def check_way(run: RunDir, plan: Plan, start: Start) -> None:
+    """See that nothing but lorafit's own is where a new run will be. Raises UsageError."""
+    if not run.is_begun:
+        return
+    if other := run.in_the_way(start.lock is not None):
+        raise UsageError(
+            f"{run.path}: {other} is in the way, which lorafit did not write; move it, or choose another output_dir"
+        )
+    named = (plan.model["name_or_path"], *(source.path for source in (*plan.data.train, *plan.data.validation)))
+    inside = next((name for name in named if run.holds(located(name))), None)
+    if inside is not None:
+        raise UsageError(f"{run.path}: would be replaced, and {inside} is in it; choose another output_dir")
+
+
+def check_checkpoints(run: RunDir) -> None:
+    """See that the checkpoints that a run goes on with are as they were written. Raises DriftError."""
+    last = run.last_checkpoint()
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8")) if last else {}
+    best = state.get("best_model_checkpoint")
+    if best and Path(best) != last and Path(best).is_dir():
+        check(Path(best), "it is the best one so far: bring it back, or start anew with --overwrite")
+    if run.start.is_dir():
+        check(run.start, "bring it back, or start anew with --overwrite")
+
+
 def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
     """The keys at which two resolved recipes or plans differ."""
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
@@ -199,7 +225,7 @@ def make_run(run: RunDir, plan: Plan, recipe_text: bytes, start: Start) -> None:
         return
     if start.overwrite:
         run.set_aside()
-    elif run.is_run:
+    else:
         run.clear()
     run.begin(plan, recipe_text, start.lock)
 
@@ -305,7 +331,7 @@ class Trainer(SFTTrainer):
         check_finite(self.model, self.state.global_step)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         beside = contextlib.nullcontext(partial_of(folder))  # the first process makes it, for all
-        with staged(folder) if self.args.should_save else beside as partial:
+        with staged(folder, "checkpoint") if self.args.should_save else beside as partial:
             wait_for_everyone()
             self.store_flos()
             self.save_model(str(partial), _internal_call=True)
@@ -486,7 +512,7 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
 
         initialize_lora_eva_weights(model, trainer.get_train_dataloader(), show_progress_bar=False)
     elif start.startswith(("pissa", "olora")) and is_main_process() and not run.start.is_dir():
-        with staged(run.start) as folder:
+        with staged(run.start, "start") as folder:
             model.save_pretrained(folder)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
@@ -519,7 +545,8 @@ def save_result(
 ) -> None:
     """Write adapter/ (or model/), whole, with a manifest that knows its hashes; clear away what it replaces."""
     adapter = isinstance(trainer.model, PeftModel)
-    with staged(run.adapter if adapter else run.model) as folder:
+    name = "adapter" if adapter else "model"
+    with staged(run.path / name, name) as folder:
         if adapter:
             start = {"path_initial_model_for_weight_conversion": str(run.start)} if run.start.is_dir() else {}
             trainer.model.save_pretrained(str(folder), **start)
@@ -530,5 +557,5 @@ def save_result(
         tokenizer.save_pretrained(str(folder))
         write_card(folder / "README.md", plan, manifest)
         # A run with a result is finished, so the manifest is there before it.
-        run.write_manifest(manifest | {"files": hashes(run, folder, "adapter" if adapter else "model")})
-    discard(run.replaced)
+        run.write_manifest(manifest | {"files": hashes(run, folder, name)})
+    run.forget_replaced()

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import lorafit.cache
 import lorafit.data
-from lorafit.cache import cache_folder, code_version, held, prune
+from lorafit.cache import _shared_folder, cache_folder, code_version, in_use, prune
 from lorafit.cli import app
 from lorafit.data import Prepared, prepare
 from lorafit.data.mix import repeated, shared, split, weighted
@@ -35,9 +35,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of the test's own."""
     home = tmp_path / "cache home"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    cache_folder.cache_clear()
+    _shared_folder.cache_clear()
     yield home / "lorafit"
-    cache_folder.cache_clear()
+    _shared_folder.cache_clear()
     code_version.cache_clear()
 
 
@@ -455,7 +455,7 @@ def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Pat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for value in ("", "relative/folder"):  # the specification has relative paths ignored
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        cache_folder.cache_clear()
+        _shared_folder.cache_clear()
         assert cache_folder() == tmp_path / "home" / ".cache" / "lorafit"
 
 
@@ -470,7 +470,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, recipe: RecipeMaker, ro
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from lorafit.cache import *\n"
         "folder = cache_folder(); print(folder); assert folder is cache_folder()\n"
-        "with held(entry('rows', 'key')): entry('rows', 'key').mkdir()"
+        "with in_use(entry('rows', 'key')): entry('rows', 'key').mkdir()"
     )
     root = str(Path(lorafit.cache.__file__).parents[1])
     done = subprocess.run(
@@ -501,7 +501,7 @@ def test_the_least_recently_used_makes_way(cache: Path) -> None:
     assert entries(cache) == sorted([old, middle, new, other])
     prune(set(), 299)
     assert entries(cache) == sorted([middle, new, other])
-    with held(middle):  # which is a use
+    with in_use(middle):  # which is a use
         pass
     prune(set(), 150)
     assert entries(cache) == sorted([middle, other])

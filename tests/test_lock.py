@@ -17,7 +17,7 @@ from conftest import conversation, write_jsonl
 from typer.testing import CliRunner, Result
 
 from lorafit.cli import app
-from lorafit.rows import file_digest
+from lorafit.files import file_digest
 
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</{{ message.role }}>{% endfor %}"
 

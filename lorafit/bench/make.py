@@ -32,12 +32,12 @@ from lorafit.bench.show import as_markdown
 from lorafit.errors import UsageError
 from lorafit.evaluate.contenders import Contender, groups
 from lorafit.facts.folder import read_json
+from lorafit.files import write_text
 from lorafit.hardware import detect
 from lorafit.manifest import versions
 from lorafit.plan import Plan
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, open_run
-from lorafit.staging import write_text
 from lorafit.tokenizer import load_tokenizer
 
 VERSIONS = ("lorafit", "torch", "transformers", "peft", "bitsandbytes")

@@ -15,6 +15,7 @@ from lorafit.bench.measure import Runnable
 from lorafit.errors import ModelError, UsageError
 from lorafit.evaluate.contenders import Contender, base_of, merged_at, result_of
 from lorafit.facts.folder import read_json
+from lorafit.files import check
 from lorafit.hardware import available_memory
 from lorafit.model import base_source, load_adapter, load_base, on_cpu
 from lorafit.plan import Plan
@@ -52,6 +53,7 @@ def _quantized_at(folder: Path, run: RunDir, plan: Plan) -> Contender:
             f"{folder}: was not made of the model in {run.merged}; make it anew with "
             f"`lorafit merge {run.path} --quantize {folder.name.rpartition('-')[2]}`"
         )
+    check(folder, "make it anew")
     return dataclasses.replace(merged, path=str(folder))
 
 

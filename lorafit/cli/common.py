@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lorafit.hardware import Hardware
     from lorafit.plan import Plan
+    from lorafit.rundir import RunDir
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.", autocompletion=recipes)]
 RunPath = Annotated[
@@ -142,11 +143,16 @@ def hardware_for(gpu: str | None, here: bool = False) -> Hardware | None:
 def check_locked(path: Path) -> None:
     """Refuse drift from the lock that a run was trained with; a recipe's run is where it says. Raises DriftError."""
     from lorafit.lock import check_run
-    from lorafit.recipe import Recipe
-    from lorafit.rundir import RunDir
 
-    folder = Path(Recipe.load(path).output_dir or f"runs/{path.stem}") if path.is_file() else path
-    check_run(RunDir(folder))
+    check_run(run_of(path))
+
+
+def run_of(path: Path) -> RunDir:
+    """A run by its directory or its recipe. Raises RecipeError."""
+    from lorafit.recipe import Recipe
+    from lorafit.rundir import RunDir, located
+
+    return RunDir(located(Recipe.load(path).output_dir or f"runs/{path.stem}" if path.is_file() else path))
 
 
 def show(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Locked, RunPath, check_locked, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Locked, RunPath, check_locked, fail, reporting, run_of, show, talk
 from lorafit.cli.complete import runs
 from lorafit.errors import GateError, UsageError
 
@@ -80,6 +80,9 @@ def evaluate(
     options.check()
     if locked:
         check_locked(path)
+    from lorafit.files import refuse_busy
+
+    refuse_busy(options.destination(run_of(path)))
     from lorafit.quiet import hush
 
     hush()

@@ -81,6 +81,9 @@ def merge(
     check_vllm: Annotated[
         bool, typer.Option("--check-vllm", help="Only tell whether vLLM can serve the adapter unmerged, and how.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Make anew what is there already; it is kept until that is done.")
+    ] = False,
     locked: Locked = False,
     as_json: AsJson = False,
 ) -> None:
@@ -129,10 +132,14 @@ def merge(
         llama_cpp=llama_cpp,
         push_to_hub=push_to_hub,
         private=private,
+        overwrite=overwrite,
     )
     options.check()
     if locked:
         check_locked(run)
+    from lorafit.files import refuse_busy
+
+    refuse_busy(options.destination())
     from lorafit.quiet import hush
 
     hush()

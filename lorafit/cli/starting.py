@@ -127,8 +127,8 @@ def refuse_overwriting(file: Path, force: bool) -> None:
 
 def deliver(text: str, file: Path, to_stdout: bool, beside: dict[Path, str]) -> None:
     """Check the recipe, write or print it, and say how to go on. Raises RecipeError for what is no recipe."""
+    from lorafit.files import write_text
     from lorafit.init.write import recipe_of
-    from lorafit.staging import write_text
 
     recipe = recipe_of(text, file)
     console = talk()

@@ -46,6 +46,10 @@ def train(
         return
     if not written or config.read_bytes() != written:
         fail(f"{config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2)
+    from lorafit.rundir import RunDir, located
+
+    if os.environ.get("RANK", "0") == "0":
+        RunDir(located(plan.output_dir)).refuse_busy()
     from lorafit.quiet import hush
 
     hush()

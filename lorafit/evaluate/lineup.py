@@ -69,7 +69,7 @@ def _recipe_of(plan: Plan, run: RunDir, overrides: tuple[str, ...]) -> Recipe:
         "dataset": {"train": [{"path": plan.data.train[0].path}]},
         "eval": plan.eval,
     }
-    return Recipe.of(values, str(run.plan_file), overrides)
+    return Recipe.restored(values, str(run.plan_file), overrides)
 
 
 def _changed(recipe: Recipe, plan: Plan) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lorafit.evaluate.extras import (
     run_benchmarks,
 )
 from lorafit.evaluate.gates import Demand, judge, load_results, parse, regression_gates
+from lorafit.evaluate.judging import task_files
 from lorafit.evaluate.lineup import Lineup, line_up
 from lorafit.evaluate.measure import measure
 from lorafit.evaluate.options import Options
@@ -34,9 +36,9 @@ from lorafit.evaluate.results import Difference, Figure, Model, Results
 from lorafit.evaluate.scored import expected_figures, scored_rows
 from lorafit.evaluate.sets import EvalRows, OptionRow, option_rows, read_sets
 from lorafit.evaluate.write import write_reports
+from lorafit.files import claim, file_digest, writing
 from lorafit.manifest import versions
 from lorafit.quiet import hush_progress
-from lorafit.rows import file_digest
 from lorafit.rundir import located
 from lorafit.tokenizer import load_tokenizer
 
@@ -79,8 +81,8 @@ def evaluate(options: Options, console: Console) -> tuple[Results, Path]:
     """
     hush_progress()
     options.check()
-    with line_up(options) as lineup:
-        destination = _destination(options, lineup)
+    with line_up(options) as lineup, writing(destination := options.destination(lineup.run)):
+        claim(destination, "evaluation", "an evaluation", _needed(options, lineup))
         work = prepare(options, lineup, console)
         records = Records(destination.with_name(f".{destination.name}.work"), _key(work), options.resume)
         try:
@@ -94,6 +96,15 @@ def evaluate(options: Options, console: Console) -> tuple[Results, Path]:
         results = write_reports(destination, results, samples, lineup.run)
         records.discard()
     return results, destination
+
+
+def _needed(options: Options, lineup: Lineup) -> Iterator[Path]:
+    """What an evaluation reads, which its output must not replace."""
+    yield from (lineup.run.path, options.path)
+    yield from (located(contender.path) for contender in lineup.contenders)
+    data = lineup.plan.data
+    yield from (located(source.path) for source in (*data.train, *data.validation) if source.hub is None)
+    yield from filter(None, (options.data, *(one["path"] and Path(one["path"]) for one in lineup.section["sets"])))
 
 
 def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
@@ -221,27 +232,13 @@ def _key(work: Work) -> dict[str, Any]:
         ],
         "seed": section["seed"],
         "lm_eval": section["lm_eval"],
-        "tasks": _task_files(section["lm_eval"]),
+        "tasks": {str(file): file_digest(file) for file in _task_files(section["lm_eval"])},
         "judge": section["judge"],
         "device": plan.hardware.device,
         "versions": versions(),
     }
 
 
-def _task_files(section: dict[str, Any] | None) -> dict[str, str]:
-    """SHA-256 of the files of own benchmark tasks."""
-    if section is None:
-        return {}
-    files = [Path(task) for task in section["tasks"] if task.endswith((".yaml", ".yml"))]
-    if section["include_path"] is not None:
-        files += sorted(Path(section["include_path"]).rglob("*"))
-    return {str(file): file_digest(file) for file in files if file.is_file()}
-
-
-def _destination(options: Options, lineup: Lineup) -> Path:
-    destination = located(options.output) if options.output else lineup.run.eval
-    if destination.exists() and not destination.is_dir():
-        raise UsageError(f"{destination}: is a file; --output is a folder")
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / "results.json").is_file():
-        raise UsageError(f"{destination}: exists and is not an evaluation; choose another --output")
-    return destination
+def _task_files(section: dict[str, Any] | None) -> Iterator[Path]:
+    files = task_files(section["tasks"], section["include_path"]) if section else iter(())
+    return (file for file in files if file.is_file())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.errors import UsageError
+from lorafit.rundir import RunDir, located
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 RESERVED = ("base", "adapter", "trained", "merged", "baseline")
@@ -64,6 +65,10 @@ class Options:
         for path, option in ((self.data, "--data"), (self.baseline, "--baseline")):
             if path is not None and not path.exists():
                 raise UsageError(f"{option} {path}: no such file")
+
+    def destination(self, run: RunDir) -> Path:
+        """The folder that is written: what --output says, or eval/ in the run."""
+        return located(self.output) if self.output else run.eval
 
 
 def parse_adapter(text: str) -> Named:

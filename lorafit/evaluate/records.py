@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.staging import discard, write_text
+from lorafit.files import Seal, claim, discard, write_text
 
 _KEY = "key.json"
 _TIMES = "times.jsonl"
@@ -29,8 +29,10 @@ class Records:
         if resume:
             _check(folder, key)
         else:
+            claim(folder, "records", "the records of an evaluation")
             discard(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        Seal("records", None).write(folder)
         write_text(folder / _KEY, json.dumps(key, indent=2) + "\n")
 
     def done(self, *names: str) -> frozenset[int]:

@@ -12,8 +12,8 @@ from lorafit.evaluate.report.junit import as_junit
 from lorafit.evaluate.report.markdown import as_markdown
 from lorafit.evaluate.results import Results, Sample
 from lorafit.facts.folder import read_json
+from lorafit.files import staged
 from lorafit.rundir import RunDir
-from lorafit.staging import staged
 
 FILES = {"samples": "samples.jsonl", "markdown": "report.md", "html": "report.html", "junit": "junit.xml"}
 
@@ -24,7 +24,7 @@ def write_reports(destination: Path, results: Results, samples: Iterable[Sample]
     Raises DoesNotFitError.
     """
     results = results.model_copy(update={"files": FILES})
-    with staged(destination) as folder:
+    with staged(destination, "evaluation") as folder:
         with (folder / FILES["samples"]).open("w", encoding="utf-8") as stream:
             for sample in samples:
                 stream.write(sample.model_dump_json() + "\n")

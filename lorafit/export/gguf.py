@@ -7,22 +7,18 @@ tokenizers. Everything else is refused with a ModelError that names it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafit.errors import DoesNotFitError, ModelError
+from lorafit.errors import ModelError
 from lorafit.export import KINDS
 from lorafit.export.families import Layout, Placed, make_layout
 from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary
 from lorafit.export.weights import Rows, read_tensors
-from lorafit.staging import FULL_BELOW
+from lorafit.files import beside
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -62,6 +58,7 @@ def write_gguf(folder: Path, destination: Path, kind: str) -> None:
         raise ModelError(f"{folder}: there is no config.json, so this is not a model folder; run lorafit merge first")
     layout = make_layout(folder, config, read_tensors(folder))
     vocabulary = read_vocabulary(folder, layout.vocabulary)
+    destination.parent.mkdir(parents=True, exist_ok=True)
     with beside(destination) as partial:
         writer = gguf.GGUFWriter(partial, layout.architecture)
         try:
@@ -69,27 +66,6 @@ def write_gguf(folder: Path, destination: Path, kind: str) -> None:
             _write_tensors(writer, layout, kind)
         finally:
             writer.close()
-
-
-@contextlib.contextmanager
-def beside(destination: Path) -> Iterator[Path]:
-    """A file beside `destination` that becomes it when the block ends well, else is removed."""
-    partial = destination.with_name(f".{destination.name}.partial")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(destination)
-    except BaseException as error:
-        full = isinstance(error, OSError) and (
-            error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            or shutil.disk_usage(partial.parent).free < FULL_BELOW
-        )
-        partial.unlink(missing_ok=True)
-        if full:
-            raise DoesNotFitError(f"{destination}: the disk is full; nothing was left half written") from error
-        raise
 
 
 def _add_metadata(writer: GGUFWriter, layout: Layout, vocabulary: Vocabulary, name: str, kind: str) -> None:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from lorafit.errors import ModelError, printable
-from lorafit.export.gguf import beside
 from lorafit.export.vocabulary import read_json
+from lorafit.files import beside
 
 _CONVERTED = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
 """What convert_hf_to_gguf.py writes by itself (--outtype)."""
@@ -29,11 +29,12 @@ def convert(folder: Path, destination: Path, kind: str, llama_cpp: Path) -> None
         )
     direct = kind in _CONVERTED
     quantize = None if direct else _find_quantize(llama_cpp)
+    destination.parent.mkdir(parents=True, exist_ok=True)
     with beside(destination) as partial:
         if quantize is None:
             _convert(script, folder, partial, kind)
             return
-        between = destination.with_name(f".{destination.name}.16bit")
+        between = partial.with_suffix(".16bit")
         config = read_json(folder / "config.json")
         half = "bf16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "f16"
         try:

@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from lorafit.facts import TOKENIZER_FILES
-from lorafit.fingerprint import differences
 from lorafit.lock.file import Lock
 from lorafit.recipe.source import shorten
 
@@ -21,6 +19,7 @@ def drift(locked: Lock, now: Lock) -> list[str]:
         *_files("tokenizer ", one["tokenizer"], two["tokenizer"]),
         *_template(one["chat_template"], two["chat_template"]),
         *_data(one["data"], two["data"]),
+        *_files("eval: ", one["judging"], two["judging"]),
         *(f"{name}: locked {before}, now {after}" for name, before, after in _pairs(one["versions"], two["versions"])),
     ]
 
@@ -53,10 +52,7 @@ def _model(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
         return  # the recipe's values say so
     if one.get("commit") != two.get("commit"):
         yield f"model: locked commit {one.get('commit')}, now {two.get('commit')}"
-    before, after = one.get("fingerprint"), two.get("fingerprint")
-    if before and after:
-        changed = (name for name in differences(before, after) if name not in TOKENIZER_FILES)  # listed by themselves
-        yield from (f"model: {name} changed" for name in changed)
+    yield from _files("model: ", one.get("files") or {}, two.get("files") or {})
 
 
 def _files(what: str, one: dict[str, str], two: dict[str, str]) -> Iterator[str]:

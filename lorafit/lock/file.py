@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError, first_line
-from lorafit.staging import write_text
+from lorafit.files import own_digest, write_text
 
-VERSION = 1
+VERSION = 2
 _PARTS: dict[str, type | tuple[type, ...]] = {
     "recipe": dict,
     "model": dict,
+    "judging": dict,
     "tokenizer": dict,
     "chat_template": (str, type(None)),
     "date": (str, type(None)),
@@ -31,9 +32,8 @@ class Lock:
 
     @property
     def text(self) -> str:
-        return (
-            json.dumps({"lock_version": VERSION, **self.content}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        )
+        whole = {"lock_version": VERSION, **self.content}
+        return json.dumps(whole | {"sha256": own_digest(whole)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @property
     def sha256(self) -> str:
@@ -60,15 +60,9 @@ class Lock:
         wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name, ...), kind)]
         if wrong or not _is_whole(content):
             raise UsageError(f"{path}: is no lock: {', '.join(wrong) or 'a part'} can't be read; write it anew")
-        recipe = content["recipe"]
-        if recipe.get("digest") != digest_of(recipe.get("values")):
-            raise UsageError(f"{path}: was edited: the recipe's values are not those of its digest; write it anew")
+        if content.get("sha256") != own_digest(content):
+            raise UsageError(f"{path}: was edited: its sha256 is not that of its content; write it anew")
         return Lock({name: content[name] for name in _PARTS})
-
-
-def digest_of(values: Any) -> str:
-    """SHA-256 of a recipe's values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _is_whole(content: dict[str, Any]) -> bool:
@@ -77,9 +71,11 @@ def _is_whole(content: dict[str, Any]) -> bool:
     files = [entry.get("files") for entry in data.values() if isinstance(entry, dict)]
     return (
         len(files) == len(data)
-        and all(isinstance(part, dict | None) for part in (*files, model.get("fingerprint")))
+        and all(isinstance(part, dict | None) for part in (*files, model.get("files")))
         and all(isinstance(entry.get("commit"), str | None) for entry in (model, *data.values()))
-        and all(isinstance(text, str) for text in (*content["versions"].values(), *content["tokenizer"].values()))
+        and all(
+            isinstance(text, str) for part in ("versions", "tokenizer", "judging") for text in content[part].values()
+        )
     )
 
 

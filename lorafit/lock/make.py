@@ -52,7 +52,7 @@ def check_run(run: RunDir) -> None:
     if not run.lock_file.is_file():
         raise UsageError(f"{run.path}: was not trained with --locked, so there is no lock to hold to")
     lock = Lock.read(run.lock_file)
-    recipe = Recipe.of(lock.content["recipe"]["values"], str(run.lock_file))
+    recipe = Recipe.restored(lock.content["recipe"]["values"], str(run.lock_file))
     _refuse_drift(run.lock_file, lock, state_of(recipe, lock))
 
 

@@ -7,21 +7,27 @@ import datetime
 import hashlib
 import platform
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import DataError
-from lorafit.facts import TOKENIZER_FILES, ModelFacts, UnreachableError, read_facts
-from lorafit.fingerprint import base_fingerprint
+from lorafit.errors import DataError, DriftError
+from lorafit.evaluate.judging import judging_files
+from lorafit.facts import TOKENIZER_FILES, ModelFacts, UnreachableError, read_facts, weight_files
+from lorafit.files import file_digest
+from lorafit.fingerprint import damaged_in_cache, whole_digest
 from lorafit.hardware import detect_cpu
 from lorafit.lock.commits import Kind, commit_of
-from lorafit.lock.file import Lock, digest_of
+from lorafit.lock.file import Lock
 from lorafit.manifest import versions
 from lorafit.plan.context import Context
 from lorafit.plan.data import read_chat_template
 from lorafit.recipe import Recipe, RecipeError, Source
-from lorafit.rows import data_files, file_digest, is_local
+from lorafit.rows import data_files, is_local
 from lorafit.template import uses_date
+
+CONFIGURATION = ("config.json", "generation_config.json", "model.safetensors.index.json")
+"""What a model folder has beside its weights and its tokenizer."""
 
 
 def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
@@ -35,12 +41,13 @@ def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
     template = _chat_template(recipe, known)
     return Lock(
         {
-            "recipe": {"digest": digest_of(values), "values": values},
+            "recipe": {"values": values},
             "model": model,
             "tokenizer": _tokenizer(recipe),
             "chat_template": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
             "date": _date(template, known),
             "data": dict(_data(recipe, known)),
+            "judging": dict(_judging(recipe)),
             "versions": versions() | {"python": ".".join(platform.python_version_tuple()[:2])},
         }
     )
@@ -71,13 +78,28 @@ def _model(recipe: Recipe, known: Lock | None) -> dict[str, Any]:
     name, revision = recipe.model.name_or_path, recipe.model.revision
     if not _is_hub(name):
         read_facts(name, revision)  # a model that isn't there is told as everywhere
-        return {"name": name, "fingerprint": base_fingerprint(name, revision)}
+        return {"name": name, "files": _model_files(Path(name).expanduser())}
+    if damaged := damaged_in_cache(name, revision):
+        raise DriftError(
+            f"{name}: {', '.join(damaged)} in the hub's cache is damaged; remove it, and download it again"
+        )
     before = known.content["model"] if known else {}
     if known is not None and _asked_for(known) == (name, revision) and before.get("commit"):
         return {"name": name, "commit": before["commit"]}
     with contextlib.suppress(UnreachableError):  # what can't be a hub id is told as everywhere
         read_facts(name, revision)
     return {"name": name, "commit": commit_of(name, revision, "model")}
+
+
+def _model_files(path: Path) -> dict[str, str]:
+    """SHA-256 of a local base's weights and configuration, each read whole; its tokenizer is listed by itself."""
+    small = [path / name for name in (*CONFIGURATION, *sorted(file.name for file in path.glob("*.py")))]
+    weights = [path] if path.is_file() else weight_files(path) or sorted(path.glob("pytorch_model*.bin"))
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(whole_digest, weights)
+        return {file.name: digest for file, digest in zip(weights, digests, strict=True)} | {
+            file.name: file_digest(file) for file in small if file.is_file()
+        }
 
 
 def _asked_for(lock: Lock) -> tuple[Any, Any]:
@@ -128,6 +150,12 @@ def _data(recipe: Recipe, known: Lock | None) -> Iterator[tuple[str, dict[str, A
     for one in recipe.eval.sets:
         if one.path is not None and is_local(one.path):
             yield one.path, {"files": _files(one.path)}
+
+
+def _judging(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """SHA-256 of each file that decides what an evaluation finds: schemas, own metrics and own benchmark tasks."""
+    for name, file in judging_files(recipe.eval).items():
+        yield name, file_digest(file) if file.is_file() else "missing"
 
 
 def _data_key(path: str, revision: str | None) -> str:

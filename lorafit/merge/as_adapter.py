@@ -12,13 +12,13 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lorafit.errors import GateError, UsageError
+from lorafit.files import staged
 from lorafit.manifest import versions
 from lorafit.merge.edits import LayerEdit
 from lorafit.merge.folder import copy_tokenizer, write_json
 from lorafit.merge.skeleton import attach, empty_model
 from lorafit.merge.stream import combined_delta
 from lorafit.merge.work import Work
-from lorafit.staging import staged
 
 EXACT_BELOW = 1024
 """Smaller side up to which the decomposition is exact; above, it is randomized (torch.svd_lowrank), with power
@@ -73,7 +73,7 @@ def make_adapter(work: Work, destination: Path) -> Path:
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    with staged(destination) as folder:
+    with staged(destination, "merge") as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         if work.tokenizer is not None:

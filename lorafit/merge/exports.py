@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,17 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from lorafit.errors import GateError, ModelError, UsageError
+from lorafit.errors import GateError, ModelError
 from lorafit.export import export_gguf, parse_export
 from lorafit.export.check import compare_gguf
 from lorafit.export.hub import push
 from lorafit.export.ollama import modelfile
 from lorafit.export.vocabulary import read_vocabulary, stop_ids
+from lorafit.files import claim, discard, finish, staged
 from lorafit.merge.folder import copy_tokenizer
 from lorafit.merge.options import Options
-from lorafit.merge.report import as_markdown
-from lorafit.merge.source import is_merged
+from lorafit.merge.report import write_report
 from lorafit.merge.verify import PROBES, Reference, breaches, compare_folder
-from lorafit.staging import discard, staged, write_text
 from lorafit.tokenizer import cannot_load, tokenizer_of
 
 COMPARED_ROWS = 8
@@ -32,17 +30,13 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 """What chat templates know by name."""
 
 
-def places(options: Options, merged: Path) -> list[Path]:
-    """The folders that exports make beside the merged one. Raises UsageError if one holds what no export wrote."""
-    found = []
+def places(options: Options, merged: Path) -> dict[Path, str]:
+    """The folders that exports make beside the merged one, and their kinds."""
+    found = {}
     if options.quantize:
-        found.append(_copy_of(merged, options.quantize))
-        if found[-1].exists() and not is_merged(found[-1]):
-            raise UsageError(f"{found[-1]}: exists and is no copy of a merged model; choose another --output")
+        found[_copy_of(merged, options.quantize)] = "merge"
     if options.exports:
-        found.append(_gguf_of(merged))
-        if found[-1].exists() and not (found[-1].is_dir() and all(_ours(file) for file in found[-1].iterdir())):
-            raise UsageError(f"{found[-1]}: holds other files than GGUF exports; choose another --output")
+        found[_gguf_of(merged)] = "gguf"
     return found
 
 
@@ -69,8 +63,8 @@ def make_exports(
         made.append(gguf_files(options, merged, report, reference, console))
     if made:
         report["exported"] = [str(folder) for folder in made]
-        write_text(merged / "merge_report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        write_text(merged / "merge_report.md", as_markdown(report))
+        write_report(merged, report)
+        finish(merged)
         console.print(f"exported: {', '.join(report['exported'])}", highlight=False, soft_wrap=True)
     if options.push_to_hub is not None:
         console.print(push(merged, options.push_to_hub, options.private), highlight=False, soft_wrap=True)
@@ -81,6 +75,7 @@ def _gate(made: Path, found: list[str], base_weights: str) -> None:
     if not found:
         return
     unverified = made.with_name(f"{made.name}.unverified")
+    claim(unverified, "merge", "a merge")
     discard(unverified)
     made.rename(unverified)
     why = ""
@@ -104,7 +99,7 @@ def gguf_files(
     rows = [row.ids for row in reference.rows] if reference else [tokenizer(text)["input_ids"] for text in PROBES]
     rows = rows[:: max(len(rows) // COMPARED_ROWS, 1)][:COMPARED_ROWS]
     name = Path(report["adapter"]).name
-    with staged(destination) as folder:
+    with staged(destination, "gguf") as folder:
         for text in options.exports:
             kind = parse_export(text, options.llama_cpp)
             file = folder / f"{name}-{kind}.gguf"
@@ -154,10 +149,6 @@ def _write_modelfile(
         console.print(made.remark, style="yellow", highlight=False, soft_wrap=True)
 
 
-def _ours(file: Path) -> bool:
-    return file.suffix == ".gguf" or file.name.startswith("Modelfile")
-
-
 def quantized_copy(merged: Path, kind: str) -> Path:
     """The merged model in 4 bits, as bitsandbytes stores it, in a folder beside: `merged-nf4`. Raises ModelError."""
     destination = _copy_of(merged, kind)
@@ -167,7 +158,7 @@ def quantized_copy(merged: Path, kind: str) -> Path:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    with staged(destination) as folder:
+    with staged(destination, "merge") as folder:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 str(merged), dtype="auto", quantization_config=config, device_map={"": "cpu"}

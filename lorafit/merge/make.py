@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +12,14 @@ from rich.console import Console
 
 from lorafit.card import write_merged_card
 from lorafit.errors import DoesNotFitError, GateError, UsageError
+from lorafit.files import claim, discard, partial_of, settle, staged, writing
 from lorafit.merge.exports import make_exports, places
 from lorafit.merge.options import Options
-from lorafit.merge.report import write_report
-from lorafit.merge.source import Source, find_base, is_merged, open_source, same_base
+from lorafit.merge.report import FILES, write_report
+from lorafit.merge.source import Source, find_base, open_source, same_base
 from lorafit.merge.work import Work
 from lorafit.quiet import hush_progress
 from lorafit.rundir import located
-from lorafit.staging import discard, partial_of, staged
 
 SLACK = 64 << 20
 """Bytes of disk beside the weights: tokenizer, reports, and what file systems need."""
@@ -44,17 +42,30 @@ def merge(options: Options, console: Console) -> Path:
         others = [stack.enter_context(open_source(addition.path)) for addition in options.additions]
         for other in others:
             same_base(source, other)
-        return _merge(options, source, others, console)
+        destination = stack.enter_context(_destination(options))
+        return _merge(options, source, others, destination, console)
 
 
-def _merge(options: Options, source: Source, others: list[Source], console: Console) -> Path:
-    destination = _destination(options, source)
-    replaced = [destination, _unverified(destination), *places(options, destination)]
+@contextlib.contextmanager
+def _destination(options: Options) -> Iterator[Path]:
+    """The folder to write, held until the block ends. Raises UsageError."""
+    with writing(destination := options.destination()):
+        yield destination
+
+
+def _claim(options: Options, destination: Path, needed: list[Path]) -> None:
+    """See that what is written can be: the merged folder, one that fails, and exports. Raises UsageError."""
+    for place, kind in {destination: "merge", **places(options, destination)}.items():
+        for path in (place, unverified(place)):
+            claim(path, kind, "a merge" if kind == "merge" else "an export", needed)
+        if place.is_dir() and any(place.iterdir()) and not options.overwrite:
+            raise UsageError(f"{place}: is there already; use --overwrite to make it anew, or choose another --output")
+
+
+def _merge(options: Options, source: Source, others: list[Source], destination: Path, console: Console) -> Path:
     base = find_base(source, options.base, options.allow_other_base)
-    for needed in (base.folder, *(each.adapter for each in (source, *others))):
-        inside = next((place for place in replaced if needed.resolve().is_relative_to(place.resolve())), None)
-        if inside is not None:
-            raise UsageError(f"{inside}: would be replaced, and the merge needs {needed}; choose another --output")
+    held = [each.run.path if each.run else each.adapter for each in (source, *others)]
+    _claim(options, destination, [base.folder, *held, *(each.adapter for each in (source, *others))])
     work = Work(options, source, others, base, console)
     if base.remark:
         work.say(base.remark)
@@ -65,11 +76,9 @@ def _merge(options: Options, source: Source, others: list[Source], console: Cons
     work.prepare()
     proof = work.choose_proof()
     kinds, reason = work.base_kinds(proof)
-    if partial_of(destination).is_dir():
-        with _held(partial_of(destination), destination):
-            discard(partial_of(destination))  # of a merge that was killed: its space is needed
+    discard(partial_of(destination))  # of a merge that was killed: its space is needed
     _check_disk(destination, work.bytes * len(kinds) + SLACK)
-    with staged(destination) as folder, _held(folder, destination):
+    with staged(destination, "merge", FILES if places(options, destination) else ()) as folder:  # exports are added
         if proof.level == "logits":
             proof.reference = work.measure()
         made = {kind: work.write(kind, folder / kind if len(kinds) > 1 else folder) for kind in kinds}
@@ -88,50 +97,18 @@ def _merge(options: Options, source: Source, others: list[Source], console: Cons
     return destination
 
 
-@contextlib.contextmanager
-def _held(folder: Path, destination: Path) -> Iterator[None]:
-    """Hold a folder that is written, so that no other process takes it for what a killed merge left.
-
-    Else the files of two merges into one destination would be mixed. Raises UsageError if another one has it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # file systems that can't lock folders
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{destination}: another merge into it is at work") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _set_aside(folder: Path, destination: Path, breaches: list[str], kind: str, source: Source) -> NoReturn:
     """Leave what was written under a name that nobody deploys. Raises GateError."""
-    unverified = _unverified(destination)
-    discard(unverified)
-    folder.rename(unverified)
+    settle(folder, unverified(destination), "merge")
     hint = (
         "; --base-weights dequantized is what it was trained on" if kind == "original" and source.quantization else ""
     )
-    raise GateError(f"{unverified}: not verified: {'; '.join(breaches)}{hint}")
+    raise GateError(f"{unverified(destination)}: not verified: {'; '.join(breaches)}{hint}")
 
 
-def _unverified(destination: Path) -> Path:
+def unverified(destination: Path) -> Path:
+    """Where what failed its proof is left."""
     return destination.with_name(f"{destination.name}.unverified")
-
-
-def _destination(options: Options, source: Source) -> Path:
-    name = "merged-adapter" if options.as_adapter else "merged"
-    if options.output is not None:
-        destination = located(options.output)
-    elif source.run is not None:
-        destination = source.run.path / name
-    else:
-        raise UsageError(f"{source.adapter}: is not a run, so say with --output where the result goes")
-    if destination.exists() and not is_merged(destination):
-        raise UsageError(f"{destination}: exists and is not a merged model; choose another --output")
-    return destination
 
 
 def _check_disk(destination: Path, needed: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorafit.errors import UsageError
+from lorafit.rundir import RunDir, located
 
 Method = Literal["auto", "stream", "full"]
 BaseWeights = Literal["auto", "original", "dequantized"]
@@ -50,6 +51,18 @@ class Options:
     llama_cpp: Path | None = None
     push_to_hub: str | None = None
     private: bool = False
+    overwrite: bool = False
+
+    def destination(self) -> Path:
+        """The folder to write: what --output says, or merged/ (merged-adapter/) in the run. Raises UsageError."""
+        if self.output is not None:
+            return located(self.output)
+        run = RunDir(located(self.path))
+        if run.path.name == "adapter" and RunDir(run.path.parent).is_run:
+            run = RunDir(run.path.parent)
+        if not run.is_run and (run.path / "adapter_config.json").is_file():
+            raise UsageError(f"{run.path}: is not a run, so say with --output where the result goes")
+        return run.path / "merged-adapter" if self.as_adapter else run.merged
 
     def check(self) -> None:
         """Raises UsageError for what doesn't go together."""

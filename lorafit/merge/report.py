@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from lorafit.merge.folder import write_json
+from lorafit.files import write_text
+
+FILES = ("merge_report.json", "merge_report.md")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    write_json(folder / "merge_report.json", report)
-    (folder / "merge_report.md").write_text(as_markdown(report), encoding="utf-8")
+    write_text(folder / FILES[0], json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / FILES[1], as_markdown(report))
 
 
 def as_markdown(report: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts.folder import read_json
+from lorafit.files import check
 from lorafit.fingerprint import comparable, differences, fingerprint_of, listed
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir, located, open_run
@@ -54,10 +55,11 @@ class Source:
 def open_source(path: Path) -> Iterator[Source]:
     """A run, or a folder with an adapter. Raises UsageError, ModelError."""
     folder = located(path)
-    if folder.name == "adapter" and (folder.parent / "plan.json").is_file():
+    if folder.name == "adapter" and RunDir(folder.parent).is_run:
         folder = folder.parent
-    if (folder / "adapter_config.json").is_file() and not (folder / "plan.json").is_file():
+    if (folder / "adapter_config.json").is_file() and not RunDir(folder).is_run:
         _check_weights(folder)
+        check(folder, "bring it back")
         config = read_json(folder / "adapter_config.json")
         name = config.get("base_model_name_or_path") or ""
         yield Source(folder, None, None, config, str(name), config.get("revision"))
@@ -101,6 +103,7 @@ def find_base(source: Source, asked: str | None, allow_other: bool) -> Base:
         if not name:
             raise UsageError(f"{source.adapter}: does not name its base model; name it with --base")
         folder = local_folder(name, source.revision if asked is None else None)
+    check(folder, "make it anew")
     if run is None or plan is None:
         return Base(folder, name, "known by name and shapes only", _stranger(source, name, asked))
     recorded, now = run.base_files() or {}, fingerprint_of(folder)
@@ -159,8 +162,3 @@ def same_base(first: Source, other: Source) -> None:
             f"{other.shown}: was trained on another base than {first.shown} ({other.base_name} and {first.base_name}"
             + (f"; differs in {changed[0]})" if changed else ")")
         )
-
-
-def is_merged(folder: Path) -> bool:
-    """Whether a folder is what a merge wrote."""
-    return (folder / "merge_report.json").is_file()

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.facts import weight_files
 from lorafit.facts.folder import read_json
+from lorafit.files import file_digest
 from lorafit.hardware import available_memory
 from lorafit.manifest import versions
 from lorafit.merge.combine import Combination
@@ -32,7 +33,6 @@ from lorafit.merge.stream import Merged, stream
 from lorafit.merge.task import Task
 from lorafit.merge.tensors import FLOATS, Store, write_index
 from lorafit.merge.verify import Proof, Reference, measure, rows_to_compare
-from lorafit.rows import file_digest
 from lorafit.tokenizer import load_tokenizer, tokenizer_of
 
 DEFAULTS: dict[str, Any] = {

@@ -6,11 +6,12 @@ Validators check; nothing here rewrites a value. `auto` is resolved later, in `l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lorafit.recipe.source import Located, Mistake, Position, dotted
 
@@ -501,6 +502,13 @@ class Recipe(Section):
         from lorafit.recipe.source import draft_of
 
         return validate(draft_of(values, written, overrides))
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any], written: str, overrides: Iterable[str] = ()) -> Recipe:
+        """A recipe of what `resolved` gave, of which nobody wrote the defaults. Raises RecipeError as `of`."""
+        with contextlib.suppress(ValidationError):  # `of` says what is wrong
+            values = cls.model_validate(values).model_dump(mode="json", exclude_defaults=True)
+        return cls.of(values, written, overrides)
 
     def remember_source(self, root: Located) -> None:
         """Keep where each value was written, for mistakes that only the plan can see."""

@@ -4,7 +4,7 @@ files (lines, lists, tables) -> cells (columns, paths, templates) -> formats (an
 """
 
 from lorafit.rows.cells import Format, Shape, check_template
-from lorafit.rows.files import data_files, digest, file_digest, is_local, read_rows, size_digest
+from lorafit.rows.files import data_files, digest, is_local, read_rows, size_digest
 from lorafit.rows.formats import COLUMNS, OPTIONAL, Example, detect_format, to_example
 from lorafit.rows.row import Fault, Row, place_of
 from lorafit.rows.turns import Message
@@ -22,7 +22,6 @@ __all__ = [
     "data_files",
     "detect_format",
     "digest",
-    "file_digest",
     "is_local",
     "place_of",
     "read_rows",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorafit.errors import DataError, first_line
+from lorafit.files import file_digest
 from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, kind_of
 
 _EXPECTED = f"{', '.join(KINDS)} file (text also as .gz or .zst)"
@@ -78,12 +79,6 @@ def size_digest(path: str) -> str:
     """What a local source can be told by without reading it: a hash of its files' names, sizes and times."""
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in data_files(path)]
     return f"unread:{hashlib.sha256(repr(facts).encode()).hexdigest()}"
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file, as it is on the disk."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_rows(path: str) -> Iterator[Row]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import GateError, UsageError, first_line
+from lorafit.files import write_text
 from lorafit.smoke import Report, Step
-from lorafit.staging import write_text
 
 FORMAT = 1
 EXACT = 1e-9

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.errors import LorafitError, UsageError, first_line
-from lorafit.fingerprint import changed_source, comparable, model_fingerprint, summary
+from lorafit.files import damage, file_digest, foreign, read_seal
+from lorafit.fingerprint import changed_source, comparable, damaged_in_cache, model_fingerprint, summary
 from lorafit.plan import Plan
-from lorafit.rows import data_files, file_digest
+from lorafit.rows import data_files
 from lorafit.rundir import RunDir
 
 Status = Literal["ok", "changed", "missing", "not recorded", "not here"]
-FAILED: tuple[Status, ...] = ("changed", "missing")
+FAILED: tuple[Status, ...] = ("changed", "missing", "not recorded")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Check:
     """One thing that a manifest has a hash of.
 
     Attributes:
-        status: `not recorded` by the version that trained the run; `not here`: can't be told on this machine.
+        status: `not recorded`: there is nothing to compare with; `not here`: can't be told on this machine.
     """
 
     what: str
@@ -39,14 +40,13 @@ def verify(run: RunDir) -> list[Check]:
     """Every hash of a finished run's manifest. Raises UsageError for what is no finished run."""
     if not run.path.is_dir():
         raise UsageError(f"{run.path}: no such run directory")
-    plan, manifest = run.load_plan(), run.load_manifest()
+    plan = run.load_plan()
     if run.result is None:
         raise UsageError(f"{run.path}: the run is not finished; go on with `lorafit train … --resume`")
-    if not manifest:
-        raise UsageError(f"{run.manifest}: is missing or can't be read, so there is nothing to verify by")
+    manifest = run.load_manifest()
     try:
         own = [*_own_files(run, manifest), *_template(run, manifest)]
-        return [*own, *_data(plan, manifest), *_base(run, plan, manifest)]
+        return [*own, *_made(run), *_data(plan, manifest), *_base(run, plan, manifest)]
     except (AttributeError, TypeError) as error:
         raise UsageError(f"{run.manifest}: can't be read as a manifest of this version: {first_line(error)}") from None
 
@@ -56,20 +56,29 @@ def _own_files(run: RunDir, manifest: dict[str, Any]) -> Iterator[Check]:
     if not isinstance(recorded, dict):
         yield Check("the run's own files", "not recorded")
         return
+    yield Check("manifest.json", "ok")
     for name, digest in recorded.items():
         yield _file(name, run.path / name, digest)
-    result = run.result
-    assert result is not None
-    for file in sorted(result.rglob("*")):
-        name = f"{result.name}/{file.relative_to(result).as_posix()}"
-        if file.is_file() and name not in recorded:
-            yield Check(name, "changed", "was added after the training")
+    yield from (Check(name, "changed", "was added after the training") for name in run.added(recorded))
 
 
 def _file(name: str, file: Path, digest: str) -> Check:
     if not file.is_file():
         return Check(name, "missing")
     return Check(name, "ok" if file_digest(file) == digest else "changed")
+
+
+def _made(run: RunDir) -> Iterator[Check]:
+    """What was made of the run: evaluations, merged models and exports, by their seals."""
+    for folder in (run.eval, *sorted(run.path.glob("merged*"))):
+        if not folder.is_dir():
+            continue
+        name, known = f"{folder.name}/", read_seal(folder)
+        if known is None or known.files is None:
+            yield Check(name, "not recorded", "it has no seal of lorafit's")
+            continue
+        wrong = [*damage(folder), *(f"{other} was added" for other in foreign(folder))]
+        yield Check(name, "changed" if wrong else "ok", ", ".join(wrong[:5]))
 
 
 def _template(run: RunDir, manifest: dict[str, Any]) -> Iterator[Check]:
@@ -90,7 +99,7 @@ def _data(plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
         yield _file(name, Path(name).expanduser(), digest)
     for source in (*plan.data.train, *plan.data.validation):
         if source.hub is not None:
-            yield Check(source.path, "not recorded", "a hub data set; `lorafit lock` pins its commit")
+            yield Check(source.path, "not here", "a hub data set; `lorafit lock` pins its commit")
             continue
         try:
             files = data_files(source.path)
@@ -116,6 +125,7 @@ def _base(run: RunDir, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
     except LorafitError as error:
         yield Check(what, "missing", str(error))
         return
+    changed += damaged_in_cache(plan.model["name_or_path"], plan.model_kwargs["revision"])
     if changed:
         yield Check(what, "changed", ", ".join(changed[:5]))
     else:

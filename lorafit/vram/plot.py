@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import UsageError, printable
+from lorafit.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -232,16 +232,9 @@ def _clip(text: str, width: int) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        write_bytes(path, data)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(f"{path}: {error.strerror}") from None
         raise

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from lorafit.evaluate.report.page import charts, content, words
 from lorafit.evaluate.results import Answer, Results, Sample
-from lorafit.staging import write_text
+from lorafit.files import write_text
 
 MOST_CHARACTERS = 20_000
 """Of one text; the rest of it is in samples.jsonl."""

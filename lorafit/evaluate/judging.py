@@ -1,0 +1,88 @@
+"""The files that decide what an evaluation finds: schemas, metrics of one's own and benchmark tasks. Nothing is run."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from lorafit.recipe.schema import EvalSection, MetricSpec
+
+
+def judging_files(section: EvalSection) -> dict[str, Path]:
+    """Every such file that the section names, by its path; of an installed module by the module's name."""
+    found: dict[str, Path] = {}
+    for specs in (section.metrics, *(one.metrics for one in section.sets)):
+        for spec in specs or ():
+            found |= _of_metric(spec)
+    if section.lm_eval is not None:
+        found |= {str(file): file for file in task_files(section.lm_eval.tasks, section.lm_eval.include_path)}
+    return found
+
+
+def task_files(tasks: Iterable[str], include_path: str | None) -> Iterator[Path]:
+    """The files of own benchmark tasks: those that are named, and all in the folders of them."""
+    for place in (*tasks, *filter(None, [include_path])):
+        if place.endswith((".yaml", ".yml")):
+            yield Path(place)
+        elif Path(place).is_dir():
+            yield from sorted(file for file in Path(place).rglob("*") if file.is_file())
+
+
+def _of_metric(spec: MetricSpec) -> dict[str, Path]:
+    if isinstance(spec, dict):
+        return {path: Path(path) for name, path in spec.items() if name == "json_schema"}
+    module, colon, _ = spec.partition(":")
+    return dict(_of_module(module, set())) if colon and module.isidentifier() | ("." in module) else {}
+
+
+def _of_module(name: str, seen: set[str]) -> Iterator[tuple[str, Path]]:
+    """A module's file, those of the packages around it, and of what it imports beside it in the working directory.
+
+    An installed one is listed by its name, and its imports are left to the versions of packages.
+    """
+    if name in seen:
+        return
+    seen.add(name)
+    for spec in _specs(name):
+        file = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+        if file is None or not file.is_file():
+            continue
+        if not file.is_relative_to(Path.cwd()) or "site-packages" in file.parts:
+            yield f"module {spec.name}", file
+            continue
+        yield file.relative_to(Path.cwd()).as_posix(), file
+        for other in _imported(file, spec):
+            yield from _of_module(other, seen)
+
+
+def _specs(name: str) -> Iterator[ModuleSpec]:
+    """Where a dotted name is found, outermost first, as `python -m` looks for it. No package is imported."""
+    places: list[str] | None = [str(Path.cwd()), *sys.path]
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:length]), places)
+        if spec is None:
+            return
+        yield spec
+        places = list(spec.submodule_search_locations or ())
+
+
+def _imported(file: Path, spec: ModuleSpec) -> Iterator[str]:
+    """The names that a module's code imports, if it is any, and what stands beside them."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    package = spec.name if spec.submodule_search_locations is not None else spec.name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*filter(None, above), *filter(None, [node.module])])
+            yield from (name for alias in node.names for name in (base, f"{base}.{alias.name}") if base)
+            if not base:
+                yield from (alias.name for alias in node.names)
