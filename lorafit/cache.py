@@ -87,9 +87,27 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@functools.cache
+_own: list[Path] = []
+
+
+@contextlib.contextmanager
+def private() -> Iterator[None]:
+    """An empty cache of this process's own until the block ends: nothing is taken from an earlier run."""
+    with tempfile.TemporaryDirectory(prefix="lorafit-cache-") as folder:
+        _own.append(Path(folder))
+        try:
+            yield
+        finally:
+            _own.pop()
+
+
 def cache_folder() -> Path:
     """$XDG_CACHE_HOME/lorafit (if absolute), or ~/.cache/lorafit; a temporary folder where that can't be written."""
+    return _own[-1] if _own else _shared_folder()
+
+
+@functools.cache
+def _shared_folder() -> Path:
     asked = os.environ.get("XDG_CACHE_HOME", "")
     try:
         root = (Path(asked) if os.path.isabs(asked) else Path.home() / ".cache") / "lorafit"

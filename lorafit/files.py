@@ -93,6 +93,23 @@ def beside(destination: Path) -> Iterator[Path]:
         raise
 
 
+def claim_file(file: Path, *marks: str) -> None:
+    """See that a file can be written: it is not there, or lorafit wrote it, as one of some marks in it shows.
+
+    Raises UsageError.
+    """
+    if not os.path.lexists(file):
+        return
+    if file.is_dir():
+        raise UsageError(f"{file}: is a folder; give the name of a file")
+    if file.is_file():
+        with file.open("rb") as stream:
+            head = stream.read(_CHUNK)
+        if not head or any(mark.encode() in head for mark in marks):
+            return
+    raise UsageError(f"{file}: exists and was not written by this command; move it, or name another file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
@@ -321,8 +338,9 @@ def _remove(folder: Path) -> None:
         return
     for name in known.files or () if known else ():
         remove_file(folder, name)
-    for name in (SEAL, LOCK) if known else ():
-        (folder / name).unlink(missing_ok=True)
+    if (lock := folder / LOCK).is_file() and not lock.stat().st_size:
+        lock.unlink()
+    (folder / SEAL).unlink(missing_ok=True) if known else None
     with contextlib.suppress(OSError):  # somebody else's files are in it, or it is a mount point
         folder.rmdir()
 

@@ -142,14 +142,19 @@ class RunDir:
             raise UsageError(f"{self.path}: not a run directory of lorafit's (it has no {SEAL})")
         return plan
 
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest as it is now; an empty one if there is none that can be read."""
+        try:
+            return dict(json.loads(self.manifest.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return {}
+
     def load_manifest(self) -> dict[str, Any]:
         """The manifest of a finished run. Raises DriftError if it is missing or was edited."""
-        try:
-            manifest = dict(json.loads(self.manifest.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise DriftError(f"{self.manifest}: can't be read: {first_line(error)}; train anew") from None
+        manifest = self.read_manifest()
         if manifest.get("sha256") != own_digest(manifest):
-            raise DriftError(f"{self.manifest}: is not as it was written (its sha256 is not that of its content)")
+            what = "was edited (its sha256 is not that of its content)" if manifest else "is missing or can't be read"
+            raise DriftError(f"{self.manifest}: {what}; bring it back, or train anew")
         return manifest
 
     def check(self) -> None:

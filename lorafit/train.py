@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +35,9 @@ from lorafit.callbacks import (
 )
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
-from lorafit.errors import DoesNotFitError, ModelError, UsageError, is_out_of_memory
+from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
 from lorafit.files import check, discard, is_vacant, partial_of, staged
-from lorafit.fingerprint import changed_base, changed_source, listed, run_fingerprint
+from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
 from lorafit.manifest import build_manifest, hashes
@@ -83,6 +84,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             check_start(run, plan, start)
             if start.resume:
                 check_checkpoints(run)
+        reading = read_ahead(plan)
         tokenizer = load_tokenizer(plan)
         data = prepare(plan.data, tokenizer, console)
         gate(data.audit, plan.data.audit)
@@ -94,6 +96,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         trainer = build_trainer(plan, run, data, tokenizer)
         if plan.data.packing:
             check_isolation(trainer)
+        reading.join()
         if main and run.base_files() is None:
             run.write_base_files(run_fingerprint(plan, run))
         checkpoint = run.last_checkpoint() if start.resume else None
@@ -128,6 +131,18 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
 
 def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def read_ahead(plan: Plan) -> threading.Thread:
+    """Begin to read the base whole for its fingerprint, beside what takes longer; what is found is remembered."""
+
+    def read() -> None:
+        with contextlib.suppress(LorafitError):  # said where the fingerprint is taken
+            model_fingerprint(plan)
+
+    thread = threading.Thread(target=read if is_main_process() else lambda: None, name="lorafit-base", daemon=True)
+    thread.start()
+    return thread
 
 
 def wait_for_everyone() -> None:

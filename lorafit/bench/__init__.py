@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.errors import UsageError
+from lorafit.files import claim_file
 from lorafit.targets import near
 
 MODELS = ("base", "adapter", "trained", "merged", "quantized")
@@ -68,6 +69,8 @@ class BenchOptions:
             raise UsageError(f"--seed {self.seed}: has to be at least 0")
         if self.output is not None and self.output.suffix not in (".json", ".md"):
             raise UsageError(f"-o {self.output}: has to end in .json or .md, which says what is written")
+        if self.output is not None:
+            claim_file(self.output, "bench_version", "# Speed of ")
         if self.output is not None and not self.output.absolute().parent.is_dir():
             raise UsageError(f"-o {self.output}: there is no folder {self.output.parent}")
 

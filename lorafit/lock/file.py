@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError, first_line
-from lorafit.files import own_digest, write_text
+from lorafit.files import claim_file, own_digest, write_text
 
 VERSION = 2
 _PARTS: dict[str, type | tuple[type, ...]] = {
@@ -40,9 +40,8 @@ class Lock:
         return hashlib.sha256(self.text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write it, or nothing. Raises UsageError for a path that is a folder."""
-        if path.is_dir():
-            raise UsageError(f"{path}: is a folder; a lock is a file")
+        """Write it, or nothing. Raises UsageError for a path at which something else is."""
+        claim_file(path, "lock_version")
         write_text(path, self.text)
 
     @staticmethod

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
+from lorafit.files import claim_file
 
 DEFAULT_STEPS = 5
 LEAST_STEPS = 3
@@ -39,6 +40,8 @@ class SmokeOptions:
 
     def validate(self) -> None:
         """Raises UsageError for options that don't go together."""
+        if self.record:
+            claim_file(self.golden_file, "lorafit_golden")
         if self.record and self.check:
             raise UsageError("--record and --check exclude each other")
         if self.golden is not None and not (self.record or self.check):

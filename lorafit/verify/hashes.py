@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.errors import LorafitError, UsageError, first_line
-from lorafit.files import damage, file_digest, foreign, read_seal
+from lorafit.files import damage, file_digest, foreign, own_digest, read_seal
 from lorafit.fingerprint import changed_source, comparable, damaged_in_cache, model_fingerprint, summary
 from lorafit.plan import Plan
 from lorafit.rows import data_files
@@ -43,7 +43,9 @@ def verify(run: RunDir) -> list[Check]:
     plan = run.load_plan()
     if run.result is None:
         raise UsageError(f"{run.path}: the run is not finished; go on with `lorafit train … --resume`")
-    manifest = run.load_manifest()
+    manifest = run.read_manifest()
+    if not manifest:
+        raise UsageError(f"{run.manifest}: is missing or can't be read, so there is nothing to verify by")
     try:
         own = [*_own_files(run, manifest), *_template(run, manifest)]
         return [*own, *_made(run), *_data(plan, manifest), *_base(run, plan, manifest)]
@@ -52,11 +54,12 @@ def verify(run: RunDir) -> list[Check]:
 
 
 def _own_files(run: RunDir, manifest: dict[str, Any]) -> Iterator[Check]:
+    whole = manifest.get("sha256") == own_digest(manifest)
+    yield Check("manifest.json", "ok" if whole else "changed", "" if whole else "its sha256 is not that of its content")
     recorded = manifest.get("files")
     if not isinstance(recorded, dict):
         yield Check("the run's own files", "not recorded")
         return
-    yield Check("manifest.json", "ok")
     for name, digest in recorded.items():
         yield _file(name, run.path / name, digest)
     yield from (Check(name, "changed", "was added after the training") for name in run.added(recorded))

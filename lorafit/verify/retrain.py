@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorafit.cache import private
 from lorafit.errors import UsageError
 from lorafit.hardware import detect
 from lorafit.manifest import versions
@@ -70,7 +71,7 @@ def retrain(run: RunDir, steps: int, tolerance: float | None, console: Console) 
     if here.device != plan.hardware.device or here.world_size != plan.hardware.world_size:
         theirs = f"{plan.hardware.world_size} x {plan.hardware.device}"
         raise UsageError(f"{run.path}: was trained on {theirs}, and here it would be {here.world_size} x {here.device}")
-    with tempfile.TemporaryDirectory(prefix="lorafit-verify-") as folder:
+    with private(), tempfile.TemporaryDirectory(prefix="lorafit-verify-") as folder:
         again = dataclasses.replace(
             plan,
             output_dir=str(Path(folder) / plan.name),
@@ -91,7 +92,7 @@ def _tolerance(run: RunDir, asked: float | None, same_machine: bool) -> tuple[fl
         return asked, "as asked"
     if not same_machine:
         return TOLERANCE, "another machine, or a GPU, whose sums are not always in one order"
-    before, now = run.load_manifest().get("versions", {}), versions()
+    before, now = run.read_manifest().get("versions", {}), versions()
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         return TOLERANCE, f"other versions of {', '.join(changed)}"

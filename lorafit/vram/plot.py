@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import UsageError, printable
-from lorafit.files import write_bytes
+from lorafit.files import claim_file, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GIB = 1 << 30
+MADE_BY = "lorafit estimate-vram"
+"""In the metadata of every picture, by which it may be drawn anew."""
 FORMATS = (".png", ".svg")
 WIDTH = 9.0
 """Inches."""
@@ -68,8 +70,7 @@ def check(file: Path) -> None:
     """Raises UsageError for what no picture can be written to, which can be asked before any work."""
     if file.suffix.lower() not in FORMATS:
         raise UsageError(f"{file}: a picture is written as {' or '.join(FORMATS)}")
-    if file.is_dir():
-        raise UsageError(f"{file}: is a folder")
+    claim_file(file, MADE_BY)
     if not file.parent.is_dir():
         raise UsageError(f"{file}: there is no folder {file.parent}")
     try:
@@ -141,7 +142,7 @@ def _render(
             over = figure.add_axes((left, 0.45 / height, width, 2.1 / height))
             _draw_timeline(over, timeline, phases, lines)
         data = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {}
+        metadata: dict[str, Any] = {"Date": None, "Creator": MADE_BY} if kind == "svg" else {"Software": MADE_BY}
         figure.savefig(data, format=kind, metadata=metadata)
     return data.getvalue()
 
