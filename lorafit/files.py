@@ -200,14 +200,15 @@ def foreign(folder: Path) -> Iterator[str]:
                 yield inside
 
 
-def damage(folder: Path) -> list[str]:
-    """What of a sealed folder is not as it was written, by file; empty if it is whole."""
+def damage(folder: Path, *ignored: str) -> list[str]:
+    """What of a sealed folder is not as it was written, by file; empty if it is whole, but for files to be ignored."""
     found = read_seal(folder)
     if found is None:
         return [f"{SEAL} is missing or can't be read"]
     if found.files is None:
         return ["it was not finished"]
-    return [reason for name, digest in found.files.items() if digest and (reason := _changed(folder, name, digest))]
+    kept = {name: digest for name, digest in found.files.items() if digest and name not in ignored}
+    return [reason for name, digest in kept.items() if (reason := _changed(folder, name, digest))]
 
 
 def _changed(folder: Path, name: str, digest: str) -> str | None:
@@ -220,7 +221,7 @@ def _changed(folder: Path, name: str, digest: str) -> str | None:
         return f"{name} can't be read: {error.strerror}"
 
 
-def check(folder: Path, hint: str = "make it anew") -> None:
+def check(folder: Path, hint: str = f"bring that back, or, if it is meant, remove the folder's {SEAL}") -> None:
     """Refuse a folder that is not as lorafit wrote it. One without a seal is not lorafit's. Raises DriftError."""
     if read_seal(folder) is not None and (wrong := damage(folder)):
         raise DriftError(f"{folder}: is not as it was written: {', '.join(wrong)}; {hint}")
@@ -386,9 +387,13 @@ def held(lock: Path, busy: str = "", shared: bool = False, wait: bool = False) -
 @contextlib.contextmanager
 def writing(destination: Path) -> Iterator[None]:
     """Hold a folder that is going to be written, until the block ends. Raises UsageError if another process does."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_of(destination)
-    made = not lock.exists()
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        made = not lock.exists()
+        os.close(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666))
+    except OSError as error:
+        raise UsageError(f"{destination}: can't be written: {error.strerror}; choose another --output") from None
     with held(lock, _busy(destination)):
         try:
             yield

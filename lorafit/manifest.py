@@ -9,7 +9,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from lorafit.files import SEAL, file_digest
+from lorafit.files import file_digest
 from lorafit.fingerprint import Fingerprint, summary
 from lorafit.rows import data_files
 
@@ -95,7 +95,7 @@ def hashes(run: RunDir, result: Path, name: str) -> dict[str, str]:
     """
     own = [run.recipe, run.lock_file, run.plan_file, run.metrics, run.fingerprint]
     files = {file.name: file for file in own if file.is_file()}
-    inside = sorted(file for file in result.rglob("*") if file.is_file() and file.name != SEAL)
+    inside = sorted(file for file in result.rglob("*") if file.is_file())
     files |= {f"{name}/{file.relative_to(result).as_posix()}": file for file in inside}
     return {path: file_digest(file) for path, file in files.items()}
 

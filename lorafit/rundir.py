@@ -35,6 +35,8 @@ from lorafit.plan import Plan
 
 FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "fingerprint.json", "manifest.json")
 """What every run writes beside its folders; with --locked recipe.lock as well."""
+CARD = "README.md"
+"""In a result: people write in it, and no command reads it."""
 _RUN = ("run", "moving")
 """The seals of a run, and of one that is being set aside."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -163,12 +165,13 @@ class RunDir:
         That is all that its manifest lists but the card, and nothing beside it that a model or a tokenizer is read of.
         """
         recorded = self.load_manifest().get("files")
-        if not isinstance(recorded, dict):
+        if not isinstance(recorded, dict) or self.result is None:
             raise DriftError(f"{self.manifest}: has no hashes of the run's files")
-        wrong = [
-            line for name, digest in recorded.items() if name[-3:] != ".md" and (line := self.changed(name, digest))
-        ]
-        wrong += [f"{name} was added" for name in self.added(recorded) if _is_read(name)]
+        name = self.result.name
+        inside = (f"{name}/{SEAL}", *(file for file in recorded if "/" not in file))  # the seal has those of the rest
+        wrong = [line for file in inside if (line := self.changed(file, recorded.get(file)))]
+        wrong += [f"{name}/{line}" for line in damage(self.result, CARD)]
+        wrong += [f"{file} was added" for file in self.added(recorded) if _is_read(file)]
         if wrong:
             raise DriftError(
                 f"{self.path}: is not as it was trained: {', '.join(wrong[:5])}{' …' * (len(wrong) > 5)}; bring that "
@@ -186,7 +189,7 @@ class RunDir:
         """The result's files that are not recorded."""
         for file in sorted(self.result.rglob("*")) if self.result else ():
             name = file.relative_to(self.path).as_posix()
-            if file.is_file() and file.name != SEAL and name not in recorded:
+            if file.is_file() and name not in recorded:
                 yield name
 
     def all_checkpoints(self) -> list[Path]:
@@ -212,6 +215,11 @@ class RunDir:
         raise DriftError(f"{found[0]}: the checkpoint is damaged: {', '.join(wrong)}; {way}")
 
     # --- beginning and ending
+
+    def refuse_others(self) -> None:
+        """See that the directory is not there, vacant, or a run. Raises UsageError."""
+        if self.path.exists() and not self.is_begun and not (self.path.is_dir() and is_vacant(self.path)):
+            raise UsageError(f"{self.path}: exists and is not a run; choose another output_dir")
 
     def in_the_way(self, locked: bool) -> str | None:
         """The first thing where a new run would write that is not lorafit's; None if there is none."""
@@ -261,13 +269,14 @@ class RunDir:
         (self.path / SEAL).replace(self.replaced / SEAL)  # last: until then `restore` undoes it
 
     def restore(self) -> None:
-        """Undo a `set_aside` that was killed half-way."""
+        """Undo a `set_aside` that was killed half-way. Raises UsageError if another process is at it."""
         seal = read_seal(self.replaced)
         if seal is not None and seal.kind == "moving":
-            for entry in self.replaced.iterdir():
-                if entry.name != SEAL:
-                    entry.rename(self.path / entry.name)
-            discard(self.replaced)
+            with self.lock():
+                for entry in self.replaced.iterdir():
+                    if entry.name != SEAL:
+                        entry.rename(self.path / entry.name)
+                discard(self.replaced)
 
     def forget_replaced(self) -> None:
         """Remove the run that the finished one replaces."""
@@ -338,10 +347,10 @@ class RunDir:
                         (self.path / LOCK).unlink()
                         self.path.rmdir()
 
-    def refuse_busy(self) -> None:
+    def refuse_busy(self, shared: bool = False) -> None:
         """Say that another process is at work on a run, before anything heavy is imported. Raises UsageError."""
         if (self.path / LOCK).is_file():
-            with self.lock():
+            with self.lock(shared):
                 pass
 
 
@@ -382,6 +391,7 @@ def open_run(path: str | Path) -> Iterator[tuple[RunDir, Plan]]:
     run = RunDir(located(path))
     if not run.path.is_dir():
         raise UsageError(f"{path}: no such run directory")
+    run.restore()
     with run.lock(shared=True):
         plan = run.load_plan()
         if run.result is None:

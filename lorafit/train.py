@@ -36,7 +36,7 @@ from lorafit.callbacks import (
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
-from lorafit.files import check, discard, is_vacant, partial_of, staged
+from lorafit.files import check, discard, partial_of, seal, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
@@ -75,12 +75,13 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     hush_progress()
     run = RunDir(located(plan.output_dir))
     main = is_main_process()
+    if main:
+        run.restore()
     plan = as_begun(run, plan, start)
     check_start(run, plan, start)
     settle_device(plan, console)
     with run.lock() if main else contextlib.nullcontext():
         if main:  # another process may have been at it until now
-            run.restore()
             check_start(run, plan, start)
             if start.resume:
                 check_checkpoints(run)
@@ -163,8 +164,7 @@ def as_begun(run: RunDir, plan: Plan, start: Start) -> Plan:
 def check_start(run: RunDir, plan: Plan, start: Start) -> None:
     """Refuse what would lose or confuse a run. Raises UsageError."""
     path = run.path
-    if path.exists() and not run.is_begun and not (path.is_dir() and is_vacant(path)):
-        raise UsageError(f"{path}: exists and is not a run; choose another output_dir")
+    run.refuse_others()
     if not run.is_run and start.resume:
         raise UsageError(f"{path}: there is no run to resume; leave out --resume")
     if not run.is_run or start.overwrite or (run.is_empty and not start.resume):
@@ -572,5 +572,6 @@ def save_result(
         tokenizer.save_pretrained(str(folder))
         write_card(folder / "README.md", plan, manifest)
         # A run with a result is finished, so the manifest is there before it.
+        seal(folder, name)
         run.write_manifest(manifest | {"files": hashes(run, folder, name)})
     run.forget_replaced()

@@ -172,9 +172,20 @@ def train() -> Train:
     return go
 
 
+def resealed(run: Any) -> None:
+    """Record a finished run's files as they are now: as if the run had written them so."""
+    from lorafit.files import seal
+    from lorafit.manifest import hashes
+
+    seal(run.result, run.result.name)
+    run.write_manifest(run.read_manifest() | {"files": hashes(run, run.result, run.result.name)})
+
+
 def as_planned(run: Any, **changes: Any) -> None:
     """Change a run's stored plan: as if it had been made on another machine."""
     plan = json.loads(run.plan_file.read_text())
     for name, value in changes.items():
         plan[name] = plan[name] | value
     run.plan_file.write_text(json.dumps(plan))
+    if run.result is not None:
+        resealed(run)

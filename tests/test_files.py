@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -96,8 +97,7 @@ class TestStaged:
     def test_a_failure_leaves_what_there_was(self, tmp_path: Path) -> None:
         before = tree(made(tmp_path / "out"))
         with pytest.raises(OSError, match="no room"), staged(tmp_path / "out", "evaluation") as partial:
-            (partial / "half").write_text("h")
-            raise OSError("no room")
+            raise OSError(f"no room in {(partial / 'half').write_text('h')}")
         assert tree(tmp_path / "out") == before
         assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -246,13 +246,15 @@ class TestDamage:
         assert not (tmp_path / "out").exists()
 
 
-def hold(lock: Path, shared: bool, ready: multiprocessing.Event, stop: multiprocessing.Event) -> None:  # type: ignore[valid-type]
+def hold(lock: Path, shared: bool, ready: Any, stop: Any) -> None:
     with held(lock, "busy", shared):
-        ready.set()  # type: ignore[attr-defined]
-        stop.wait(30)  # type: ignore[attr-defined]
+        ready.set()
+        stop.wait(30)
 
 
-@pytest.mark.parametrize(("theirs", "ours", "allowed"), [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "allowed"), [(True, True, True), (True, False, False), (False, True, False)]
+)
 def test_readers_share_and_writers_do_not(theirs: bool, ours: bool, allowed: bool, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     ready, stop = spawn.Event(), spawn.Event()
@@ -276,9 +278,9 @@ def test_readers_share_and_writers_do_not(theirs: bool, ours: bool, allowed: boo
 
 
 def test_a_writer_leaves_no_lock_behind(tmp_path: Path) -> None:
-    with writing(tmp_path / "deep" / "out"), pytest.raises(UsageError, match="another process is writing it"):
-        with writing(tmp_path / "deep" / "out"):
-            pass
+    out = tmp_path / "deep" / "out"
+    with writing(out), pytest.raises(UsageError, match="another process is writing it"), writing(out):
+        pass
     assert os.listdir(tmp_path / "deep") == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RecipeMaker, Train, as_planned, conversation, make_model, write_jsonl
+from conftest import RecipeMaker, Train, as_planned, conversation, make_model, resealed, write_jsonl
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
@@ -21,6 +21,7 @@ from yaml import safe_dump
 
 from lorafit.cli import app
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
+from lorafit.files import LOCK, SEAL
 from lorafit.merge import Addition, Options
 from lorafit.merge.make import merge
 from lorafit.merge.work import Work
@@ -35,7 +36,8 @@ QUIET = Console(file=io.StringIO())
 
 
 def merged(path: Path, said: io.StringIO | None = None, **options: Any) -> Path:
-    return merge(Options(path, **options), Console(file=said or io.StringIO(), width=10_000))
+    """Merge, also where it was done before."""
+    return merge(Options(path, **{"overwrite": True} | options), Console(file=said or io.StringIO(), width=10_000))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -53,7 +55,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 
 def hidden(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.glob(".*")]
+    return [entry.name for entry in folder.glob(".*") if entry.name != LOCK]
 
 
 @pytest.fixture(scope="module")
@@ -315,10 +317,11 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match="is not a merged model"):
+    with pytest.raises(UsageError, match="is not a merge"):
         merged(run.path, output=mine)
     assert merged(run.path, output=tmp_path / "a b" / "merged").is_dir()
-    assert merged(run.path, output=tmp_path / "a b" / "merged").is_dir(), "merging again replaces"
+    with pytest.raises(UsageError, match="--overwrite"):
+        merged(run.path, output=tmp_path / "a b" / "merged", overwrite=False)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +403,7 @@ def test_an_adapter_from_elsewhere(run: RunDir, tmp_path: Path, tiny_model: Path
 
 def test_without_any_tokenizer(tmp_path: Path, run: RunDir) -> None:
     for source, name in ((run.adapter, "adapter"), (Path(run.load_plan().model["name_or_path"]), "base")):
-        shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja"))
+        shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja", SEAL))
     said = io.StringIO()
     folder = merged(tmp_path / "adapter", said, output=tmp_path / "m", base=str(tmp_path / "base"))
     assert "the merged folder has none" in said.getvalue()
@@ -410,17 +413,14 @@ def test_without_any_tokenizer(tmp_path: Path, run: RunDir) -> None:
 
 
 def test_what_is_not_computed_one_by_one_is_merged_in_memory_and_said(run: RunDir, tmp_path: Path) -> None:
-    foreign = tmp_path / "foreign"
-    shutil.copytree(run.adapter, foreign)
-    config = json.loads((foreign / "adapter_config.json").read_text())
-    (foreign / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "olora"}))
+    other = foreign(run, tmp_path / "foreign", init_lora_weights="olora")
     said = io.StringIO()
-    report = report_of(merged(foreign, said, output=tmp_path / "m"))
+    report = report_of(merged(other, said, output=tmp_path / "m"))
     assert report["method"]["used"] == "full"
     assert "olora" in report["method"]["reason"]
     assert "in memory" in said.getvalue()
     with pytest.raises(UsageError, match=r"--method stream: .*olora"):
-        merged(foreign, output=tmp_path / "m", method="stream")
+        merged(other, output=tmp_path / "m", method="stream")
     base = tmp_path / "pickled"
     model = AutoModelForCausalLM.from_pretrained(json.loads(run.plan_file.read_text())["model"]["name_or_path"])
     shutil.copytree(json.loads(run.plan_file.read_text())["model"]["name_or_path"], base)
@@ -542,6 +542,7 @@ def broken(run: Any, change: Any) -> Path:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+    resealed(run)
     return run.path
 
 
@@ -574,6 +575,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(run: RunDir) -> None:
 def test_targets_that_do_not_exist_are_refused(run: RunDir, tmp_path: Path) -> None:
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     (run.adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["wq", "wv"]}))
+    resealed(run)
     with pytest.raises(ModelError, match="does not belong to this base"):
         merged(run.path)
     assert not run.merged.exists()
@@ -615,6 +617,7 @@ def foreign(run: RunDir, folder: Path, **changes: Any) -> Path:
     shutil.copytree(run.adapter, folder)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (folder / SEAL).unlink()
     return folder
 
 
@@ -628,14 +631,14 @@ def test_what_the_merge_needs_is_not_replaced(run: RunDir, recipe: RecipeMaker, 
     before = (first / "model.safetensors").read_bytes()
     for output in (first, tmp_path / "linked"):
         (tmp_path / "linked").is_symlink() or (tmp_path / "linked").symlink_to(first)
-        with pytest.raises(UsageError, match="would be replaced, and the merge needs"):
+        with pytest.raises(UsageError, match="would be replaced"):
             merged(again.path, output=output, verify="weights")
     assert (first / "model.safetensors").read_bytes() == before
     shutil.copytree(first, tmp_path / "second.unverified")
     with pytest.raises(UsageError, match=r"second\.unverified: would be replaced"):
         merged(again.path, base=str(tmp_path / "second.unverified"), output=tmp_path / "second", verify="weights")
     adapter = merged(run.path, output=tmp_path / "adapter", as_adapter=True, rank=2)
-    with pytest.raises(UsageError, match="would be replaced, and the merge needs"):
+    with pytest.raises(UsageError, match="would be replaced"):
         merged(adapter, output=adapter, verify="weights")
     assert (adapter / "adapter_model.safetensors").is_file()
 
@@ -648,7 +651,7 @@ def test_two_merges_into_one_destination_are_not_mixed(
 
     def meanwhile(self: Work, kind: str, folder: Path) -> Any:
         if self.source.adapter == one:
-            with pytest.raises(UsageError, match="another merge into it is at work"):
+            with pytest.raises(UsageError, match="another process is writing it"):
                 merged(other, output=tmp_path / "m", verify="weights")
             met.append(kind)
         return write(self, kind, folder)
@@ -664,12 +667,12 @@ def test_exports_replace_only_exports(run: RunDir, tmp_path: Path) -> None:
     mine = tmp_path / "m-nf4"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match="m-nf4: exists and is no copy"):
+    with pytest.raises(UsageError, match="m-nf4: exists and is not a merge"):
         merged(run.path, output=tmp_path / "m", quantize="nf4")
     assert (mine / "thesis.txt").is_file()
     assert not (tmp_path / "m").exists(), "it is known before anything is merged"
     (tmp_path / "m-gguf").write_text("a file")
-    with pytest.raises(UsageError, match="m-gguf: holds other files"):
+    with pytest.raises(UsageError, match="m-gguf: is a file"):
         merged(run.path, output=tmp_path / "m", exports=("gguf:f16",))
     limits = {"max_kl": 9.0, "min_top1": 0.0, "max_loss_increase": 9.0}
     for _ in range(2):
@@ -731,6 +734,7 @@ def test_tied_embeddings_stay_tied_in_both_kinds_of_base_weights(tmp_path: Path)
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     peft.save_pretrained(run.adapter)
+    resealed(run)
     for kind, verify in (("original", "weights"), ("dequantized", "logits")):
         folder = merged(run.path, output=tmp_path / kind, base_weights=kind, verify=verify)
         assert AutoModelForCausalLM.from_pretrained(folder).config.tie_word_embeddings

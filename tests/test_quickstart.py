@@ -9,16 +9,22 @@ import importlib.util
 import io
 import json
 import os
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 from conftest import RecipeMaker, Train
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from lorafit.cli import app
 from lorafit.evaluate.make import evaluate
 from lorafit.evaluate.options import Options as EvalOptions
 from lorafit.fingerprint import differences, fingerprint_of
@@ -44,26 +50,72 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+class Pipeline:
+    """docs/ci.md on the quickstart, command by command, in a folder of its own; each once, when it is needed."""
+
+    SETTINGS: ClassVar = {
+        "eval": "--limit 5 --max-new-tokens 48 --set eval.forgetting=[general]",
+        "merge": "--export gguf:f16",
+    }
+    """Less work than the defaults, and an export."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("recipes", "configs"):
+            (folder / name).mkdir()
+        for name in ("data", "models"):
+            (folder / name).symlink_to(ROOT / name)
+        shutil.copyfile(ROOT / "recipes/lora.yaml", folder / "recipes/lora.yaml")
+        (folder / "configs/quickstart.yaml").write_text(CONFIG.read_text() + "merge:\n  rows: 8\n")
+        page = (ROOT / "docs/ci.md").read_text().split("```yaml\n")[1].split("```")[0]
+        jobs = yaml.safe_load(page)["jobs"].values()
+        lines = [line.strip() for job in jobs for step in job["steps"] for line in step.get("run", "").splitlines()]
+        self.commands = [line for line in lines if line.startswith("lorafit ") and ">" not in line]
+        self.run(["lock", "configs/quickstart.yaml"])
+        self.run(["smoke", "--record", "configs/quickstart.yaml"])
+
+    def until(self, name: str) -> None:
+        """Run the commands up to that of a name."""
+        while any(f"lorafit {name} " in command for command in self.commands):
+            _, command, *arguments = shlex.split(self.commands.pop(0).replace("support", "quickstart"))
+            self.run([command, *arguments, *self.SETTINGS.get(command, "").split()])
+
+    def run(self, arguments: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, f"{arguments}\n{done.output}"
+
+
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     assert (ROOT / "models" / "SmolLM2-135M-Instruct").is_dir(), "run scripts/test, which makes the model"
-    folder = tmp_path_factory.mktemp("quickstart")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        plan = plan_recipe(Recipe.load(CONFIG, [f"output_dir={folder / 'run'}", "merge.rows=8"]), CONFIG)
-        return run_training(plan, CONFIG.read_bytes(), Start(), QUIET)
+    return Pipeline(tmp_path_factory.mktemp("the quickstart"))
 
 
 @pytest.fixture(scope="module")
-def merged(quickstart: RunDir) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        return merge(Options(quickstart.path, exports=("gguf:f16",)), QUIET)
+def quickstart(pipeline: Pipeline) -> RunDir:
+    pipeline.until("verify")
+    return RunDir(pipeline.folder / "runs/quickstart")
+
+
+@pytest.fixture(scope="module")
+def merged(pipeline: Pipeline, quickstart: RunDir) -> Path:
+    pipeline.until("merge")
+    return quickstart.merged
+
+
+def test_the_whole_pipeline_is_locked(pipeline: Pipeline, merged: Path) -> None:
+    """From the lock to the merged model, and all is as it was locked and recorded afterwards."""
+    assert not pipeline.commands
+    pipeline.run(["lock", "--check", "configs/quickstart.yaml"])
+    pipeline.run(["verify", "runs/quickstart"])
+    assert json.loads((merged.parent / "eval/results.json").read_text())["models"].keys() == {"base", "adapter"}
 
 
 def test_base_against_adapter_against_merged(quickstart: RunDir, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the config's own gates, with what was forgotten; and the merged model gives the adapter's answers."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(quickstart.path.parent.parent)
     few = ("eval.forgetting=[general]",)
     results, folder = evaluate(EvalOptions(quickstart.path, overrides=few, limit=20, max_new_tokens=48), QUIET)
     figures = {name: figure.value for name, figure in results.figures.items()}
@@ -121,8 +173,7 @@ def test_the_held_out_rows_are_not_in_training() -> None:
     assert not rows[0] & rows[1]
 
 
-def test_the_merged_model_answers_alone(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_merged_model_answers_alone(merged: Path) -> None:
     folder = merged
     report = json.loads((folder / "merge_report.json").read_text())
     assert report["verification"]["figures"]["kl"] < 1e-6

@@ -53,7 +53,7 @@ def _quantized_at(folder: Path, run: RunDir, plan: Plan) -> Contender:
             f"{folder}: was not made of the model in {run.merged}; make it anew with "
             f"`lorafit merge {run.path} --quantize {folder.name.rpartition('-')[2]}`"
         )
-    check(folder, "make it anew")
+    check(folder)
     return dataclasses.replace(merged, path=str(folder))
 
 

@@ -81,7 +81,7 @@ def _model_room(options: ChatOptions, console: Console) -> Iterator[Room]:
     """A model by itself, with adapters on it."""
     name = options.path
     _check_model(name)
-    check(located(name), "make it anew")
+    check(located(name))
     folders = {given: _adapter_folder(given, path, name) for given, path in options.adapters}
     names = {"model": BASE} | {given: given for given in folders}
     first = known(options.use or "model", names)
@@ -134,7 +134,7 @@ def _adapter_folder(name: str, path: Path, base: str) -> Path:
     folder = run.adapter if run.is_run else run.path
     if not (folder / "adapter_config.json").is_file():
         raise UsageError(f"--adapter {name}={path}: {folder} has no adapter_config.json, so there is no adapter")
-    check(folder, "bring it back")
+    check(folder)
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
     if named and Path(named).name.lower() != located(base).name.lower():
         raise ModelError(f"--adapter {name}={path}: is for the base {named}, not for {base}")

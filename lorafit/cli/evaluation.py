@@ -82,6 +82,7 @@ def evaluate(
         check_locked(path)
     from lorafit.files import refuse_busy
 
+    run_of(path).refuse_busy(shared=True)
     refuse_busy(options.destination(run_of(path)))
     from lorafit.quiet import hush
 
@@ -130,6 +131,9 @@ def chat(
         fail("--json prints answers to --prompt, or to what comes on stdin", UsageError.exit_code)
     options = ChatOptions(path, adapters, prompts, system, max_new_tokens, temperature, seed, use)
     options.check()
+    from lorafit.rundir import RunDir, located
+
+    RunDir(located(path)).refuse_busy(shared=True)
 
     def write(text: str) -> None:
         if not as_json:
@@ -177,6 +181,7 @@ def bench(
         output=output,
     )
     options.check()
+    run_of(run).refuse_busy(shared=True)
     from lorafit.quiet import hush
 
     hush()

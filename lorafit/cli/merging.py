@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Locked, check_locked, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Locked, check_locked, fail, reporting, run_of, show, talk
 from lorafit.cli.complete import runs
 from lorafit.errors import ModelError
 
@@ -139,6 +139,7 @@ def merge(
         check_locked(run)
     from lorafit.files import refuse_busy
 
+    run_of(run).refuse_busy(shared=True)
     refuse_busy(options.destination())
     from lorafit.quiet import hush
 

@@ -86,7 +86,7 @@ def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
     """An adapter from anywhere, on a run's base. Raises UsageError if there is none, ModelError if it is of another."""
     if not (folder / "adapter_config.json").is_file():
         raise UsageError(f"{folder}: has no adapter_config.json, so it is no adapter")
-    check(folder, "bring it back")
+    check(folder)
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
     ours = {Path(plan.model["name_or_path"]).name.lower(), run.base.name}
     if named and Path(named).name.lower() not in ours:
@@ -115,7 +115,7 @@ def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
         raise UsageError(f"{folder}: there is no merged model; make it with `lorafit merge {run.path}`")
     if not (folder / "merge_report.json").is_file():
         raise ModelError(f"{folder}: has no merge_report.json, so whose merge it is can't be told")
-    check(folder, "merge again")
+    check(folder)
     report = read_json(folder / "merge_report.json")
     base, recorded = report.get("base") or {}, report.get("adapter_sha256")
     if recorded not in (None, _digest(run.adapter)):

@@ -59,7 +59,7 @@ def open_source(path: Path) -> Iterator[Source]:
         folder = folder.parent
     if (folder / "adapter_config.json").is_file() and not RunDir(folder).is_run:
         _check_weights(folder)
-        check(folder, "bring it back")
+        check(folder)
         config = read_json(folder / "adapter_config.json")
         name = config.get("base_model_name_or_path") or ""
         yield Source(folder, None, None, config, str(name), config.get("revision"))
@@ -103,7 +103,7 @@ def find_base(source: Source, asked: str | None, allow_other: bool) -> Base:
         if not name:
             raise UsageError(f"{source.adapter}: does not name its base model; name it with --base")
         folder = local_folder(name, source.revision if asked is None else None)
-    check(folder, "make it anew")
+    check(folder)
     if run is None or plan is None:
         return Base(folder, name, "known by name and shapes only", _stranger(source, name, asked))
     recorded, now = run.base_files() or {}, fingerprint_of(folder)

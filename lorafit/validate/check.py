@@ -17,6 +17,7 @@ from lorafit.plan.make import examine
 from lorafit.plan.meant import meant_hardware
 from lorafit.recipe import Mistake, Recipe, RecipeError
 from lorafit.rows import Row, read_rows
+from lorafit.rundir import RunDir, located
 from lorafit.validate.contents import check_contents, place_of_fault
 from lorafit.validate.evaluation import check_benchmarks, check_evaluation
 from lorafit.validate.findings import Findings, Options
@@ -89,6 +90,10 @@ class Checker:
                 found.unchecked(("training", "report_to"), UsageError(f"{mistake.path}: {mistake.message} here"))
             elif facts is not None or not mistake.path.startswith("lora."):  # modules can't be told without the model
                 found.faults.append(Fault(mistake, RecipeError.exit_code))
+        try:
+            RunDir(located(recipe.output_dir or f"runs/{Path(file).stem}")).refuse_others()
+        except UsageError as error:
+            found.wrong(("output_dir",), UsageError(str(error)))
         if facts is not None:
             found.notes += context.remarks
         for path, unreadable in context.faults:

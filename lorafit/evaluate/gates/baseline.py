@@ -18,7 +18,7 @@ REGRESSED = ("loss", "exact_match", "bits_per_byte")
 
 def load_results(path: Path) -> Results:
     """An earlier results.json. Raises UsageError, and DriftError if it was edited."""
-    check(path.parent, "take another baseline")
+    check(path.parent)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,0 +1,334 @@
+"""What lorafit did not write is still there, whatever a command is asked for and however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import conversation, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from lorafit.cli import app
+from lorafit.files import SEAL
+
+RECIPE = {
+    "model": {"name_or_path": "model", "dtype": "float32"},
+    "lora": {"r": 4},
+    "dataset": {"train": [{"path": "rows.jsonl"}], "validation": 0.2},
+    "training": {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    },
+    "eval": {"forgetting": [], "limit": 1, "max_new_tokens": 2},
+    "merge": {"rows": 2},
+    "output_dir": "runs/one",
+}
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def done(*arguments: str) -> Result:
+    result = run(*arguments)
+    assert result.exit_code == 0, f"{arguments}: {result.output}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A project with a finished run, evaluated and merged."""
+    folder = tmp_path_factory.mktemp("original") / "a project"
+    folder.mkdir()
+    shutil.copytree(tiny_model, folder / "model")
+    write_jsonl(folder / "rows.jsonl", [conversation(f"question {i}", "an answer") for i in range(16)])
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done("train", "recipe.yaml")
+        done("eval", "runs/one")
+        done("merge", "runs/one", "--export", "gguf:f16")
+        done("lock", "recipe.yaml")
+    return folder
+
+
+@pytest.fixture
+def project(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "a project"
+    shutil.copytree(original, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and not file.is_symlink()
+    }
+
+
+OUTPUTS = ("out", "out/deep", ".", "runs", "runs/one", "runs/one/eval", "runs/one/merged", "model", "rows.jsonl", "..")
+COMMANDS = (
+    *(("train", "recipe.yaml", "--set", f"output_dir={out}") for out in OUTPUTS),
+    *(("train", "recipe.yaml", "--set", f"output_dir={out}", "--overwrite") for out in OUTPUTS),
+    ("train", "recipe.yaml", "--resume"),
+    *(("eval", "runs/one", "-o", out) for out in OUTPUTS),
+    ("eval", "runs/one"),
+    *(("merge", "runs/one", "--verify", "none", "-o", out, *how) for out in OUTPUTS for how in ((), ("--overwrite",))),
+    ("merge", "runs/one", "--verify", "none", "--overwrite", "--export", "gguf:f16", "--quantize", "nf4"),
+    ("merge", "runs/one", "--as-adapter", "--rank", "2", "-o", "out"),
+    *(("bench", "runs/one", "--rounds", "1", "--new-tokens", "1", "--batch", "1", "--prompt-tokens", "4", "-o", out)
+      for out in ("notes.md", "out.json", "recipe.yaml")),
+    ("estimate-vram", "recipe.yaml", "--vram", "8GiB", "--plot", "out.png"),
+    ("lock", "recipe.yaml"),
+    ("lock", "other.yaml"),
+    ("smoke", "recipe.yaml", "--record", "--steps", "1"),
+    ("smoke", "recipe.yaml", "--record", "--steps", "1", "--golden", "notes.md"),
+    ("init", "recipe.yaml", "--model", "model", "--data", "rows.jsonl", "--cpu"),
+    ("verify", "runs/one"),
+)  # fmt: skip
+NAMES = (
+    "thesis.txt", "plan.json", "results.json", "merge_report.json", SEAL, "recipe.lock", "adapter", "checkpoints",
+    "eval",
+    "merged", "merged-nf4", "merged-gguf", "merged.unverified", ".replaced", ".eval.work", ".eval.partial",
+    ".merged.partial", ".merged.removing", ".adapter.partial", ".eval.lock", ".lorafit.lock", "tensorboard", "sub",
+    "notes.md", "out.json", "out.png", "recipe.golden.json", "other.yaml.lock",
+)  # fmt: skip
+PLACES = ("", "out", "out/deep", "runs", "runs/one", "runs/one/adapter", "runs/one/eval", "runs/one/merged", "runs/two",
+          "runs/one/checkpoints", "runs/one/checkpoints/checkpoint-1", "runs/one/.replaced", "model")  # fmt: skip
+trees = st.dictionaries(
+    st.tuples(st.sampled_from(PLACES), st.lists(st.sampled_from(NAMES), min_size=1, max_size=2)).map(
+        lambda parts: Path(parts[0], *parts[1])
+    ),
+    st.sampled_from([b"{}", b"precious", b'{"lorafit": "merge"}']),
+    max_size=4,
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(tree=trees, command=st.sampled_from(COMMANDS))
+def test_every_foreign_byte_is_still_there(
+    tree: dict[Path, bytes], command: tuple[str, ...], original: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("planted") / "a project"
+    shutil.copytree(original, folder)
+    shutil.copyfile(folder / "recipe.yaml", folder / "other.yaml")
+    before = {name: content for name, content in contents(folder).items() if not name.startswith("runs/")}
+    before.pop("recipe.yaml.lock")  # which lorafit wrote
+    for path, content in tree.items():
+        file = folder / path
+        if os.path.lexists(file) or any(part.is_file() for part in file.parents):
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        before[str(path)] = content
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run(*command)
+    after = contents(folder)
+    lost = [name for name, content in before.items() if after.get(name) != content]
+    assert not lost, f"{command}: exit {result.exit_code}\n{result.output}"
+    assert result.exit_code in (0, 2, 3, 4, 5, 6, 7), result.output
+    shutil.rmtree(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("train", "recipe.yaml", "--set", "output_dir=others"), 2),
+        (("train", "recipe.yaml", "--set", "output_dir=others", "--overwrite"), 2),
+        (("train", "recipe.yaml", "--set", "output_dir=."), 2),
+        (("eval", "runs/one", "-o", "others"), 2),
+        (("eval", "runs/one", "-o", "."), 2),
+        (("eval", "runs/one", "-o", ".."), 2),
+        (("eval", "runs/one", "-o", "runs/one"), 2),
+        (("eval", "runs/one", "-o", "runs/one/merged"), 2),
+        (("merge", "runs/one", "-o", "others"), 2),
+        (("merge", "runs/one", "-o", "others", "--overwrite"), 2),
+        (("merge", "runs/one", "-o", "model", "--overwrite"), 2),
+        (("merge", "runs/one", "-o", "runs/one/eval", "--overwrite"), 2),
+        (("bench", "runs/one", "-o", "notes.md"), 2),
+        (("smoke", "recipe.yaml", "--record", "--golden", "notes.md"), 2),
+        (("estimate-vram", "recipe.yaml", "--vram", "8GiB", "--plot", "picture.png"), 2),
+        (("lock", "other.yaml"), 2),
+    ],
+)
+def test_outputs_that_are_somebody_elses(command: tuple[str, ...], code: int, project: Path) -> None:
+    """One line, and nothing is changed, even by names that lorafit uses."""
+    (project / "others").mkdir()
+    for name in ("plan.json", "results.json", "merge_report.json", "thesis.txt"):
+        (project / "others" / name).write_text("{}")
+        (project / name).write_text("{}")
+    shutil.copyfile(project / "recipe.yaml", project / "other.yaml")
+    for name in ("notes.md", "picture.png", "other.yaml.lock"):
+        (project / name).write_text("mine")
+    before = contents(project)
+    result = run(*command)
+    assert result.exit_code == code, result.output
+    assert len(result.stderr.splitlines()) == 1
+    assert contents(project) == before | {n: c for n, c in contents(project).items() if n.endswith(".lorafit.lock")}
+
+
+class TestMergeAgain:
+    def test_a_finished_merge_is_not_replaced_unasked(self, project: Path) -> None:
+        before = contents(project / "runs/one/merged")
+        refused = run("merge", "runs/one", "--verify", "none")
+        assert refused.exit_code == 2
+        assert "--overwrite" in refused.stderr
+        assert contents(project / "runs/one/merged") == before
+
+    def test_exports_of_before_are_not_either(self, project: Path) -> None:
+        shutil.rmtree(project / "runs/one/merged")
+        refused = run("merge", "runs/one", "--verify", "none", "--export", "gguf:f16")
+        assert refused.exit_code == 2
+        assert "merged-gguf: is there already" in refused.stderr
+
+    def test_overwrite_replaces_it(self, project: Path) -> None:
+        report = project / "runs/one/merged/merge_report.json"
+        assert "gguf" in json.loads(report.read_text())
+        done("merge", "runs/one", "--verify", "none", "--overwrite")
+        assert "gguf" not in json.loads(report.read_text())
+
+
+class TestOverwritingARun:
+    def test_what_lies_beside_it_in_the_folder_stays(self, project: Path) -> None:
+        """Notes, other runs and outputs of other names; what was made of the old run goes with it."""
+        run_folder = project / "runs/one"
+        done("eval", "runs/one", "-o", "runs/one/second")
+        (run_folder / "notes").mkdir()
+        (run_folder / "notes" / "thesis.txt").write_text("precious")
+        (run_folder / "train.log").write_text("mine")
+        done("train", "recipe.yaml", "--set", "output_dir=runs/one/inner")
+        done("train", "recipe.yaml", "--overwrite")
+        assert (run_folder / "notes" / "thesis.txt").read_text() == "precious"
+        assert (run_folder / "train.log").read_text() == "mine"
+        assert (run_folder / "inner" / "adapter").is_dir()
+        assert (run_folder / "adapter").is_dir()
+        left = {entry.name for entry in run_folder.iterdir()}
+        assert not left & {"eval", "second", "merged", "merged-gguf", ".replaced"}
+        assert run("verify", "runs/one").exit_code == 0
+
+    @pytest.mark.parametrize("place", ["adapter", "checkpoints", "checkpoints/checkpoint-1", "eval", "merged"])
+    def test_what_lies_in_lorafits_own_folders_is_named(self, place: str, project: Path) -> None:
+        (project / "runs/one" / place / "thesis.txt").write_text("precious")
+        before = contents(project)
+        refused = run("train", "recipe.yaml", "--overwrite")
+        assert refused.exit_code == 2
+        assert f"{place}/thesis.txt is in the way" in refused.stderr
+        assert contents(project) == before
+
+    def test_a_base_that_would_go_with_it(self, project: Path) -> None:
+        for source in ("model.name_or_path=runs/one/merged", "dataset.train.0.path=runs/one/eval/samples.jsonl"):
+            refused = run("train", "recipe.yaml", "--overwrite", "--set", source)
+            assert refused.exit_code in (2, 3)
+        assert run("verify", "runs/one").exit_code == 0
+
+    def test_an_unfinished_run_is_cleared(self, project: Path) -> None:
+        (project / "runs/one/train.log").write_text("mine")
+        shutil.rmtree(project / "runs/one/adapter")
+        (project / "runs/one/manifest.json").unlink()
+        shutil.rmtree(project / "runs/one/checkpoints")
+        done("train", "recipe.yaml")
+        assert (project / "runs/one/train.log").read_text() == "mine"
+        assert not (project / "runs/one/eval").exists()
+
+    @pytest.mark.parametrize("moves", [0, 1, 3, 8])
+    def test_a_kill_while_it_is_set_aside(self, moves: int, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The old run is back at the next start, whole."""
+        before = contents(project / "runs/one")
+        rename, left = Path.rename, [moves]
+
+        def killed(self: Path, target: Path) -> Path:
+            if ".replaced" in Path(target).parts:
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+            return rename(self, target)
+
+        child = os.fork()
+        if not child:
+            monkeypatch.setattr(Path, "rename", killed)
+            run("train", "recipe.yaml", "--overwrite")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        refused = run("train", "recipe.yaml")
+        assert "the run is finished" in refused.stderr
+        assert contents(project / "runs/one") == before
+        assert run("verify", "runs/one").exit_code == 0
+
+
+class TestReadersAndWriters:
+    HOLD = (
+        "import sys, time\nfrom pathlib import Path\nfrom lorafit.rundir import RunDir\n"
+        "from lorafit.files import writing\n"
+        "run = RunDir(Path('runs/one').resolve())\n"
+        "with {what}:\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+
+    def hold(self, what: str) -> subprocess.Popen[str]:
+        code = self.HOLD.format(what=what)
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    def test_readers_go_on_side_by_side(self, project: Path) -> None:
+        with self.hold("run.lock(shared=True)"):
+            done("eval", "runs/one")
+            done("merge", "runs/one", "--verify", "none", "-o", "out")
+            done("chat", "runs/one", "--prompt", "hello", "--max-new-tokens", "1")
+            refused = run("train", "recipe.yaml", "--overwrite")
+            assert refused.exit_code == 2
+            assert "another process is at work on this run" in refused.stderr
+        assert run("verify", "runs/one").exit_code == 0
+
+    @pytest.mark.parametrize(
+        ("held", "command"),
+        [
+            ("run.lock()", ("eval", "runs/one")),
+            ("run.lock()", ("merge", "runs/one", "-o", "out")),
+            ("run.lock()", ("chat", "runs/one", "--prompt", "hello")),
+            ("writing(run.eval)", ("eval", "runs/one")),
+            ("writing(run.merged)", ("merge", "runs/one", "--overwrite")),
+        ],
+    )
+    def test_writers_keep_others_out(self, held: str, command: tuple[str, ...], project: Path) -> None:
+        with self.hold(held):
+            refused = run(*command)
+        assert refused.exit_code == 2, refused.output
+        assert "another process" in refused.stderr
+
+    def test_it_is_said_before_heavy_imports(self, project: Path) -> None:
+        probe = (
+            "import sys\nfrom typer.testing import CliRunner\nfrom lorafit.cli import app\n"
+            "result = CliRunner().invoke(app, sys.argv[1:])\n"
+            "print(result.exit_code, 'another process' in result.stderr, 'torch' in sys.modules)"
+        )
+        for held, command in (
+            ("run.lock(shared=True)", ["train", "recipe.yaml", "--overwrite"]),
+            ("writing(run.eval)", ["eval", "runs/one"]),
+            ("writing(run.merged)", ["merge", "runs/one", "--overwrite"]),
+        ):
+            with self.hold(held):
+                said = subprocess.run(
+                    [sys.executable, "-c", probe, *command], capture_output=True, text=True, check=True
+                )
+            assert said.stdout.split() == ["2", "True", "False"], said.stderr
