@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafit.audit import Audit
 from lorafit.errors import UsageError
-from lorafit.files import damage, discard, held, read_seal, staged, write_text
+from lorafit.files import damage, discard, held, is_intact, is_ours, read_seal, staged, write_text
 
 if TYPE_CHECKING:
     from lorafit.plan.types import DataPlan, SourcePlan
@@ -132,8 +132,11 @@ def known_audit(plan: DataPlan) -> dict[str, Any] | None:
     key = set_key(plan)
     if key is None:
         return None
+    folder = entry("sets", key)
     try:
-        raw = json.loads((entry("sets", key) / "audit.json").read_text(encoding="utf-8"))
+        if not is_intact(folder, "audit.json"):
+            return None
+        raw = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
         return Audit.from_dict(raw).as_dict()
     except Exception:  # noqa: BLE001 - a damaged entry may fail in any way
         return None
@@ -211,7 +214,7 @@ def prune(keep: set[Path], limit: int | None = None) -> None:
     for leftover in _folders(".*"):
         _remove(leftover, leftover.with_name(leftover.name.lstrip(".").partition(".")[0]))
     found = []
-    for folder in _folders("[!.]*"):
+    for folder in filter(is_ours, _folders("[!.]*")):
         with contextlib.suppress(OSError):  # another process may be pruning as well
             found.append((folder.stat().st_mtime, sum(f.stat().st_size for f in folder.iterdir()), folder))
     total = sum(size for _, size, _ in found)

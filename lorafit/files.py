@@ -211,6 +211,13 @@ def damage(folder: Path, *ignored: str) -> list[str]:
     return [reason for name, digest in kept.items() if (reason := _changed(folder, name, digest))]
 
 
+def is_intact(folder: Path, name: str) -> bool:
+    """Whether one file of a sealed folder is as it was written."""
+    known = read_seal(folder)
+    digest = (known.files or {}).get(name) if known else None
+    return digest is not None and _changed(folder, name, digest) is None
+
+
 def _changed(folder: Path, name: str, digest: str) -> str | None:
     file = folder / name
     try:

@@ -246,6 +246,6 @@ def tensor_digests(file: Path) -> dict[str, str]:
                     digest.update(buffer[:count])
                     begin += count
                 found[tensor.name] = digest.hexdigest()
-    except OSError as error:
-        raise ModelError(f"{file}: can't be read: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
     return found

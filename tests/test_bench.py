@@ -236,7 +236,7 @@ def test_a_missing_model_is_named_with_what_makes_it(missing: str, flags: str, m
 
 def test_a_copy_of_an_earlier_merge_is_refused(merged: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(merged.path, tmp_path / "run"))
-    merge(Options(run.path, verify="none"), QUIET)
+    merge(Options(run.path, verify="none", overwrite=True), QUIET)
     with pytest.raises(ModelError, match="merged-nf4: was not made of the model in"):
         contenders_of(run, run.load_plan(), ())
 

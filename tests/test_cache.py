@@ -25,6 +25,7 @@ from lorafit.cli import app
 from lorafit.data import Prepared, prepare
 from lorafit.data.mix import repeated, shared, split, weighted
 from lorafit.errors import DataError
+from lorafit.files import SEAL, Seal, seal
 from lorafit.plan import Plan, plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.tokenizer import load_tokenizer
@@ -393,10 +394,11 @@ def test_what_a_killed_writer_left_is_removed(recipe: RecipeMaker, cache: Path) 
     for folder in whole:
         partial = folder.with_name(f".{folder.name}.partial")
         folder.rename(partial)
-        os.truncate(next(partial.glob("*.*")), 10)
+        os.truncate(next(file for file in partial.iterdir() if file.name != SEAL), 10)
     others = [cache / "rows" / name for name in (".other.partial", ".other.removing", "..other.partial.removing")]
     for other in others:
         other.mkdir()
+        Seal("cache", None).write(other)
         (other / "rows.arrow").write_bytes(b"x" * 100)
     assert texts(path) == before
     assert entries(cache) == whole
@@ -489,37 +491,41 @@ def entry_of(cache: Path, name: str, size: int, used: int) -> Path:
     folder = cache / "rows" / name
     folder.mkdir(parents=True)
     (folder / "rows.arrow").write_bytes(b"x" * size)
+    seal(folder, "cache")
     os.utime(folder, (used, used))
     return folder
 
 
 def test_the_least_recently_used_makes_way(cache: Path) -> None:
-    old, middle, new = (entry_of(cache, name, 100, used) for name, used in (("a", 1), ("b", 2), ("c", 3)))
+    old, middle, new = (entry_of(cache, name, 100_000, used) for name, used in (("a", 1), ("b", 2), ("c", 3)))
+    foreign = cache / "rows" / "mine"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("precious")
     other = cache / "other" / "thing"
     other.mkdir(parents=True)
-    prune(set(), 300)
-    assert entries(cache) == sorted([old, middle, new, other])
-    prune(set(), 299)
-    assert entries(cache) == sorted([middle, new, other])
+    prune(set(), 301_000)
+    assert entries(cache) == sorted([old, middle, new, other, foreign])
+    prune(set(), 299_000)
+    assert entries(cache) == sorted([middle, new, other, foreign])
     with in_use(middle):  # which is a use
         pass
-    prune(set(), 150)
-    assert entries(cache) == sorted([middle, other])
+    prune(set(), 150_000)
+    assert entries(cache) == sorted([middle, other, foreign])
     prune({middle}, 0)
-    assert entries(cache) == sorted([middle, other])
+    assert entries(cache) == sorted([middle, other, foreign])
     prune(set(), 0)
-    assert entries(cache) == [other]
+    assert entries(cache) == sorted([other, foreign])
 
 
 def test_what_another_process_uses_stays(cache: Path) -> None:
-    old, new = entry_of(cache, "a", 100, 1), entry_of(cache, "b", 100, 2)
+    old, new = entry_of(cache, "a", 100_000, 1), entry_of(cache, "b", 100_000, 2)
     partial = cache / "rows" / ".a.partial"
     partial.mkdir()
     with (cache / "rows" / ".a.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        prune(set(), 100)
+        prune(set(), 101_000)
         assert entries(cache) == [partial, old]
-    prune(set(), 100)
+    prune(set(), 101_000)
     assert entries(cache) == [old]
     assert not new.exists()
 

@@ -30,6 +30,7 @@ from lorafit.chat.make import chat
 from lorafit.chat.room import _Stream
 from lorafit.data import prepare
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
+from lorafit.files import SEAL
 from lorafit.rundir import RunDir
 from lorafit.tokenizer import load_tokenizer
 
@@ -499,7 +500,8 @@ def test_mistakes_are_one_clear_line(
 
 
 def test_an_unfinished_run_is_refused(run: RunDir, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_bytes(run.plan_file.read_bytes())
+    for name in ("plan.json", SEAL):
+        (tmp_path / name).write_bytes((run.path / name).read_bytes())
     with pytest.raises(UsageError, match="not finished"):
         talk(tmp_path, prompts=("one",))
 

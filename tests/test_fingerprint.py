@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lorafit import fingerprint
 from lorafit.errors import ModelError
 from lorafit.fingerprint import (
     VERSION,
     changed_base,
     changed_source,
     comparable,
+    damaged_in_cache,
     differences,
     fingerprint_of,
     listed,
@@ -63,31 +66,14 @@ def changed_tensors(folder: Path, **changes: Any) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
-def first_version(folder: Path) -> dict[str, str]:
-    """What lorafit 0.1 recorded."""
-    found = {}
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    for file in folder.glob("*.safetensors"):
-        content = file.read_bytes()
-        digest = hashlib.sha256(content[: 1 << 20])
-        for sample in range(1, 65):
-            at = max(len(content) * sample // 64 - (1 << 14), 0)
-            digest.update(content[at : at + (1 << 14)])
-        digest.update(str(len(content)).encode())
-        found[file.name] = f"samples:{digest.hexdigest()}"
-    return found
-
-
 # --- the same base --------------------------------------------------------------------------------
 
 
 def test_a_copy_is_the_same_base(base: Path, tiny_model: Path) -> None:
     before = fingerprint_of(tiny_model)
     assert before["fingerprint_version"] == VERSION
-    assert before["shards"].keys() == {"model.safetensors"}
     assert before["tensors"].keys() == load_file(base / "model.safetensors").keys()
-    assert before["files"].keys() == first_version(base).keys() - {"model.safetensors"}
+    assert before["files"].keys() == {"config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert json.loads(json.dumps(before)) == before
     assert differences(before, fingerprint_of(base)) == []
 
@@ -97,7 +83,6 @@ def test_sharded_anew_it_is_the_same_base(base: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(sharded, max_shard_size="100KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
     one, two = fingerprint_of(base), fingerprint_of(sharded)
-    assert one["shards"].keys() != two["shards"].keys()
     assert differences(one, two) == differences(two, one) == []
 
 
@@ -188,22 +173,18 @@ def test_what_is_not_known_is_not_compared(base: Path) -> None:
 
 
 def test_whether_weights_were_compared(base: Path) -> None:
-    whole, first = fingerprint_of(base), first_version(base)
+    whole = fingerprint_of(base)
     file = base.with_name("model.gguf")
     file.write_bytes(b"GGUF")
     gguf = model_fingerprint(plan_of(file))
     assert comparable(whole, whole)
-    assert comparable(first, whole)
-    assert comparable(first, first)
     assert comparable(gguf, gguf)
     assert comparable(gguf | {"dequantized": whole}, whole)
     assert not comparable({}, whole)
     assert not comparable(gguf, whole)
-    assert not comparable(gguf["samples"], whole)
     (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
     index = {"weight_map": {Q_PROJ: "model-00001-of-00001.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert not comparable(first, fingerprint_of(base))
     assert comparable(whole, fingerprint_of(base))
 
 
@@ -241,27 +222,37 @@ def test_offsets_that_lie_are_no_crash(base: Path) -> None:
         fingerprint_of(base)
 
 
-def test_nothing_is_read_whole(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    length = 0
+@pytest.mark.parametrize("place", [0.001, 0.2, 0.5, 0.77, 0.9999])
+def test_a_byte_anywhere_in_the_weights_counts(place: float, base: Path) -> None:
+    before, file = fingerprint_of(base), base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + int((len(content) - start) * place)] ^= 1
+    file.write_bytes(content)
+    (changed,) = differences(before, fingerprint_of(base))
+    assert changed.startswith("tensor ")
 
-    def counted(data: bytes = b"", **options: Any) -> Any:
-        inner = real(data, **options)
 
-        class Digest:
-            def update(self, part: bytes) -> None:
-                nonlocal length
-                length += len(part)
-                inner.update(part)
-
-            def hexdigest(self) -> str:
-                return str(inner.hexdigest())
-
-        return Digest()
-
-    real = hashlib.blake2b
-    monkeypatch.setattr("lorafit.fingerprint.hashlib.blake2b", counted)
-    tensors = fingerprint_of(base)["tensors"]
-    assert length <= len(tensors) * 4096 < (base / "model.safetensors").stat().st_size
+def test_weights_are_read_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the file changes, even into one of the same size and modification time."""
+    read = []
+    original = fingerprint.tensor_digests
+    monkeypatch.setattr(fingerprint, "tensor_digests", lambda file: [read.append(file), original(file)][1])
+    monkeypatch.setattr("lorafit.cache.SETTLED_NS", 0)
+    file = base / "model.safetensors"
+    before = fingerprint_of(base)
+    assert fingerprint_of(base) == before
+    assert len(read) == 1
+    times = file.stat()
+    changed_tensors(base, **{Q_PROJ: torch.neg})
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert differences(before, fingerprint_of(base)) == [f"tensor {Q_PROJ}"]
+    assert len(read) == 2
+    monkeypatch.setattr("lorafit.cache.SETTLED_NS", 60_000_000_000)
+    file.touch()
+    fingerprint_of(base)
+    fingerprint_of(base)
+    assert len(read) == 4, "what was just written may be written again in the same tick of the clock"
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -278,17 +269,6 @@ def test_a_run_knows_its_base(base: Path, run: RunDir) -> None:
     assert changed_base(plan, run) == [f"tensor {Q_PROJ}"]
     with pytest.raises(ModelError, match=rf"is not the base that .* was trained on \(changed: tensor {Q_PROJ}\);"):
         base_source(plan, run)
-
-
-def test_a_run_of_version_1(base: Path, run: RunDir) -> None:
-    plan = plan_of(base)
-    run.write_base_files(first_version(base))
-    assert changed_base(plan, run) == []
-    assert differences(fingerprint_of(base), first_version(base)) == []
-    (base / "tokenizer.json").write_text("{}")
-    changed_tensors(base, **{Q_PROJ: torch.neg})
-    assert changed_base(plan, run) == ["model.safetensors", "tokenizer.json"]
-    assert summary(first_version(base)) == first_version(base)
 
 
 def test_a_gguf_file_and_what_it_became(base: Path, run: RunDir) -> None:
@@ -309,18 +289,6 @@ def test_a_gguf_file_and_what_it_became(base: Path, run: RunDir) -> None:
     assert differences(run.base_files() or {}, fingerprint_of(run.base)) == [f"tensor {Q_PROJ}"]
 
 
-def test_runs_of_before_dequantized_bases_were_recorded(base: Path, run: RunDir) -> None:
-    file = base.with_name("model.gguf")
-    file.write_bytes(b"GGUF")
-    plan = plan_of(file)
-    shutil.copytree(base, run.base)
-    run.write_base_files({"model.gguf": model_fingerprint(plan)["samples"]["model.gguf"]})
-    assert changed_source(plan, run) == []
-    assert base_source(plan, run) == run.base
-    file.write_bytes(b"GGML")
-    assert changed_source(plan, run) == ["model.gguf"]
-
-
 def test_a_model_of_the_hub(base: Path, tmp_path: Path, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     model = tmp_path / "hub" / "models--owner--name"
@@ -338,7 +306,29 @@ def test_a_model_of_the_hub(base: Path, tmp_path: Path, run: RunDir, monkeypatch
     assert model_fingerprint(plan)["tensors"] == {}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     assert model_fingerprint(plan)["tensors"] == {}  # the download is not finished
-    assert model_fingerprint(plan_of("owner/other")) == {}
+    assert "tensors" not in model_fingerprint(plan_of("owner/other"))
+
+
+def test_what_is_damaged_in_the_hubs_cache(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files are named by their SHA-256, small ones as git names them."""
+    model = tmp_path / "hub" / "models--owner--name"
+    snapshot, blobs = model / "snapshots" / ("0" * 40), model / "blobs"
+    for folder in (snapshot, blobs, model / "refs"):
+        folder.mkdir(parents=True)
+    (model / "refs" / "main").write_text("0" * 40)
+    for file in base.iterdir():
+        content = file.read_bytes()
+        git = subprocess.run(["git", "hash-object", file], capture_output=True, text=True, check=True).stdout.strip()
+        name = hashlib.sha256(content).hexdigest() if file.suffix == ".safetensors" else git
+        (blobs / name).write_bytes(content)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert damaged_in_cache("owner/name", None) == []
+    for name in ("model.safetensors", "config.json"):
+        blob = (snapshot / name).resolve()
+        blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    assert damaged_in_cache("owner/name", None) == ["config.json", "model.safetensors"]
+    assert damaged_in_cache("owner/other", None) == damaged_in_cache(str(base), None) == []
 
 
 def test_no_place_on_this_machine_is_recorded(base: Path, run: RunDir) -> None:

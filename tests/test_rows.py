@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lorafit.errors import DataError
+from lorafit.files import file_digest
 from lorafit.rows import (
     COLUMNS,
     OPTIONAL,
@@ -24,7 +25,6 @@ from lorafit.rows import (
     data_files,
     detect_format,
     digest,
-    file_digest,
     is_local,
     place_of,
     read_rows,

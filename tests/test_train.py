@@ -20,9 +20,9 @@ import yaml
 from conftest import RecipeMaker, Train, make_model, write_jsonl
 from safetensors.torch import load_file
 
-from lorafit import staging
+from lorafit import files
 from lorafit.callbacks import StopRequest
-from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
+from lorafit.errors import DataError, DoesNotFitError, GateError, Interrupted, ModelError, UsageError
 from lorafit.fingerprint import model_fingerprint, summary
 from lorafit.rundir import RunDir
 from lorafit.train import dequantized_base
@@ -77,7 +77,7 @@ def test_a_run_writes_what_the_design_says(recipe: RecipeMaker, train: Train, ro
     assert "lorafit" in (run.adapter / "README.md").read_text()
     assert not [file for file in run.path.rglob("*") if file.name == "training_args.bin"], "a pickle was written"
     beside = {file.name for file in run.path.parent.iterdir()}
-    assert beside == {"recipe", ".recipe.lock"}, "something was left beside the run"
+    assert beside == {"recipe"}, "something was left beside the run"
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6, 7])
@@ -306,15 +306,22 @@ class TestStarting:
             train(path)
         assert before == [digest(RunDir(path.parent / "runs" / "recipe"))]
 
-    def test_a_lock_is_never_held_twice(self, tmp_path: Path) -> None:
-        """Not by one who opened the file before it was released and one who came after that."""
+    def test_a_lock_is_never_held_twice(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not by one who opened the file before it was taken away and one who came after that."""
         run = RunDir(tmp_path / "run")
+        lock, flock = run.path / files.LOCK, fcntl.flock
+
+        def late(descriptor: int, how: int) -> None:
+            flock(descriptor, how)
+            monkeypatch.undo()
+            lock.unlink()
+
+        monkeypatch.setattr(fcntl, "flock", late)
         with run.lock():
-            waiting = (tmp_path / ".run.lock").open("w")
-        with waiting:
-            fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert lock.exists()
             with pytest.raises(UsageError, match="another process"), run.lock():
                 pass
+        assert not run.path.exists(), "nothing was begun"
 
     def test_another_base_is_no_resume(
         self, recipe: RecipeMaker, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -425,10 +432,8 @@ class TestTraining:
         self, recipe: RecipeMaker, train: Train, rows: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         removed = []
-        original = shutil.rmtree
-        monkeypatch.setattr(
-            shutil, "rmtree", lambda path, *a, **k: [removed.append(Path(path)), original(path, *a, **k)]
-        )
+        original = files._remove
+        monkeypatch.setattr(files, "_remove", lambda folder: [removed.append(folder), original(folder)])
         dataset = {"train": [{"path": str(rows)}], "validation": 0.5}
         run = train(recipe(dataset=dataset, training={**EARLY, "save_total_limit": 1}))
         result = run.load_manifest()["result"]
@@ -465,13 +470,13 @@ class TestFailures:
 
         whole = train(recipe("whole"))
         path = recipe()
-        original = staging.sync
-        monkeypatch.setattr(staging, "sync", lambda f: full(f) if f.name == ".adapter.partial" else original(f))
-        with pytest.raises(OSError, match="No space left"):
+        original = files.sync
+        monkeypatch.setattr(files, "sync", lambda f: full(f) if f.name == ".adapter.partial" else original(f))
+        with pytest.raises(DoesNotFitError, match="adapter: the disk is full"):
             train(path)
         run = RunDir(path.parent / "runs" / "recipe")
         assert run.result is None
-        assert not list(run.path.glob(".*"))
+        assert [entry.name for entry in run.path.glob(".*")] == [files.LOCK]
         monkeypatch.undo()
         assert digest(train(path, resume=True)) == digest(whole)
 

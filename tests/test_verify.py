@@ -102,13 +102,22 @@ def test_what_is_missing_is_found(folder: Path) -> None:
     assert "adapter/tokenizer.json is missing" in found.stderr
 
 
-def test_a_run_from_before_there_were_hashes(folder: Path) -> None:
+def test_a_run_without_hashes(folder: Path) -> None:
+    run = RunDir(folder / "run")
+    manifest = run.load_manifest()
+    del manifest["files"]
+    run.write_manifest(manifest)
+    assert verify(folder).exit_code == 7
+    assert status(folder)["the run's own files"] == "not recorded"
+
+
+def test_an_edited_figure_is_found(folder: Path) -> None:
     file = folder / "run/manifest.json"
     manifest = json.loads(file.read_text())
-    del manifest["files"]
+    manifest["result"]["best_validation_loss"] = 0.0
     file.write_text(json.dumps(manifest))
-    assert verify(folder).exit_code == 0
-    assert status(folder)["the run's own files"] == "not recorded"
+    assert verify(folder).exit_code == 7
+    assert {what for what, found in status(folder).items() if found != "ok"} == {"manifest.json"}
 
 
 def test_the_first_steps_repeat_exactly(folder: Path) -> None:

@@ -79,15 +79,14 @@ def _model(recipe: Recipe, known: Lock | None) -> dict[str, Any]:
     if not _is_hub(name):
         read_facts(name, revision)  # a model that isn't there is told as everywhere
         return {"name": name, "files": _model_files(Path(name).expanduser())}
+    with contextlib.suppress(UnreachableError):  # what can't be a hub id is told as everywhere
+        read_facts(name, revision)
     if damaged := damaged_in_cache(name, revision):
-        raise DriftError(
-            f"{name}: {', '.join(damaged)} in the hub's cache is damaged; remove it, and download it again"
-        )
+        wrong = ", ".join(damaged)
+        raise DriftError(f"{name}: {wrong} in the hub's cache is damaged; remove it, and download it again")
     before = known.content["model"] if known else {}
     if known is not None and _asked_for(known) == (name, revision) and before.get("commit"):
         return {"name": name, "commit": before["commit"]}
-    with contextlib.suppress(UnreachableError):  # what can't be a hub id is told as everywhere
-        read_facts(name, revision)
     return {"name": name, "commit": commit_of(name, revision, "model")}
 
 
