@@ -35,6 +35,8 @@ LOCK = ".lorafit.lock"
 """What a process holds that writes a run, or reads it. Always empty."""
 FULL_BELOW = 1 << 20
 """Free bytes below which a failed write is blamed on the disk."""
+_MARK = "lorafit: a folder beside this file is being written\n"
+"""In the lock file of an output, so that it is known as lorafit's and removed."""
 _CHUNK = 4 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -397,16 +399,16 @@ def writing(destination: Path) -> Iterator[None]:
     lock = _lock_of(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        made = not lock.exists()
-        os.close(os.open(lock, os.O_RDWR | os.O_CREAT, 0o666))
+        with contextlib.suppress(FileExistsError), lock.open("x", encoding="utf-8") as stream:
+            stream.write(_MARK)
     except OSError as error:
         raise UsageError(f"{destination}: can't be written: {error.strerror}; choose another --output") from None
     with held(lock, _busy(destination)):
         try:
             yield
         finally:
-            if made:
-                lock.unlink(missing_ok=True)
+            if lock.read_bytes() == _MARK.encode():
+                lock.unlink()
 
 
 def refuse_busy(destination: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RecipeMaker, Train, as_planned, conversation, make_model, write_jsonl
+from conftest import RecipeMaker, Train, as_planned, conversation, make_model, resealed, write_jsonl
 from jsonschema import Draft202012Validator
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
@@ -29,13 +29,14 @@ from yaml import safe_dump
 
 from lorafit.cli import app
 from lorafit.data import IGNORED
-from lorafit.errors import DataError, Interrupted, ModelError, UsageError
+from lorafit.errors import DataError, DriftError, Interrupted, ModelError, UsageError
 from lorafit.evaluate.assemble import speeds
 from lorafit.evaluate.make import evaluate
 from lorafit.evaluate.options import Named, Options
 from lorafit.evaluate.records import Records
 from lorafit.evaluate.results import Results, Sample
 from lorafit.evaluate.sets import held_out_rows
+from lorafit.files import SEAL, seal
 from lorafit.merge import Options as MergeOptions
 from lorafit.merge.make import merge
 from lorafit.plan import plan_recipe
@@ -189,6 +190,7 @@ def test_what_was_forgotten_is_a_figure(whole: tuple[Results, Path]) -> None:
 def test_all_reports_are_written(whole: tuple[Results, Path]) -> None:
     results, folder = whole
     assert {file.name for file in folder.iterdir()} == {
+        SEAL,
         "results.json",
         "samples.jsonl",
         "report.md",
@@ -237,7 +239,7 @@ def test_a_quantized_run_is_evaluated_quantized(tmp_path: Path, tiny_model: Path
 def test_several_adapters_on_one_base(run: RunDir, trained: Path, tmp_path: Path, tiny_model: Path) -> None:
     """Swapped on the same base, each has the figures that it has alone, whatever came before it."""
     other = run_of(tmp_path / "two", tiny_model, lora={"use_dora": True}, training={"seed": 7, "max_steps": 5})
-    zero = shutil.copytree(trained / "adapter", tmp_path / "zero")
+    zero = shutil.copytree(trained / "adapter", tmp_path / "zero", ignore=shutil.ignore_patterns(SEAL))
     weights = load_file(zero / "adapter_model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, zero / "adapter_model.safetensors")
     results = evaluated(
@@ -396,6 +398,7 @@ def test_a_model_that_overflows_has_no_figures_and_passes_nothing(run: RunDir, t
     weights = load_file(file)
     weights["model.embed_tokens.weight"][token] = math.nan
     save_file(weights, file, metadata={"format": "pt"})
+    seal(run.merged, "merge")
     data = write_jsonl(tmp_path / "rows.jsonl", [conversation(f"red mat {number}", "green") for number in range(3)])
     gates = ("heldout.loss.merged < 99", "heldout.accuracy.merged == 0")
     setting = (*PLAIN, "eval.sets=[{name: heldout, options: [green, red]}]")
@@ -445,6 +448,7 @@ def test_sabotaged_adapters_are_told_apart(trained: Path, tmp_path: Path, tiny_m
     file = nothing.adapter / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(w) for name, w in load_file(file).items()}, file)
     shutil.rmtree(nothing.merged)
+    resealed(nothing)
     zero = evaluated(nothing, fail_under=SABOTAGE, limit=20, max_new_tokens=4)
     assert [gate.passed for gate in zero.gates] == [False, False]
     assert all(d.value == 0 for d in zero.differences if d.metric in ("loss", "exact_match"))
@@ -519,6 +523,7 @@ def test_merged_models_of_something_else(run: RunDir, tmp_path: Path, tiny_model
     report = json.loads((run.merged / "merge_report.json").read_text())
     report["base"]["name"] = "models/another"
     (run.merged / "merge_report.json").write_text(json.dumps(report))
+    seal(run.merged, "merge")
     with pytest.raises(ModelError, match=r"is merged into another base \(models/another\)"):
         evaluated(run)
 
@@ -571,6 +576,9 @@ def test_an_earlier_evaluation_as_the_baseline(run: RunDir, tmp_path: Path) -> N
         better = -9.0 if "loss" in name else 2.0
         raw["figures"][name] |= {"value": better, "low": better, "high": better}
     before.write_text(json.dumps(raw))
+    with pytest.raises(DriftError, match=r"results\.json has changed"):
+        evaluated(run, baseline=before, limit=4, max_new_tokens=4)
+    seal(before.parent, "evaluation")
     worse = evaluated(run, baseline=before, fail_under=(gate,), limit=4, max_new_tokens=4)
     assert {gate.where for gate in worse.failed} == {"--fail-under", "--baseline"}
 

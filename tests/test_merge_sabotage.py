@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from lorafit.cli import app
 from lorafit.errors import Interrupted
+from lorafit.files import seal
 from lorafit.merge import Options
 from lorafit.merge.make import merge
 
@@ -56,7 +57,7 @@ def expected(adapter: Path) -> dict[str, bytes]:
 
 
 def run(adapter: Path, output: Path) -> Path:
-    return merge(Options(adapter, output, verify="weights"), Console(file=io.StringIO()))
+    return merge(Options(adapter, output, verify="weights", overwrite=True), Console(file=io.StringIO()))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -100,7 +101,7 @@ def test_killed_at_any_moment(adapter: Path, expected: dict[str, bytes], tmp_pat
         outcomes.append(output.exists())
         if output.exists():
             assert contents(output) == expected
-        left = {entry.name for entry in tmp_path.iterdir()} - {"merged", ".merged.partial"}
+        left = {entry.name for entry in tmp_path.iterdir()} - {"merged", ".merged.partial", ".merged.lock"}
         assert left <= {".merged.removing", "..merged.partial.removing"}, (
             "half removed ones, which the next merge clears"
         )
@@ -113,6 +114,7 @@ def test_killed_while_it_replaces_an_older_one(adapter: Path, expected: dict[str
     output = tmp_path / "merged"
     run(adapter, output)
     (output / "merge_report.md").write_text("the older one")
+    seal(output, "merge")
     real = Path.rename
 
     def dies(self: Path, target: Any) -> Any:

@@ -49,7 +49,8 @@ class Meter:
                 "allocated": int(torch.cuda.max_memory_allocated()),
                 "reserved": int(torch.cuda.max_memory_reserved()),
             }
-        return {"resident": (_status("VmHWM") if self.resets else None) or _peak()}
+        peak = (_status("VmHWM") if self.resets else None) or _peak()
+        return {"resident": max(peak, self.baseline)}  # Linux counts the pages of threads late
 
 
 def _reset_peak() -> bool:
