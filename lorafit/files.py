@@ -28,7 +28,7 @@ from typing import Any
 
 import xxhash
 
-from lorafit.errors import DoesNotFitError, DriftError, UsageError
+from lorafit.errors import DoesNotFitError, DriftError, LorafitError, UsageError
 
 SEAL = "lorafit.json"
 LOCK = ".lorafit.lock"
@@ -127,7 +127,9 @@ def _is_full(error: BaseException, folder: Path) -> bool:
     """Whether a failed write is the disk's fault; libraries tell it in their own ways, so the disk itself is asked."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
-    return isinstance(error, Exception) and folder.exists() and shutil.disk_usage(folder).free < FULL_BELOW
+    if not isinstance(error, Exception) or isinstance(error, LorafitError) or not folder.exists():
+        return False
+    return shutil.disk_usage(folder).free < FULL_BELOW
 
 
 # --- seals ----------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def read_ahead(plan: Plan) -> threading.Thread:
     """Begin to read the base whole for its fingerprint, beside what takes longer; what is found is remembered."""
 
     def read() -> None:
-        with contextlib.suppress(LorafitError):  # said where the fingerprint is taken
+        with contextlib.suppress(LorafitError, OSError):  # said where the fingerprint is taken
             model_fingerprint(plan)
 
     thread = threading.Thread(target=read if is_main_process() else lambda: None, name="lorafit-base", daemon=True)

@@ -336,12 +336,29 @@ def cut(share: float) -> Callable[[Path], None]:
     return lambda file: os.truncate(file, int(file.stat().st_size * share))
 
 
+def flipped(place: float) -> Callable[[Path], None]:
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[int(len(content) * place)] ^= 0x10
+        file.write_bytes(content)
+
+    return flip
+
+
 def garbage(file: Path) -> None:
     file.write_bytes(b"\x7f" * file.stat().st_size)
 
 
 DAMAGE: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     **{f"rows.arrow cut at {share}": ("rows", "rows.arrow", cut(share)) for share in (0, 0.02, 0.3, 0.6, 0.9, 0.99)},
+    **{
+        f"a bit of rows.arrow at {place}": ("rows", "rows.arrow", flipped(place))
+        for place in (0.05, 0.3, 0.5, 0.7, 0.95)
+    },
+    **{f"a bit of {name}": ("sets", name, flipped(0.9)) for name in ("training.npy", "validation.npy", "packed.arrow")},
+    "a bit of numbers.bin": ("rows", "numbers.bin", flipped(0.5)),
+    "no seal": ("rows", "lorafit.json", Path.unlink),
+    "half a seal": ("sets", "lorafit.json", cut(0.5)),
     "rows.arrow of garbage": ("rows", "rows.arrow", garbage),
     "no rows.arrow": ("rows", "rows.arrow", Path.unlink),
     "no numbers.bin": ("rows", "numbers.bin", Path.unlink),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from lorafit import files
 from lorafit.callbacks import StopRequest
-from lorafit.errors import DataError, DoesNotFitError, GateError, Interrupted, ModelError, UsageError
+from lorafit.errors import DataError, DoesNotFitError, DriftError, GateError, Interrupted, ModelError, UsageError
 from lorafit.fingerprint import model_fingerprint, summary
 from lorafit.rundir import RunDir
 from lorafit.train import dequantized_base
@@ -216,6 +216,41 @@ class TestStarting:
             train(path)
         with pytest.raises(UsageError, match=r"another recipe \(training.learning_rate\)"):
             train(path, "training.learning_rate=0.5", resume=True)
+
+    def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
+        self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every file of it, damaged in every way; without it, the run ends with the same weights."""
+        path = recipe(training={"save_strategy": "steps", "save_steps": 1})
+        whole = train(recipe("whole", training={"save_strategy": "steps", "save_steps": 1}))
+        stop_at(3, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        monkeypatch.undo()
+        run = RunDir(path.parent / "runs" / "recipe")
+        last, before, *_ = run.all_checkpoints()
+        names = [file.name for file in last.iterdir()]
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_config.json"} <= set(
+            names
+        )
+        for name in names:
+            content = (last / name).read_bytes()
+            for damaged in (None, b"", content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1])):
+                (last / name).unlink() if damaged is None else (last / name).write_bytes(damaged)
+                if (damaged, name) == (content[: len(content) // 2], "lorafit.json"):
+                    continue
+                with pytest.raises(DriftError, match=rf"{last.name}: .*{name}.*{before.name}, which is whole"):
+                    train(path, resume=True)
+            (last / name).write_bytes(content)
+        shutil.copyfile(before / "optimizer.pt", last / "optimizer.pt")
+        with pytest.raises(DriftError, match=r"optimizer\.pt has changed"):
+            train(path, resume=True)
+        (before / "optimizer.pt").unlink()
+        with pytest.raises(DriftError, match="checkpoint-1, which is whole"):
+            train(path, resume=True)
+        shutil.rmtree(last)
+        shutil.rmtree(before)
+        assert digest(train(path, resume=True)) == digest(whole)
 
     def test_another_merge_is_no_other_recipe(
         self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch

@@ -35,7 +35,7 @@ def _of_metric(spec: MetricSpec) -> dict[str, Path]:
     if isinstance(spec, dict):
         return {path: Path(path) for name, path in spec.items() if name == "json_schema"}
     module, colon, _ = spec.partition(":")
-    return dict(_of_module(module, set())) if colon and module.isidentifier() | ("." in module) else {}
+    return dict(_of_module(module, set())) if colon and all(map(str.isidentifier, module.split("."))) else {}
 
 
 def _of_module(name: str, seen: set[str]) -> Iterator[tuple[str, Path]]:

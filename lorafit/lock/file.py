@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError, first_line
-from lorafit.files import claim_file, own_digest, write_text
+from lorafit.files import own_digest, write_text
 
 VERSION = 2
 _PARTS: dict[str, type | tuple[type, ...]] = {
@@ -40,8 +40,7 @@ class Lock:
         return hashlib.sha256(self.text.encode("utf-8", "surrogateescape")).hexdigest()
 
     def write(self, path: Path) -> None:
-        """Write it, or nothing. Raises UsageError for a path at which something else is."""
-        claim_file(path, "lock_version")
+        """Write it, or nothing."""
         write_text(path, self.text)
 
     @staticmethod

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafit.errors import DataError, DriftError, UsageError
+from lorafit.files import claim_file
 from lorafit.lock.compare import drift
 from lorafit.lock.file import Lock, lock_path
 from lorafit.lock.state import state_of
@@ -16,14 +17,16 @@ from lorafit.rundir import RunDir
 def write_lock(config: Path, overrides: Sequence[str] = ()) -> tuple[Path, Lock, list[str]]:
     """Lock a recipe as it is now; returns the file, the lock, and what changed against the one before.
 
-    Raises LorafitError where something that the recipe names is missing; then nothing is written.
+    Raises LorafitError where something that the recipe names is missing, or something else is in the lock's place;
+    then nothing is written.
     """
+    path = lock_path(config)
+    claim_file(path, "lock_version")
     recipe = Recipe.load(config, overrides)
     lock = state_of(recipe)
     missing = [path for path, entry in lock.content["data"].items() if "files" in entry and not entry["files"]]
     if missing:
         raise DataError("\n".join(f"{path}: there are no such data files, so they can't be locked" for path in missing))
-    path = lock_path(config)
     try:
         changed = drift(Lock.read(path), lock)
     except UsageError:

@@ -1,13 +1,17 @@
-"""What lorafit did not write is still there, whatever a command is asked for and however it ends."""
+"""What lorafit did not write is still there, whatever a command does; what it reads is what it wrote."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from lorafit import files
 from lorafit.cli import app
 from lorafit.files import SEAL
 
@@ -332,3 +337,239 @@ class TestReadersAndWriters:
                     [sys.executable, "-c", probe, *command], capture_output=True, text=True, check=True
                 )
             assert said.stdout.split() == ["2", "True", "False"], said.stderr
+
+
+def flip(file: Path, place: float = 0.9) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * place)] ^= 0x11
+    file.write_bytes(content)
+
+
+def edit(file: Path, change: Callable[[Any], Any]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+EDITS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a weight": ("adapter/adapter_model.safetensors", flip),
+    "alpha": ("adapter/adapter_config.json", lambda f: edit(f, lambda c: c.update(lora_alpha=320))),
+    "the template": ("adapter/chat_template.jinja", lambda f: f.write_text(f.read_text() + "{{ 'EVIL' }}")),
+    "the tokenizer": ("adapter/tokenizer.json", lambda f: flip(f, 0.5)),
+    "no tokenizer": ("adapter/tokenizer_config.json", Path.unlink),
+    "the gates": ("plan.json", lambda f: edit(f, lambda c: c["eval"].update(gates=[], limit=2))),
+    "the fingerprint": ("fingerprint.json", lambda f: f.write_text("{}")),
+    "no fingerprint": ("fingerprint.json", Path.unlink),
+    "the losses": ("metrics.jsonl", lambda f: f.write_text(f.read_text().replace("loss", "Loss"))),
+    "the result": ("manifest.json", lambda f: edit(f, lambda c: c["result"].update(best_validation_loss=0.0))),
+    "no hashes": ("manifest.json", lambda f: edit(f, lambda c: c.pop("files"))),
+    "no manifest": ("manifest.json", Path.unlink),
+    "the seal": ("adapter/lorafit.json", lambda f: edit(f, lambda c: c["files"].popitem())),
+    "no seal": ("adapter/lorafit.json", Path.unlink),
+    "more templates": ("adapter/additional_chat_templates/tool.jinja", lambda f: f.write_text("{{ 'EVIL' }}")),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_a_run_that_was_edited_is_refused(what: str, project: Path) -> None:
+    name, change = EDITS[what]
+    file = project / "runs/one" / name
+    file.parent.mkdir(exist_ok=True)
+    change(file)
+    for command in (
+        ("eval", "runs/one"),
+        ("merge", "runs/one", "--overwrite"),
+        ("chat", "runs/one", "--prompt", "hello"),
+        ("bench", "runs/one"),
+        ("verify", "runs/one"),
+    ):
+        refused = run(*command)
+        assert refused.exit_code == (2 if (command[0], what) == ("verify", "no manifest") else 7), (what, command)
+        assert name.partition("/")[0] in refused.stderr, refused.stderr
+
+
+def test_a_card_may_be_edited(project: Path) -> None:
+    """It is for people to write in; `verify` tells all the same."""
+    card = project / "runs/one/adapter/README.md"
+    card.write_text(card.read_text() + "Mine.")
+    done("eval", "runs/one")
+    done("merge", "runs/one", "--overwrite", "--verify", "none")
+    assert "adapter/README.md has changed" in run("verify", "runs/one").stderr
+
+
+MADE = {
+    "a merged weight": ("merged/model.safetensors", lambda f: flip(f, 0.5), True),
+    "a merged tokenizer": ("merged/tokenizer.json", lambda f: flip(f, 0.5), True),
+    "the merge's report": ("merged/merge_report.json", lambda f: edit(f, lambda c: c.update(verdict="fine")), True),
+    "figures": ("eval/results.json", lambda f: edit(f, lambda c: c.update(name="better")), False),
+    "samples": ("eval/samples.jsonl", lambda f: f.write_text(""), False),
+    "an export": ("merged-gguf/Modelfile", lambda f: f.write_text("FROM elsewhere"), False),
+    "no seal": ("merged/lorafit.json", Path.unlink, False),
+    "one more file": ("eval/more.txt", lambda f: f.write_text("more"), False),
+}
+
+
+@pytest.mark.parametrize("what", MADE)
+def test_what_was_made_of_a_run_is_verified(what: str, project: Path) -> None:
+    """And a merged model that was changed is loaded by nobody."""
+    name, change, is_loaded = MADE[what]
+    change(project / "runs/one" / name)
+    found = run("verify", "runs/one")
+    assert found.exit_code == 7
+    assert f"{name.partition('/')[0]}/ " in found.stderr
+    if is_loaded:
+        for command in (("eval", "runs/one"), ("chat", "runs/one/merged", "--prompt", "hello"), ("bench", "runs/one")):
+            assert run(*command).exit_code == 7
+        other = ("train", "recipe.yaml", "--set", "model.name_or_path=runs/one/merged", "--set", "output_dir=runs/two")
+        assert run(*other).exit_code == (4 if "tokenizer" in what else 7), (
+            "a tokenizer is read first, and is no JSON now"
+        )
+
+
+def test_an_adapter_elsewhere_is_checked_until_it_is_its_owners(project: Path) -> None:
+    shutil.copytree("runs/one/adapter", "mine")
+    edit(Path("mine/adapter_config.json"), lambda c: c.update(lora_alpha=64))
+    merge = ("merge", "mine", "-o", "out", "--verify", "none")
+    for command in (merge, ("eval", "runs/one", "--adapter", "mine=mine"), ("chat", "model", "--adapter", "mine=mine")):
+        refused = run(*command, *(("--prompt", "x") if command[0] == "chat" else ()))
+        assert refused.exit_code == 7
+        assert "adapter_config.json has changed" in refused.stderr
+    Path("mine", SEAL).unlink()
+    done(*merge)
+
+
+class TestLocks:
+    """What the lock of a recipe holds besides data and model: what judges, and itself."""
+
+    @pytest.fixture
+    def locked(self, project: Path) -> Path:
+        (project / "schema.json").write_text('{"type": "object"}')
+        (project / "own").mkdir()
+        (project / "own/__init__.py").write_text("")
+        (project / "own/helper.py").write_text("VALUE = 0.0\n")
+        (project / "own/metric.py").write_text("from . import helper\ndef m(answer, expected): return helper.VALUE\n")
+        (project / "plain.py").write_text("import beside\ndef n(answer, expected): return beside.VALUE\n")
+        (project / "beside.py").write_text("VALUE = 0.0\n")
+        (project / "tasks").mkdir()
+        (project / "tasks/mine.yaml").write_text("task: mine\n")
+        settings = {
+            "metrics": [{"json_schema": "schema.json"}, "own.metric:m"],
+            "sets": [{"name": "heldout", "metrics": ["plain:n"]}],
+            "lm_eval": {"tasks": ["mine"], "include_path": "tasks"},
+        }
+        (project / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"eval": RECIPE["eval"] | settings}))  # type: ignore[operator]
+        done("lock", "recipe.yaml")
+        assert run("lock", "--check", "recipe.yaml").exit_code == 0
+        return project
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "schema.json",
+            "own/metric.py",
+            "own/helper.py",
+            "own/__init__.py",
+            "plain.py",
+            "beside.py",
+            "tasks/mine.yaml",
+        ],
+    )
+    def test_a_changed_judge_is_drift(self, name: str, locked: Path) -> None:
+        for change, how in ((lambda f: f.write_text(f.read_text() + "\n"), "its bytes changed"), (Path.unlink, "")):
+            change(locked / name)
+            drifted = run("lock", "--check", "recipe.yaml")
+            assert drifted.exit_code == 7
+            assert f"eval: {name}: {how}" in drifted.stderr
+
+    def test_no_metric_is_run(self, locked: Path) -> None:
+        (locked / "plain.py").write_text("raise SystemExit(9)\n")
+        assert run("lock", "recipe.yaml").exit_code == 0
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda c: c.update(data={}),
+            lambda c: c["model"].pop("files"),
+            lambda c: c.update(chat_template=None),
+            lambda c: c.update(judging={}),
+            lambda c: c.update(tokenizer={}),
+            lambda c: c.pop("sha256"),
+            lambda c: c["versions"].clear(),
+        ],
+    )
+    def test_a_part_that_was_emptied_is_seen(self, change: Callable[[Any], Any], locked: Path) -> None:
+        edit(locked / "recipe.yaml.lock", change)
+        assert run("lock", "--check", "recipe.yaml").exit_code == 2
+        assert run("train", "recipe.yaml", "--locked", "--overwrite", "--dry-run").exit_code == 2
+
+    def test_its_own_lock_is_not_refused(self, project: Path) -> None:
+        """Rules about what was written do not see defaults."""
+        (project / "held.jsonl").write_text((project / "rows.jsonl").read_text().replace("question", "another"))
+        dataset = {"train": [{"path": "rows.jsonl"}], "validation": [{"path": "held.jsonl"}]}
+        forgetting = {"sets": [{"name": "other", "path": "held.jsonl", "role": "forgetting"}]}
+        content = RECIPE | {"dataset": dataset, "eval": RECIPE["eval"] | forgetting}  # type: ignore[operator]
+        (project / "recipe.yaml").write_text(yaml.safe_dump(content))
+        for command in (
+            ("lock", "recipe.yaml"),
+            ("train", "recipe.yaml", "--locked", "--overwrite"),
+            ("eval", "runs/one", "--locked"),
+            ("merge", "runs/one", "--locked"),
+            ("verify", "runs/one"),
+        ):
+            done(*command)
+
+
+class TestDisks:
+    def read_only(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        """No file in a folder can be made or written, as root as well."""
+        opened = os.open
+
+        def refusing(path: Any, flags: int, *more: Any, **others: Any) -> int:
+            written = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if written and isinstance(path, str | os.PathLike) and Path(path).absolute().is_relative_to(folder):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return opened(path, flags, *more, **others)
+
+        monkeypatch.setattr(os, "open", refusing)
+        monkeypatch.setattr(Path, "mkdir", self.refusing_mkdir(folder))
+
+    @staticmethod
+    def refusing_mkdir(folder: Path) -> Any:
+        mkdir = Path.mkdir
+
+        def refusing(self: Path, *arguments: Any, **options: Any) -> None:
+            if not self.exists() and self.absolute().is_relative_to(folder):
+                raise OSError(errno.EROFS, "Read-only file system", str(self))
+            mkdir(self, *arguments, **options)
+
+        return refusing
+
+    def test_a_run_on_a_read_only_disk(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (project / "runs/one" / ".lorafit.lock").unlink()
+        self.read_only(monkeypatch, project / "runs")
+        done("eval", "runs/one", "-o", "here")
+        done("merge", "runs/one", "--verify", "none", "-o", "merged")
+        done("chat", "runs/one", "--prompt", "hello", "--max-new-tokens", "1")
+        done("verify", "runs/one")
+
+    def test_a_start_that_was_killed_or_out_of_disk(self, project: Path) -> None:
+        """At any of its steps: a folder that was vacant is filled by the next start."""
+        write, steps = files.beside, 0
+
+        @contextlib.contextmanager
+        def failing(destination: Path) -> Iterator[Path]:
+            nonlocal left
+            left -= 1
+            with write(destination) as partial:
+                yield partial
+                if left < 0 and "two" in destination.parts:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+
+        start = ("train", "recipe.yaml", "--set", "output_dir=runs/two")
+        (project / "runs/two").mkdir()
+        for steps in range(4):
+            left = steps
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(files, "beside", failing)
+                assert run(*start).exit_code == 5
+        done(*start)
