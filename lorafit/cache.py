@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -123,8 +124,9 @@ def _shared_folder() -> Path:
 
 
 def entry(kind: str, key: str) -> Path:
-    """The folder of an entry, there or not."""
-    return cache_folder() / kind / key
+    """The folder of an entry, there or not. One whose seal is lost is nobody's, and is left for another name."""
+    places = (cache_folder() / kind / f"{key}{f'-{number}' * bool(number)}" for number in itertools.count())
+    return next(place for place in places if not os.path.lexists(place) or is_ours(place))
 
 
 def known_audit(plan: DataPlan) -> dict[str, Any] | None:

@@ -357,8 +357,6 @@ DAMAGE: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     },
     **{f"a bit of {name}": ("sets", name, flipped(0.9)) for name in ("training.npy", "validation.npy", "packed.arrow")},
     "a bit of numbers.bin": ("rows", "numbers.bin", flipped(0.5)),
-    "no seal": ("rows", "lorafit.json", Path.unlink),
-    "half a seal": ("sets", "lorafit.json", cut(0.5)),
     "rows.arrow of garbage": ("rows", "rows.arrow", garbage),
     "no rows.arrow": ("rows", "rows.arrow", Path.unlink),
     "no numbers.bin": ("rows", "numbers.bin", Path.unlink),
@@ -393,6 +391,18 @@ def test_a_damaged_entry_is_made_anew(recipe: RecipeMaker, cache: Path, what: st
     assert again.train.to_dict() == before
     assert len(written(cache, kind, name).read_bytes()) == len(whole)
     assert len(entries(cache)) == 2
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut(0.5), cut(0)])
+def test_an_entry_without_its_seal_is_nobodys(damage: Any, recipe: RecipeMaker, cache: Path) -> None:
+    """It is left alone, and neither read nor in the way."""
+    path = recipe()
+    before = prepared(path).train.to_dict()
+    file = written(cache, "rows", "rows.arrow")
+    damage(file.with_name(SEAL))
+    assert prepared(path).train.to_dict() == before
+    assert file.exists()
+    assert len(entries(cache)) == 3
 
 
 def test_a_damaged_audit_does_not_stop_a_plan(recipe: RecipeMaker, cache: Path) -> None:
