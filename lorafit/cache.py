@@ -28,8 +28,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorafit.audit import Audit
-from lorafit.errors import UsageError
-from lorafit.files import damage, discard, held, is_intact, is_ours, read_seal, staged, write_text
+from lorafit.errors import DoesNotFitError, UsageError
+from lorafit.files import (
+    damage,
+    discard,
+    held,
+    is_free,
+    is_intact,
+    is_ours,
+    lock_of,
+    own_digest,
+    read_seal,
+    staged,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from lorafit.plan.types import DataPlan, SourcePlan
@@ -124,9 +136,9 @@ def _shared_folder() -> Path:
 
 
 def entry(kind: str, key: str) -> Path:
-    """The folder of an entry, there or not. One whose seal is lost is nobody's, and is left for another name."""
+    """The folder of an entry, there or not. What lorafit did not write there is left alone."""
     places = (cache_folder() / kind / f"{key}{f'-{number}' * bool(number)}" for number in itertools.count())
-    return next(place for place in places if not os.path.lexists(place) or is_ours(place))
+    return next(filter(is_free, places))
 
 
 def known_audit(plan: DataPlan) -> dict[str, Any] | None:
@@ -170,20 +182,18 @@ def remembered(file: Path, what: str, make: Callable[[Path], T]) -> T:
     before = _identity(real)
     place = cache_folder() / "digests" / f"{_hash(str(real))}.json"
     try:
-        known = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = dict(json.loads(place.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         known = {}
-    if known.get("file") != before:
+    if known.get("file") != before or known.get("sha256") != own_digest(known):
         known = {"file": before}
     if what not in known:
         known[what] = make(file)
-        settled = (
-            time.time_ns() - max(before[2:]) > SETTLED_NS
-        )  # a change in the same tick of the clock leaves no trace
-        if settled and _identity(real) == before:
-            with contextlib.suppress(OSError):
+        # A change in the same tick of the clock would leave no trace, so what was just written is not remembered.
+        if time.time_ns() - max(before[2:]) > SETTLED_NS and _identity(real) == before:
+            with contextlib.suppress(OSError, DoesNotFitError):
                 place.parent.mkdir(exist_ok=True)
-                write_text(place, json.dumps(known))
+                write_text(place, json.dumps(known | {"sha256": own_digest(known)}))
     made: T = known[what]
     return made
 
@@ -197,14 +207,10 @@ def _identity(file: Path) -> list[int]:
 def in_use(folder: Path) -> Iterator[None]:
     """Hold an entry for this process: others wait, and nobody prunes it. Marks it as used."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(_lock_file(folder), wait=True):
+    with held(lock_of(folder), wait=True):
         yield
         with contextlib.suppress(OSError):
             os.utime(folder)
-
-
-def _lock_file(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
 
 
 def prune(keep: set[Path], limit: int | None = None) -> None:
@@ -233,7 +239,7 @@ def _folders(pattern: str) -> list[Path]:
 
 def _remove(path: Path, folder: Path) -> bool:
     """Remove an entry's folder, or what is left of making it, unless another process holds the entry."""
-    with contextlib.suppress(UsageError, OSError), held(_lock_file(folder)):
+    with contextlib.suppress(UsageError, OSError), held(lock_of(folder)):
         discard(path)
         return True
     return False

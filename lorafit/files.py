@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -32,12 +33,20 @@ from lorafit.errors import DoesNotFitError, DriftError, LorafitError, UsageError
 
 SEAL = "lorafit.json"
 LOCK = ".lorafit.lock"
-"""What a process holds that writes a run, or reads it. Always empty."""
+"""What a process holds that writes a run, or reads it."""
 FULL_BELOW = 1 << 20
 """Free bytes below which a failed write is blamed on the disk."""
-_MARK = "lorafit: a folder beside this file is being written\n"
-"""In the lock file of an output, so that it is known as lorafit's and removed."""
+_MARK = b"lorafit: held while a folder is read or written\n"
+"""In every lock file that lorafit made, so that it is known as such."""
+_PATIENCE = (0.0, 0.05, 0.1)
+"""Seconds to wait for a lock, which another process may have for a moment to see that it is free."""
 _CHUNK = 4 << 20
+_MOST_MARKED = 64 << 20
+"""Bytes of a file that are looked at for a mark."""
+CARD = "README.md"
+"""The card of a result: people write in it, and no command reads it."""
+_LEFT = re.compile(r"\.(.+)\.\d+-\d+\.partial")
+"""The name of a file that was being written as its process was killed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -95,8 +104,11 @@ def beside(destination: Path) -> Iterator[Path]:
         raise
 
 
-def claim_file(file: Path, *marks: str) -> None:
-    """See that a file can be written: it is not there, or lorafit wrote it, as one of some marks in it shows.
+def claim_file(file: Path, mark: str) -> None:
+    """See that a file can be written: it is not there, or lorafit wrote it, as a mark shows.
+
+    Args:
+        mark: a key of the JSON object that it is, or what it begins with; of a picture, words in its metadata.
 
     Raises UsageError.
     """
@@ -104,12 +116,20 @@ def claim_file(file: Path, *marks: str) -> None:
         return
     if file.is_dir():
         raise UsageError(f"{file}: is a folder; give the name of a file")
-    if file.is_file():
-        with file.open("rb") as stream:
-            head = stream.read(_CHUNK)
-        if not head or any(mark.encode() in head for mark in marks):
-            return
-    raise UsageError(f"{file}: exists and was not written by this command; move it, or name another file")
+    if not file.is_file() or not _is_marked(file.read_bytes()[:_MOST_MARKED], mark):
+        raise UsageError(f"{file}: exists and was not written by this command; move it, or name another file")
+
+
+def _is_marked(content: bytes, mark: str) -> bool:
+    if not content or content.startswith(mark.encode()):
+        return True
+    if content.startswith((b"\x89PNG", b"<?xml")):
+        return mark.encode() in content[:4096]
+    try:
+        return mark in dict(json.loads(content))
+    except (ValueError, TypeError, RecursionError):  # such as a lock with the marks of a merge conflict in it
+        lines = content.decode("utf-8", "replace").splitlines()
+        return lines[0].startswith(("{", "<<<<<<< ")) and any(re.match(f' {{1,2}}"{mark}": ', line) for line in lines)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -141,6 +161,11 @@ class Seal:
 
     kind: str
     files: dict[str, str | None] | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files that are listed."""
+        return tuple(self.files or ())
 
     def write(self, folder: Path) -> None:
         write_text(folder / SEAL, json.dumps({"lorafit": self.kind, "files": self.files}, indent=1) + "\n")
@@ -185,8 +210,14 @@ def is_ours(folder: Path, kind: str | None = None) -> bool:
         return False
     found = read_seal(folder)
     if found is None:
-        return not any(folder.iterdir())
+        return all(is_left(entry.name, (SEAL,)) for entry in folder.iterdir())
     return kind is None or found.kind == kind
+
+
+def is_left(name: str, of: Container[str]) -> bool:
+    """Whether a file is what a killed process left of writing one of some files."""
+    left = _LEFT.fullmatch(name)
+    return left is not None and left[1] in of
 
 
 def foreign(folder: Path) -> Iterator[str]:
@@ -194,12 +225,14 @@ def foreign(folder: Path) -> Iterator[str]:
     known = read_seal(folder)
     if known is not None and known.files is None:
         return
-    names = {SEAL, LOCK, *(known.files or {})} if known else set()
+    names = {SEAL, *(known.files or {})} if known else {SEAL} if is_ours(folder) else set()
     parents = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     for place, folders, files in os.walk(folder):
         for name in sorted((*folders, *files)):
             path = Path(place, name)
             inside = path.relative_to(folder).as_posix()
+            if (is_left(inside, names) and path.is_file()) or (inside == LOCK and _is_lock(path)):
+                continue
             if inside not in (names if name in files or path.is_symlink() else parents):
                 yield inside
 
@@ -234,8 +267,22 @@ def _changed(folder: Path, name: str, digest: str) -> str | None:
 
 def check(folder: Path, hint: str = f"bring that back, or, if it is meant, remove the folder's {SEAL}") -> None:
     """Refuse a folder that is not as lorafit wrote it. One without a seal is not lorafit's. Raises DriftError."""
-    if read_seal(folder) is not None and (wrong := damage(folder)):
+    if read_seal(folder) is not None:
+        check_own(folder, hint)
+
+
+def check_own(folder: Path, hint: str) -> None:
+    """The same for a folder that must have a seal."""
+    if wrong := damage(folder, CARD):
         raise DriftError(f"{folder}: is not as it was written: {', '.join(wrong)}; {hint}")
+
+
+def check_file(file: Path, hint: str) -> None:
+    """The same for one file, if it is of a sealed folder."""
+    known = read_seal(file.parent)
+    digest = (known.files or {}).get(file.name) if known else None
+    if digest is not None and (wrong := _changed(file.parent, file.name, digest)):
+        raise DriftError(f"{file.parent}: is not as it was written: {wrong}; {hint}")
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -276,9 +323,16 @@ def _spare(folder: Path, what: str) -> Path:
     """A place beside a folder for one of lorafit's own: free, or left by a process that was killed."""
     for number in itertools.count(1):
         path = folder.with_name(f".{folder.name}.{what}{f'-{number}' * (number > 1)}")
-        if not os.path.lexists(path) or (not path.is_symlink() and is_ours(path)):
+        if is_free(path):
             return path
     raise AssertionError
+
+
+def is_free(folder: Path) -> bool:
+    """Whether lorafit may put a folder of its own there: nothing is there, or one of its own and nothing else in it."""
+    if not os.path.lexists(folder):
+        return True
+    return not folder.is_symlink() and is_ours(folder) and next(foreign(folder), None) is None
 
 
 @contextlib.contextmanager
@@ -288,8 +342,11 @@ def staged(destination: Path, kind: str, open_files: Container[str] = ()) -> Ite
     One of the kind that stands at the destination is replaced, at the very end; `claim` tells before. What a killed
     process left beside it is removed first. Raises DoesNotFitError when the disk is full.
     """
+    if is_ours(old := destination.with_name(f".{destination.name}.replaced")) and not os.path.lexists(destination):
+        old.rename(destination)  # a process was killed just before the new one had its name
     partial = partial_of(destination)
-    discard(partial)
+    for left in (partial, _spare(destination, "removing")):
+        discard(left)
     partial.mkdir(parents=True)
     try:
         Seal(kind, None).write(partial)
@@ -311,7 +368,7 @@ def settle(partial: Path, destination: Path, kind: str, open_files: Container[st
     claim(destination, kind, f"a folder ({kind})")
     old = None
     if destination.is_dir():
-        old = _spare(destination, "removing")
+        old = _spare(destination, "replaced")
         discard(old)
         destination.rename(old)
     partial.rename(destination)
@@ -336,7 +393,8 @@ def discard(folder: Path) -> None:
         return
     if next(foreign(folder), None) is None and not folder.name.startswith("."):
         doomed = _spare(folder, "removing")
-        _remove(doomed)  # what a killed removal left
+        if doomed.is_dir():
+            _remove(doomed)  # what a killed removal left
         with contextlib.suppress(OSError):  # a mount point
             folder = folder.rename(doomed)
     _remove(folder)
@@ -348,11 +406,15 @@ def _remove(folder: Path) -> None:
     if known is not None and known.files is None:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    for name in known.files or () if known else ():
+    names = [SEAL, *(known.files or ())] if known else [SEAL]
+    for left in [entry.name for entry in folder.iterdir() if is_left(entry.name, names)]:
+        remove_file(folder, left)
+    for name in names[1:]:
         remove_file(folder, name)
-    if (lock := folder / LOCK).is_file() and not lock.stat().st_size:
-        lock.unlink()
-    (folder / SEAL).unlink(missing_ok=True) if known else None
+    if _is_lock(folder / LOCK):
+        (folder / LOCK).unlink()
+    if known:
+        (folder / SEAL).unlink()
     with contextlib.suppress(OSError):  # somebody else's files are in it, or it is a mount point
         folder.rmdir()
 
@@ -371,8 +433,7 @@ def remove_file(folder: Path, name: str) -> None:
 
 def is_vacant(folder: Path) -> bool:
     """Whether a folder holds nothing but what a killed start of lorafit's, or a file system, leaves in an empty one."""
-    started = re.compile(rf"\.{re.escape(SEAL)}\.[0-9-]+\.partial")
-    return all(entry.name in (LOCK, "lost+found") or started.fullmatch(entry.name) for entry in folder.iterdir())
+    return all(entry.name in (LOCK, "lost+found") or is_left(entry.name, (SEAL,)) for entry in folder.iterdir())
 
 
 # --- who is at work -------------------------------------------------------------------------------
@@ -382,7 +443,7 @@ def is_vacant(folder: Path) -> bool:
 def held(lock: Path, busy: str = "", shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold a lock file, made if need be, until the block ends: alone, or shared with other readers.
 
-    Nothing is written into the file. A reader on a read-only disk goes on without: nobody can write there.
+    A file that was there is not written. A reader on a read-only disk goes on without: nobody can write there.
 
     Args:
         busy: what is said if another process has it and `wait` is off. Raises UsageError.
@@ -398,29 +459,31 @@ def held(lock: Path, busy: str = "", shared: bool = False, wait: bool = False) -
 @contextlib.contextmanager
 def writing(destination: Path) -> Iterator[None]:
     """Hold a folder that is going to be written, until the block ends. Raises UsageError if another process does."""
-    lock = _lock_of(destination)
+    lock = lock_of(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), lock.open("x", encoding="utf-8") as stream:
-            stream.write(_MARK)
+        opened = _locked(lock, _busy(destination), shared=False, wait=False)
     except OSError as error:
         raise UsageError(f"{destination}: can't be written: {error.strerror}; choose another --output") from None
-    with held(lock, _busy(destination)):
-        try:
-            yield
-        finally:
-            if lock.read_bytes() == _MARK.encode():
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if _is_lock(lock):
                 lock.unlink()
+        if opened is not None:
+            os.close(opened)
 
 
 def refuse_busy(destination: Path) -> None:
     """Say that another process is writing a folder, before anything heavy is imported. Raises UsageError."""
-    if (lock := _lock_of(destination)).is_file():
+    if (lock := lock_of(destination)).is_file():
         with held(lock, _busy(destination), shared=True):
             pass
 
 
-def _lock_of(destination: Path) -> Path:
+def lock_of(destination: Path) -> Path:
+    """The lock file of a folder that is replaced as a whole, beside it."""
     return destination.with_name(f".{destination.name}.lock")
 
 
@@ -431,31 +494,48 @@ def _busy(destination: Path) -> str:
 def _locked(lock: Path, busy: str, shared: bool, wait: bool) -> int | None:
     """The open lock file, locked; None where it can't be made, or its file system knows no locks."""
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    patience = iter(_PATIENCE)
     while (descriptor := _opened(lock, shared)) is not None:
         try:
             fcntl.flock(descriptor, kind)
             if _is_still(lock, descriptor):  # else it was taken away by who had it before
                 return descriptor
-        except BaseException as error:
+        except BlockingIOError:
             os.close(descriptor)
-            if isinstance(error, BlockingIOError):
+            if (pause := next(patience, None)) is None:
                 raise UsageError(busy) from None
-            if isinstance(error, OSError):
-                return None
+            time.sleep(pause)
+            continue
+        except OSError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
             raise
         os.close(descriptor)
     return None
 
 
 def _opened(lock: Path, shared: bool) -> int | None:
+    """The lock file, which is made if need be; None for a reader on a disk that is read-only."""
     try:
-        if shared and lock.exists():
-            return os.open(lock, os.O_RDONLY)
-        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):  # taken away just now
+            return os.open(lock, (os.O_RDONLY if shared else os.O_RDWR) | os.O_NOFOLLOW)
+        return _opened(lock, shared)
     except OSError as error:
         if shared and error.errno in _READ_ONLY:
-            return None
+            return os.open(lock, os.O_RDONLY) if lock.is_file() else None
         raise
+    with contextlib.suppress(OSError):  # a full disk, which is told where more is written
+        os.write(descriptor, _MARK)
+    return descriptor
+
+
+def _is_lock(file: Path) -> bool:
+    """Whether a file is a lock that lorafit made."""
+    return file.is_file() and not file.is_symlink() and file.stat().st_size == len(_MARK) and file.read_bytes() == _MARK
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:

@@ -120,7 +120,7 @@ def comparable(before: Fingerprint, now: Fingerprint) -> bool:
 
 def whole_digest(file: Path) -> str:
     """SHA-256 of a weight file, remembered until the file changes."""
-    return remembered(file, "sha256", file_digest)
+    return remembered(file, "whole", file_digest)
 
 
 def damaged_in_cache(asked: str, revision: str | None) -> list[str]:

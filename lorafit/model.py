@@ -43,7 +43,8 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     if plan.quantization_kwargs is not None:
         kwargs["quantization_config"] = quantization_config(plan.quantization_kwargs)
         kwargs["device_map"] = {"": _device(plan)}
-    check(Path(name).expanduser(), "make it anew")
+    if source is None:  # else it was checked as it was found
+        check(Path(name).expanduser())
     try:
         model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)
     except LorafitError:

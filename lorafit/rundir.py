@@ -9,13 +9,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lorafit.errors import DriftError, UsageError, first_line
 from lorafit.files import (
+    CARD,
     LOCK,
     SEAL,
     Seal,
@@ -24,6 +25,7 @@ from lorafit.files import (
     file_digest,
     foreign,
     held,
+    is_left,
     is_ours,
     is_vacant,
     own_digest,
@@ -34,9 +36,10 @@ from lorafit.files import (
 from lorafit.plan import Plan
 
 FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "fingerprint.json", "manifest.json")
-"""What every run writes beside its folders; with --locked recipe.lock as well."""
-CARD = "README.md"
-"""In a result: people write in it, and no command reads it."""
+"""What every run writes beside its folders."""
+FILES_LOCKED = (*FILES, "recipe.lock")
+"""The same of a run with --locked."""
+_VOCABULARIES = ("vocab.txt", "merges.txt")
 _RUN = ("run", "moving")
 """The seals of a run, and of one that is being set aside."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -214,6 +217,12 @@ class RunDir:
             way = f"remove {gone}, and --resume goes on from {found[whole].name}, which is whole"
         raise DriftError(f"{found[0]}: the checkpoint is damaged: {', '.join(wrong)}; {way}")
 
+    def made(self) -> list[Path]:
+        """What was made of the run: evaluations, merged models, exports; sealed, or by the names that they have."""
+        known = [self.eval, self.merged, *(self.path / f"merged-{kind}" for kind in ("adapter", "gguf", "nf4", "fp4"))]
+        sealed = [folder for folder in self._sealed() if _seal_of(folder) in ("evaluation", "merge", "gguf")]
+        return sorted({*sealed, *filter(Path.is_dir, known)})
+
     # --- beginning and ending
 
     def refuse_others(self) -> None:
@@ -225,18 +234,19 @@ class RunDir:
         """The first thing where a new run would write that is not lorafit's; None if there is none."""
         seal = read_seal(self.path)
         ours = (SEAL, *(seal.files or ())) if seal else ()
-        for name in (SEAL, *_names(locked)):
+        names = FILES_LOCKED if locked else FILES
+        for name in (SEAL, *names):
             if name not in ours and os.path.lexists(self.path / name):
                 return name
         if os.path.lexists(self.replaced) and not is_ours(self.replaced):
-            return self.replaced.name
-        folders = [self.adapter, self.model, self.base, self.start, *self._sealed()]
-        folders += self.checkpoints.iterdir() if self.checkpoints.is_dir() else [self.checkpoints]
-        for folder in filter(os.path.lexists, folders):
-            other = next(foreign(folder), None) if folder.is_dir() and not folder.is_symlink() else ""
-            if other is not None:
-                return (folder.relative_to(self.path) / other).as_posix()
-        return None
+            return str(self.replaced.name)
+        for folder in (self.adapter, self.model, self.base, self.start, *self.all_checkpoints(), *self._sealed()):
+            if os.path.lexists(folder):
+                other = next(foreign(folder), None) if folder.is_dir() and not folder.is_symlink() else ""
+                if other is not None:
+                    return (folder.relative_to(self.path) / other).as_posix()
+        is_other = self.checkpoints.is_symlink() or self.checkpoints.is_file()
+        return self.checkpoints.name if is_other else None
 
     def holds(self, path: Path) -> bool:
         """Whether a path is in what lorafit wrote here, and would go with it."""
@@ -245,7 +255,7 @@ class RunDir:
     def begin(self, plan: Plan, recipe_text: bytes, lock_text: str | None = None) -> None:
         """Make the directory of a new run, or fill a vacant one, with the recipe, its lock and the plan."""
         self.path.mkdir(parents=True, exist_ok=True)
-        names = _names(lock_text is not None)
+        names = FILES if lock_text is None else FILES_LOCKED
         Seal("run", dict.fromkeys(names)).write(self.path)  # makes it lorafit's, so it comes first
         write_bytes(self.recipe, recipe_text)
         if lock_text is not None:
@@ -255,28 +265,47 @@ class RunDir:
     def clear(self) -> None:
         """Take out what lorafit wrote, but for the seal: the directory stays, as it may be a mount point."""
         for entry in self._entries():
-            _discard_all(entry) if entry.is_dir() else entry.unlink()
+            if entry.is_dir():
+                discard(entry)
+            else:
+                entry.unlink()
+        with contextlib.suppress(OSError):  # there is none, or something else is in it
+            self.checkpoints.rmdir()
 
     def set_aside(self) -> None:
         """Make way for a new run: keep this one until that is finished, if it holds anything."""
+        if self.result is not None:
+            self.forget_replaced()  # this one replaced it
         if self.is_empty or read_seal(self.replaced) is not None:
             self.clear()
             return
         self.replaced.mkdir(exist_ok=True)
         Seal("moving", {}).write(self.replaced)
-        for entry in self._entries():
-            entry.rename(self.replaced / entry.name)
+        self._move(self, RunDir(self.replaced))
         (self.path / SEAL).replace(self.replaced / SEAL)  # last: until then `restore` undoes it
 
     def restore(self) -> None:
         """Undo a `set_aside` that was killed half-way. Raises UsageError if another process is at it."""
-        seal = read_seal(self.replaced)
-        if seal is not None and seal.kind == "moving":
+        if self._is_moving:
             with self.lock():
-                for entry in self.replaced.iterdir():
-                    if entry.name != SEAL:
-                        entry.rename(self.path / entry.name)
-                discard(self.replaced)
+                if self._is_moving:
+                    self._move(RunDir(self.replaced), self)
+                    discard(self.replaced)
+
+    @property
+    def _is_moving(self) -> bool:
+        seal = read_seal(self.replaced)
+        return seal is not None and seal.kind == "moving"
+
+    @staticmethod
+    def _move(here: RunDir, there: RunDir) -> None:
+        """Move what lorafit wrote, but for the seal, from one directory to another."""
+        for entry in [*here._entries(FILES_LOCKED)]:
+            target = there.path / entry.relative_to(here.path)
+            target.parent.mkdir(exist_ok=True)
+            entry.rename(target)
+        with contextlib.suppress(OSError):
+            here.checkpoints.rmdir()
 
     def forget_replaced(self) -> None:
         """Remove the run that the finished one replaces."""
@@ -284,22 +313,21 @@ class RunDir:
             before.clear()
             discard(before.path)
 
-    def _entries(self) -> Iterator[Path]:
-        """What lorafit wrote, at the top of the directory: files, sealed folders, checkpoints."""
+    def _entries(self, names: Iterable[str] | None = None) -> Iterator[Path]:
+        """What lorafit wrote, but for the seal: files (those that the seal lists), sealed folders, checkpoints."""
         seal = read_seal(self.path)
-        for name in seal.files or () if seal else ():
-            if (file := self.path / name).is_file() or file.is_symlink():
-                yield file
+        names = [SEAL, *(names or (seal.files if seal else None) or ())]
+        for entry in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            if not entry.is_dir() and (entry.name in names[1:] or is_left(entry.name, names)):
+                yield entry
         yield from self._sealed()
-        if self.checkpoints.is_dir():
-            yield self.checkpoints
+        if self.checkpoints.is_dir() and not self.checkpoints.is_symlink():
+            yield from (folder for folder in sorted(self.checkpoints.iterdir()) if _seal_of(folder))
 
     def _sealed(self) -> list[Path]:
         """The folders that lorafit sealed in the directory, but for runs of their own."""
-        if not self.path.is_dir():
-            return []
-        found = ((folder, read_seal(folder)) for folder in sorted(self.path.iterdir()) if not folder.is_symlink())
-        return [folder for folder, seal in found if seal and seal.kind not in _RUN]
+        folders = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [folder for folder in folders if (kind := _seal_of(folder)) and kind not in _RUN]
 
     def base_files(self) -> dict[str, Any] | None:
         """The base's fingerprint (see lorafit.fingerprint) that `write_base_files` wrote; None if it did not.
@@ -354,25 +382,16 @@ class RunDir:
                 pass
 
 
-def _names(locked: bool) -> tuple[str, ...]:
-    return (*FILES, "recipe.lock") if locked else FILES
-
-
 def _is_read(name: str) -> bool:
     """Whether a file of a model folder is one that loading it may read."""
     file = PurePosixPath(name)
-    return not file.name.startswith(".") and file.suffix != ".md"
+    return file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model", ".py") or file.name in _VOCABULARIES
 
 
-def _discard_all(folder: Path) -> None:
-    """Remove a sealed folder, or one of sealed folders, and leave what is somebody else's."""
-    if read_seal(folder) is not None:
-        discard(folder)
-        return
-    for child in folder.iterdir():
-        discard(child)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+def _seal_of(folder: Path) -> str | None:
+    """The kind of a folder that lorafit sealed; links are followed by nobody."""
+    seal = None if folder.is_symlink() else read_seal(folder)
+    return seal.kind if seal else None
 
 
 def located(path: str | Path) -> Path:

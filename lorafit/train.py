@@ -36,7 +36,7 @@ from lorafit.callbacks import (
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
-from lorafit.files import check, discard, partial_of, seal, staged
+from lorafit.files import check_own, discard, partial_of, seal, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.isolation import check_isolation
 from lorafit.loss import settle_head
@@ -49,6 +49,8 @@ from lorafit.show import print_findings
 from lorafit.tokenizer import load_tokenizer
 from lorafit.vram.calibrate import Meter, memory_record
 
+ANEW = "bring that back, or start anew with --overwrite"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -56,6 +58,7 @@ class Start:
 
     Attributes:
         lock: the text of the lock that the run is held to, which it keeps.
+        recipe: the file that the recipe was read from, which must not go with an older run.
         steps: stop after so many, of a schedule for all: to repeat the beginning of a run.
     """
 
@@ -63,6 +66,7 @@ class Start:
     overwrite: bool = False
     lock: str | None = None
     steps: int | None = None
+    recipe: str | None = None
 
 
 def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> RunDir:
@@ -83,6 +87,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     with run.lock() if main else contextlib.nullcontext():
         if main:  # another process may have been at it until now
             check_start(run, plan, start)
+            check_way(run, plan, start)
             if start.resume:
                 check_checkpoints(run)
         reading = read_ahead(plan)
@@ -100,7 +105,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         reading.join()
         if main and run.base_files() is None:
             run.write_base_files(run_fingerprint(plan, run))
-        checkpoint = run.last_checkpoint() if start.resume else None
+        checkpoint = next(iter(run.all_checkpoints()), None) if start.resume else None  # whole, as was checked
         request = StopRequest()
         schedule = plan.schedule
         assert schedule is not None
@@ -116,7 +121,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 measured = meter.measured()
             if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
-                check(Path(trainer.state.best_model_checkpoint), "bring it back, or start anew with --overwrite")
+                check_own(Path(trainer.state.best_model_checkpoint), ANEW)
                 trainer._load_best_model()
         finally:
             display.close()
@@ -167,8 +172,7 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
     run.refuse_others()
     if not run.is_run and start.resume:
         raise UsageError(f"{path}: there is no run to resume; leave out --resume")
-    if not run.is_run or start.overwrite or (run.is_empty and not start.resume):
-        check_way(run, plan, start)
+    if not run.is_run or is_anew(run, start):
         return
     if run.result is not None:
         raise UsageError(f"{path}: the run is finished; use --overwrite to start anew, or another output_dir")
@@ -197,15 +201,22 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
         )
 
 
+def is_anew(run: RunDir, start: Start) -> bool:
+    """Whether a start takes the place of what a run holds."""
+    return start.overwrite or (run.is_empty and not start.resume)
+
+
 def check_way(run: RunDir, plan: Plan, start: Start) -> None:
-    """See that nothing but lorafit's own is where a new run will be. Raises UsageError."""
-    if not run.is_begun:
+    """See that nothing but lorafit's own is where a new run will be, and nothing that is needed. Raises UsageError."""
+    if not run.is_begun or (run.is_run and not is_anew(run, start)):
         return
     if other := run.in_the_way(start.lock is not None):
         raise UsageError(
             f"{run.path}: {other} is in the way, which lorafit did not write; move it, or choose another output_dir"
         )
-    named = (plan.model["name_or_path"], *(source.path for source in (*plan.data.train, *plan.data.validation)))
+    sources = [source.path for source in (*plan.data.train, *plan.data.validation)]
+    sets = [one["path"] for one in plan.eval["sets"] if one["path"]]
+    named = [plan.model["name_or_path"], *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
     inside = next((name for name in named if run.holds(located(name))), None)
     if inside is not None:
         raise UsageError(f"{run.path}: would be replaced, and {inside} is in it; choose another output_dir")
@@ -215,11 +226,10 @@ def check_checkpoints(run: RunDir) -> None:
     """See that the checkpoints that a run goes on with are as they were written. Raises DriftError."""
     last = run.last_checkpoint()
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8")) if last else {}
-    best = state.get("best_model_checkpoint")
-    if best and Path(best) != last and Path(best).is_dir():
-        check(Path(best), "it is the best one so far: bring it back, or start anew with --overwrite")
-    if run.start.is_dir():
-        check(run.start, "bring it back, or start anew with --overwrite")
+    best = Path(state.get("best_model_checkpoint") or "")
+    for folder in {best, run.start} - {last}:
+        if folder.name and folder.is_dir():
+            check_own(folder, ANEW)
 
 
 def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
@@ -345,9 +355,9 @@ class Trainer(SFTTrainer):
         """
         check_finite(self.model, self.state.global_step)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        beside = contextlib.nullcontext(partial_of(folder))  # the first process makes it, for all
-        with staged(folder, "checkpoint") if self.args.should_save else beside as partial:
-            wait_for_everyone()
+        with staged(folder, "checkpoint") if self.args.should_save else contextlib.nullcontext() as made:
+            wait_for_everyone()  # the first process made it, for all
+            partial = made or partial_of(folder)
             self.store_flos()
             self.save_model(str(partial), _internal_call=True)
             if self.state.best_global_step:

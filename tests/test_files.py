@@ -94,6 +94,14 @@ class TestStaged:
         assert {entry.name for entry in tmp_path.iterdir()} == {"out", ".out.partial", ".out.removing"}
         assert (tmp_path / ".out.partial" / "mine").read_text() == ".out.partial"
 
+    def test_a_kill_between_the_two_renames_loses_nothing(self, tmp_path: Path) -> None:
+        before = tree(made(tmp_path / "out"))
+        (tmp_path / "out").rename(tmp_path / ".out.replaced")
+        with pytest.raises(OSError, match="no room"), staged(tmp_path / "out", "evaluation") as partial:
+            raise OSError(f"no room in {partial}")
+        assert tree(tmp_path / "out") == before
+        assert [entry.name for entry in made(tmp_path / "out").parent.iterdir()] == ["out"]
+
     def test_a_failure_leaves_what_there_was(self, tmp_path: Path) -> None:
         before = tree(made(tmp_path / "out"))
         with pytest.raises(OSError, match="no room"), staged(tmp_path / "out", "evaluation") as partial:
@@ -148,8 +156,16 @@ class TestClaim:
         file.write_text("my notes")
         with pytest.raises(UsageError, match="was not written by this command"):
             claim_file(file, "# Speed of")
+        for text in ("my notes\n# Speed of runs/a\n", '["bench_version"]', '{"mine": {"bench_version": 1}}'):
+            file.write_text(text)
+            for mark in ("# Speed of", "bench_version"):
+                with pytest.raises(UsageError, match="was not written by this command"):
+                    claim_file(file, mark)
         file.write_text("# Speed of runs/a\n")
         claim_file(file, "# Speed of")
+        for text in ('{"bench_version": 1}', '{\n<<<<<<< ours\n  "bench_version": 1,\n', ""):
+            file.write_text(text)
+            claim_file(file, "bench_version")
         with pytest.raises(UsageError, match="is a folder"):
             claim_file(tmp_path, "# Speed of")
 

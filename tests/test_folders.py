@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -221,17 +222,19 @@ class TestOverwritingARun:
         (run_folder / "notes").mkdir()
         (run_folder / "notes" / "thesis.txt").write_text("precious")
         (run_folder / "train.log").write_text("mine")
+        (run_folder / "checkpoints" / "emissions.csv").write_text("mine")
         done("train", "recipe.yaml", "--set", "output_dir=runs/one/inner")
         done("train", "recipe.yaml", "--overwrite")
         assert (run_folder / "notes" / "thesis.txt").read_text() == "precious"
         assert (run_folder / "train.log").read_text() == "mine"
+        assert (run_folder / "checkpoints" / "emissions.csv").read_text() == "mine"
         assert (run_folder / "inner" / "adapter").is_dir()
         assert (run_folder / "adapter").is_dir()
         left = {entry.name for entry in run_folder.iterdir()}
         assert not left & {"eval", "second", "merged", "merged-gguf", ".replaced"}
         assert run("verify", "runs/one").exit_code == 0
 
-    @pytest.mark.parametrize("place", ["adapter", "checkpoints", "checkpoints/checkpoint-1", "eval", "merged"])
+    @pytest.mark.parametrize("place", ["adapter", "checkpoints/checkpoint-1", "eval", "merged"])
     def test_what_lies_in_lorafits_own_folders_is_named(self, place: str, project: Path) -> None:
         (project / "runs/one" / place / "thesis.txt").write_text("precious")
         before = contents(project)
@@ -244,7 +247,45 @@ class TestOverwritingARun:
         for source in ("model.name_or_path=runs/one/merged", "dataset.train.0.path=runs/one/eval/samples.jsonl"):
             refused = run("train", "recipe.yaml", "--overwrite", "--set", source)
             assert refused.exit_code in (2, 3)
+        own = run("train", "runs/one/recipe.yaml", "--overwrite")
+        assert own.exit_code == 2
+        assert "would be replaced" in own.stderr
+        config, place = (
+            project / "recipe.yaml",
+            [f"output_dir={project}/runs/one", f"model.name_or_path={project}/model"],
+        )
+        place.append(f"dataset.train.0.path={project}/rows.jsonl")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(project / "runs/one/merged")
+            refused = run("train", str(config), "--overwrite", *(word for one in place for word in ("--set", one)))
+        assert refused.exit_code == 2
+        assert "merged is in it" in refused.stderr
         assert run("verify", "runs/one").exit_code == 0
+
+    def test_a_finished_run_is_kept_though_one_before_it_was_not_removed(self, project: Path) -> None:
+        """As a kill at the very end leaves it."""
+        shutil.copytree("runs/one", "older")
+        (project / "older").rename(project / "runs/one/.replaced")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lorafit.train.build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            assert run("train", "recipe.yaml", "--overwrite", "--set", "training.seed=5").exit_code == 130
+        assert run("verify", "runs/one/.replaced").exit_code == 0
+        assert not (project / "runs/one/.replaced/.replaced").exists()
+        done("train", "recipe.yaml", "--overwrite")
+        assert not (project / "runs/one/.replaced").exists()
+
+    def test_what_a_kill_left_of_files_is_no_foreign_file(self, project: Path) -> None:
+        for name in (
+            ".plan.json.7-0.partial",
+            "merged/.merge_report.json.7-0.partial",
+            "eval/.lorafit.json.7-1.partial",
+        ):
+            (project / "runs/one" / name).write_text("half")
+        (project / "runs/one/.replaced").mkdir()
+        (project / "runs/one/.replaced/.lorafit.json.7-0.partial").write_text("half")
+        done("merge", "runs/one", "--overwrite", "--verify", "none")
+        done("train", "recipe.yaml", "--overwrite")
+        assert not list((project / "runs/one").rglob("*.partial"))
 
     def test_an_unfinished_run_is_cleared(self, project: Path) -> None:
         (project / "runs/one/train.log").write_text("mine")

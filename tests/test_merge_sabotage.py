@@ -102,7 +102,7 @@ def test_killed_at_any_moment(adapter: Path, expected: dict[str, bytes], tmp_pat
         if output.exists():
             assert contents(output) == expected
         left = {entry.name for entry in tmp_path.iterdir()} - {"merged", ".merged.partial", ".merged.lock"}
-        assert left <= {".merged.removing", "..merged.partial.removing"}, (
+        assert left <= {".merged.removing", ".merged.replaced", "..merged.partial.removing"}, (
             "half removed ones, which the next merge clears"
         )
     assert not all(outcomes), "some were killed before the end"

@@ -70,7 +70,7 @@ class BenchOptions:
         if self.output is not None and self.output.suffix not in (".json", ".md"):
             raise UsageError(f"-o {self.output}: has to end in .json or .md, which says what is written")
         if self.output is not None:
-            claim_file(self.output, "bench_version", "# Speed of ")
+            claim_file(self.output, "bench_version" if self.output.suffix == ".json" else "# Speed of ")
         if self.output is not None and not self.output.absolute().parent.is_dir():
             raise UsageError(f"-o {self.output}: there is no folder {self.output.parent}")
 

@@ -141,6 +141,7 @@ def merge(
 
     run_of(run).refuse_busy(shared=True)
     refuse_busy(options.destination())
+    options.claim([options.path])
     from lorafit.quiet import hush
 
     hush()

@@ -59,7 +59,7 @@ def train(
     console = talk()
     for remark in plan.remarks:
         console.print(remark, style="yellow", highlight=False, soft_wrap=True)
-    run = run_training(plan, written, Start(resume, overwrite, lock), console)
+    run = run_training(plan, written, Start(resume, overwrite, lock, recipe=str(config)), console)
     result = run.load_manifest().get("result", {}) | {"run": str(run.path), "result": str(run.result)}
     if os.environ.get("RANK", "0") != "0":
         return

@@ -28,34 +28,44 @@ def task_files(tasks: Iterable[str], include_path: str | None) -> Iterator[Path]
         if place.endswith((".yaml", ".yml")):
             yield Path(place)
         elif Path(place).is_dir():
-            yield from sorted(file for file in Path(place).rglob("*") if file.is_file())
+            yield from sorted(
+                file for file in Path(place).rglob("*") if file.is_file() and "__pycache__" not in file.parts
+            )
 
 
 def _of_metric(spec: MetricSpec) -> dict[str, Path]:
     if isinstance(spec, dict):
         return {path: Path(path) for name, path in spec.items() if name == "json_schema"}
     module, colon, _ = spec.partition(":")
-    return dict(_of_module(module, set())) if colon and all(map(str.isidentifier, module.split("."))) else {}
+    if not colon or not all(map(str.isidentifier, module.split("."))):
+        return {}
+    found = dict(_of_module(module, set()))
+    installed = [spec for spec in _specs(module) if spec.name == module] if not found else []
+    return found or {f"module {module}": Path(spec.origin or "") for spec in installed} or {module: Path(module)}
 
 
 def _of_module(name: str, seen: set[str]) -> Iterator[tuple[str, Path]]:
-    """A module's file, those of the packages around it, and of what it imports beside it in the working directory.
+    """The file of a module in the working directory, those of the packages around it, and of what it imports there.
 
-    An installed one is listed by its name, and its imports are left to the versions of packages.
+    What is installed is left to the versions of packages.
     """
-    if name in seen:
+    if name in seen or name.partition(".")[0] in sys.stdlib_module_names:
         return
     seen.add(name)
     for spec in _specs(name):
         file = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
-        if file is None or not file.is_file():
-            continue
-        if not file.is_relative_to(Path.cwd()) or "site-packages" in file.parts:
-            yield f"module {spec.name}", file
+        if file is None or not file.is_file() or not _is_own(file):
             continue
         yield file.relative_to(Path.cwd()).as_posix(), file
         for other in _imported(file, spec):
             yield from _of_module(other, seen)
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file is in the working directory, and not in an environment that is."""
+    here = Path.cwd()
+    environments = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix) if Path(prefix) != here]
+    return file.is_relative_to(here) and not any(map(file.is_relative_to, environments))
 
 
 def _specs(name: str) -> Iterator[ModuleSpec]:

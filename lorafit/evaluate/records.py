@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.files import Seal, claim, discard, write_text
+from lorafit.files import Seal, claim, discard, read_seal, write_text
 
 _KEY = "key.json"
 _TIMES = "times.jsonl"
@@ -32,7 +32,8 @@ class Records:
             claim(folder, "records", "the records of an evaluation")
             discard(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        Seal("records", None).write(folder)
+        self._names = {_KEY, *(read_seal(folder) or Seal("records", {})).names}
+        Seal("records", dict.fromkeys(self._names)).write(folder)
         write_text(folder / _KEY, json.dumps(key, indent=2) + "\n")
 
     def done(self, *names: str) -> frozenset[int]:
@@ -46,7 +47,7 @@ class Records:
         Args:
             timed: whether the time until the block ends counts as that of these records.
         """
-        file = self._file(*names)
+        file = self._own(self._file(*names))
         whole = _whole(file)
         began = time.perf_counter()
         with file.open("r+b" if file.exists() else "w+b") as stream:
@@ -97,7 +98,7 @@ class Records:
 
     def write(self, value: Any, *names: str) -> None:
         """Keep something whole that is not by row."""
-        write_text(self.folder / f"{'.'.join(names)}.json", json.dumps(value))
+        write_text(self._own(self.folder / f"{'.'.join(names)}.json"), json.dumps(value))
 
     def whole(self, *names: str) -> Any:
         """What `write` kept; None if it did not."""
@@ -109,7 +110,7 @@ class Records:
         discard(self.folder)
 
     def _note_time(self, names: tuple[str, ...], seconds: float, records: int) -> None:
-        with (self.folder / _TIMES).open("a", encoding="utf-8") as stream:
+        with self._own(self.folder / _TIMES).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"of": names, "seconds": seconds, "records": records}) + "\n")
 
     def _times(self) -> list[dict[str, Any]]:
@@ -118,6 +119,13 @@ class Records:
 
     def _file(self, *names: str) -> Path:
         return self.folder / f"{'.'.join(names)}.jsonl"
+
+    def _own(self, file: Path) -> Path:
+        """A file that is going to be written, listed in the seal before that."""
+        if file.name not in self._names:
+            self._names.add(file.name)
+            Seal("records", dict.fromkeys(self._names)).write(self.folder)
+        return file
 
     def _offsets(self, *names: str) -> dict[int, int]:
         file, found, offset = self._file(*names), {}, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorafit.errors import ModelError, UsageError, first_line
+from lorafit.files import SEAL
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
@@ -30,7 +31,7 @@ def push(folder: Path, repo: str, private: bool) -> str:
     api = HfApi()
     try:
         made = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, repo_type="model")
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, repo_type="model", ignore_patterns=[SEAL])
     except LocalTokenNotFoundError:
         raise ModelError(f"{repo}: not logged in to the hub; run: hf auth login") from None
     except OfflineModeIsEnabled:

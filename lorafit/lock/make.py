@@ -9,7 +9,7 @@ from lorafit.errors import DataError, DriftError, UsageError
 from lorafit.files import claim_file
 from lorafit.lock.compare import drift
 from lorafit.lock.file import Lock, lock_path
-from lorafit.lock.state import state_of
+from lorafit.lock.state import MISSING, state_of
 from lorafit.recipe import Recipe
 from lorafit.rundir import RunDir
 
@@ -25,8 +25,9 @@ def write_lock(config: Path, overrides: Sequence[str] = ()) -> tuple[Path, Lock,
     recipe = Recipe.load(config, overrides)
     lock = state_of(recipe)
     missing = [path for path, entry in lock.content["data"].items() if "files" in entry and not entry["files"]]
+    missing += [name for name, digest in lock.content["judging"].items() if digest == MISSING]
     if missing:
-        raise DataError("\n".join(f"{path}: there are no such data files, so they can't be locked" for path in missing))
+        raise DataError("\n".join(f"{path}: there are no such files, so they can't be locked" for path in missing))
     try:
         changed = drift(Lock.read(path), lock)
     except UsageError:

@@ -30,6 +30,10 @@ CONFIGURATION = ("config.json", "generation_config.json", "model.safetensors.ind
 """What a model folder has beside its weights and its tokenizer."""
 
 
+MISSING = "missing"
+"""Instead of the digest of a file that judges and is not there."""
+
+
 def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
     """Hash and look up everything. Raises LorafitError where something is missing.
 
@@ -81,10 +85,10 @@ def _model(recipe: Recipe, known: Lock | None) -> dict[str, Any]:
         return {"name": name, "files": _model_files(Path(name).expanduser())}
     with contextlib.suppress(UnreachableError):  # what can't be a hub id is told as everywhere
         read_facts(name, revision)
-    if damaged := damaged_in_cache(name, revision):
+    before = known.content["model"] if known else {}
+    if damaged := damaged_in_cache(name, before.get("commit") or revision):
         wrong = ", ".join(damaged)
         raise DriftError(f"{name}: {wrong} in the hub's cache is damaged; remove it, and download it again")
-    before = known.content["model"] if known else {}
     if known is not None and _asked_for(known) == (name, revision) and before.get("commit"):
         return {"name": name, "commit": before["commit"]}
     return {"name": name, "commit": commit_of(name, revision, "model")}
@@ -154,7 +158,7 @@ def _data(recipe: Recipe, known: Lock | None) -> Iterator[tuple[str, dict[str, A
 def _judging(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """SHA-256 of each file that decides what an evaluation finds: schemas, own metrics and own benchmark tasks."""
     for name, file in judging_files(recipe.eval).items():
-        yield name, file_digest(file) if file.is_file() else "missing"
+        yield name, file_digest(file) if file.is_file() else MISSING
 
 
 def _data_key(path: str, revision: str | None) -> str:

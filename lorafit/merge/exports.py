@@ -17,9 +17,9 @@ from lorafit.export.check import compare_gguf
 from lorafit.export.hub import push
 from lorafit.export.ollama import modelfile
 from lorafit.export.vocabulary import read_vocabulary, stop_ids
-from lorafit.files import claim, discard, finish, staged
+from lorafit.files import claim, discard, staged
 from lorafit.merge.folder import copy_tokenizer
-from lorafit.merge.options import Options
+from lorafit.merge.options import Options, copy_of, gguf_of, unverified
 from lorafit.merge.report import write_report
 from lorafit.merge.verify import PROBES, Reference, breaches, compare_folder
 from lorafit.tokenizer import cannot_load, tokenizer_of
@@ -28,24 +28,6 @@ COMPARED_ROWS = 8
 """Rows that a GGUF file is compared on."""
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 """What chat templates know by name."""
-
-
-def places(options: Options, merged: Path) -> dict[Path, str]:
-    """The folders that exports make beside the merged one, and their kinds."""
-    found = {}
-    if options.quantize:
-        found[_copy_of(merged, options.quantize)] = "merge"
-    if options.exports:
-        found[_gguf_of(merged)] = "gguf"
-    return found
-
-
-def _copy_of(merged: Path, kind: str) -> Path:
-    return merged.with_name(f"{merged.name}-{kind}")
-
-
-def _gguf_of(merged: Path) -> Path:
-    return merged.with_name(f"{merged.name}-gguf")
 
 
 def make_exports(
@@ -64,7 +46,6 @@ def make_exports(
     if made:
         report["exported"] = [str(folder) for folder in made]
         write_report(merged, report)
-        finish(merged)
         console.print(f"exported: {', '.join(report['exported'])}", highlight=False, soft_wrap=True)
     if options.push_to_hub is not None:
         console.print(push(merged, options.push_to_hub, options.private), highlight=False, soft_wrap=True)
@@ -74,17 +55,17 @@ def _gate(made: Path, found: list[str], base_weights: str) -> None:
     """Raises GateError for a 4-bit copy that is beyond a limit; it is left under another name."""
     if not found:
         return
-    unverified = made.with_name(f"{made.name}.unverified")
-    claim(unverified, "merge", "a merge")
-    discard(unverified)
-    made.rename(unverified)
+    aside = unverified(made)
+    claim(aside, "merge", "a merge")
+    discard(aside)
+    made.rename(aside)
     why = ""
     if base_weights == "dequantized":
         why = (
             "; weights that were in 4 bits before are rounded back to where they were, and the adapter is lost: merge "
             "with --base-weights original"
         )
-    raise GateError(f"{unverified}: not verified: {'; '.join(found)}{why}")
+    raise GateError(f"{aside}: not verified: {'; '.join(found)}{why}")
 
 
 def gguf_files(
@@ -94,7 +75,7 @@ def gguf_files(
 
     Raises ModelError for a model that the writer doesn't know, GateError for a 16-bit file that answers differently.
     """
-    destination = _gguf_of(merged)
+    destination = gguf_of(merged)
     tokenizer = tokenizer_of(merged)
     rows = [row.ids for row in reference.rows] if reference else [tokenizer(text)["input_ids"] for text in PROBES]
     rows = rows[:: max(len(rows) // COMPARED_ROWS, 1)][:COMPARED_ROWS]
@@ -151,7 +132,7 @@ def _write_modelfile(
 
 def quantized_copy(merged: Path, kind: str) -> Path:
     """The merged model in 4 bits, as bitsandbytes stores it, in a folder beside: `merged-nf4`. Raises ModelError."""
-    destination = _copy_of(merged, kind)
+    destination = copy_of(merged, kind)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,9 +11,9 @@ from rich.console import Console
 
 from lorafit.card import write_merged_card
 from lorafit.errors import DoesNotFitError, GateError, UsageError
-from lorafit.files import claim, discard, partial_of, settle, staged, writing
-from lorafit.merge.exports import make_exports, places
-from lorafit.merge.options import Options
+from lorafit.files import discard, finish, partial_of, settle, staged, writing
+from lorafit.merge.exports import make_exports
+from lorafit.merge.options import Options, unverified
 from lorafit.merge.report import FILES, write_report
 from lorafit.merge.source import Source, find_base, open_source, same_base
 from lorafit.merge.work import Work
@@ -42,30 +41,15 @@ def merge(options: Options, console: Console) -> Path:
         others = [stack.enter_context(open_source(addition.path)) for addition in options.additions]
         for other in others:
             same_base(source, other)
-        destination = stack.enter_context(_destination(options))
+        destination = options.destination()
+        stack.enter_context(writing(destination))
         return _merge(options, source, others, destination, console)
-
-
-@contextlib.contextmanager
-def _destination(options: Options) -> Iterator[Path]:
-    """The folder to write, held until the block ends. Raises UsageError."""
-    with writing(destination := options.destination()):
-        yield destination
-
-
-def _claim(options: Options, destination: Path, needed: list[Path]) -> None:
-    """See that what is written can be: the merged folder, one that fails, and exports. Raises UsageError."""
-    for place, kind in {destination: "merge", **places(options, destination)}.items():
-        for path in (place, unverified(place)):
-            claim(path, kind, "a merge" if kind == "merge" else "an export", needed)
-        if place.is_dir() and any(place.iterdir()) and not options.overwrite:
-            raise UsageError(f"{place}: is there already; use --overwrite to make it anew, or choose another --output")
 
 
 def _merge(options: Options, source: Source, others: list[Source], destination: Path, console: Console) -> Path:
     base = find_base(source, options.base, options.allow_other_base)
     held = [each.run.path if each.run else each.adapter for each in (source, *others)]
-    _claim(options, destination, [base.folder, *held, *(each.adapter for each in (source, *others))])
+    options.claim([base.folder, *held, *(each.adapter for each in (source, *others))])
     work = Work(options, source, others, base, console)
     if base.remark:
         work.say(base.remark)
@@ -78,7 +62,7 @@ def _merge(options: Options, source: Source, others: list[Source], destination: 
     kinds, reason = work.base_kinds(proof)
     discard(partial_of(destination))  # of a merge that was killed: its space is needed
     _check_disk(destination, work.bytes * len(kinds) + SLACK)
-    with staged(destination, "merge", FILES if places(options, destination) else ()) as folder:  # exports are added
+    with staged(destination, "merge", FILES if options.places() else ()) as folder:  # exports are added
         if proof.level == "logits":
             proof.reference = work.measure()
         made = {kind: work.write(kind, folder / kind if len(kinds) > 1 else folder) for kind in kinds}
@@ -93,7 +77,10 @@ def _merge(options: Options, source: Source, others: list[Source], destination: 
         write_merged_card(folder / "README.md", source.plan, source.manifest, report)
         if proof.breaches:
             _set_aside(folder, destination, proof.breaches, chosen, source)
-    make_exports(options, destination, report, proof.reference, console)
+    try:
+        make_exports(options, destination, report, proof.reference, console)
+    finally:
+        finish(destination)
     return destination
 
 
@@ -104,11 +91,6 @@ def _set_aside(folder: Path, destination: Path, breaches: list[str], kind: str, 
         "; --base-weights dequantized is what it was trained on" if kind == "original" and source.quantization else ""
     )
     raise GateError(f"{unverified(destination)}: not verified: {'; '.join(breaches)}{hint}")
-
-
-def unverified(destination: Path) -> Path:
-    """Where what failed its proof is left."""
-    return destination.with_name(f"{destination.name}.unverified")
 
 
 def _check_disk(destination: Path, needed: int) -> None:

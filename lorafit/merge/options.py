@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lorafit.errors import UsageError
+from lorafit.files import claim
 from lorafit.rundir import RunDir, located
 
 Method = Literal["auto", "stream", "full"]
@@ -64,6 +66,25 @@ class Options:
             raise UsageError(f"{run.path}: is not a run, so say with --output where the result goes")
         return run.path / "merged-adapter" if self.as_adapter else run.merged
 
+    def places(self) -> dict[Path, str]:
+        """The folders that exports make beside the merged one, and their kinds."""
+        merged, found = self.destination(), {}
+        if self.quantize:
+            found[copy_of(merged, self.quantize)] = "merge"
+        if self.exports:
+            found[gguf_of(merged)] = "gguf"
+        return found
+
+    def claim(self, needed: Iterable[Path]) -> None:
+        """See that what is written can be: the merged folder, one that fails, and exports. Raises UsageError."""
+        for place, kind in {self.destination(): "merge", **self.places()}.items():
+            for path in (place, unverified(place)):
+                claim(path, kind, "a merge" if kind == "merge" else "an export", needed)
+            if place.is_dir() and any(place.iterdir()) and not self.overwrite:
+                raise UsageError(
+                    f"{place}: is there already; use --overwrite to make it anew, or choose another --output"
+                )
+
     def check(self) -> None:
         """Raises UsageError for what doesn't go together."""
         prunes = self.combine != "linear"
@@ -97,6 +118,21 @@ class Options:
             raise UsageError("--llama-cpp goes with --export gguf:KIND")
         if self.method == "full" and self.additions:
             raise UsageError("several adapters are combined by --method stream only")
+
+
+def unverified(destination: Path) -> Path:
+    """Where what failed its proof is left."""
+    return destination.with_name(f"{destination.name}.unverified")
+
+
+def copy_of(merged: Path, kind: str) -> Path:
+    """The folder of a 4-bit copy."""
+    return merged.with_name(f"{merged.name}-{kind}")
+
+
+def gguf_of(merged: Path) -> Path:
+    """The folder of GGUF files."""
+    return merged.with_name(f"{merged.name}-gguf")
 
 
 def parse_addition(text: str) -> Addition:

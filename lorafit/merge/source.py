@@ -103,7 +103,8 @@ def find_base(source: Source, asked: str | None, allow_other: bool) -> Base:
         if not name:
             raise UsageError(f"{source.adapter}: does not name its base model; name it with --base")
         folder = local_folder(name, source.revision if asked is None else None)
-    check(folder)
+    if Path(name).expanduser().is_dir():  # of a folder in the hub's cache, not all was fetched
+        check(folder)
     if run is None or plan is None:
         return Base(folder, name, "known by name and shapes only", _stranger(source, name, asked))
     recorded, now = run.base_files() or {}, fingerprint_of(folder)

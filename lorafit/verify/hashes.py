@@ -73,12 +73,13 @@ def _file(name: str, file: Path, digest: str) -> Check:
 
 def _made(run: RunDir) -> Iterator[Check]:
     """What was made of the run: evaluations, merged models and exports, by their seals."""
-    for folder in (run.eval, *sorted(run.path.glob("merged*"))):
-        if not folder.is_dir():
-            continue
+    for folder in run.made():
         name, known = f"{folder.name}/", read_seal(folder)
         if known is None or known.files is None:
             yield Check(name, "not recorded", "it has no seal of lorafit's")
+            continue
+        if unknown := [file for file, digest in known.files.items() if digest is None]:
+            yield Check(name, "not recorded", f"{', '.join(unknown)}: the exports were not finished; merge again")
             continue
         wrong = [*damage(folder), *(f"{other} was added" for other in foreign(folder))]
         yield Check(name, "changed" if wrong else "ok", ", ".join(wrong[:5]))

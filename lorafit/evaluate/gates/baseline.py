@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lorafit.errors import UsageError, first_line, printable
 from lorafit.evaluate.results import RESULTS_VERSION, Figure, Gate, Results
-from lorafit.files import check
+from lorafit.files import check_file
 
 REGRESSED = ("loss", "exact_match", "bits_per_byte")
 """Metrics that must not be worse than in the baseline."""
@@ -18,7 +18,7 @@ REGRESSED = ("loss", "exact_match", "bits_per_byte")
 
 def load_results(path: Path) -> Results:
     """An earlier results.json. Raises UsageError, and DriftError if it was edited."""
-    check(path.parent)
+    check_file(path, "take another baseline")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
