@@ -164,10 +164,13 @@ def kept(folder: Path, make: Callable[[Path], None], read: Callable[[Path], T]) 
         read: opens a whole one; one where this fails is of another version and made anew.
     """
     with in_use(folder):
-        if read_seal(folder) is not None and not damage(folder):
+        found, kind = read_seal(folder), f"cache {folder.name}"
+        if found is not None and found.kind == kind and not damage(folder):
             with contextlib.suppress(Exception):
                 return read(folder)
-        with staged(folder, "cache") as partial:
+        if found is not None and found.kind != kind:
+            discard(folder)  # another entry, under this one's name
+        with staged(folder, kind) as partial:
             make(partial)
         return read(folder)
 

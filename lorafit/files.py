@@ -220,8 +220,12 @@ def is_left(name: str, of: Container[str]) -> bool:
     return left is not None and left[1] in of
 
 
-def foreign(folder: Path) -> Iterator[str]:
-    """The paths in a folder that its seal does not list; all of them if there is none."""
+def foreign(folder: Path, changed: bool = False) -> Iterator[str]:
+    """The paths in a folder that its seal does not list; all of them if there is none.
+
+    Args:
+        changed: files that are no longer as they were written, as well: people may have written in them.
+    """
     known = read_seal(folder)
     if known is not None and known.files is None:
         return
@@ -235,17 +239,32 @@ def foreign(folder: Path) -> Iterator[str]:
                 continue
             if inside not in (names if name in files or path.is_symlink() else parents):
                 yield inside
+    for name, digest in (known.files or {}).items() if known and changed else ():
+        if digest and os.path.lexists(folder / name) and _changed(folder, name, digest):
+            yield name
 
 
 def damage(folder: Path, *ignored: str) -> list[str]:
-    """What of a sealed folder is not as it was written, by file; empty if it is whole, but for files to be ignored."""
+    """What of a sealed folder is not as it was written, by file; empty if it is whole, but for files to be ignored.
+
+    A file that was added counts if what reads such folders may read it.
+    """
     found = read_seal(folder)
     if found is None:
         return [f"{SEAL} is missing or can't be read"]
     if found.files is None:
         return ["it was not finished"]
     kept = {name: digest for name, digest in found.files.items() if digest and name not in ignored}
-    return [reason for name, digest in kept.items() if (reason := _changed(folder, name, digest))]
+    changed = [reason for name, digest in kept.items() if (reason := _changed(folder, name, digest))]
+    return changed + [f"{name} was added" for name in foreign(folder) if is_read(name)]
+
+
+def is_read(name: str) -> bool:
+    """Whether loading a model or a tokenizer may read a file of that name."""
+    file = PurePosixPath(name)
+    return file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model", ".pt", ".pth", ".py") or (
+        file.name in ("vocab.txt", "merges.txt")
+    )
 
 
 def is_intact(folder: Path, name: str) -> bool:
@@ -267,7 +286,7 @@ def _changed(folder: Path, name: str, digest: str) -> str | None:
 
 def check(folder: Path, hint: str = f"bring that back, or, if it is meant, remove the folder's {SEAL}") -> None:
     """Refuse a folder that is not as lorafit wrote it. One without a seal is not lorafit's. Raises DriftError."""
-    if read_seal(folder) is not None:
+    if os.path.lexists(folder / SEAL):
         check_own(folder, hint)
 
 
@@ -297,6 +316,9 @@ def claim(destination: Path, kind: str, what: str, needed: Iterable[Path] = ()) 
 
     Raises UsageError.
     """
+    whole = next((parent for parent in destination.parents if (one := read_seal(parent)) and one.kind != "run"), None)
+    if whole is not None:
+        raise UsageError(f"{destination}: is in {whole}, which lorafit wrote as a whole; choose another --output")
     if not os.path.lexists(destination):
         return
     if not destination.is_dir():
@@ -306,11 +328,12 @@ def claim(destination: Path, kind: str, what: str, needed: Iterable[Path] = ()) 
             raise UsageError(f"{destination}: would be replaced, and {path} is in it; choose another --output")
     if destination.is_mount():
         raise UsageError(f"{destination}: is a mount point, which can't be replaced; name a folder in it")
-    if not is_ours(destination, kind):
+    known = read_seal(destination)
+    if not is_ours(destination, kind) or (known is not None and known.files is None):
         raise UsageError(f"{destination}: exists and is not {what} of lorafit's; choose another --output")
-    if other := next(foreign(destination), None):
+    if other := next(foreign(destination, changed=not kind.startswith("cache")), None):
         raise UsageError(
-            f"{destination}: holds {other}, which lorafit did not write; move that, or choose another --output"
+            f"{destination}: holds {other}, which lorafit did not write so; move that, or choose another --output"
         )
 
 
@@ -326,6 +349,12 @@ def _spare(folder: Path, what: str) -> Path:
         if is_free(path):
             return path
     raise AssertionError
+
+
+def plain_name(folder: Path) -> str:
+    """What a folder that is made, removed or replaced is called in the end: `eval` for `.eval.partial`."""
+    match = re.fullmatch(r"\.(.+)\.(?:partial|removing|replaced|work)(?:-\d+)?", folder.name)
+    return (match[1] if match else folder.name).removesuffix(".unverified")
 
 
 def is_free(folder: Path) -> bool:
@@ -404,7 +433,13 @@ def _remove(folder: Path) -> None:
     """Remove what a seal lists, the seal last, and the folders that are empty then."""
     known = read_seal(folder)
     if known is not None and known.files is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != SEAL:
+                entry.unlink(missing_ok=True)
+        (folder / SEAL).unlink(missing_ok=True)  # last: a removal that is killed goes on the next time
+        folder.rmdir()
         return
     names = [SEAL, *(known.files or ())] if known else [SEAL]
     for left in [entry.name for entry in folder.iterdir() if is_left(entry.name, names)]:
@@ -483,7 +518,9 @@ def refuse_busy(destination: Path) -> None:
 
 
 def lock_of(destination: Path) -> Path:
-    """The lock file of a folder that is replaced as a whole, beside it."""
+    """The lock file of a folder that is replaced as a whole, beside it. Raises UsageError for the root."""
+    if not destination.name:
+        raise UsageError(f"{destination}: can't be written as a folder; choose another --output")
     return destination.with_name(f".{destination.name}.lock")
 
 

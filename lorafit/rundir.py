@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lorafit.errors import DriftError, UsageError, first_line
@@ -29,6 +29,7 @@ from lorafit.files import (
     is_ours,
     is_vacant,
     own_digest,
+    plain_name,
     read_seal,
     write_bytes,
     write_text,
@@ -39,7 +40,11 @@ FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "fingerprint.json", "manif
 """What every run writes beside its folders."""
 FILES_LOCKED = (*FILES, "recipe.lock")
 """The same of a run with --locked."""
-_VOCABULARIES = ("vocab.txt", "merges.txt")
+_MADE = ("eval", "merged", "merged-adapter", "merged-gguf", "merged-nf4", "merged-fp4")
+BEGUN = "run.json"
+"""In a checkpoint: which run it is of."""
+FOLDERS = ("adapter", "model", "base", "start", *_MADE)
+"""What lorafit makes in a run beside checkpoints."""
 _RUN = ("run", "moving")
 """The seals of a run, and of one that is being set aside."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -174,7 +179,6 @@ class RunDir:
         inside = (f"{name}/{SEAL}", *(file for file in recorded if "/" not in file))  # the seal has those of the rest
         wrong = [line for file in inside if (line := self.changed(file, recorded.get(file)))]
         wrong += [f"{name}/{line}" for line in damage(self.result, CARD)]
-        wrong += [f"{file} was added" for file in self.added(recorded) if _is_read(file)]
         if wrong:
             raise DriftError(
                 f"{self.path}: is not as it was trained: {', '.join(wrong[:5])}{' …' * (len(wrong) > 5)}; bring that "
@@ -195,6 +199,34 @@ class RunDir:
             if file.is_file() and name not in recorded:
                 yield name
 
+    def begun_with(self) -> dict[str, str]:
+        """SHA-256 of what was written as the run began, by name, which each checkpoint keeps."""
+        files = (self.recipe, self.plan_file, self.fingerprint)
+        return {file.name: file_digest(file) for file in files if file.is_file()}
+
+    def write_begun(self, checkpoint: Path, step: int) -> None:
+        """Say in a checkpoint which run and step it is of."""
+        write_text(checkpoint / BEGUN, json.dumps({"step": step, "files": self.begun_with()}) + "\n")
+
+    def check_begun(self) -> None:
+        """See that the run is still what its newest checkpoint is of. Raises DriftError."""
+        last = next(iter(self.all_checkpoints()), None)
+        if last is None:
+            return
+        try:
+            before = dict(json.loads((last / BEGUN).read_text(encoding="utf-8")))
+            files, step = dict(before["files"]), int(before["step"])
+        except (OSError, ValueError, TypeError, LookupError):
+            return  # a damaged checkpoint, which is told as such
+        now = self.begun_with()
+        if changed := [name for name in sorted({*files, *now}) if files.get(name) != now.get(name)]:
+            raise DriftError(
+                f"{self.path}: {', '.join(changed)}: not what {last.name} was trained with; bring that back, or start "
+                "anew with --overwrite"
+            )
+        if last.name != f"checkpoint-{step}":
+            raise DriftError(f"{last}: is of step {step}; give it its name back, or remove it")
+
     def all_checkpoints(self) -> list[Path]:
         """Every checkpoint, whole or damaged, the newest first."""
         found = [
@@ -211,17 +243,15 @@ class RunDir:
             return found[0] if found else None
         whole = next((number for number, folder in enumerate(found) if number and not damage(folder)), None)
         if whole is None:
-            way = "none before it is whole: start anew with --overwrite"
+            way = "none before it is whole: remove them, and start anew"
         else:
             gone = " and ".join(str(folder) for folder in found[:whole])
             way = f"remove {gone}, and --resume goes on from {found[whole].name}, which is whole"
         raise DriftError(f"{found[0]}: the checkpoint is damaged: {', '.join(wrong)}; {way}")
 
     def made(self) -> list[Path]:
-        """What was made of the run: evaluations, merged models, exports; sealed, or by the names that they have."""
-        known = [self.eval, self.merged, *(self.path / f"merged-{kind}" for kind in ("adapter", "gguf", "nf4", "fp4"))]
-        sealed = [folder for folder in self._sealed() if _seal_of(folder) in ("evaluation", "merge", "gguf")]
-        return sorted({*sealed, *filter(Path.is_dir, known)})
+        """What was made of the run: evaluation, merged models, exports."""
+        return [folder for name in _MADE if (folder := self.path / name).is_dir()]
 
     # --- beginning and ending
 
@@ -234,15 +264,16 @@ class RunDir:
         """The first thing where a new run would write that is not lorafit's; None if there is none."""
         seal = read_seal(self.path)
         ours = (SEAL, *(seal.files or ())) if seal else ()
-        names = FILES_LOCKED if locked else FILES
-        for name in (SEAL, *names):
+        for name in (SEAL, *(FILES_LOCKED if locked else FILES)):
             if name not in ours and os.path.lexists(self.path / name):
-                return name
+                return str(name)
         if os.path.lexists(self.replaced) and not is_ours(self.replaced):
             return str(self.replaced.name)
         for folder in (self.adapter, self.model, self.base, self.start, *self.all_checkpoints(), *self._sealed()):
             if os.path.lexists(folder):
-                other = next(foreign(folder), None) if folder.is_dir() and not folder.is_symlink() else ""
+                is_folder = folder.is_dir() and not folder.is_symlink()
+                kept = folder.parent != self.checkpoints
+                other = next(foreign(folder, changed=kept), None) if is_folder else ""
                 if other is not None:
                     return (folder.relative_to(self.path) / other).as_posix()
         is_other = self.checkpoints.is_symlink() or self.checkpoints.is_file()
@@ -322,12 +353,14 @@ class RunDir:
                 yield entry
         yield from self._sealed()
         if self.checkpoints.is_dir() and not self.checkpoints.is_symlink():
-            yield from (folder for folder in sorted(self.checkpoints.iterdir()) if _seal_of(folder))
+            for folder in sorted(self.checkpoints.iterdir()):
+                if _CHECKPOINT.fullmatch(plain_name(folder)) and _seal_of(folder):
+                    yield folder
 
     def _sealed(self) -> list[Path]:
-        """The folders that lorafit sealed in the directory, but for runs of their own."""
+        """The folders that lorafit makes in a run, those of killed processes too; copies of other names are not its."""
         folders = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        return [folder for folder in folders if (kind := _seal_of(folder)) and kind not in _RUN]
+        return [folder for folder in folders if plain_name(folder) in FOLDERS and _seal_of(folder) not in (None, *_RUN)]
 
     def base_files(self) -> dict[str, Any] | None:
         """The base's fingerprint (see lorafit.fingerprint) that `write_base_files` wrote; None if it did not.
@@ -352,8 +385,8 @@ class RunDir:
         """The metrics up to a step; a line that was cut off by a kill is left out."""
         kept = []
         with contextlib.suppress(FileNotFoundError):
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
+            for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, AttributeError, TypeError):
                     entry = json.loads(line)
                     if entry.get("step", 0) <= step:
                         kept.append(entry)
@@ -380,12 +413,6 @@ class RunDir:
         if (self.path / LOCK).is_file():
             with self.lock(shared):
                 pass
-
-
-def _is_read(name: str) -> bool:
-    """Whether a file of a model folder is one that loading it may read."""
-    file = PurePosixPath(name)
-    return file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model", ".py") or file.name in _VOCABULARIES
 
 
 def _seal_of(folder: Path) -> str | None:

@@ -176,6 +176,8 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
         return
     if run.result is not None:
         raise UsageError(f"{path}: the run is finished; use --overwrite to start anew, or another output_dir")
+    if start.resume:
+        run.check_begun()
     before, now = run.load_plan().decides(), plan.decides()
     if before["data"]["tokenizer_sha256"] is None:  # the first run downloaded it
         now["data"]["tokenizer_sha256"] = None
@@ -369,6 +371,7 @@ class Trainer(SFTTrainer):
             self._save_rng_state(str(partial))
             self.save_sums(partial)
             if self.args.should_save:
+                RunDir(folder.parent.parent).write_begun(partial, self.state.global_step)
                 self.state.stateful_callbacks.update(
                     {
                         type(callback).__name__: callback.state()

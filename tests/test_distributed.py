@@ -31,7 +31,8 @@ def torchrun(*words: str) -> subprocess.Popen[str]:
 def test_two_processes_equal_one_with_twice_the_batch(recipe: RecipeMaker, train: Train, rows: Path) -> None:
     settings = {"dataset": {"train": [{"path": str(rows)}], "validation": 0.25}}
     one = train(recipe("one", **settings, training={"per_device_train_batch_size": 6, "max_steps": 6}))
-    path = recipe("two", **settings, training={"per_device_train_batch_size": 3, "max_steps": 6})
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 10}
+    path = recipe("two", **settings, training={"per_device_train_batch_size": 3, "max_steps": 6, **saving})
     process = torchrun(str(path))
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -43,6 +44,8 @@ def test_two_processes_equal_one_with_twice_the_batch(recipe: RecipeMaker, train
     assert errors.count("tokens, ") == 1, "only the first process may speak"
     assert output.splitlines() == [str(two.adapter)]
     assert [e["step"] for e in two.metrics_until(99) if "loss" in e] == [1, 2, 3, 4, 5, 6]
+    for checkpoint in two.checkpoints.iterdir():
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= {file.name for file in checkpoint.iterdir()}, checkpoint.name
 
 
 def test_sigterm_to_the_launcher_saves_a_checkpoint_that_resumes(recipe: RecipeMaker, tmp_path: Path) -> None:

@@ -171,6 +171,11 @@ def test_every_foreign_byte_is_still_there(
         (("merge", "runs/one", "-o", "others", "--overwrite"), 2),
         (("merge", "runs/one", "-o", "model", "--overwrite"), 2),
         (("merge", "runs/one", "-o", "runs/one/eval", "--overwrite"), 2),
+        (("eval", "runs/one", "-o", "runs/one/adapter/new"), 2),
+        (("merge", "runs/one", "-o", "runs/one/checkpoints/checkpoint-2/new"), 2),
+        (("eval", "runs/one", "-o", "/"), 2),
+        (("eval", "runs/one", "-o", "made"), 2),
+        (("merge", "runs/one", "-o", "made", "--overwrite"), 2),
         (("bench", "runs/one", "-o", "notes.md"), 2),
         (("smoke", "recipe.yaml", "--record", "--golden", "notes.md"), 2),
         (("estimate-vram", "recipe.yaml", "--vram", "8GiB", "--plot", "picture.png"), 2),
@@ -184,6 +189,11 @@ def test_outputs_that_are_somebody_elses(command: tuple[str, ...], code: int, pr
         (project / "others" / name).write_text("{}")
         (project / name).write_text("{}")
     shutil.copyfile(project / "recipe.yaml", project / "other.yaml")
+    (project / "made").mkdir()
+    (project / "made" / SEAL).write_text(
+        json.dumps({"lorafit": "merge" if command[0] == "merge" else "evaluation", "files": None})
+    )
+    (project / "made/thesis.txt").write_text("precious")
     for name in ("notes.md", "picture.png", "other.yaml.lock"):
         (project / name).write_text("mine")
     before = contents(project)
@@ -216,9 +226,10 @@ class TestMergeAgain:
 
 class TestOverwritingARun:
     def test_what_lies_beside_it_in_the_folder_stays(self, project: Path) -> None:
-        """Notes, other runs and outputs of other names; what was made of the old run goes with it."""
+        """Notes, other runs, copies, outputs of other names; what was made of the old run by its name goes with it."""
         run_folder = project / "runs/one"
         done("eval", "runs/one", "-o", "runs/one/second")
+        shutil.copytree(run_folder / "adapter", run_folder / "adapter-best")
         (run_folder / "notes").mkdir()
         (run_folder / "notes" / "thesis.txt").write_text("precious")
         (run_folder / "train.log").write_text("mine")
@@ -231,7 +242,8 @@ class TestOverwritingARun:
         assert (run_folder / "inner" / "adapter").is_dir()
         assert (run_folder / "adapter").is_dir()
         left = {entry.name for entry in run_folder.iterdir()}
-        assert not left & {"eval", "second", "merged", "merged-gguf", ".replaced"}
+        assert not left & {"eval", "merged", "merged-gguf", ".replaced"}
+        assert {"second", "adapter-best"} <= left
         assert run("verify", "runs/one").exit_code == 0
 
     @pytest.mark.parametrize("place", ["adapter", "checkpoints/checkpoint-1", "eval", "merged"])
@@ -242,6 +254,17 @@ class TestOverwritingARun:
         assert refused.exit_code == 2
         assert f"{place}/thesis.txt is in the way" in refused.stderr
         assert contents(project) == before
+
+    @pytest.mark.parametrize("name", ["adapter/README.md", "eval/report.md", "merged/README.md"])
+    def test_what_somebody_wrote_in_lorafits_own_files_is_named(self, name: str, project: Path) -> None:
+        file = project / "runs/one" / name
+        file.write_text(file.read_text() + "What I think of it.")
+        again = {"adapter": ("train", "recipe.yaml"), "eval": ("eval", "runs/one"), "merged": ("merge", "runs/one")}
+        for command in {("train", "recipe.yaml"), again[file.parent.name]}:
+            refused = run(*command, *(() if command[0] == "eval" else ("--overwrite",)))
+            assert refused.exit_code == 2
+            assert file.name in refused.stderr
+        assert file.read_text().endswith("What I think of it.")
 
     def test_a_base_that_would_go_with_it(self, project: Path) -> None:
         for source in ("model.name_or_path=runs/one/merged", "dataset.train.0.path=runs/one/eval/samples.jsonl"):
@@ -447,6 +470,8 @@ MADE = {
     "an export": ("merged-gguf/Modelfile", lambda f: f.write_text("FROM elsewhere"), False),
     "no seal": ("merged/lorafit.json", Path.unlink, False),
     "one more file": ("eval/more.txt", lambda f: f.write_text("more"), False),
+    "an adapter beside the merge": ("merged/adapter_config.json", lambda f: f.write_text("{}"), True),
+    "an emptied seal": ("merged/lorafit.json", lambda f: f.write_text(""), True),
 }
 
 
@@ -460,7 +485,9 @@ def test_what_was_made_of_a_run_is_verified(what: str, project: Path) -> None:
     assert f"{name.partition('/')[0]}/ " in found.stderr
     if is_loaded:
         for command in (("eval", "runs/one"), ("chat", "runs/one/merged", "--prompt", "hello"), ("bench", "runs/one")):
-            assert run(*command).exit_code == 7
+            assert run(*command).exit_code == (
+                2 if (command[0], what) == ("chat", "an adapter beside the merge") else 7
+            )
         other = ("train", "recipe.yaml", "--set", "model.name_or_path=runs/one/merged", "--set", "output_dir=runs/two")
         assert run(*other).exit_code == (4 if "tokenizer" in what else 7), (
             "a tokenizer is read first, and is no JSON now"

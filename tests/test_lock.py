@@ -242,7 +242,7 @@ def test_what_is_missing_is_not_locked(project: Project) -> None:
     Path("rows.jsonl").unlink()
     made = project("lock", "recipe.yaml")
     assert made.exit_code == 3
-    assert "rows.jsonl: there are no such data files" in made.stderr
+    assert "rows.jsonl: there are no such files" in made.stderr
     for model in ("./elsewhere", "elsewhere.gguf"):
         project.write(model={"name_or_path": model})
         assert project("lock", "recipe.yaml").exit_code == 4

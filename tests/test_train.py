@@ -252,6 +252,44 @@ class TestStarting:
         shutil.rmtree(before)  # what was said
         assert digest(train(path, resume=True)) == digest(whole)
 
+    @pytest.mark.parametrize("name", ["plan.json", "recipe.yaml", "fingerprint.json"])
+    def test_what_was_edited_since_a_checkpoint_is_named(
+        self, name: str, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = recipe()
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        monkeypatch.undo()
+        file = RunDir(path.parent / "runs" / "recipe").path / name
+        content = file.read_text()
+        for edited in ("{}", content.replace("0", "1"), *([] if name == "plan.json" else [None])):
+            file.unlink() if edited is None else file.write_text(edited)
+            with pytest.raises((DriftError, UsageError), match=name):
+                train(path, resume=True)
+        file.write_text(content)
+        assert train(path, resume=True).result is not None
+
+    def test_a_checkpoint_of_another_run_is_none(
+        self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, other = recipe(), train(recipe("other", training={"save_strategy": "steps", "save_steps": 2}))
+        stop_at(2, monkeypatch)
+        with pytest.raises(Interrupted):
+            train(path)
+        monkeypatch.undo()
+        run = RunDir(path.parent / "runs" / "recipe")
+        (last,) = run.all_checkpoints()
+        own = shutil.copytree(last, path.parent / "kept")
+        shutil.rmtree(last)
+        shutil.copytree(other.checkpoints / "checkpoint-2", last)
+        with pytest.raises(DriftError, match=r"plan\.json"):
+            train(path, resume=True)
+        shutil.rmtree(last)
+        shutil.copytree(own, last.with_name("checkpoint-3"))
+        with pytest.raises(DriftError, match="is of step 2"):
+            train(path, resume=True)
+
     def test_another_merge_is_no_other_recipe(
         self, recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
     ) -> None:

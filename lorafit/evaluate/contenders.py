@@ -19,7 +19,7 @@ from lorafit.errors import ModelError, UsageError
 from lorafit.evaluate.engine.arithmetic import autocast, ready
 from lorafit.facts import weight_files
 from lorafit.facts.folder import read_json
-from lorafit.files import check, file_digest
+from lorafit.files import check, check_own, file_digest
 from lorafit.fingerprint import differences, listed
 from lorafit.loss import settle_head
 from lorafit.model import base_source, load_base, on_cpu
@@ -115,7 +115,7 @@ def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
         raise UsageError(f"{folder}: there is no merged model; make it with `lorafit merge {run.path}`")
     if not (folder / "merge_report.json").is_file():
         raise ModelError(f"{folder}: has no merge_report.json, so whose merge it is can't be told")
-    check(folder)
+    check_own(folder, "merge again") if folder == run.merged else check(folder)
     report = read_json(folder / "merge_report.json")
     base, recorded = report.get("base") or {}, report.get("adapter_sha256")
     if recorded not in (None, _digest(run.adapter)):

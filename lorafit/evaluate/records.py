@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import UsageError
-from lorafit.files import Seal, claim, discard, read_seal, write_text
+import xxhash
+
+from lorafit.errors import DriftError, UsageError
+from lorafit.files import Seal, claim, discard, read_seal, write_bytes, write_text
 
 _KEY = "key.json"
 _TIMES = "times.jsonl"
@@ -58,7 +60,7 @@ class Records:
 
             def add(record: dict[str, Any]) -> None:
                 nonlocal added
-                stream.write(json.dumps(record).encode() + b"\n")
+                stream.write(_packed(record))
                 stream.flush()
                 added += 1
 
@@ -76,7 +78,7 @@ class Records:
         with file.open("rb") as stream:
             for line in stream:
                 if line.endswith(b"\n"):
-                    yield json.loads(line)
+                    yield _unpacked(line, file)
 
     def by_row(self, *names: str) -> ByRow:
         """Records by their row, without holding them in memory."""
@@ -98,12 +100,12 @@ class Records:
 
     def write(self, value: Any, *names: str) -> None:
         """Keep something whole that is not by row."""
-        write_text(self._own(self.folder / f"{'.'.join(names)}.json"), json.dumps(value))
+        write_bytes(self._own(self.folder / f"{'.'.join(names)}.json"), _packed({"value": value}))
 
     def whole(self, *names: str) -> Any:
         """What `write` kept; None if it did not."""
         file = self.folder / f"{'.'.join(names)}.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return _unpacked(file.read_bytes(), file)["value"] if file.exists() else None
 
     def discard(self) -> None:
         """Remove them: the evaluation is finished."""
@@ -111,11 +113,11 @@ class Records:
 
     def _note_time(self, names: tuple[str, ...], seconds: float, records: int) -> None:
         with self._own(self.folder / _TIMES).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"of": names, "seconds": seconds, "records": records}) + "\n")
+            stream.write(_packed({"of": names, "seconds": seconds, "records": records}).decode())
 
     def _times(self) -> list[dict[str, Any]]:
         file = self.folder / _TIMES
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        return [_unpacked(line, file) for line in file.read_bytes().splitlines()] if file.exists() else []
 
     def _file(self, *names: str) -> Path:
         return self.folder / f"{'.'.join(names)}.jsonl"
@@ -133,7 +135,7 @@ class Records:
             with file.open("rb") as stream:
                 for line in stream:
                     if line.endswith(b"\n"):
-                        found[int(json.loads(line)["row"])] = offset
+                        found[int(_unpacked(line, file)["row"])] = offset
                     offset += len(line)
         return found
 
@@ -149,7 +151,23 @@ class ByRow:
             return None
         with self.file.open("rb") as stream:
             stream.seek(self.offsets[row])
-            return dict(json.loads(stream.readline()))
+            return _unpacked(stream.readline(), self.file)
+
+
+def _packed(record: dict[str, Any]) -> bytes:
+    """A record as a line: the XXH3 of its JSON, and the JSON."""
+    text = json.dumps(record).encode()
+    return xxhash.xxh3_64(text).hexdigest().encode() + b" " + text + b"\n"
+
+
+def _unpacked(line: bytes, file: Path) -> dict[str, Any]:
+    """What `_packed` wrote. Raises DriftError for a line that was changed."""
+    digest, _, text = line.rstrip(b"\n").partition(b" ")
+    if xxhash.xxh3_64(text).hexdigest().encode() != digest:
+        raise DriftError(
+            f"{file}: a record in it is not as it was written; start the evaluation anew, without --resume"
+        )
+    return dict(json.loads(text))
 
 
 def _whole(file: Path) -> int:
@@ -163,7 +181,8 @@ def _whole(file: Path) -> int:
 def _check(folder: Path, key: dict[str, Any]) -> None:
     try:
         before = json.loads((folder / _KEY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = dict(before)
+    except (OSError, ValueError, TypeError):
         raise UsageError(f"{folder}: there is no interrupted evaluation to go on with; leave out --resume") from None
     now = json.loads(json.dumps(key))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.errors import LorafitError, UsageError, first_line
-from lorafit.files import damage, file_digest, foreign, own_digest, read_seal
+from lorafit.files import damage, file_digest, foreign, is_read, own_digest, read_seal
 from lorafit.fingerprint import changed_source, comparable, damaged_in_cache, model_fingerprint, summary
 from lorafit.plan import Plan
 from lorafit.rows import data_files
@@ -81,7 +81,7 @@ def _made(run: RunDir) -> Iterator[Check]:
         if unknown := [file for file, digest in known.files.items() if digest is None]:
             yield Check(name, "not recorded", f"{', '.join(unknown)}: the exports were not finished; merge again")
             continue
-        wrong = [*damage(folder), *(f"{other} was added" for other in foreign(folder))]
+        wrong = [*damage(folder), *(f"{other} was added" for other in foreign(folder) if not is_read(other))]
         yield Check(name, "changed" if wrong else "ok", ", ".join(wrong[:5]))
 
 
