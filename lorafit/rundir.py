@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,7 @@ class RunDir:
     def in_the_way(self, locked: bool) -> str | None:
         """The first thing where a new run would write that is not lorafit's; None if there is none."""
         seal = read_seal(self.path)
-        ours = (SEAL, *(seal.files or ())) if seal else ()
+        ours = (SEAL, *seal.names) if seal else ()
         for name in (SEAL, *(FILES_LOCKED if locked else FILES)):
             if name not in ours and os.path.lexists(self.path / name):
                 return str(name)
@@ -311,7 +311,8 @@ class RunDir:
             self.clear()
             return
         self.replaced.mkdir(exist_ok=True)
-        Seal("moving", {}).write(self.replaced)
+        seal = read_seal(self.path)
+        Seal("moving", seal.files if seal else {}).write(self.replaced)
         self._move(self, RunDir(self.replaced))
         (self.path / SEAL).replace(self.replaced / SEAL)  # last: until then `restore` undoes it
 
@@ -331,7 +332,7 @@ class RunDir:
     @staticmethod
     def _move(here: RunDir, there: RunDir) -> None:
         """Move what lorafit wrote, but for the seal, from one directory to another."""
-        for entry in [*here._entries(FILES_LOCKED)]:
+        for entry in [*here._entries()]:
             target = there.path / entry.relative_to(here.path)
             target.parent.mkdir(exist_ok=True)
             entry.rename(target)
@@ -344,10 +345,10 @@ class RunDir:
             before.clear()
             discard(before.path)
 
-    def _entries(self, names: Iterable[str] | None = None) -> Iterator[Path]:
+    def _entries(self) -> Iterator[Path]:
         """What lorafit wrote, but for the seal: files (those that the seal lists), sealed folders, checkpoints."""
         seal = read_seal(self.path)
-        names = [SEAL, *(names or (seal.files if seal else None) or ())]
+        names = [SEAL, *(seal.names if seal else ())]
         for entry in sorted(self.path.iterdir()) if self.path.is_dir() else ():
             if not entry.is_dir() and (entry.name in names[1:] or is_left(entry.name, names)):
                 yield entry

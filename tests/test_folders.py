@@ -233,11 +233,13 @@ class TestOverwritingARun:
         (run_folder / "notes").mkdir()
         (run_folder / "notes" / "thesis.txt").write_text("precious")
         (run_folder / "train.log").write_text("mine")
+        (run_folder / "recipe.lock").write_text("mine, as the run was not locked")
         (run_folder / "checkpoints" / "emissions.csv").write_text("mine")
         done("train", "recipe.yaml", "--set", "output_dir=runs/one/inner")
         done("train", "recipe.yaml", "--overwrite")
         assert (run_folder / "notes" / "thesis.txt").read_text() == "precious"
         assert (run_folder / "train.log").read_text() == "mine"
+        assert (run_folder / "recipe.lock").read_text().startswith("mine")
         assert (run_folder / "checkpoints" / "emissions.csv").read_text() == "mine"
         assert (run_folder / "inner" / "adapter").is_dir()
         assert (run_folder / "adapter").is_dir()
