@@ -125,7 +125,7 @@ trees = st.dictionaries(
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -442,13 +442,8 @@ def test_a_run_that_was_edited_is_refused(what: str, project: Path) -> None:
     file = project / "runs/one" / name
     file.parent.mkdir(exist_ok=True)
     change(file)
-    for command in (
-        ("eval", "runs/one"),
-        ("merge", "runs/one", "--overwrite"),
-        ("chat", "runs/one", "--prompt", "hello"),
-        ("bench", "runs/one"),
-        ("verify", "runs/one"),
-    ):
+    others = (("chat", "runs/one", "--prompt", "hello"), ("bench", "runs/one")) if what == "a weight" else ()
+    for command in (("eval", "runs/one"), ("merge", "runs/one", "--overwrite"), ("verify", "runs/one"), *others):
         refused = run(*command)
         assert refused.exit_code == (2 if (command[0], what) == ("verify", "no manifest") else 7), (what, command)
         assert name.partition("/")[0] in refused.stderr, refused.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.errors import UsageError
+from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.vram import plot
 from lorafit.vram.plot import check, stacked_bar, thin
 
@@ -140,15 +140,16 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
 @pytest.mark.usefixtures("_matplotlib")
 def test_what_fails_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "out.png"
-    file.write_bytes(b"old")
+    old = b"\x89PNG " + plot.MADE_BY.encode()
+    file.write_bytes(old)
 
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DoesNotFitError, match=r"out\.png: the disk is full"):
         stacked_bar(TERMS, "title", [], file)
-    assert [(other.name, other.read_bytes()) for other in tmp_path.iterdir()] == [("out.png", b"old")]
+    assert [(other.name, other.read_bytes()) for other in tmp_path.iterdir()] == [("out.png", old)]
 
 
 @pytest.mark.usefixtures("_matplotlib")

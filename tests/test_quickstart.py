@@ -81,6 +81,7 @@ class Pipeline:
             self.run([command, *arguments, *self.SETTINGS.get(command, "").split()])
 
     def run(self, arguments: list[str]) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)  # a smoke run leaves one
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             done = CliRunner().invoke(app, arguments)
