@@ -138,7 +138,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same for bytes."""
+    """Write bytes to a file, whole or not at all."""
     with beside(path) as partial:
         partial.write_bytes(content)
 
@@ -245,7 +245,7 @@ def foreign(folder: Path, changed: bool = False) -> Iterator[str]:
 
 
 def damage(folder: Path, *ignored: str) -> list[str]:
-    """What of a sealed folder is not as it was written, by file; empty if it is whole, but for files to be ignored.
+    """List what is wrong in a sealed folder, by file; empty if all but the ignored files are as they were written.
 
     A file that was added counts if what reads such folders may read it.
     """
@@ -291,13 +291,13 @@ def check(folder: Path, hint: str = f"bring that back, or, if it is meant, remov
 
 
 def check_own(folder: Path, hint: str) -> None:
-    """The same for a folder that must have a seal."""
+    """Refuse a folder that has no seal, or is not as lorafit wrote it. Raises DriftError."""
     if wrong := damage(folder, CARD):
         raise DriftError(f"{folder}: is not as it was written: {', '.join(wrong)}; {hint}")
 
 
 def check_file(file: Path, hint: str) -> None:
-    """The same for one file, if it is of a sealed folder."""
+    """Refuse a file that its folder's seal lists and that has changed. Raises DriftError."""
     known = read_seal(file.parent)
     digest = (known.files or {}).get(file.name) if known else None
     if digest is not None and (wrong := _changed(file.parent, file.name, digest)):

@@ -39,7 +39,7 @@ from lorafit.plan import Plan
 FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "fingerprint.json", "manifest.json")
 """What every run writes beside its folders."""
 FILES_LOCKED = (*FILES, "recipe.lock")
-"""The same of a run with --locked."""
+"""What a run with --locked writes beside its folders."""
 _MADE = ("eval", "merged", "merged-adapter", "merged-gguf", "merged-nf4", "merged-fp4")
 BEGUN = "run.json"
 """In a checkpoint: which run it is of."""
