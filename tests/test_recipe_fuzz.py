@@ -14,7 +14,7 @@ import pytest
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import sections
 
-DOCUMENTS = int(os.environ.get("LORAFIT_FUZZ_DOCUMENTS", "10000"))
+DOCUMENTS = int(os.environ.get("LORAFIT_FUZZ_DOCUMENTS", "2500"))
 SEED = int(os.environ.get("LORAFIT_FUZZ_SEED", "1"))
 SLOW = 2.0  # seconds a document
 
