@@ -60,6 +60,7 @@ _SHAPING = (
     "min_length",
     "excess_length_strategy",
     "chat_template",
+    "chat_template_kwargs",
     "date",
     "tokenizer_sha256",
     "trust_remote_code",

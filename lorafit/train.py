@@ -39,7 +39,7 @@ from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError
 from lorafit.files import check_own, discard, partial_of, seal, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.isolation import check_isolation
-from lorafit.loss import settle_head
+from lorafit.loss import row_sums, settle_head
 from lorafit.manifest import build_manifest, hashes
 from lorafit.model import dequantize_gguf, load_base, lora_config
 from lorafit.plan import Plan, Schedule, dated, with_audit
@@ -319,8 +319,33 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
         super().__init__(*args, **kwargs)
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None  # not by transformers
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Add up what is measured of each row, once for all processes; a batch's own mean is for nobody."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = self.accelerator.gather_for_metrics(row_sums(output, inputs.get("seq_idx")))
+        self._evaluated += sums.sum(0).cpu()
+        return output.loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Means over the learned tokens of all rows, whatever the batches, the padding and the processes."""
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        tokens, nll, entropy, hits = self._evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
+        self._metrics["eval"] |= {
+            "entropy": [entropy / tokens],
+            "mean_token_accuracy": [hits / tokens],
+            "num_tokens": [self._total_train_tokens],
+        }
+        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:

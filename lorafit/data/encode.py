@@ -35,6 +35,9 @@ class TokenRow:
     Attributes:
         key: a hash of the row's text, by which equal rows are known.
         learned: how many tokens are in the loss (the first token of a row never is).
+        answer: the text of the last answer, with its end.
+        asked: how many of the tokens are the prompt for the last answer; 0 if there is none.
+        prompt: that prompt's tokens where the row does not begin with them, and `asked` is -1.
     """
 
     file: str
@@ -44,6 +47,9 @@ class TokenRow:
     question: str
     key: int
     learned: int
+    answer: str
+    asked: int
+    prompt: list[int]
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,8 @@ def _rendered(examples: Iterable[Example], renderer: Renderer, audit: SourceAudi
             audit.masks = f"{audit.masks}, {how}".lstrip(", ")
         for rule, what in row.remarks.items():
             audit.count(rule, f"{example.place}: {what}")
+        audit.reasoning += row.reasoning is True
+        audit.empty_reasoning += row.reasoning is False
         yield row
 
 
@@ -143,31 +151,39 @@ class _Encoder:
         adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
         self.bos: int | None = bos if adds_bos else None
 
-    def encode(self, batch: list[Rendered]) -> Any:
-        """Tokens and their character ranges."""
-        return self.tokenizer(
-            [row.text for row in batch],
-            add_special_tokens=batch[0].special,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            truncation=False,
-            verbose=False,
-        )
+    def encode(self, batch: list[Rendered]) -> tuple[Any, list[list[int]]]:
+        """Tokens and their character ranges, and the tokens of the prompts."""
+        how: dict[str, Any] = {"return_attention_mask": False, "truncation": False, "verbose": False}
+        how["add_special_tokens"] = batch[0].special
+        rows = self.tokenizer([row.text for row in batch], return_offsets_mapping=True, **how)
+        prompts: list[list[int]] = self.tokenizer([row.prompt or "" for row in batch], **how)["input_ids"]
+        return rows, prompts
 
-    def rows(self, batch: list[Rendered], encoded: Any) -> list[TokenRow]:
+    def rows(self, batch: list[Rendered], both: tuple[Any, list[list[int]]]) -> list[TokenRow]:
         """The rows that can be trained on."""
         made = []
-        for row, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        encoded, prompts = both
+        for row, ids, offsets, prompt in zip(
+            batch, encoded["input_ids"], encoded["offset_mapping"], prompts, strict=True
+        ):
             if row.special:  # no second end or start token beside one that the tokenizer adds itself
                 if ids[-2:] == [self.tokenizer.eos_token_id] * 2 and offsets[-1][0] == offsets[-1][1]:
                     ids, offsets = ids[:-1], offsets[:-1]
                 if ids[:2] == [self.tokenizer.bos_token_id] * 2 and offsets[0][0] == offsets[0][1]:
                     ids, offsets = ids[1:], offsets[1:]
-            if (done := self._row(row, ids, offsets)) is not None:
+                prompt = self._without_end(prompt, row.prompt or "")
+            if (done := self._row(row, ids, offsets, prompt)) is not None:
                 made.append(done)
         return made
 
-    def _row(self, row: Rendered, ids: list[int], offsets: list[Span]) -> TokenRow | None:
+    def _without_end(self, ids: list[int], text: str) -> list[int]:
+        """A prompt's tokens without a second start token, and without an end that the tokenizer adds."""
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
+        return ids[:-1] if ends and not text.endswith(str(self.tokenizer.eos_token)) else ids
+
+    def _row(self, row: Rendered, ids: list[int], offsets: list[Span], prompt: list[int]) -> TokenRow | None:
         audit, limit = self.audit, self.lengths.max_length
         place = place_of(row.file, row.number)
         tokens = np.array(ids, dtype=np.int32)
@@ -177,6 +193,13 @@ class _Encoder:
             _, ends = self._labels(answers, tokens, offsets)
         supervised = int((labels[1:] != IGNORED).sum())
         self._check_start(ids, place)
+        begins = ids[: len(prompt)] == prompt
+        if row.prompt is not None and not begins and "prompt_differs" not in row.remarks:
+            audit.count(
+                "prompt_boundary",
+                f"{place}: the prompt's last token is another one once the answer follows, so what is learned is not "
+                "what is asked; let the answer begin with that white space, not the prompt end with it",
+            )
         audit.longest = max(audit.longest, len(ids))
         if supervised == 0:
             self._drop("no_supervised_tokens", f"{place}: no token of the row would be learned")
@@ -209,7 +232,9 @@ class _Encoder:
         audit.supervised_tokens += supervised
         digest = hashlib.blake2b(row.text.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, "little", signed=True)
-        return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised)
+        asked = 0 if row.prompt is None else len(prompt) if begins else -1
+        other = prompt if asked < 0 else []
+        return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised, row.answer, asked, other)
 
     def _labels(self, spans: tuple[Span, ...], tokens: Tokens, offsets: list[Span]) -> tuple[Tokens, list[int]]:
         """The tokens that overlap a span, IGNORED for the others, and the indices of the end tokens learned."""

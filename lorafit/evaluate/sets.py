@@ -24,6 +24,7 @@ from lorafit.evaluate.engine.choices import Choice
 from lorafit.plan import Plan, SourcePlan
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Example, Fault, Row, detect_format, digest, to_example
+from lorafit.template import opens_reasoning, without_reasoning
 
 Role = Literal["task", "forgetting"]
 TEXTS = Path(__file__).parent / "texts"
@@ -247,33 +248,44 @@ def _rows_of(
 
 
 def _with_questions(rows: Dataset) -> Iterator[int]:
-    for index, row in enumerate(rows.select_columns(["labels"])):
-        if _answer_span(row["labels"])[0]:
+    for index, row in enumerate(rows.select_columns(["asked"])):
+        if row["asked"]:
             yield index
 
 
-def _answer_span(labels: list[int]) -> tuple[int, int]:
-    """The first and the last position of a row's last answer."""
-    end = max(index for index, label in enumerate(labels) if label != IGNORED)
-    start = end
+def _answer_span(row: dict[str, Any]) -> tuple[int, int]:
+    """The first and the last position of a row's last answer; of a row without one the first is 0."""
+    labels = row["labels"]
+    end = start = max(index for index, label in enumerate(labels) if label != IGNORED)
+    if row["asked"] >= 0:
+        return row["asked"], end
     while start and labels[start - 1] != IGNORED:
         start -= 1
     return start, end
 
 
 def as_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Question | None:
-    """A row's last answer as a question; None for a row that is learned whole."""
-    ids = row["input_ids"]
-    start, end = _answer_span(row["labels"])
-    if start == 0:
+    """A row's last answer as a question: what a server would be asked; None for a row that asks nothing."""
+    start, end = _answer_span(row)
+    if row["asked"] == 0:
         return None
+    ids, prompt = row["input_ids"], row["prompt"] or row["input_ids"][: row["asked"]]
     return Question(
-        prompt=ids[:start],
+        prompt=prompt,
         shown=row["question"].strip(),
-        expected=tokenizer.decode(ids[start : end + 1], skip_special_tokens=True).strip(),
+        expected=said(row["answer"], prompt, tokenizer),
         end=ids[end],
         length=end + 1 - start,
     )
+
+
+def said(answer: str, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What an answer says: without the reasoning it begins with, control tokens, and the white space around it."""
+    is_open = opens_reasoning(str(tokenizer.decode(prompt[-8:])))
+    answer = without_reasoning(answer, is_open)
+    for token in special_tokens(tokenizer):
+        answer = answer.replace(token, "")
+    return answer.strip()
 
 
 class Prompts(Sequence[list[int]]):
@@ -318,7 +330,7 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
         if len(made) != len(options):
             raise DataError(f"{raw.place}: an option can't be an answer: the template leaves it out, or it is cut off")
         ids = [row.input_ids.tolist() for row in made]
-        spans = [_answer_span(row.labels.tolist()) for row in made]
+        spans = [_answer_span({"labels": row.labels.tolist(), "asked": row.asked}) for row in made]
         shared = min(_common(ids), *(start for start, _ in spans))
         parts = [row[shared : end + 1] for row, (_, end) in zip(ids, spans, strict=True)]
         own = _answer(example).strip()
