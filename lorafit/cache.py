@@ -63,6 +63,7 @@ _SHAPING = (
     "chat_template_kwargs",
     "date",
     "tokenizer_sha256",
+    "vocab_size",
     "trust_remote_code",
 )
 

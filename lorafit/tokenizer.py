@@ -36,6 +36,14 @@ def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTo
         if tokenizer.eos_token is None:
             raise ModelError(f"{name}: the tokenizer has neither a padding token nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
+    known = plan.data.vocab_size
+    for what, id in (("padding", tokenizer.pad_token_id), ("end", tokenizer.eos_token_id)):
+        if known is not None and id is not None and id >= known:
+            token = tokenizer.convert_ids_to_tokens(id)
+            raise ModelError(
+                f"{name}: the tokenizer's {what} token {token!r} has the id {id}, and the model has embeddings for ids "
+                f"below {known} only; use the model's own tokenizer, or resize the model's embeddings"
+            )
     return tokenizer
 
 

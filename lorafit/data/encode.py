@@ -54,11 +54,12 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What lengths, in tokens, rows may have."""
+    """What lengths, in tokens, rows may have, and how many tokens the model knows (None: any)."""
 
     max_length: int
     min_length: int | None = None
     drop_excess: bool = False
+    vocab_size: int | None = None
 
 
 def read_examples(rows: Iterable[Row], shape: Shape, audit: SourceAudit) -> Iterator[Example]:
@@ -187,6 +188,13 @@ class _Encoder:
         audit, limit = self.audit, self.lengths.max_length
         place = place_of(row.file, row.number)
         tokens = np.array(ids, dtype=np.int32)
+        if self.lengths.vocab_size is not None and len(ids) and tokens.max() >= self.lengths.vocab_size:
+            id = int(tokens.max())
+            raise DataError(
+                f"{place}: the token {self.tokenizer.convert_ids_to_tokens(id)!r} has the id {id}, and the model has "
+                f"embeddings for ids below {self.lengths.vocab_size} only; use the model's own tokenizer, or resize "
+                "the model's embeddings"
+            )
         labels, ends = self._labels(row.spans, tokens, offsets)
         answers = row.spans if row.answers is None else row.answers
         if row.answers is not None:

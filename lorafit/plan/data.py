@@ -91,6 +91,7 @@ def plan_data(
         date=datetime.date.today().isoformat() if template and uses_date(template) else None,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
         chat_template_kwargs=template_kwargs,
+        vocab_size=context.facts.vocab_size,
     )
 
 

@@ -278,8 +278,8 @@ class TrainingSection(Section):
     """Arguments of the schedule, such as `min_lr_rate: 0.1` for cosine_with_min_lr."""
     warmup_ratio: Fraction | None = None
     """Share of the steps over which the learning rate rises. Default: 0.03."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps over which the learning rate rises, instead of warmup_ratio."""
+    warmup_steps: Annotated[int, Field(ge=0)] | Fraction | None = None
+    """Steps over which the learning rate rises, instead of warmup_ratio; below 1, a share of them."""
     optim: Literal[
         "auto",
         "adamw_torch",
