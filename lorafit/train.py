@@ -127,12 +127,34 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             display.close()
         check_finite(trainer.model, trainer.state.global_step)
         if main:
+            if start.steps is None:
+                say_what_is_kept(plan, trainer.state, schedule, console)
             memory = memory_record(plan, meter, measured) if measured else None
             base = run.base_files() or {}
             manifest = build_manifest(plan, base, data, trainer, schedule, began, peak_memory_bytes(), memory)
             save_result(trainer, plan, run, tokenizer, manifest)
         wait_for_everyone()
     return run
+
+
+def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:
+    """Say if the training stopped early, and of which step the result is where that isn't the last."""
+    last, total = state.global_step, schedule.total_steps
+    if last < total:
+        patience = plan.training_kwargs["early_stopping_patience"]
+        console.print(
+            f"early stopping: {patience} evaluation{'s' * (patience != 1)} in a row without a lower validation loss; "
+            f"ended after step {last} of {total}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    best = state.best_global_step
+    if plan.training_kwargs["load_best_model_at_end"] and best and best != last:
+        console.print(
+            f"kept: step {best}, whose validation loss was the lowest ({state.best_metric:.4f})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def is_main_process() -> bool:

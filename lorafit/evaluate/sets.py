@@ -84,14 +84,15 @@ class EvalRows:
 
     @property
     def digest(self) -> str:
-        """Of all tokens and labels."""
+        """Of all tokens, labels and prompts."""
         return self._read_through[1]
 
     @cached_property
     def _read_through(self) -> tuple[np.ndarray[Any, Any], str]:
         sizes, digest = np.zeros((len(self.rows), 2)), hashlib.sha256()
-        for index, row in enumerate(self.rows.select_columns(["input_ids", "labels"])):
+        for index, row in enumerate(self.rows.select_columns(["input_ids", "labels", "asked", "prompt"])):
             digest.update(np.array([row["input_ids"], row["labels"]], dtype=np.int32).tobytes())
+            digest.update(np.array([row["asked"], *row["prompt"]], dtype=np.int32).tobytes())
             learned = [i for i, label in enumerate(row["labels"]) if label != IGNORED and i]
             sizes[index, 0] = len(learned)
             for _, span in itertools.groupby(enumerate(learned), key=lambda pair: pair[1] - pair[0]):
