@@ -77,7 +77,6 @@ def build_manifest(
             "last_loss": losses[-1] if losses else None,
             "best_validation_loss": state.best_metric,
             "best_step": state.best_global_step,
-            "best_step": state.best_global_step,
             "stopped_early": state.global_step < state.max_steps,
         },
         "peak_memory_bytes": peak_bytes,
