@@ -203,10 +203,13 @@ class _Encoder:
         self._check_start(ids, place)
         begins = ids[: len(prompt)] == prompt
         if row.prompt is not None and not begins and "prompt_differs" not in row.remarks:
+            hint = "let the answer begin with that white space, not the prompt end with it"
+            if not row.special:
+                hint = "the tokenizer joins the end of the chat template's prompt with what the answer begins with"
             audit.count(
                 "prompt_boundary",
-                f"{place}: the prompt's last token is another one once the answer follows, so what is learned is not "
-                "what is asked; let the answer begin with that white space, not the prompt end with it",
+                f"{place}: the prompt's last token is another one once the answer follows, so what is asked is not "
+                f"what was learned; {hint}",
             )
         audit.longest = max(audit.longest, len(ids))
         if supervised == 0:
