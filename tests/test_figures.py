@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from conftest import RecipeMaker, Train, conversation, write_jsonl
+from peft import AutoPeftModelForCausalLM
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from lorafit.evaluate.make import evaluate
 from lorafit.evaluate.options import Options as EvalOptions
@@ -65,3 +67,73 @@ def test_tokens_rows_and_steps(recipe: RecipeMaker, train: Train, unequal: Path,
     logged = [entry for entry in run.metrics_until(99) if "loss" in entry]
     assert len(logged) == plan.schedule.total_steps
     assert json.loads(run.plan_file.read_text())["model"]["trainable_parameters"] == plan.trainable_parameters
+
+
+GSM8K = [
+    {"question": f"Sam has {n} red cats and sees {n + 1} more. How many?", "answer": f"{n}+1={n + 1}\n#### {n + 1}"}
+    for n in range(6)
+]
+SHAPES: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "conversations": ([conversation(row["question"], row["answer"]) for row in GSM8K], {}),
+    "columns": ([{"prompt": row["question"] + "\n", "completion": row["answer"]} for row in GSM8K], {}),
+    "a space at the end": ([{"prompt": row["question"] + " ", "completion": row["answer"]} for row in GSM8K], {}),
+    "reasoning switched off": (
+        [conversation(row["question"], row["answer"]) for row in GSM8K],
+        {"model": {"chat_template": "qwen3"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_answers_are_those_of_the_saved_adapter_and_tokenizer_alone(
+    recipe: RecipeMaker, train: Train, tmp_path: Path, shape: str
+) -> None:
+    """Row by row, in plain transformers and PEFT, as a server would ask."""
+    data, sections = SHAPES[shape]
+    rows = [{"path": str(write_jsonl(tmp_path / "gsm8k.jsonl", data))}]
+    training = {"max_steps": 8, "per_device_train_batch_size": 6, "max_length": 256}
+    audit = {"leaked": None, "prompt_boundary": None}
+    dataset = {"train": rows, "validation": rows, "audit": audit}
+    run: RunDir = train(recipe(dataset=dataset, training=training, **sections))
+    options = EvalOptions(run.path, overrides=("eval.forgetting=[]",), max_new_tokens=12)
+    _, folder = evaluate(options, QUIET)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    model = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
+    for row, sample in zip(data, samples, strict=True):
+        turns = {"tokenize": False, "add_generation_prompt": True}
+        text = tokenizer.apply_chat_template(row["messages"][:1], **turns) if "messages" in row else row["prompt"]
+        inputs = tokenizer(text, add_special_tokens="prompt" in row, return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        alone = tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert sample["answers"]["adapter"]["text"] == alone.strip()
+        assert sample["expected"] == (row["completion"] if "prompt" in row else row["messages"][1]["content"])
+    if shape == "reasoning switched off":
+        assert run.load_plan().data.chat_template_kwargs == {"enable_thinking": False}
+        assert "prompt_differs" not in run.load_manifest()["data"]["audit"]["train"][0]["found"]
+
+
+LEADING: dict[str, tuple[dict[str, Any], str]] = {
+    "a space": ({"prompt": "say ", "completion": "yes"}, "prompt_boundary"),
+    "two spaces": ({"prompt": "say  ", "completion": "yes"}, "prompt_boundary"),
+    "within a word": ({"prompt": "say he", "completion": "llo"}, "prompt_boundary"),
+    "an answer with a space": (conversation("say", "  yes"), ""),
+    "a clean border": ({"prompt": "say", "completion": " yes"}, ""),
+    "an empty block in a template": (conversation("say", "yes"), "prompt_differs"),
+}
+
+
+@pytest.mark.parametrize("what", LEADING)
+def test_rows_that_ask_otherwise_than_they_learn(recipe: RecipeMaker, tmp_path: Path, what: str) -> None:
+    row, rule = LEADING[what]
+    path = write_jsonl(tmp_path / "odd.jsonl", [row] * 3)
+    sections: dict[str, Any] = {"dataset": {"train": [{"path": str(path)}], "audit": {"duplicates": None}}}
+    if rule == "prompt_differs":
+        sections["model"] = {"chat_template": "qwen3", "chat_template_kwargs": {"enable_thinking": True}}
+    file = recipe(**sections)
+    report = preview(plan_recipe(Recipe.load(file), file), [], False, False, False, QUIET)
+    (source,) = report["audit"]["train"]
+    found = {name: finding["count"] for name, finding in source["found"].items() if name.startswith("prompt_")}
+    assert found == ({rule: 3} if rule else {})
+    assert bool(report["breaches"]) == (rule == "prompt_differs")
+    assert source["empty_reasoning"] == (3 if rule == "prompt_differs" else 0)
