@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RecipeMaker, Train, conversation, write_jsonl
+from conftest import RecipeMaker, Train, conversation, make_model, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from lorafit.cli import app
+from lorafit.errors import UsageError
 from lorafit.evaluate.make import evaluate
+from lorafit.evaluate.metrics.custom import custom_metric
+from lorafit.evaluate.metrics.types import Judged
 from lorafit.evaluate.options import Options as EvalOptions
+from lorafit.merge.verify import Figures, Proof, Reference
 from lorafit.plan import plan_recipe
 from lorafit.preview import preview
-from lorafit.recipe import Recipe
+from lorafit.recipe import Recipe, RecipeError
 from lorafit.rundir import RunDir
+from lorafit.train import Start
+from lorafit.train import train as run_training
 
 QUIET = Console(file=io.StringIO())
 NF4 = {"load_in_4bit": True}
@@ -137,3 +146,114 @@ def test_rows_that_ask_otherwise_than_they_learn(recipe: RecipeMaker, tmp_path: 
     assert found == ({rule: 3} if rule else {})
     assert bool(report["breaches"]) == (rule == "prompt_differs")
     assert source["empty_reasoning"] == (3 if rule == "prompt_differs" else 0)
+
+
+# --- what would not be learned --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"max_steps": 3, "warmup_steps": 10}, "remark"),
+        ({"max_steps": 3, "warmup_steps": 3}, "remark"),
+        ({"max_steps": 2, "warmup_ratio": 0.9}, "remark"),
+        ({"max_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 1}, "remark"),
+        ({"max_steps": ..., "num_train_epochs": 1, "per_device_train_batch_size": 12, "warmup_steps": 2}, "remark"),
+        ({"max_steps": 1, "warmup_steps": 1}, "refused"),
+        ({"max_steps": 1, "warmup_ratio": 0.1}, "refused"),
+        ({"max_steps": ..., "num_train_epochs": 1, "per_device_train_batch_size": 24, "warmup_steps": 2}, "refused"),
+        ({"max_steps": 10, "warmup_steps": 3}, ""),
+        ({"max_steps": 10, "warmup_steps": 0.1}, ""),
+        ({"max_steps": 1}, ""),
+        ({"max_steps": ..., "num_train_epochs": 1, "per_device_train_batch_size": 24}, ""),
+    ],
+)
+def test_a_warm_up_that_is_as_long_as_the_run(recipe: RecipeMaker, training: dict[str, Any], said: str) -> None:
+    path = recipe(training=training)
+    if said == "refused":
+        with pytest.raises((RecipeError, UsageError), match=r"training\.warmup_"):
+            plan_recipe(Recipe.load(path), path)
+        return
+    plan = plan_recipe(Recipe.load(path), path)
+    assert bool([remark for remark in plan.remarks if "warm-up" in remark.lower()]) == (said == "remark")
+    assert plan.schedule is not None
+    if plan.schedule.total_steps == 1:
+        assert plan.training_kwargs["warmup_steps"] == plan.choices["training.warmup_ratio"].value == 0
+
+
+@pytest.mark.parametrize("added", ["word", "padding"])
+def test_ids_that_the_model_has_no_embedding_for(recipe: RecipeMaker, tmp_path: Path, added: str) -> None:
+    """Refused before weights load, naming the row or the token, by everything that reads the data."""
+    model = make_model(tmp_path / "small")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"filler{number}" for number in range(384 - len(tokenizer))])  # as many as embeddings
+    if added == "word":
+        tokenizer.add_tokens(["zorkmid"])
+    else:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(model)
+    rows = [conversation(f"one {number}", "a zorkmid" if number == 2 else "two") for number in range(4)]
+    data = write_jsonl(tmp_path / "ids.jsonl", rows)
+    path = recipe(dataset={"train": [{"path": str(data)}]}, model={"name_or_path": str(model)})
+    code, where = (3, "ids.jsonl:3: ") if added == "word" else (4, "'<pad>'")
+    for command in (["validate", "--deep"], ["preview"], ["train"]):
+        done = CliRunner().invoke(app, [*command, str(path)])
+        assert (done.exit_code, where in done.output, "384" in done.output) == (code, True, True), done.output
+    assert not (tmp_path / "runs" / "recipe" / "adapter").exists()
+
+
+# --- which is chosen, and what is said ------------------------------------------------------------
+
+
+def figures(loss: float, kl: float) -> Figures:
+    return Figures(loss, loss - 1.0, kl, kl, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("original", "dequantized", "chosen"),
+    [
+        ((0.9, 0.192), (1.0, 0.0008), "dequantized"),  # breaks max_kl with the lower loss
+        ((0.9, 0.001), (1.0, 0.0008), "original"),  # both hold: the lower loss
+        ((1.0, 0.002), (1.0, 0.001), "dequantized"),  # the lower divergence at equal loss
+        ((0.9, 0.5), (1.0, 0.3), "original"),  # none holds
+        ((1.0, math.nan), (1.2, 0.001), "dequantized"),
+    ],
+)
+def test_the_candidate_that_holds_the_limits(
+    original: tuple[float, float], dequantized: tuple[float, float], chosen: str
+) -> None:
+    proof = Proof("logits", "", Reference([], "rows", [], 1.0, 0.0))
+    proof.figures = {"original": figures(*original), "dequantized": figures(*dequantized)}
+    assert proof.better_of(["original", "dequantized"], {"max_kl": 0.01})[0] == chosen
+
+
+def test_a_metric_that_says_yes_or_no_is_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "my_metrics_of_figures.py").write_text(
+        "def right(answer, expected): return answer == expected\n"
+        "def some(answer, expected): return None if answer == 'x' else True\n"
+        "def length(answer, expected): return len(answer)\n"
+        "def mixed(answer, expected): return True if answer == 'x' else 2\n"
+        "def nothing(answer, expected): return None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    shares = {}
+    for name in ("right", "some", "length", "mixed", "nothing"):
+        metric = custom_metric(f"my_metrics_of_figures:{name}")
+        for answer in ("x", "y"):
+            metric.score(Judged(answer=answer, expected="x"))
+        shares[name] = metric.says_yes_or_no()
+    assert shares == {"right": True, "some": True, "length": False, "mixed": False, "nothing": False}
+
+
+def test_early_stopping_is_told(recipe: RecipeMaker, unequal: Path) -> None:
+    training = {"max_steps": 40, "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
+    training |= {"learning_rate": 0.3, "warmup_steps": 0}
+    path = recipe(dataset={"validation": [{"path": str(unequal)}]}, training=training)
+    console = Console(file=io.StringIO(), width=200)
+    run = run_training(plan_recipe(Recipe.load(path), path), path.read_bytes(), Start(), console)
+    result = run.load_manifest()["result"]
+    assert result["stopped_early"]
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith(("early stopping", "kept"))]  # type: ignore[attr-defined]
+    assert f"step {result['steps']} of 40" in lines[0]
+    assert f"step {result['best_step']}," in lines[1]
+    assert f"{result['best_validation_loss']:.4f}" in lines[1]
