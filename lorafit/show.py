@@ -101,7 +101,7 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
             none = source.read - source.reasoning - source.empty_reasoning
             line = (
                 f"{source.path}: {source.reasoning:,} rows have reasoning, {none:,} none; before the answers of "
-                f"{source.empty_reasoning:,} the chat template writes an empty block of it, which is not learned"
+                f"{source.empty_reasoning:,} the chat template writes an empty block of it"
             )
             console.print(Text(_printable(line)), soft_wrap=True)
     part, held_out = audit.training_rows, audit.validation_rows

@@ -34,20 +34,22 @@ REASONING = (
 )
 """What reasoning begins and ends with, in the templates of those families that have it."""
 _EMPTY = re.compile("|".join(rf"\s*{re.escape(begin)}\s*{re.escape(end)}\s*" for begin, end in REASONING))
+_HEADER = re.compile(r"\s*(?:<\|start\|>assistant)?(?:<\|channel\|>final| to=user)<\|message\|>")
 _REST = re.compile("|".join(rf"\s*{re.escape(end)}\s*" for _, end in REASONING))
-_DEFAULTS = re.compile(r"(?:\{%- if \w+ is not defined %\}\{%- set \w+ = .*? %\}\{%- endif %\})+\{\{ '' \}\}")
+_DEFAULTS = re.compile(r"(?:(?:\{%- if \w+ is not defined %\}\{%- set \w+ = .*? %\}\{%- endif %\})+\{\{ '' \}\})+")
 
 
 def with_defaults(template: str, values: Mapping[str, Any]) -> str:
     """A chat template in which variables have these values unless whoever renders it gives others.
 
-    So what was trained on is what anybody asks who has the tokenizer, and knows nothing of the recipe.
+    Other values that it has as defaults stay. So what was trained on is what anybody asks who has the tokenizer, and knows nothing of the recipe.
     """
     sets = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in sorted(values.items())
     )
-    return f"{sets}{{{{ '' }}}}{without_defaults(template)[1]}" if sets else template
+    prefix = f"{sets}{{{{ '' }}}}" if sets else ""
+    return template if template.startswith(prefix) else prefix + template
 
 
 def _literal(value: Any) -> str:
@@ -69,14 +71,24 @@ def without_reasoning(answer: str, is_open: bool = False) -> str:
         is_open: whether the prompt has begun it already.
     """
     for begin, end in REASONING:
-        if end in answer and (is_open or begin in answer.partition(end)[0]):
-            return answer.rpartition(end)[2]
+        if end in answer and (is_open or answer.lstrip().startswith(begin)):
+            return answer.partition(end)[2]
     return "" if has_reasoning(answer) or is_open else answer
+
+
+def without_header(answer: str) -> str:
+    """An answer without what gpt-oss and its like write before its words: its channel, or whom it is for."""
+    return _HEADER.sub("", answer)
 
 
 def has_reasoning(answer: str) -> bool:
     """Whether an answer begins with reasoning."""
     return answer.lstrip().startswith(tuple(begin for begin, _ in REASONING))
+
+
+def ends_reasoning(prompt: str) -> bool:
+    """Whether a prompt ends where reasoning is over."""
+    return prompt.rstrip().endswith(tuple(end for _, end in REASONING))
 
 
 def opens_reasoning(prompt: str) -> bool:

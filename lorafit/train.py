@@ -140,8 +140,8 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
 def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:
     """Say if the training stopped early, and of which step the result is where that isn't the last."""
     last, total = state.global_step, schedule.total_steps
-    if last < total:
-        patience = plan.training_kwargs["early_stopping_patience"]
+    patience = plan.training_kwargs["early_stopping_patience"]
+    if last < total and patience:
         console.print(
             f"early stopping: {patience} evaluation{'s' * (patience != 1)} in a row without a lower validation loss; "
             f"ended after step {last} of {total}",

@@ -357,7 +357,8 @@ def test_reasoning_switched_off(shared: PreTrainedTokenizerBase, name: str, shap
     audit = SourceAudit("data.jsonl")
     ((row,),) = tokenize([of_shape(shape)], Renderer(tokenizer, "completion"), Lengths(4096), audit)
     assert "prompt_differs" not in audit.found
-    assert said(row.answer, row.input_ids[: row.asked].tolist(), tokenizer) == SHAPES[shape][-1]["content"]
+    asked, answer = row.input_ids[: row.asked].tolist(), row.input_ids[row.asked :].tolist()
+    assert said(answer, asked, tokenizer) == SHAPES[shape][-1]["content"]
     (run,) = runs(tokenizer, row.input_ids.tolist(), (row.labels != IGNORED).tolist())
     assert "think>" not in run
     audit = SourceAudit("data.jsonl")

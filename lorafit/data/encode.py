@@ -202,15 +202,6 @@ class _Encoder:
         supervised = int((labels[1:] != IGNORED).sum())
         self._check_start(ids, place)
         begins = ids[: len(prompt)] == prompt
-        if row.prompt is not None and not begins and "prompt_differs" not in row.remarks:
-            hint = "let the answer begin with that white space, not the prompt end with it"
-            if not row.special:
-                hint = "the tokenizer joins the end of the chat template's prompt with what the answer begins with"
-            audit.count(
-                "prompt_boundary",
-                f"{place}: the prompt's last token is another one once the answer follows, so what is asked is not "
-                f"what was learned; {hint}",
-            )
         audit.longest = max(audit.longest, len(ids))
         if supervised == 0:
             self._drop("no_supervised_tokens", f"{place}: no token of the row would be learned")
@@ -238,12 +229,21 @@ class _Encoder:
         if supervised == 0:
             self._drop("answers_cut_off", f"{place}: max_length {limit} cuts off every answer")
             return None
+        if row.prompt is not None and not begins and "prompt_differs" not in row.remarks:
+            hint = "let the answer begin with the white space, or the part of a word, that the prompt ends with"
+            if not row.special:
+                hint = "the tokenizer joins the end of the chat template's prompt with what the answer begins with"
+            audit.count(
+                "prompt_boundary",
+                f"{place}: the prompt's last token is another one once the answer follows, so what is asked is not "
+                f"what was learned; {hint}",
+            )
         audit.rows += 1
         audit.tokens += len(tokens)
         audit.supervised_tokens += supervised
         digest = hashlib.blake2b(row.text.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, "little", signed=True)
-        asked = 0 if row.prompt is None else len(prompt) if begins else -1
+        asked = 0 if row.prompt is None or len(prompt) >= len(tokens) else len(prompt) if begins else -1
         other = prompt if asked < 0 else []
         return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised, row.answer, asked, other)
 

@@ -19,6 +19,7 @@ from lorafit.rows import Example, Fault, Message
 from lorafit.template import (
     GENERATION,
     empty_reasoning,
+    ends_reasoning,
     has_reasoning,
     in_parts,
     inspect_template,
@@ -304,9 +305,11 @@ class ChatTemplate:
 
     def to_check(self, learned: list[int], messages: list[Message]) -> list[int]:
         """The answers whose prompts are compared with what stands before them: the last one, if that tells of all."""
+        in_a_row = any(messages[index - 1]["role"] == "assistant" for index in learned if index)
         plain = self._is_plain and not any(
             message.get("tool_calls") or any(message.get(key) for key in _REASONING) for message in messages
         )
+        plain = plain and not in_a_row
         return learned[-1:] if plain else learned
 
     @functools.cached_property
@@ -450,13 +453,11 @@ def _asked(
         at = len(prompt)
         number = next((number for number, (_, end) in enumerate(spans) if end > at), None)
         if not text.startswith(prompt):
-            thinks = "the prompt for it begins to think, and the answer does not"
-            earlier = "the chat template writes earlier turns otherwise there; try dataset.loss_on: completion"
-            differs = differs or (thinks if opens_reasoning(prompt) else earlier)
+            differs = differs or _difference(prompt, index == 1 or not any(number < index for number in prompts))
         elif number is not None:
             start, end = spans[number]
-            said = (m["content"].strip() for m in messages[:index] if m["role"] == "assistant" and m["content"].strip())
-            if start < at and not any(words in text[start:at] for words in said):  # else it is learned with them
+            others = (len(other) for before, other in prompts.items() if before < index)
+            if start < at and not any(start <= other < at for other in others):  # else one is learned with it
                 spans[number] = at, end
             elif text[at:start].strip():
                 differs = differs or f"{text[at:start].strip()!r} stands before the answer, and is not learned"
@@ -469,6 +470,17 @@ def _asked(
             spans[number] = empty, end
             differs = differs or "it has no empty reasoning at its end; set enable_thinking in chat_template_kwargs"
     return spans, True if True in found else False if False in found else None, differs
+
+
+def _difference(prompt: str, is_first: bool) -> str:
+    """Why a row does not begin with the prompt for its answer, as far as that tells."""
+    if opens_reasoning(prompt):
+        return "the prompt for it begins to think, and the answer does not"
+    if ends_reasoning(prompt):
+        return "the prompt for it ends with an empty block of reasoning, and the answer has some; keep such rows apart"
+    if is_first:
+        return "the chat template writes the turns before it otherwise there"
+    return "the chat template writes earlier turns otherwise there; try dataset.loss_on: completion"
 
 
 def _with_text_arguments(message: Message) -> Message:

@@ -115,7 +115,7 @@ def _answers(
             add(
                 {
                     "row": row,
-                    "text": said(rows.tokenizer.decode(one.ids), rows.question(row).prompt, rows.tokenizer),
+                    "text": said(one.ids, rows.question(row).prompt, rows.tokenizer),
                     "tokens": len(one.ids) + one.ended,
                     "ended": one.ended,
                     "seconds": one.seconds,

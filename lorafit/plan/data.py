@@ -62,13 +62,22 @@ def read_chat_template(context: Context) -> str | None:
 
 
 def plan_data(
-    context: Context, train: list[SourcePlan], validation: list[SourcePlan], max_length: int, chat_template: str | None
+    context: Context,
+    train: list[SourcePlan],
+    validation: list[SourcePlan],
+    max_length: int,
+    chat_template: str | None,
+    looks: bool = True,
 ) -> DataPlan:
-    """What is read, and how it becomes tokens."""
+    """What is read, and how it becomes tokens.
+
+    Args:
+        looks: whether the sources' first rows may be read.
+    """
     recipe = context.recipe
     template_kwargs = dict(recipe.model.chat_template_kwargs)
     if any(source.format not in ("text", "prompt_completion", None) for source in (*train, *validation)):
-        template_kwargs |= _conversations(context, chat_template, (*train, *validation))
+        template_kwargs |= _conversations(context, chat_template, (*train, *validation) if looks else ())
     _padding(context)
     fraction = recipe.dataset.validation if isinstance(recipe.dataset.validation, float) else None
     tokenizer = context.facts.tokenizer
@@ -145,7 +154,7 @@ def _without_reasoning(
 ) -> dict[str, Any]:
     """The variable that switches reasoning off, where the first rows have none and the template waits for some."""
     name = thinking_switch(template, special)
-    if name is None or any(source.hub is not None or source.format is None for source in sources):
+    if name is None or not sources or any(source.hub is not None or source.format is None for source in sources):
         return {}
     if name in context.recipe.model.chat_template_kwargs:
         return {}
@@ -161,7 +170,7 @@ def _without_reasoning(
 def reasons(source: SourcePlan) -> bool:
     """Whether one of the first rows of a source has reasoning before an answer. Raises DataError."""
     assert source.format is not None
-    for row in itertools.islice(read_rows(source.path), _ROWS):
+    for row in itertools.islice(read_rows(source.path), min(_ROWS, source.max_rows or _ROWS)):
         try:
             example = to_example(row, source.shape(source.format))
         except Fault:

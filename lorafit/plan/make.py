@@ -83,7 +83,8 @@ def _scheduled(plan: Plan, schedule: Schedule | None) -> Plan:
     if schedule and too_long and schedule.total_steps == 1:
         key = "training.warmup_ratio"
         if key not in choices:  # so it was asked for
-            raise UsageError(f"training.warmup_steps: {too_long}")
+            asked = plan.recipe["training"]["warmup_steps"]
+            raise UsageError(f"training.{'warmup_ratio' if asked is None else 'warmup_steps'}: {too_long}")
         kwargs = kwargs | {"warmup_steps": 0.0}
         choices = choices | {key: Choice(0.0, "the only step would have the learning rate 0")}
     elif too_long and (remark := f"Warm-up: {too_long}.") not in remarks:
@@ -111,7 +112,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     max_length = choose_max_length(context)
     chat_template = read_chat_template(context)
     train, validation = plan_sources(context, reading)
-    data = plan_data(context, train, validation, max_length, chat_template)
+    data = plan_data(context, train, validation, max_length, chat_template, looks=reading != "nothing")
     for_training = training_kwargs(context, dtype, has_validation=bool(recipe.dataset.validation))
     for_model = model_kwargs(context, dtype)
     for_quantization = quantization_kwargs(context, dtype)
