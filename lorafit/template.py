@@ -42,7 +42,8 @@ _DEFAULTS = re.compile(r"(?:(?:\{%- if \w+ is not defined %\}\{%- set \w+ = .*? 
 def with_defaults(template: str, values: Mapping[str, Any]) -> str:
     """A chat template in which variables have these values unless whoever renders it gives others.
 
-    Other values that it has as defaults stay. So what was trained on is what anybody asks who has the tokenizer, and knows nothing of the recipe.
+    Other values that it has as defaults stay. So what was trained on is what anybody asks who has the tokenizer, and
+    knows nothing of the recipe.
     """
     sets = "".join(
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"

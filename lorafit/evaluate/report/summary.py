@@ -76,11 +76,8 @@ def _main(results: Results) -> list[Difference]:
     tasks = [name for name, info in results.sets.items() if info.role != "forgetting"]
     for name in tasks:
         known = {one.metric: one for one in reversed(results.differences) if one.set == name and one.value is not None}
-        asked = [
-            metric
-            for gate in results.gates
-            for metric in re.findall(rf"(?<![\w.-]){re.escape(name)}\.(\w+)\.", gate.gate)
-        ]
+        gated = re.compile(rf"(?<![\w.-]){re.escape(name)}\.(\w+)\.")
+        asked = [metric for gate in results.gates for metric in gated.findall(gate.gate)]
         usual = [metric for metric in ("exact_match", "accuracy") if metric in known][:1]
         chosen = [metric for metric in dict.fromkeys(asked) if metric in known and metric != "loss"] or usual
         if found := [known[metric] for metric in (*chosen[:MOST_METRICS], "loss") if metric in known]:
