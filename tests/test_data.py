@@ -428,9 +428,7 @@ def test_same_mask_as_trl(tokenizer: PreTrainedTokenizerBase, name: str, named: 
         assert row["input_ids"] == theirs["input_ids"]
         mask = theirs["assistant_masks"]
         for index, (label, bit) in enumerate(zip(row["labels"], mask, strict=True)):
-            if (label != IGNORED) != bool(
-                bit
-            ):  # only what the prompt supplies, and white space at the end of an answer
+            if (label != IGNORED) != bool(bit):  # what the prompt supplies, or white space at an end
                 assert bit
                 assert tokenizer.decode([row["input_ids"][index]]).strip() in ("", "<think>", "</think>")
         assert audit.ends_learned >= 1
