@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -36,7 +37,7 @@ REASONING = (
 _EMPTY = re.compile("|".join(rf"\s*{re.escape(begin)}\s*{re.escape(end)}\s*" for begin, end in REASONING))
 _HEADER = re.compile(r"\s*(?:<\|start\|>assistant)?(?:<\|channel\|>final| to=user)<\|message\|>")
 _REST = re.compile("|".join(rf"\s*{re.escape(end)}\s*" for _, end in REASONING))
-_DEFAULTS = re.compile(r"(?:(?:\{%- if \w+ is not defined %\}\{%- set \w+ = .*? %\}\{%- endif %\})+\{\{ '' \}\})+")
+_DEFAULTS = re.compile(r"(?:(?:\{%- if \w+ is not defined %\}\{%- set \w+ = .*? %\}\{%- endif %\})+\n)+")
 
 
 def with_defaults(template: str, values: Mapping[str, Any]) -> str:
@@ -49,14 +50,22 @@ def with_defaults(template: str, values: Mapping[str, Any]) -> str:
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in sorted(values.items())
     )
-    prefix = f"{sets}{{{{ '' }}}}" if sets else ""
+    prefix = f"{sets}\n" if sets else ""  # the line break goes with the block before it
     return template if template.startswith(prefix) else prefix + template
 
 
 def _literal(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("%", "\\u0025").replace("{", "\\u007b")
+
+
+def variables(template: str) -> set[str]:
+    """The names that a template takes from whoever renders it. Empty if it is no Jinja."""
+    try:
+        return jinja2.meta.find_undeclared_variables(light_environment().parse(template))
+    except jinja2.TemplateError:
+        return set()
 
 
 def without_defaults(template: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ it: the collator pads labels by position, so an end token that is also the paddi
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -147,33 +148,52 @@ class _Encoder:
         self.audit = audit
         self.special = set(renderer.special.values())
         self.special_ids = np.array(sorted(self.special), dtype=np.int32)
+        self.tails: dict[str, list[int]] = {}
         self.stops = self.tokenizer.eos_token_id is not None
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
         self.bos: int | None = bos if adds_bos else None
 
-    def encode(self, batch: list[Rendered]) -> tuple[Any, list[list[int]]]:
-        """Tokens and their character ranges, and the tokens of the prompts."""
-        how: dict[str, Any] = {"return_attention_mask": False, "truncation": False, "verbose": False}
-        how["add_special_tokens"] = batch[0].special
-        rows = self.tokenizer([row.text for row in batch], return_offsets_mapping=True, **how)
-        prompts: list[list[int]] = self.tokenizer([row.prompt or "" for row in batch], **how)["input_ids"]
-        return rows, prompts
+    def encode(self, batch: list[Rendered]) -> Any:
+        """Tokens and their character ranges."""
+        return self.tokenizer(
+            [row.text for row in batch],
+            add_special_tokens=batch[0].special,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=False,
+            verbose=False,
+        )
 
-    def rows(self, batch: list[Rendered], both: tuple[Any, list[list[int]]]) -> list[TokenRow]:
+    def _prompt(self, row: Rendered, ids: list[int], offsets: list[Span]) -> list[int]:
+        """The tokens of a row's prompt.
+
+        A tokenizer splits at control tokens, so where the row begins with the prompt it is enough to look at what
+        follows the last of them. That is the same in most rows.
+        """
+        text = row.prompt or ""
+        if not row.special and row.text.startswith(text):
+            count = bisect.bisect_right(offsets, len(text), key=lambda span: span[1])
+            last = next((index for index in range(count - 1, -1, -1) if ids[index] in self.special), None)
+            if last is not None:
+                tail = text[offsets[last][1] :]
+                if tail not in self.tails:
+                    self.tails[tail] = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+                if ids[last + 1 : count] == self.tails[tail]:
+                    return ids[:count]
+        found: list[int] = self.tokenizer(text, add_special_tokens=row.special, verbose=False)["input_ids"]
+        return self._without_end(found, text) if row.special else found
+
+    def rows(self, batch: list[Rendered], encoded: Any) -> list[TokenRow]:
         """The rows that can be trained on."""
         made = []
-        encoded, prompts = both
-        for row, ids, offsets, prompt in zip(
-            batch, encoded["input_ids"], encoded["offset_mapping"], prompts, strict=True
-        ):
+        for row, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if row.special:  # no second end or start token beside one that the tokenizer adds itself
                 if ids[-2:] == [self.tokenizer.eos_token_id] * 2 and offsets[-1][0] == offsets[-1][1]:
                     ids, offsets = ids[:-1], offsets[:-1]
                 if ids[:2] == [self.tokenizer.bos_token_id] * 2 and offsets[0][0] == offsets[0][1]:
                     ids, offsets = ids[1:], offsets[1:]
-                prompt = self._without_end(prompt, row.prompt or "")
-            if (done := self._row(row, ids, offsets, prompt)) is not None:
+            if (done := self._row(row, ids, offsets)) is not None:
                 made.append(done)
         return made
 
@@ -184,7 +204,7 @@ class _Encoder:
         ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
         return ids[:-1] if ends and not text.endswith(str(self.tokenizer.eos_token)) else ids
 
-    def _row(self, row: Rendered, ids: list[int], offsets: list[Span], prompt: list[int]) -> TokenRow | None:
+    def _row(self, row: Rendered, ids: list[int], offsets: list[Span]) -> TokenRow | None:
         audit, limit = self.audit, self.lengths.max_length
         place = place_of(row.file, row.number)
         tokens = np.array(ids, dtype=np.int32)
@@ -201,6 +221,7 @@ class _Encoder:
             _, ends = self._labels(answers, tokens, offsets)
         supervised = int((labels[1:] != IGNORED).sum())
         self._check_start(ids, place)
+        prompt = [] if row.prompt is None else self._prompt(row, ids, offsets)
         begins = ids[: len(prompt)] == prompt
         audit.longest = max(audit.longest, len(ids))
         if supervised == 0:

@@ -453,7 +453,8 @@ def _asked(
         at = len(prompt)
         number = next((number for number, (_, end) in enumerate(spans) if end > at), None)
         if not text.startswith(prompt):
-            differs = differs or _difference(prompt, index == 1 or not any(number < index for number in prompts))
+            thinks = has_reasoning(messages[index]["content"]) or any(messages[index].get(key) for key in _REASONING)
+            differs = differs or _difference(prompt, thinks, not any(number < index for number in prompts))
         elif number is not None:
             start, end = spans[number]
             others = (len(other) for before, other in prompts.items() if before < index)
@@ -472,11 +473,11 @@ def _asked(
     return spans, True if True in found else False if False in found else None, differs
 
 
-def _difference(prompt: str, is_first: bool) -> str:
+def _difference(prompt: str, thinks: bool, is_first: bool) -> str:
     """Why a row does not begin with the prompt for its answer, as far as that tells."""
-    if opens_reasoning(prompt):
+    if opens_reasoning(prompt) and not thinks:
         return "the prompt for it begins to think, and the answer does not"
-    if ends_reasoning(prompt):
+    if ends_reasoning(prompt) and thinks:
         return "the prompt for it ends with an empty block of reasoning, and the answer has some; keep such rows apart"
     if is_first:
         return "the chat template writes the turns before it otherwise there"

@@ -211,8 +211,8 @@ def _lost(name: str, read: _Read, cut: int, max_length: int) -> Iterator[str]:
     """What a set does not have of the rows that were read for it."""
     if cut:
         yield (
-            f"{name}: max_length {max_length} cuts {cut} of {len(read.rows)} rows within an answer: likelihoods are of "
-            "what is left of it, and it is not generated"
+            f"{name}: max_length {max_length} cuts {cut} of {len(read.rows)} rows in or before their last answer: "
+            "likelihoods are of what is left, and it is not generated"
         )
     dropped = sum((Counter(audit.dropped) for audit in read.audits), Counter())
     if dropped:
@@ -302,9 +302,9 @@ def said(ids: Sequence[int], prompt: Sequence[int], tokenizer: PreTrainedTokeniz
     """
     is_open = opens_reasoning(str(tokenizer.decode(prompt[-8:])))
     answer = str(tokenizer.decode(ids))
-    if is_open and not made:
-        is_open = any(end in answer for _, end in REASONING)
-    answer = without_header(without_reasoning(answer, is_open))
+    if made or any(end in answer for _, end in REASONING):
+        answer = without_reasoning(answer, is_open)
+    answer = without_header(answer)
     for token in special_tokens(tokenizer):
         answer = answer.replace(token, "")
     return answer.strip()

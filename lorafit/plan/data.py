@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from lorafit.template import (
     thinking_switch,
     trl_templates,
     uses_date,
+    variables,
     with_defaults,
 )
 
@@ -129,11 +129,12 @@ def _conversations(context: Context, replaced: str | None, sources: Sequence[Sou
         "pad_token": (tokenizer.pad_token if tokenizer else None) or "",
     }
     given = recipe.model.chat_template_kwargs
-    unknown = [name for name in given if not re.search(rf"\b{name}\b", template)]
+    known = variables(template)
+    unknown = [name for name in given if name not in known]
     if unknown:
         context.wrong(
             ("model", "chat_template_kwargs", unknown[0]),
-            f"the chat template has no variable {unknown[0]!r}{near(unknown[0], re.findall(r'[a-z_]+', template))}",
+            f"the chat template has no variable {unknown[0]!r}{near(unknown[0], sorted(known))}",
         )
     switched = _without_reasoning(context, with_defaults(template, given), special, sources)
     facts = inspect_template(with_defaults(template, given | switched), special)

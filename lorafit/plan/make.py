@@ -81,10 +81,9 @@ def _scheduled(plan: Plan, schedule: Schedule | None) -> Plan:
     kwargs, choices, remarks = plan.training_kwargs, plan.choices, list(plan.remarks)
     too_long = long_warmup(kwargs["warmup_steps"], schedule.total_steps) if schedule else None
     if schedule and too_long and schedule.total_steps == 1:
-        key = "training.warmup_ratio"
-        if key not in choices:  # so it was asked for
-            asked = plan.recipe["training"]["warmup_steps"]
-            raise UsageError(f"training.{'warmup_ratio' if asked is None else 'warmup_steps'}: {too_long}")
+        key = f"training.{'warmup_ratio' if plan.recipe['training']['warmup_steps'] is None else 'warmup_steps'}"
+        if kwargs["warmup_steps"] >= 1:
+            raise UsageError(f"{key}: {too_long}")
         kwargs = kwargs | {"warmup_steps": 0.0}
         choices = choices | {key: Choice(0.0, "the only step would have the learning rate 0")}
     elif too_long and (remark := f"Warm-up: {too_long}.") not in remarks:

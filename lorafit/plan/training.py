@@ -101,6 +101,8 @@ def _warmup(context: Context) -> float:
         return 0
     if asked is not None:
         too_long = long_warmup(asked, training.max_steps) if training.max_steps else None
+        if too_long and training.max_steps == 1 and asked < 1:
+            return context.choose(f"training.{name}", 0.0, "the only step would have the learning rate 0")
         if too_long and training.max_steps == 1:
             context.wrong(("training", name), too_long)
         elif too_long:

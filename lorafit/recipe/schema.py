@@ -67,10 +67,17 @@ Trackers = Annotated[tuple[Tracker, ...], Field(strict=False)]
 def _template_variable(name: str) -> str:
     known = ("messages", "tools", "documents", "add_generation_prompt", "not", "if", "else", "is", "in", "and", "or")
     if not name.isidentifier() or name in known or name.endswith("_token"):
-        raise ValueError("no variable of a chat template that a recipe can set")
+        raise ValueError("a variable of the chat template that a recipe can set")
     return name
 
 
+def _template_text(text: str) -> str:
+    if text.lower() in ("true", "false"):
+        raise ValueError(f"{text.lower()} without quotes (as text, it is true to a template)")
+    return text
+
+
+TemplateValue = bool | int | FiniteFloat | Annotated[str, AfterValidator(_template_text)]
 TemplateVariable = Annotated[str, AfterValidator(_template_variable)]
 
 
@@ -90,7 +97,7 @@ class ModelSection(Section):
     chat_template: Text | None = None
     """What replaces the tokenizer's chat template, in training and in what is saved: the path of a
     Jinja file, or the name of a template that TRL ships, such as `qwen3` (docs/data.md lists them)."""
-    chat_template_kwargs: dict[TemplateVariable, bool | int | FiniteFloat | str] = Field(default_factory=dict)
+    chat_template_kwargs: dict[TemplateVariable, TemplateValue] = Field(default_factory=dict)
     """Variables of the chat template, such as `enable_thinking: false`, in training, eval, chat and the
     merge's proof alike. They become the defaults of the chat template that is saved. Where no row has
     reasoning and the template can switch it off, it is switched off."""
