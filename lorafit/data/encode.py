@@ -264,7 +264,9 @@ class _Encoder:
         audit.supervised_tokens += supervised
         digest = hashlib.blake2b(row.text.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, "little", signed=True)
-        asked = 0 if row.prompt is None or len(prompt) >= len(tokens) else len(prompt) if begins else -1
+        is_cut = bisect.bisect_right(offsets, answers[-1][0], key=lambda span: span[1]) >= len(tokens)
+        is_cut = is_cut or (begins and len(prompt) >= len(tokens))
+        asked = 0 if row.prompt is None or is_cut else len(prompt) if begins else -1
         other = prompt if asked < 0 else []
         return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised, row.answer, asked, other)
 
