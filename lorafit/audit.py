@@ -32,6 +32,8 @@ class SourceAudit:
         ends_learned: answers whose end is in the loss, after cutting.
         lost_tokens: supervised tokens that cutting lost, those of dropped rows included.
         longest: tokens of the longest row, before cutting.
+        reasoning: rows with reasoning before an answer that is learned.
+        empty_reasoning: rows in which the chat template writes an empty block of it there, which is not learned.
         dropped: rows left out, by reason.
         found: by the name of the audit's rule, how often it was broken.
     """
@@ -46,6 +48,8 @@ class SourceAudit:
     ends_learned: int = 0
     lost_tokens: int = 0
     longest: int = 0
+    reasoning: int = 0
+    empty_reasoning: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     found: dict[str, Finding] = field(default_factory=dict)
 
@@ -141,6 +145,8 @@ RULES: dict[str, str] = {
     "answers_left_out": "rows of which the chat template leaves out an answer",
     "context_left_out": "rows of which the chat template leaves out a turn, the tools or reasoning",
     "special_tokens_in_content": "rows with control tokens in their words",
+    "prompt_differs": "rows that learn an answer after another text than a server asks with",
+    "prompt_boundary": "rows whose prompt ends within a token once the answer follows",
     "bos": "rows with other than one beginning-of-sequence token",
     "untrained_ends": "answers whose end token is not learned",
     "truncated": "rows cut at max_length",

@@ -60,8 +60,10 @@ _SHAPING = (
     "min_length",
     "excess_length_strategy",
     "chat_template",
+    "chat_template_kwargs",
     "date",
     "tokenizer_sha256",
+    "vocab_size",
     "trust_remote_code",
 )
 

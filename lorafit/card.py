@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,8 @@ def _rows(plan: Plan, manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("learning rate", f"{plan.training_kwargs['learning_rate']:g}"),
         ("seed", str(plan.training_kwargs["seed"])),
     ]
+    if values := plan.data.chat_template_kwargs:
+        rows.append(("chat template", "asks with " + ", ".join(f"`{k}: {json.dumps(v)}`" for k, v in values.items())))
     if result["best_validation_loss"] is not None:
         rows.append(("validation loss", f"{result['best_validation_loss']:.4f} (step {result['best_step']})"))
     return rows

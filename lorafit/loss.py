@@ -102,6 +102,19 @@ def score_supervised_positions(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def row_sums(output: FusedCausalLMOutput, row_of: torch.Tensor | None = None) -> torch.Tensor:
+    """(rows, 4) in float64: learned tokens, negative log-likelihood, entropy (both in nats) and top-1 hits of each row.
+
+    Args:
+        row_of: (1, length) the row of each token, where rows stand one after the other in a single one.
+    """
+    each = torch.stack([output.label_mask, -output.log_probs, output.entropy, output.is_top1], -1).double()
+    if row_of is None:
+        return each.sum(1)
+    sums = each.new_zeros(int(row_of.max()) + 1, 4)
+    return sums.index_add_(0, row_of[0, 1:].long(), each[0])
+
+
 def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(supervised,) -> (batch, length - 1); differentiable also when nothing is supervised."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)

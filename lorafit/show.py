@@ -40,8 +40,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     ]
     for name, sources in (("train", plan.data.train), ("validation", plan.data.validation)):
         for source in sources:
-            rows = "?" if source.rows is None else source.rows
-            lines.append((name, f"{source.path} ({source.format or 'format known after download'}, {rows} rows)"))
+            rows = "rows not counted" if source.rows is None else f"{source.rows} rows"
+            lines.append((name, f"{source.path} ({source.format or 'format known after download'}, {rows})"))
     if plan.data.validation_fraction is not None:
         lines.append(("validation", f"{plan.data.validation_fraction:.0%} of the training rows"))
     if plan.schedule:
@@ -96,6 +96,14 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
         limit = "no limit" if one.limit is None else f"limit {one.limit:.4g}"
         line = f"{one} {RULES[one.rule]} ({limit}); the first: {one.finding.first}"
         console.print(Text(_printable(line), style="red" if one.is_breach else "yellow"), soft_wrap=True)
+    for source in (*audit.train, *audit.validation):
+        if source.reasoning or source.empty_reasoning:
+            none = source.read - source.reasoning - source.empty_reasoning
+            line = (
+                f"{source.path}: {source.reasoning:,} rows have reasoning, {none:,} none; before the answers of "
+                f"{source.empty_reasoning:,} the chat template writes an empty block of it"
+            )
+            console.print(Text(_printable(line)), soft_wrap=True)
     part, held_out = audit.training_rows, audit.validation_rows
     packs = f" in {part.packs:,} packed rows" if part.packs is not None else ""
     others = f"; {held_out.rows:,} validation rows" if held_out else ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, first_line, is_out_of_memory
 from lorafit.facts import TOKENIZER_FILES
 from lorafit.plan import Plan
+from lorafit.template import with_defaults
 
 
 def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -29,11 +31,29 @@ def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTo
         raise cannot_load("tokenizer", name, error) from error
     if plan.data.chat_template is not None:
         tokenizer.chat_template = plan.data.chat_template
+    settle_template(tokenizer, plan.data.chat_template_kwargs)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"{name}: the tokenizer has neither a padding token nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
+    known = plan.data.vocab_size
+    for what, id in (("padding", tokenizer.pad_token_id), ("end", tokenizer.eos_token_id)):
+        if known is not None and id is not None and id >= known:
+            token = tokenizer.convert_ids_to_tokens(id)
+            raise ModelError(
+                f"{name}: the tokenizer's {what} token {token!r} has the id {id}, and the model has embeddings for ids "
+                f"below {known} only; use the model's own tokenizer, or resize the model's embeddings"
+            )
     return tokenizer
+
+
+def settle_template(tokenizer: PreTrainedTokenizerBase, values: dict[str, Any]) -> None:
+    """Give the variables of a tokenizer's chat templates their values, for whoever renders them and gives no others."""
+    named: Any = tokenizer.chat_template
+    if isinstance(named, dict):
+        tokenizer.chat_template = {name: with_defaults(text, values) for name, text in named.items()}
+    elif named:
+        tokenizer.chat_template = with_defaults(named, values)
 
 
 def tokenizer_of(*folders: Path) -> PreTrainedTokenizerBase:

@@ -39,7 +39,7 @@ from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError
 from lorafit.files import check_own, discard, partial_of, seal, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.isolation import check_isolation
-from lorafit.loss import settle_head
+from lorafit.loss import row_sums, settle_head
 from lorafit.manifest import build_manifest, hashes
 from lorafit.model import dequantize_gguf, load_base, lora_config
 from lorafit.plan import Plan, Schedule, dated, with_audit
@@ -127,12 +127,34 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             display.close()
         check_finite(trainer.model, trainer.state.global_step)
         if main:
+            if start.steps is None:
+                say_what_is_kept(plan, trainer.state, schedule, console)
             memory = memory_record(plan, meter, measured) if measured else None
             base = run.base_files() or {}
             manifest = build_manifest(plan, base, data, trainer, schedule, began, peak_memory_bytes(), memory)
             save_result(trainer, plan, run, tokenizer, manifest)
         wait_for_everyone()
     return run
+
+
+def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:
+    """Say if the training stopped early, and of which step the result is where that isn't the last."""
+    last, total = state.global_step, schedule.total_steps
+    patience = plan.training_kwargs["early_stopping_patience"]
+    if last < total and patience:
+        console.print(
+            f"early stopping: {patience} evaluation{'s' * (patience != 1)} in a row without a lower validation loss; "
+            f"ended after step {last} of {total}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    best = state.best_global_step
+    if plan.training_kwargs["load_best_model_at_end"] and best and best != last:
+        console.print(
+            f"kept: step {best}, whose validation loss was the lowest ({state.best_metric:.4f})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def is_main_process() -> bool:
@@ -319,8 +341,33 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
         super().__init__(*args, **kwargs)
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None  # not by transformers
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Add up what is measured of each row, once for all processes; a batch's own mean is for nobody."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = self.accelerator.gather_for_metrics(row_sums(output, inputs.get("seq_idx")))
+        self._evaluated += sums.sum(0).cpu()
+        return output.loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Means over the learned tokens of all rows, whatever the batches, the padding and the processes."""
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        tokens, nll, entropy, hits = self._evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
+        self._metrics["eval"] |= {
+            "entropy": [entropy / tokens],
+            "mean_token_accuracy": [hits / tokens],
+            "num_tokens": [self._total_train_tokens],
+        }
+        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:

@@ -446,6 +446,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.attn_implementation": ("eager", {}),
     "model.trust_remote_code": (True, {}),
     "model.chat_template": ("TEMPLATE", {}),
+    "model.chat_template_kwargs": ({"enable_thinking": True}, {"model": {"chat_template": "qwen3"}}),
     "quantization.load_in_4bit": (False, GPU_QLORA | {"quantization": {"load_in_4bit": True, "load_in_8bit": False}}),
     "quantization.load_in_8bit": (True, GPU_QLORA | {"quantization": {"load_in_4bit": True, "load_in_8bit": False}}),
     "quantization.bnb_4bit_quant_type": ("fp4", GPU_QLORA),

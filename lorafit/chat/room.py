@@ -45,7 +45,7 @@ class Room:
     template: ChatTemplate | None
 
     def tokens(self, messages: list[Message]) -> list[int]:
-        """The conversation up to the answer that is asked for, in tokens as in training. Raises DataError."""
+        """The conversation up to the answer that is asked for, in tokens as a server has them. Raises DataError."""
         try:
             for message in messages:
                 message["content"].encode()
@@ -59,19 +59,9 @@ class Room:
         """What `tokens` are of, where there is a template. Raises DataError if that refuses the conversation."""
         assert self.template is not None
         try:
-            return self._text(self.template, messages)
+            return self.template.ask(messages)
         except Exception as error:  # noqa: BLE001 - a template may fail in any way
             raise DataError(f"the chat template refuses the conversation: {first_line(error)}") from None
-
-    def _text(self, template: ChatTemplate, messages: list[Message]) -> str:
-        text = template.write(messages, None, prompt=True)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if template.ends_turns or not answers:
-            return text
-        end = str(self.tokenizer.eos_token or "")  # training puts one after every answer, where the template has none
-        for _, after in reversed(template.answers(messages, None, answers, answers, "the conversation")[1]):
-            text = text[:after].removesuffix(end) + end + text[after:]
-        return text
 
     def _plain(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])

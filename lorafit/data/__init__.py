@@ -152,7 +152,7 @@ def tokenize_source(
         raise DataError(f"{source.path}: there are no rows")
     format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
     examples = read_examples(itertools.chain([first], rows), source.shape(format), audit)
-    lengths = Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop")
+    lengths = Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop", plan.vocab_size)
     yield from tokenize(examples, renderer, lengths, audit)
 
 

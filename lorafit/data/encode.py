@@ -6,6 +6,7 @@ it: the collator pads labels by position, so an end token that is also the paddi
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,9 @@ class TokenRow:
     Attributes:
         key: a hash of the row's text, by which equal rows are known.
         learned: how many tokens are in the loss (the first token of a row never is).
+        answer: the text of the last answer, with its end.
+        asked: how many of the tokens are the prompt for the last answer; 0 if there is none.
+        prompt: that prompt's tokens where the row does not begin with them, and `asked` is -1.
     """
 
     file: str
@@ -44,15 +48,19 @@ class TokenRow:
     question: str
     key: int
     learned: int
+    answer: str
+    asked: int
+    prompt: list[int]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What lengths, in tokens, rows may have."""
+    """What lengths, in tokens, rows may have, and how many tokens the model knows (None: any)."""
 
     max_length: int
     min_length: int | None = None
     drop_excess: bool = False
+    vocab_size: int | None = None
 
 
 def read_examples(rows: Iterable[Row], shape: Shape, audit: SourceAudit) -> Iterator[Example]:
@@ -105,6 +113,8 @@ def _rendered(examples: Iterable[Example], renderer: Renderer, audit: SourceAudi
             audit.masks = f"{audit.masks}, {how}".lstrip(", ")
         for rule, what in row.remarks.items():
             audit.count(rule, f"{example.place}: {what}")
+        audit.reasoning += row.reasoning is True
+        audit.empty_reasoning += row.reasoning is False
         yield row
 
 
@@ -138,6 +148,7 @@ class _Encoder:
         self.audit = audit
         self.special = set(renderer.special.values())
         self.special_ids = np.array(sorted(self.special), dtype=np.int32)
+        self.tails: dict[str, list[int]] = {}
         self.stops = self.tokenizer.eos_token_id is not None
         bos = self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
@@ -154,6 +165,25 @@ class _Encoder:
             verbose=False,
         )
 
+    def _prompt(self, row: Rendered, ids: list[int], offsets: list[Span]) -> list[int]:
+        """The tokens of a row's prompt.
+
+        A tokenizer splits at control tokens, so where the row begins with the prompt it is enough to look at what
+        follows the last of them. That is the same in most rows.
+        """
+        text = row.prompt or ""
+        if not row.special and row.text.startswith(text):
+            count = bisect.bisect_right(offsets, len(text), key=lambda span: span[1])
+            last = next((index for index in range(count - 1, -1, -1) if ids[index] in self.special), None)
+            if last is not None:
+                tail = text[offsets[last][1] :]
+                if tail not in self.tails:
+                    self.tails[tail] = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+                if ids[last + 1 : count] == self.tails[tail]:
+                    return ids[:count]
+        found: list[int] = self.tokenizer(text, add_special_tokens=row.special, verbose=False)["input_ids"]
+        return self._without_end(found, text) if row.special else found
+
     def rows(self, batch: list[Rendered], encoded: Any) -> list[TokenRow]:
         """The rows that can be trained on."""
         made = []
@@ -167,16 +197,32 @@ class _Encoder:
                 made.append(done)
         return made
 
+    def _without_end(self, ids: list[int], text: str) -> list[int]:
+        """A prompt's tokens without a second start token, and without an end that the tokenizer adds."""
+        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
+        return ids[:-1] if ends and not text.endswith(str(self.tokenizer.eos_token)) else ids
+
     def _row(self, row: Rendered, ids: list[int], offsets: list[Span]) -> TokenRow | None:
         audit, limit = self.audit, self.lengths.max_length
         place = place_of(row.file, row.number)
         tokens = np.array(ids, dtype=np.int32)
+        if self.lengths.vocab_size is not None and len(ids) and tokens.max() >= self.lengths.vocab_size:
+            id = int(tokens.max())
+            raise DataError(
+                f"{place}: the token {self.tokenizer.convert_ids_to_tokens(id)!r} has the id {id}, and the model has "
+                f"embeddings for ids below {self.lengths.vocab_size} only; use the model's own tokenizer, or resize "
+                "the model's embeddings"
+            )
         labels, ends = self._labels(row.spans, tokens, offsets)
         answers = row.spans if row.answers is None else row.answers
         if row.answers is not None:
             _, ends = self._labels(answers, tokens, offsets)
         supervised = int((labels[1:] != IGNORED).sum())
         self._check_start(ids, place)
+        prompt = [] if row.prompt is None else self._prompt(row, ids, offsets)
+        begins = ids[: len(prompt)] == prompt
         audit.longest = max(audit.longest, len(ids))
         if supervised == 0:
             self._drop("no_supervised_tokens", f"{place}: no token of the row would be learned")
@@ -204,12 +250,25 @@ class _Encoder:
         if supervised == 0:
             self._drop("answers_cut_off", f"{place}: max_length {limit} cuts off every answer")
             return None
+        if row.prompt is not None and not begins and "prompt_differs" not in row.remarks:
+            hint = "let the answer begin with the white space, or the part of a word, that the prompt ends with"
+            if not row.special:
+                hint = "the tokenizer joins the end of the chat template's prompt with what the answer begins with"
+            audit.count(
+                "prompt_boundary",
+                f"{place}: the prompt's last token is another one once the answer follows, so what is asked is not "
+                f"what was learned; {hint}",
+            )
         audit.rows += 1
         audit.tokens += len(tokens)
         audit.supervised_tokens += supervised
         digest = hashlib.blake2b(row.text.encode(), digest_size=8).digest()
         key = int.from_bytes(digest, "little", signed=True)
-        return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised)
+        is_cut = bisect.bisect_right(offsets, answers[-1][0], key=lambda span: span[1]) >= len(tokens)
+        is_cut = is_cut or (begins and len(prompt) >= len(tokens))
+        asked = 0 if row.prompt is None or is_cut else len(prompt) if begins else -1
+        other = prompt if asked < 0 else []
+        return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised, row.answer, asked, other)
 
     def _labels(self, spans: tuple[Span, ...], tokens: Tokens, offsets: list[Span]) -> tuple[Tokens, list[int]]:
         """The tokens that overlap a span, IGNORED for the others, and the indices of the end tokens learned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -15,7 +16,17 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from lorafit.errors import DataError, first_line
 from lorafit.rows import Example, Fault, Message
-from lorafit.template import GENERATION, in_parts, inspect_template, training_version, uses_date
+from lorafit.template import (
+    GENERATION,
+    empty_reasoning,
+    ends_reasoning,
+    has_reasoning,
+    in_parts,
+    inspect_template,
+    opens_reasoning,
+    training_version,
+    uses_date,
+)
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _WORD = re.compile(r"\w+")
@@ -35,6 +46,9 @@ class Rendered:
         answers: the answers, where more than they is learned in several spans; None: they are the spans.
         special: whether the tokenizer adds its special tokens (a chat template writes its own).
         question: what the last answer answers, for people.
+        answer: the last answer with its end, as it is learned.
+        prompt: what a model is asked for it; None for plain text.
+        reasoning: whether an answer that is learned has reasoning before it (True), or an empty block (False).
         remarks: what an audit rule counts, without dropping the row: rule -> what it is.
     """
 
@@ -46,6 +60,9 @@ class Rendered:
     question: str
     remarks: dict[str, str]
     answers: tuple[Span, ...] | None = None
+    answer: str = ""
+    prompt: str | None = None
+    reasoning: bool | None = None
 
 
 class Renderer:
@@ -86,7 +103,17 @@ class Renderer:
             ended = completion if self._is_ended(completion) else completion + self.eos
             text = example.prompt + ended
             span = (0 if self.loss_on == "all" else len(example.prompt), len(text))
-            return Rendered(example.file, example.number, text, (span,), True, example.prompt, {})
+            return Rendered(
+                example.file,
+                example.number,
+                text,
+                (span,),
+                True,
+                example.prompt,
+                {},
+                answer=ended,
+                prompt=example.prompt,
+            )
         return self._conversation(example)
 
     def _is_ended(self, text: str) -> bool:
@@ -110,19 +137,26 @@ class Renderer:
         untrained = self._untrained(example)
         learned = self._learned(example, answers, untrained)
         everything = self.loss_on == "all" and not untrained
+        whole = everything and template.ends_turns and template.marked is None
         try:
-            if everything and template.ends_turns and template.marked is None:
-                text = template.write(messages, tools)
-                spans = [(0, len(text))]
-            else:
-                text, spans = template.answers(messages, tools, answers, learned, example.place)
+            asked = {index: template.prompt(messages[:index], tools) for index in template.to_check(learned, messages)}
+            text, spans = template.answers(messages, tools, answers, learned, example.place, whole)
+            prompt = asked[learned[-1]]
+            alone = learned == answers[-1:] and self.loss_on != "all"
+            if alone and prompt is not None and not text.startswith(prompt):
+                text, spans = template.last_answer(messages, tools, prompt) or (text, spans)
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001 - a template may fail in any way
             raise DataError(f"{example.place}: the chat template refuses the row: {first_line(error)}") from None
         self._check_shown(text, spans, [messages[index] for index in learned], example)
+        spans, reasoning, differs = _asked(text, spans, {i: p for i, p in asked.items() if p is not None}, messages)
         if not template.ends_turns:
             text, spans = self._end_turns(text, spans)
+            if prompt is not None and not differs and not text.startswith(prompt):
+                differs = f"earlier answers end with {self.eos!r} here, which the chat template does not write"
+        begin, end = spans[-1]
+        answer = text[max(begin, len(prompt)) if prompt is not None and text.startswith(prompt) else begin : end]
         answers_only: tuple[Span, ...] | None = None
         if everything:
             spans = [(0, len(text))]
@@ -134,7 +168,21 @@ class Renderer:
         left_out = [_name(tool) for tool in tools or [] if not template.knows_tools or _name(tool) not in text]
         if left_out:
             remarks["context_left_out"] = f"the chat template leaves out the tool {left_out[0]!r}"
-        return Rendered(example.file, example.number, text, tuple(spans), False, question, remarks, answers_only)
+        if differs:
+            remarks["prompt_differs"] = f"the row learns after another text than a server asks with: {differs}"
+        return Rendered(
+            example.file,
+            example.number,
+            text,
+            tuple(spans),
+            False,
+            question,
+            remarks,
+            answers_only,
+            answer,
+            prompt,
+            reasoning,
+        )
 
     def _untrained(self, example: Example) -> list[int]:
         """The indices of the messages that say `train: false`. A prompt's all do, but `all` learns a prompt, too."""
@@ -244,10 +292,60 @@ class ChatTemplate:
         """The conversation as text, as training sees it."""
         return self._render(self.marked or self.template, messages, tools, add_generation_prompt=prompt)[0]
 
+    def prompt(self, messages: list[Message], tools: Any) -> str | None:
+        """What a server asks with for the answer to some turns; None where the template has nothing for them."""
+        try:
+            return self.ask(messages, tools) if messages else None
+        except Exception:  # noqa: BLE001 - a template may refuse a system message alone
+            return None
+
+    def ask(self, messages: list[Message], tools: Any = None) -> str:
+        """The same; raises whatever the template does."""
+        return self._render(self.template, messages, tools, add_generation_prompt=True)[0]
+
+    def to_check(self, learned: list[int], messages: list[Message]) -> list[int]:
+        """The answers whose prompts are compared with what stands before them: the last one, if that tells of all."""
+        in_a_row = any(messages[index - 1]["role"] == "assistant" for index in learned if index)
+        plain = self._is_plain and not any(
+            message.get("tool_calls") or any(message.get(key) for key in _REASONING) for message in messages
+        )
+        plain = plain and not in_a_row
+        return learned[-1:] if plain else learned
+
+    @functools.cached_property
+    def _is_plain(self) -> bool:
+        """Whether in a conversation of two questions what is learned begins where the prompt for it ends."""
+        probe: list[Message] = [
+            {"role": role, "content": f"{_OTHER}{number}"} for number in (1, 2) for role in ("user", "assistant")
+        ]
+        try:
+            text, spans = self.answers(probe, None, [1, 3], [1, 3], "")
+        except Exception:  # noqa: BLE001 - a template may fail in any way
+            return False
+        prompts = [self.prompt(probe[:index], None) for index in (1, 3)]
+        return [text[:start] for start, _ in spans] == prompts
+
+    def last_answer(self, messages: list[Message], tools: Any, prompt: str) -> tuple[str, list[Span]] | None:
+        """The conversation as the template itself writes it, not TRL's version, if its last answer follows `prompt`."""
+        if self.marked in (None, self.template) or messages[-1]["role"] != "assistant":
+            return None
+        text = self._render(self.template, messages, tools)[0]
+        start, end = self._with_end(text, len(prompt), len(text))
+        return (text, [(start, end)]) if text.startswith(prompt) and text.endswith(self.special, 0, end) else None
+
     def answers(
-        self, messages: list[Message], tools: Any, answers: list[int], learned: list[int], place: str
+        self,
+        messages: list[Message],
+        tools: Any,
+        answers: list[int],
+        learned: list[int],
+        place: str,
+        whole: bool = False,
     ) -> tuple[str, list[Span]]:
-        """The conversation as text, and the spans of its learned answers with their ends."""
+        """The conversation as text, and the spans of its learned answers with their ends; of all of it if `whole`."""
+        if whole:
+            text = self.write(messages, tools)
+            return text, [(0, len(text))]
         if self.marked is None:
             text = self.write(messages, tools)
             return text, list(self.turns(text, messages, tools, learned, place))
@@ -336,6 +434,54 @@ class ChatTemplate:
             if not any(message.get("tool_calls") for message in messages):
                 raise
             return render([_with_text_arguments(message) for message in messages])
+
+
+def _asked(
+    text: str, spans: list[Span], prompts: dict[int, str], messages: list[Message]
+) -> tuple[list[Span], bool | None, str]:
+    """What is learned of answers: what a model has to say after the prompts for them, which are by message.
+
+    An empty block of reasoning that the template puts before an answer is not learned.
+
+    Returns the spans, whether there is reasoning (False: an empty block, None: neither), and how the text before an
+    answer differs from the prompt for it.
+    """
+    differs = ""
+    found: list[bool | None] = []
+    spans = list(spans)
+    for index, prompt in prompts.items():
+        at = len(prompt)
+        number = next((number for number, (_, end) in enumerate(spans) if end > at), None)
+        if not text.startswith(prompt):
+            thinks = has_reasoning(messages[index]["content"]) or any(messages[index].get(key) for key in _REASONING)
+            differs = differs or _difference(prompt, thinks, not any(number < index for number in prompts))
+        elif number is not None:
+            start, end = spans[number]
+            others = (len(other) for before, other in prompts.items() if before < index)
+            if start < at and not any(start <= other < at for other in others):  # else one is learned with it
+                spans[number] = at, end
+            elif text[at:start].strip():
+                differs = differs or f"{text[at:start].strip()!r} stands before the answer, and is not learned"
+    own = any(empty_reasoning(message["content"]) for message in messages if message["role"] == "assistant")
+    for number, (start, end) in enumerate(spans):
+        is_open = opens_reasoning(text[max(start - 40, 0) : start])
+        empty = 0 if own else empty_reasoning(text, start, end, is_open)
+        found.append(False if empty else is_open or has_reasoning(text[start:end]) or None)
+        if empty:
+            spans[number] = empty, end
+            differs = differs or "it has no empty reasoning at its end; set enable_thinking in chat_template_kwargs"
+    return spans, True if True in found else False if False in found else None, differs
+
+
+def _difference(prompt: str, thinks: bool, is_first: bool) -> str:
+    """Why a row does not begin with the prompt for its answer, as far as that tells."""
+    if opens_reasoning(prompt) and not thinks:
+        return "the prompt for it begins to think, and the answer does not"
+    if ends_reasoning(prompt) and thinks:
+        return "the prompt for it ends with an empty block of reasoning, and the answer has some; keep such rows apart"
+    if is_first:
+        return "the chat template writes the turns before it otherwise there"
+    return "the chat template writes earlier turns otherwise there; try dataset.loss_on: completion"
 
 
 def _with_text_arguments(message: Message) -> Message:

@@ -28,6 +28,9 @@ _SCHEMA = pa.schema(
         "question": pa.string(),
         "file": pa.string(),
         "number": pa.int64(),
+        "answer": pa.string(),
+        "asked": pa.int32(),
+        "prompt": _TOKENS,
     }
 )
 
@@ -66,5 +69,5 @@ def _record_batch(batch: list[TokenRow]) -> pa.RecordBatch:
     def plain(name: str) -> pa.Array:
         return pa.array([getattr(row, name) for row in batch], _SCHEMA.field(name).type)
 
-    columns = [plain(name) for name in ("question", "file", "number")]
+    columns = [plain(name) for name in _SCHEMA.names[2:]]
     return pa.record_batch([tokens("input_ids"), tokens("labels"), *columns], schema=_SCHEMA)

@@ -71,6 +71,13 @@ class Rows:
     place: Callable[[int], str]
     shown: Callable[[int], tuple[str, str]]
 
+    @property
+    def scored_info(self) -> SetInfo:
+        """The set after scoring, when it is known which metrics of the user's own are shares."""
+        shares = {metric.info.name for metric in self.answer_metrics if metric.says_yes_or_no()}
+        metrics = (m.model_copy(update={"unit": "share"}) if m.name in shares else m for m in self.info.metrics)
+        return self.info.model_copy(update={"metrics": tuple(metrics)})
+
 
 def score(rows: Rows, model: str, records: Records) -> dict[str, Scores]:
     """By metric, the scores of one model on the rows of a set."""

@@ -160,7 +160,7 @@ def assemble(work: Work, records: Records, benchmarks: Benchmarked, options: Opt
     """Figures, differences and gates from the records."""
     section = work.lineup.section
     of_sets = {name: {model: score(rows, model, records) for model in work.names} for name, rows in work.scored.items()}
-    infos = {name: rows.info for name, rows in work.scored.items()}
+    infos = {name: rows.scored_info for name, rows in work.scored.items()}
     of_tasks, task_infos = benchmark_scores(benchmarks, work.names)
     figures: dict[str, Figure] = {}
     differences: list[Difference] = []

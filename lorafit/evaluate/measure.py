@@ -15,7 +15,7 @@ from lorafit.evaluate.engine.choices import choices
 from lorafit.evaluate.engine.greedy import end_tokens, generate
 from lorafit.evaluate.engine.likelihood import divergences, likelihoods
 from lorafit.evaluate.records import Records
-from lorafit.evaluate.sets import EvalRows, OptionRow, Prompts
+from lorafit.evaluate.sets import EvalRows, OptionRow, Prompts, said
 
 T = TypeVar("T")
 
@@ -111,11 +111,11 @@ def _answers(
             lengths,
         )
         for one in _shown(made, len(rows.questions) - len(done), names, console):
-            text = rows.tokenizer.decode(one.ids, skip_special_tokens=True).strip()
+            row = rows.questions[one.row]
             add(
                 {
-                    "row": rows.questions[one.row],
-                    "text": text,
+                    "row": row,
+                    "text": said(one.ids, rows.question(row).prompt, rows.tokenizer),
                     "tokens": len(one.ids) + one.ended,
                     "ended": one.ended,
                     "seconds": one.seconds,

@@ -67,6 +67,11 @@ class Difference(Part):
             return False
         return self.low > 0 or self.high < 0
 
+    @property
+    def is_same(self) -> bool:
+        """Whether no row differs."""
+        return self.low == self.high == 0
+
 
 class Gate(Part):
     """A demand and whether it was met."""

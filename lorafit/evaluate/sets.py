@@ -17,13 +17,14 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.audit import SourceAudit, gate
+from lorafit.audit import RULES, SourceAudit, gate
 from lorafit.data import IGNORED, Lengths, Renderer, prepare, rows_of, special_tokens, tokenize
 from lorafit.errors import DataError, first_line
 from lorafit.evaluate.engine.choices import Choice
 from lorafit.plan import Plan, SourcePlan
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Example, Fault, Row, detect_format, digest, to_example
+from lorafit.template import REASONING, opens_reasoning, without_header, without_reasoning
 
 Role = Literal["task", "forgetting"]
 TEXTS = Path(__file__).parent / "texts"
@@ -83,14 +84,15 @@ class EvalRows:
 
     @property
     def digest(self) -> str:
-        """Of all tokens and labels."""
+        """Of all tokens, labels and prompts."""
         return self._read_through[1]
 
     @cached_property
     def _read_through(self) -> tuple[np.ndarray[Any, Any], str]:
         sizes, digest = np.zeros((len(self.rows), 2)), hashlib.sha256()
-        for index, row in enumerate(self.rows.select_columns(["input_ids", "labels"])):
+        for index, row in enumerate(self.rows.select_columns(["input_ids", "labels", "asked", "prompt"])):
             digest.update(np.array([row["input_ids"], row["labels"]], dtype=np.int32).tobytes())
+            digest.update(np.array([row["asked"], *row["prompt"]], dtype=np.int32).tobytes())
             learned = [i for i, label in enumerate(row["labels"]) if label != IGNORED and i]
             sizes[index, 0] = len(learned)
             for _, span in itertools.groupby(enumerate(learned), key=lambda pair: pair[1] - pair[0]):
@@ -135,7 +137,9 @@ def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase, co
         plan.data, train=(source,), validation=(), validation_fraction=None, packing=False, streaming=False
     )
     made = prepare(alone, tokenizer, console)
-    gate(made.audit, plan.data.audit | dict.fromkeys(("duplicates", "truncated", "lost_tokens")))
+    # eval asks what a server asks, however the rows learn
+    free = ("duplicates", "truncated", "lost_tokens", "prompt_differs", "prompt_boundary")
+    gate(made.audit, plan.data.audit | dict.fromkeys(free))
     assert made.rows is not None
     return _Read(made.rows, (source,), made.audit.train)
 
@@ -185,6 +189,8 @@ def read_sets(
         asks = role == "task"
         cut = frozenset(_cut_off(read.rows, plan.data.max_length, set(special_tokens(tokenizer).values())))
         remarks.extend(_lost(name, read, len(cut), plan.data.max_length))
+        if asks:
+            remarks.extend(_asked_otherwise(name, read))
         whole = (index for index in _with_questions(read.rows) if index not in cut)
         chosen = tuple(itertools.islice(whole, limit)) if asks else ()
         shown = spec["path"] or (str(data) if data and name == HELD_OUT else _shown(name))
@@ -194,9 +200,10 @@ def read_sets(
 
 def _cut_off(rows: Dataset, max_length: int, special: Collection[int]) -> Iterator[int]:
     """The rows that max_length cuts within an answer: what is left of it is not what a model should answer."""
-    for index, row in enumerate(rows.select_columns(["input_ids", "labels"])):
+    for index, row in enumerate(rows.select_columns(["input_ids", "labels", "asked", "question"])):
         ids = row["input_ids"]
-        if len(ids) == max_length and row["labels"][-1] != IGNORED and ids[-1] not in special:
+        within = row["labels"][-1] != IGNORED and ids[-1] not in special
+        if len(ids) == max_length and (within or (row["question"] and not row["asked"])):
             yield index
 
 
@@ -204,14 +211,21 @@ def _lost(name: str, read: _Read, cut: int, max_length: int) -> Iterator[str]:
     """What a set does not have of the rows that were read for it."""
     if cut:
         yield (
-            f"{name}: max_length {max_length} cuts {cut} of {len(read.rows)} rows within an answer: likelihoods are of "
-            "what is left of it, and it is not generated"
+            f"{name}: max_length {max_length} cuts {cut} of {len(read.rows)} rows in or before their last answer: "
+            "likelihoods are of what is left, and it is not generated"
         )
     dropped = sum((Counter(audit.dropped) for audit in read.audits), Counter())
     if dropped:
         reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items())
         total = sum(audit.read for audit in read.audits)
         yield f"{name}: {dropped.total()} of {total} rows are left out ({reasons})"
+
+
+def _asked_otherwise(name: str, read: _Read) -> Iterator[str]:
+    for rule in ("prompt_differs", "prompt_boundary"):
+        if count := sum(audit.found[rule].count for audit in read.audits if rule in audit.found):
+            total = sum(audit.read for audit in read.audits)
+            yield f"{name}: {count} of {total} {RULES[rule]}: likelihoods are as the rows have it, answers as asked"
 
 
 def _has_none(plan: Plan) -> bool:
@@ -247,33 +261,53 @@ def _rows_of(
 
 
 def _with_questions(rows: Dataset) -> Iterator[int]:
-    for index, row in enumerate(rows.select_columns(["labels"])):
-        if _answer_span(row["labels"])[0]:
+    for index, row in enumerate(rows.select_columns(["asked"])):
+        if row["asked"]:
             yield index
 
 
-def _answer_span(labels: list[int]) -> tuple[int, int]:
-    """The first and the last position of a row's last answer."""
-    end = max(index for index, label in enumerate(labels) if label != IGNORED)
-    start = end
+def _answer_span(row: dict[str, Any]) -> tuple[int, int]:
+    """The first and the last position of a row's last answer; of a row without one the first is 0."""
+    labels = row["labels"]
+    end = start = max(index for index, label in enumerate(labels) if label != IGNORED)
+    if row["asked"] > 0:
+        return next(index for index in range(row["asked"], end + 1) if labels[index] != IGNORED), end
     while start and labels[start - 1] != IGNORED:
         start -= 1
     return start, end
 
 
 def as_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Question | None:
-    """A row's last answer as a question; None for a row that is learned whole."""
-    ids = row["input_ids"]
-    start, end = _answer_span(row["labels"])
-    if start == 0:
+    """A row's last answer as a question: what a server would be asked; None for a row that asks nothing."""
+    start, end = _answer_span(row)
+    if row["asked"] == 0:
         return None
+    ids, prompt = row["input_ids"], row["prompt"] or row["input_ids"][: row["asked"]]
+    whole = row["asked"] > 0
+    answer = ids[row["asked"] : end + 1] if whole else tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
     return Question(
-        prompt=ids[:start],
+        prompt=prompt,
         shown=row["question"].strip(),
-        expected=tokenizer.decode(ids[start : end + 1], skip_special_tokens=True).strip(),
+        expected=said(answer, prompt, tokenizer, made=False),
         end=ids[end],
         length=end + 1 - start,
     )
+
+
+def said(ids: Sequence[int], prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, made: bool = True) -> str:
+    """What an answer says: without the reasoning it begins with, control tokens, and the white space around it.
+
+    Args:
+        made: whether a model made it after that prompt. An expected answer may know nothing of reasoning.
+    """
+    is_open = opens_reasoning(str(tokenizer.decode(prompt[-8:])))
+    answer = str(tokenizer.decode(ids))
+    if made or any(end in answer for _, end in REASONING):
+        answer = without_reasoning(answer, is_open)
+    answer = without_header(answer)
+    for token in special_tokens(tokenizer):
+        answer = answer.replace(token, "")
+    return answer.strip()
 
 
 class Prompts(Sequence[list[int]]):
@@ -318,7 +352,7 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
         if len(made) != len(options):
             raise DataError(f"{raw.place}: an option can't be an answer: the template leaves it out, or it is cut off")
         ids = [row.input_ids.tolist() for row in made]
-        spans = [_answer_span(row.labels.tolist()) for row in made]
+        spans = [_answer_span({"labels": row.labels.tolist(), "asked": row.asked}) for row in made]
         shared = min(_common(ids), *(start for start, _ in spans))
         parts = [row[shared : end + 1] for row, (_, end) in zip(ids, spans, strict=True)]
         own = _answer(example).strip()

@@ -7,7 +7,6 @@ of a Modelfile becomes one if a request has none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,13 +14,9 @@ from itertools import takewhile
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lorafit.export import go_template
-from lorafit.template import in_parts
+from lorafit.template import in_parts, light_environment
 
 Message = dict[str, Any]
 
@@ -91,16 +86,6 @@ class _CannotExpress(Exception):
     """Why a chat template can't be a Go template that Ollama renders the same."""
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` renders as its content."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class _Jinja:
     """A chat template, rendered as transformers does, without its beginning token where the tokenizer adds it."""
 
@@ -108,13 +93,7 @@ class _Jinja:
         self._now = datetime(2024, 7, 26)
         self._special = {name: text for name, text in special_tokens.items() if text is not None}
         self._bos = self._special.get("bos_token", "") if adds_bos else ""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
-        environment.globals.update(raise_exception=_raise, strftime_now=lambda form: self._now.strftime(form))
+        environment = light_environment(lambda: self._now)
         self._error: str | None = None
         self._parts = False
         try:
@@ -160,10 +139,6 @@ class _Jinja:
     def trims(self) -> bool:
         padded = self.render([_user("  a\n")])
         return padded is not None and "  a\n" not in padded
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 def _system(text: str) -> Message:

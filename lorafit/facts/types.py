@@ -73,6 +73,11 @@ class ModelFacts:
         return self._number("max_position_embeddings", "n_positions")
 
     @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding; a tokenizer may know fewer tokens."""
+        return self._number("vocab_size")
+
+    @property
     def layers(self) -> int | None:
         return self._number("num_hidden_layers", "n_layer")
 

@@ -69,7 +69,7 @@ def _merge(options: Options, source: Source, others: list[Source], destination: 
         proof.compare({kind: written.folder for kind, written in made.items()})
         chosen = kinds[0]
         if len(kinds) > 1:
-            chosen, reason = proof.better_of(kinds)
+            chosen, reason = proof.better_of(kinds, work.limits)
             _keep(folder, folder / chosen, kinds)
         proof.judge(chosen, work.limits)
         report = work.report(made[chosen], chosen, reason, proof)

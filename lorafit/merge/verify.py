@@ -231,10 +231,16 @@ class Proof:
         if self.reference is not None:
             self.figures = {kind: compare_folder(self.reference, folder) for kind, folder in folders.items()}
 
-    def better_of(self, kinds: list[str]) -> tuple[str, str]:
-        """The kind of base weights with the lower loss, to four digits, or at equal loss the lower KL; and why."""
+    def better_of(self, kinds: list[str], limits: dict[str, float | None]) -> tuple[str, str]:
+        """Of the kinds of base weights that hold the limits, else of all, the better; and why.
+
+        That is the one with the lower loss, to four digits, or at equal loss the lower KL.
+        """
         assert self.reference is not None
-        best = min(kinds, key=lambda kind: (round(self.figures[kind].loss, 4), self.figures[kind].kl))
+        held = [kind for kind in kinds if not breaches(self.figures[kind], limits)]
+        if len(held) == 1:
+            return held[0], f"it alone holds the limits on {self.reference.shown}"
+        best = min(held or kinds, key=lambda kind: (round(self.figures[kind].loss, 4), self.figures[kind].kl))
         losses = {round(self.figures[kind].loss, 4) for kind in kinds}
         what = "lower loss" if len(losses) > 1 else "same loss, and the lower KL,"
         return best, f"it has the {what} of the two on {self.reference.shown}"

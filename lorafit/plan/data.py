@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from lorafit.errors import DataError
 from lorafit.plan.context import Context
 from lorafit.plan.types import DataPlan, SourcePlan
 from lorafit.recipe import Recipe
+from lorafit.rows import Fault, read_rows, to_example
 from lorafit.targets import near
-from lorafit.template import TemplateFacts, inspect_template, trl_templates, uses_date
+from lorafit.template import (
+    TemplateFacts,
+    has_reasoning,
+    inspect_template,
+    thinking_switch,
+    trl_templates,
+    uses_date,
+    variables,
+    with_defaults,
+)
+
+_ROWS = 1000
+"""First rows of a source that are looked at for reasoning; the audit counts them all."""
 
 
 def choose_max_length(context: Context) -> int:
@@ -45,12 +62,22 @@ def read_chat_template(context: Context) -> str | None:
 
 
 def plan_data(
-    context: Context, train: list[SourcePlan], validation: list[SourcePlan], max_length: int, chat_template: str | None
+    context: Context,
+    train: list[SourcePlan],
+    validation: list[SourcePlan],
+    max_length: int,
+    chat_template: str | None,
+    looks: bool = True,
 ) -> DataPlan:
-    """What is read, and how it becomes tokens."""
+    """What is read, and how it becomes tokens.
+
+    Args:
+        looks: whether the sources' first rows may be read.
+    """
     recipe = context.recipe
+    template_kwargs = dict(recipe.model.chat_template_kwargs)
     if any(source.format not in ("text", "prompt_completion", None) for source in (*train, *validation)):
-        _conversations(context, chat_template)
+        template_kwargs |= _conversations(context, chat_template, (*train, *validation) if looks else ())
     _padding(context)
     fraction = recipe.dataset.validation if isinstance(recipe.dataset.validation, float) else None
     tokenizer = context.facts.tokenizer
@@ -72,14 +99,19 @@ def plan_data(
         audit=recipe.dataset.audit.model_dump(),
         date=datetime.date.today().isoformat() if template and uses_date(template) else None,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
+        chat_template_kwargs=template_kwargs,
+        vocab_size=context.facts.vocab_size,
     )
 
 
-def _conversations(context: Context, replaced: str | None) -> None:
-    """How the answers in conversations end and are found, as far as the files tell."""
+def _conversations(context: Context, replaced: str | None, sources: Sequence[SourcePlan]) -> dict[str, Any]:
+    """How the answers in conversations end and are found, as far as the files tell.
+
+    Returns the variables of the chat template that are chosen for them.
+    """
     recipe, tokenizer = context.recipe, context.facts.tokenizer
     if tokenizer is None and replaced is None:
-        return
+        return {}
     template = replaced or (tokenizer.chat_template if tokenizer else None)
     loss_on = recipe.dataset.loss_on
     if template is None:
@@ -89,14 +121,23 @@ def _conversations(context: Context, replaced: str | None) -> None:
             f"the tokenizer has no chat template, so conversations can't be rendered and loss_on: {loss_on} can't "
             f"be masked{with_packing}; set model.chat_template to a Jinja file",
         )
-        return
+        return {}
     eos = tokenizer.eos_token if tokenizer else None
     special: dict[str, str | None] = {
         "eos_token": eos or "",
         "bos_token": (tokenizer.bos_token if tokenizer else None) or "",
         "pad_token": (tokenizer.pad_token if tokenizer else None) or "",
     }
-    facts = inspect_template(template, special)
+    given = recipe.model.chat_template_kwargs
+    known = variables(template)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        context.wrong(
+            ("model", "chat_template_kwargs", unknown[0]),
+            f"the chat template has no variable {unknown[0]!r}{near(unknown[0], sorted(known))}",
+        )
+    switched = _without_reasoning(context, with_defaults(template, given), special, sources)
+    facts = inspect_template(with_defaults(template, given | switched), special)
     context.choose("chat template", _template_name(replaced, recipe), _how_masked(facts))
     if facts.end_of_turn is None:
         context.remarks.append("The chat template could not be probed; the rows will show whether it renders.")
@@ -106,6 +147,39 @@ def _conversations(context: Context, replaced: str | None) -> None:
         )
     else:
         context.choose("end of turn", facts.end_of_turn, "the chat template ends an answer with it; it is learned")
+    return switched
+
+
+def _without_reasoning(
+    context: Context, template: str, special: dict[str, str | None], sources: Sequence[SourcePlan]
+) -> dict[str, Any]:
+    """The variable that switches reasoning off, where the first rows have none and the template waits for some."""
+    name = thinking_switch(template, special)
+    if name is None or not sources or any(source.hub is not None or source.format is None for source in sources):
+        return {}
+    if name in context.recipe.model.chat_template_kwargs:
+        return {}
+    try:
+        if any(map(reasons, sources)):
+            return {}
+    except DataError:
+        return {}
+    key = f"model.chat_template_kwargs.{name}"
+    return {name: context.choose(key, False, "no row has reasoning; the template would leave room for it")}
+
+
+def reasons(source: SourcePlan) -> bool:
+    """Whether one of the first rows of a source has reasoning before an answer. Raises DataError."""
+    assert source.format is not None
+    for row in itertools.islice(read_rows(source.path), min(_ROWS, source.max_rows or _ROWS)):
+        try:
+            example = to_example(row, source.shape(source.format))
+        except Fault:
+            continue
+        for message in example.messages:
+            if message.get("reasoning_content") or has_reasoning(message["content"] or ""):
+                return True
+    return False
 
 
 def _template_name(replaced: str | None, recipe: Recipe) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorafit.audit import Audit
 from lorafit.cache import known_audit
-from lorafit.errors import DataError
+from lorafit.errors import DataError, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, detect
 from lorafit.plan.adapter import adapter_dtype, adapter_targets, lora_kwargs
@@ -20,7 +20,7 @@ from lorafit.plan.data import choose_max_length, plan_data, read_chat_template
 from lorafit.plan.meant import elsewhere
 from lorafit.plan.model import choose_dtype, model_kwargs, model_summary, quantization_kwargs
 from lorafit.plan.sources import Reading, counted, plan_sources
-from lorafit.plan.training import training_kwargs
+from lorafit.plan.training import long_warmup, training_kwargs
 from lorafit.plan.types import Choice, Plan, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
 
@@ -67,13 +67,28 @@ def with_audit(plan: Plan, audit: Audit) -> Plan:
     part = audit.training_rows
     rows = None if plan.data.streaming else part.packs if plan.data.packing else part.rows
     schedule = make_schedule(rows, plan.training_kwargs, plan.hardware.world_size)
-    return dataclasses.replace(
+    counted = dataclasses.replace(
         plan,
         audit=audit.as_dict(),
-        schedule=schedule,
         choices=plan.choices | {"steps": _steps_choice(schedule, rows, plan.data.packing)},
         remarks=tuple(remark for remark in plan.remarks if remark != _PACKED_LATER),
     )
+    return _scheduled(counted, schedule)
+
+
+def _scheduled(plan: Plan, schedule: Schedule | None) -> Plan:
+    """The plan with its steps, and with what is to be said of a warm-up that is not shorter. Raises UsageError."""
+    kwargs, choices, remarks = plan.training_kwargs, plan.choices, list(plan.remarks)
+    too_long = long_warmup(kwargs["warmup_steps"], schedule.total_steps) if schedule else None
+    if schedule and too_long and schedule.total_steps == 1:
+        key = f"training.{'warmup_ratio' if plan.recipe['training']['warmup_steps'] is None else 'warmup_steps'}"
+        if kwargs["warmup_steps"] >= 1:
+            raise UsageError(f"{key}: {too_long}")
+        kwargs = kwargs | {"warmup_steps": 0.0}
+        choices = choices | {key: Choice(0.0, "the only step would have the learning rate 0")}
+    elif too_long and (remark := f"Warm-up: {too_long}.") not in remarks:
+        remarks.append(remark)
+    return dataclasses.replace(plan, schedule=schedule, training_kwargs=kwargs, choices=choices, remarks=tuple(remarks))
 
 
 def dated(plan: Plan, date: str | None) -> Plan:
@@ -96,7 +111,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     max_length = choose_max_length(context)
     chat_template = read_chat_template(context)
     train, validation = plan_sources(context, reading)
-    data = plan_data(context, train, validation, max_length, chat_template)
+    data = plan_data(context, train, validation, max_length, chat_template, looks=reading != "nothing")
     for_training = training_kwargs(context, dtype, has_validation=bool(recipe.dataset.validation))
     for_model = model_kwargs(context, dtype)
     for_quantization = quantization_kwargs(context, dtype)
@@ -145,7 +160,7 @@ def _with_steps(plan: Plan, count_rows: bool) -> Plan:
             rows -= validation_rows(rows, data.validation_fraction)
             schedule = make_schedule(rows, plan.training_kwargs, world_size)
             choices = choices | {"steps": _steps_choice(schedule, rows, data.packing)}
-    return dataclasses.replace(plan, data=data, schedule=schedule, choices=choices, remarks=tuple(remarks))
+    return _scheduled(dataclasses.replace(plan, data=data, choices=choices, remarks=tuple(remarks)), schedule)
 
 
 def _steps_choice(schedule: Schedule, rows: int | None, packing: bool) -> Choice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 from lorafit.plan.context import Context
@@ -13,6 +14,7 @@ DEFAULT_EPOCHS = 3.0
 DEFAULT_WARMUP_RATIO = 0.03
 TRACKER_MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
 """Modules that trackers need, where these are not called like the tracker."""
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 CUDA_ONLY_OPTIMIZERS = ("8bit", "paged", "lion", "ademamix")
 
 
@@ -90,13 +92,38 @@ def _batch(context: Context) -> tuple[int, int]:
 
 def _warmup(context: Context) -> float:
     training = context.recipe.training
-    if training.warmup_steps is not None:
-        return training.warmup_steps
-    if training.warmup_ratio is not None:
-        return training.warmup_ratio
-    if training.lr_scheduler_type == "constant":
+    name = "warmup_ratio" if training.warmup_steps is None else "warmup_steps"
+    asked = training.warmup_ratio if training.warmup_steps is None else training.warmup_steps
+    if training.lr_scheduler_type in _WITHOUT_WARMUP:
+        if asked:
+            hint = "; constant_with_warmup has one" if training.lr_scheduler_type == "constant" else ""
+            context.remarks.append(f"training.{name}: {training.lr_scheduler_type} has no warm-up{hint}.")
         return 0
+    if asked is not None:
+        too_long = long_warmup(asked, training.max_steps) if training.max_steps else None
+        if too_long and training.max_steps == 1 and asked < 1:
+            return context.choose(f"training.{name}", 0.0, "the only step would have the learning rate 0")
+        if too_long and training.max_steps == 1:
+            context.wrong(("training", name), too_long)
+        elif too_long:
+            context.remarks.append(f"Warm-up: {too_long}.")
+        return asked
+    if training.max_steps == 1:
+        return context.choose("training.warmup_ratio", 0.0, "the only step would have the learning rate 0")
     return context.choose("training.warmup_ratio", DEFAULT_WARMUP_RATIO, "default")
+
+
+def long_warmup(asked: float, total: int) -> str | None:
+    """What is to be said of a warm-up, in steps or (below 1) a share of them, that is not shorter than the run."""
+    steps = int(asked) if asked >= 1 else math.ceil(total * asked)  # as transformers' get_warmup_steps
+    if steps < total or not steps:
+        return None
+    if total == 1:
+        return "the warm-up is as long as the run, whose only step has the learning rate 0: nothing would be learned"
+    return (
+        f"the warm-up of {steps} steps is not shorter than the run of {total}, so the learning rate never gets beyond "
+        f"{(total - 1) / steps:.0%} of learning_rate"
+    )
 
 
 def _optimizer(context: Context) -> str:

@@ -56,6 +56,8 @@ class DataPlan:
         audit: the limits, by rule.
         date: the day that a chat template writes, if it writes one.
         tokenizer_sha256: of the tokenizer's files; None where they are not there yet.
+        chat_template_kwargs: values of the chat template's variables.
+        vocab_size: rows of the model's embedding; None where that is not known.
     """
 
     train: tuple[SourcePlan, ...]
@@ -74,6 +76,8 @@ class DataPlan:
     audit: dict[str, float | None] = field(default_factory=dict)
     date: str | None = None
     tokenizer_sha256: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def _expectation(item: Any) -> str:
         return f"a number of at most {context['le']:g}"
     if kind == "string_pattern_mismatch":
         return str(context["pattern"]).strip("^$()").replace("|", " | ").replace("[0-9]+", "N")
-    return str(item["msg"])
+    return str(item["msg"]).removeprefix("Value error, ")
 
 
 def _brief(value: Any) -> str:

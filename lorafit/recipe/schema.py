@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
 from lorafit.recipe.source import Located, Mistake, Position, dotted
 
@@ -64,6 +64,23 @@ RowFormat = Literal[
 Trackers = Annotated[tuple[Tracker, ...], Field(strict=False)]
 
 
+def _template_variable(name: str) -> str:
+    known = ("messages", "tools", "documents", "add_generation_prompt", "not", "if", "else", "is", "in", "and", "or")
+    if not name.isidentifier() or name in known or name.endswith("_token"):
+        raise ValueError("a variable of the chat template that a recipe can set")
+    return name
+
+
+def _template_text(text: str) -> str:
+    if text.lower() in ("true", "false"):
+        raise ValueError(f"{text.lower()} without quotes (as text, it is true to a template)")
+    return text
+
+
+TemplateValue = bool | int | FiniteFloat | Annotated[str, AfterValidator(_template_text)]
+TemplateVariable = Annotated[str, AfterValidator(_template_variable)]
+
+
 class ModelSection(Section):
     name_or_path: Text
     """Hub id, local folder, or a `.gguf` file (which is dequantized). A folder is relative to the
@@ -80,6 +97,10 @@ class ModelSection(Section):
     chat_template: Text | None = None
     """What replaces the tokenizer's chat template, in training and in what is saved: the path of a
     Jinja file, or the name of a template that TRL ships, such as `qwen3` (docs/data.md lists them)."""
+    chat_template_kwargs: dict[TemplateVariable, TemplateValue] = Field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`, in training, eval, chat and the
+    merge's proof alike. They become the defaults of the chat template that is saved. Where no row has
+    reasoning and the template can switch it off, it is switched off."""
 
 
 class QuantizationSection(Section):
@@ -184,6 +205,11 @@ class AuditSection(Section):
     learned. These rows stay in."""
     special_tokens_in_content: Share | None = 0.0
     """Conversations whose words hold text that becomes a control token, such as an end of turn."""
+    prompt_differs: Share | None = 0.0
+    """Rows that learn an answer after another text than the prompt that a server asks with, such as one
+    with an empty block of reasoning."""
+    prompt_boundary: Share | None = None
+    """Rows whose prompt ends within a token once the answer follows, such as one with a space at its end."""
     bos: Share | None = 0.0
     """Rows with other than one beginning-of-sequence token, where the tokenizer adds one to text."""
     untrained_ends: Share | None = 0.0
@@ -260,8 +286,8 @@ class TrainingSection(Section):
     """Arguments of the schedule, such as `min_lr_rate: 0.1` for cosine_with_min_lr."""
     warmup_ratio: Fraction | None = None
     """Share of the steps over which the learning rate rises. Default: 0.03."""
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps over which the learning rate rises, instead of warmup_ratio."""
+    warmup_steps: Annotated[int, Field(ge=0)] | Fraction | None = None
+    """Steps over which the learning rate rises, instead of warmup_ratio; below 1, a share of them."""
     optim: Literal[
         "auto",
         "adamw_torch",

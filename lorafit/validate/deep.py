@@ -8,8 +8,8 @@ from rich.console import Console
 
 from lorafit.audit import Audit, Limits, Share, findings, source_findings
 from lorafit.data import prepare
-from lorafit.errors import DataError, LorafitError
-from lorafit.plan import plan_recipe
+from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.plan import plan_recipe, with_audit
 from lorafit.plan.context import Path
 from lorafit.plan.meant import meant_hardware
 from lorafit.quiet import hush_progress
@@ -24,6 +24,12 @@ def check_deep(found: Findings, file: str) -> None:
     try:
         plan = plan_recipe(recipe, file, found.options.hardware or meant_hardware(recipe), count_rows=False)
         data = prepare(plan.data, load_tokenizer(plan), Console(stderr=True))
+        known = len(plan.remarks)
+        found.notes += with_audit(plan, data.audit).remarks[known:]
+    except UsageError as error:  # a warm-up as long as a run of one step
+        key = "warmup_ratio" if recipe.training.warmup_steps is None else "warmup_steps"
+        found.wrong(("training", key), error)
+        return
     except LorafitError as error:
         found.wrong(("dataset",) if isinstance(error, DataError) else ("model", "name_or_path"), error)
         return

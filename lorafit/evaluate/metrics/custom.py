@@ -39,6 +39,7 @@ def custom_metric(spec: str) -> AnswerMetric:
         raise UsageError(f"metric {spec}: it has to take (answer, expected) or (answer, expected, row)")
 
     known: dict[tuple[str, ...], float | None] = {}
+    types: set[type] = set()
 
     def score(judged: Judged) -> float | None:
         key = (judged.answer, judged.expected, judged.prompt, repr(judged.row))
@@ -53,10 +54,12 @@ def custom_metric(spec: str) -> AnswerMetric:
         except Exception as error:
             what = f"{type(error).__name__}: {first_line(error)}"
             raise UsageError(f"metric {spec} failed on {_place(judged)}: {what}") from error
+        types.update({type(value)} if value is not None else ())
         return _number(value, spec, judged)
 
     name = spec.partition(":")[2]
-    return AnswerMetric(Metric(name=name, label=name.replace("_", " "), unit="number", better=None), score)
+    info = Metric(name=name, label=name.replace("_", " "), unit="number", better=None)
+    return AnswerMetric(info, score, lambda: types == {bool})
 
 
 def _load(spec: str) -> Callable[..., Any]:

@@ -34,10 +34,12 @@ class AnswerMetric:
 
     Attributes:
         score: of one answer; None: the row has no such value.
+        says_yes_or_no: whether all scores so far were true or false, which makes the figure a share of the rows.
     """
 
     info: Metric
     score: Callable[[Judged], float | None]
+    says_yes_or_no: Callable[[], bool] = lambda: False
 
 
 def load_extra(module: str, metric: str) -> Any:

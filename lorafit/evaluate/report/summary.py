@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,11 +39,14 @@ UNTOLD = (
 """Metrics that are measured anyway, and left to results.json and report.html where BRIEF does not have them."""
 
 
+MOST_METRICS = 2
+"""Of those that gates ask for, in the verdict; the others are in the tables."""
+
+
 def verdict(results: Results) -> str:
-    """The main difference, whether it is more than noise, and the gates."""
+    """The main differences, whether they are more than noise, and the gates."""
     parts = []
-    main = _main(results)
-    if main is not None:
+    for main in _main(results):
         metric = metric_of(results, main)
         before, after = (results.figures[f"{main.set}.{main.metric}.{m}"].value for m in (main.against, main.model))
         ends = interval(main.low, main.high, metric.unit, signed=True)
@@ -67,16 +71,18 @@ def _unclear(one: Difference) -> str:
     return "within noise" if has_zero else "too few rows to tell"
 
 
-def _main(results: Results) -> Difference | None:
-    """Of the first task set: exact match, or else accuracy, or else loss."""
-    for name, info in results.sets.items():
-        if info.role == "forgetting":
-            continue
-        for metric in ("exact_match", "accuracy", "loss"):
-            for one in results.differences:
-                if (one.set, one.metric) == (name, metric) and one.value is not None:
-                    return one
-    return None
+def _main(results: Results) -> list[Difference]:
+    """Of the first task set: what the gates ask for (else exact match or accuracy), and the loss."""
+    tasks = [name for name, info in results.sets.items() if info.role != "forgetting"]
+    for name in tasks:
+        known = {one.metric: one for one in reversed(results.differences) if one.set == name and one.value is not None}
+        gated = re.compile(rf"(?<![\w.-]){re.escape(name)}\.(\w+)\.")
+        asked = [metric for gate in results.gates for metric in gated.findall(gate.gate)]
+        usual = [metric for metric in ("exact_match", "accuracy") if metric in known][:1]
+        chosen = [metric for metric in dict.fromkeys(asked) if metric in known and metric != "loss"] or usual
+        if found := [known[metric] for metric in (*chosen[:MOST_METRICS], "loss") if metric in known]:
+            return found
+    return []
 
 
 def metric_of(results: Results, difference: Difference) -> Metric:
@@ -140,6 +146,6 @@ def difference_rows(results: Results, name: str, metrics: list[Metric]) -> Itera
             change(one.value, metric.unit),
             interval(one.low, one.high, metric.unit, signed=True),
             f"{one.wins}/{one.ties}/{one.losses}",
-            (direction or "differs") if one.is_clear else "same" if one.low == one.high == 0 else _unclear(one),
+            (direction or "differs") if one.is_clear else "same" if one.is_same else _unclear(one),
             quantity(one.detectable, metric.unit),
         )

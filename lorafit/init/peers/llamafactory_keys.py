@@ -78,7 +78,8 @@ RULES: Rules = table(
     lost("streaming", "set dataset.streaming: true and training.max_steps"),
     lost("mix_strategy interleave_probs", "sources are mixed by their weight", "concat"),
     lost("tool_format", "the chat template writes tools"),
-    lost("default_system enable_thinking preserve_thinking", "the chat template decides it", True),
+    lost("default_system preserve_thinking", "the chat template decides it"),
+    lost("enable_thinking", "set model.chat_template_kwargs: {enable_thinking: false}, or true", True),
     lost("generation_max_length generation_num_beams", "see the eval section"),
     lost("swanlab_*", "a tracker's own settings come from its environment variables"),
 )

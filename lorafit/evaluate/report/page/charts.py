@@ -18,7 +18,7 @@ LOG_FROM = 50.0
 BAR_WIDTH, BAR_HEIGHT, BAR_HALF = 240, 22, 112
 
 Points = list[tuple[float, float]]
-State = Literal["better", "worse", "unclear", "higher", "lower"]
+State = Literal["better", "worse", "same", "unclear", "higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def extent(differences: Iterable[Difference]) -> float:
 
 def state_of(difference: Difference, metric: Metric) -> State:
     if not difference.is_clear or not difference.value:
-        return "unclear"
+        return "same" if difference.is_same else "unclear"
     if metric.better is None:
         return "higher" if difference.value > 0 else "lower"
     return "better" if (difference.value > 0) == (metric.better == "higher") else "worse"
