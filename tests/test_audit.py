@@ -195,7 +195,7 @@ def test_a_fraction_never_leaks(audited: Any, tmp_path: Path) -> None:
 
 def test_every_rule_has_a_limit_and_a_sabotage() -> None:
     assert list(RULES) == list(AuditSection.model_fields)
-    apart = {"bos", "untrained_ends", "truncated", "duplicates", "leaked"}
+    apart = {"bos", "untrained_ends", "truncated", "duplicates", "leaked", "prompt_differs", "prompt_boundary"}
     assert set(RULES) == {*CASES, *apart}
 
 

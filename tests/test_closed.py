@@ -36,7 +36,7 @@ MODELS = {
 """A bundled model of each family, and what LoRA adapts in it."""
 BASE = MODELS["llama"][0]
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
-LAYERS = 6
+LAYERS = 12
 """Of each model here: the trace of a model whose layers differ records them all."""
 
 NF4 = {

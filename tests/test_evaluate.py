@@ -387,7 +387,7 @@ def test_answers_that_are_cut_off_are_not_asked_for(run: RunDir, tmp_path: Path)
     assert (results.sets["heldout"].rows, results.sets["heldout"].answered) == (19, 18)
     assert [sample.answers["adapter"].text for sample in samples(run.eval)[:2]] == ["green", None]
     said = "\n".join(results.remarks)
-    assert "heldout: max_length 128 cuts 1 of 19 rows within an answer" in said
+    assert "heldout: max_length 128 cuts 1 of 19 rows in" in said
     assert "heldout: 1 of 20 rows are left out (1 answers cut off)" in said
 
 

@@ -175,7 +175,7 @@ def test_a_file_of_each_shape(write: Any, recipe: RecipeMaker, long_model: Path,
     format, says, answers = SHAPES[write]
     path = recipe(
         model={"name_or_path": str(long_model), "chat_template": "qwen3"},
-        dataset={"train": [{"path": str(write(tmp_path)), **says}]},
+        dataset={"train": [{"path": str(write(tmp_path)), **says}], "audit": {"prompt_differs": None}},
         training={"max_length": 1024},
     )
     plan = plan_recipe(Recipe.load(path), path)
@@ -193,7 +193,7 @@ def test_all_shapes_train_together(recipe: RecipeMaker, train: Train, long_model
     sources = [{"path": str(write(tmp_path)), **says} for write, (_, says, _) in SHAPES.items()]
     path = recipe(
         model={"name_or_path": str(long_model), "chat_template": "qwen3"},
-        dataset={"train": sources},
+        dataset={"train": sources, "audit": {"prompt_differs": None}},
         training={"max_steps": 2, "max_length": 1024, "per_device_train_batch_size": 12},
     )
     run = train(path)

@@ -187,7 +187,9 @@ class TestGolden:
 
     def test_sees_another_template(self, smoke: Smoke, recorded: Path, tmp_path: Path) -> None:
         template = tmp_path / "other.jinja"
-        template.write_text(CHATML.replace("message['role']", "message['role'] + ':'"))
+        template.write_text(
+            CHATML.replace("message['role']", "message['role'] + ':'").replace("assistant\n", "assistant:\n")
+        )
         (failure,) = smoke(recorded, f"model.chat_template={template}", check=True).failures
         assert "step 1:" in failure
         assert "tokens, recorded" in failure
