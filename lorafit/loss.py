@@ -105,10 +105,13 @@ def score_supervised_positions(model: PreTrainedModel) -> None:
 def row_sums(output: FusedCausalLMOutput, row_of: torch.Tensor | None = None) -> torch.Tensor:
     """(rows, 4) in float64: learned tokens, negative log-likelihood, entropy (both in nats) and top-1 hits of each row.
 
+    The entropy is 0 where the head was made without it.
+
     Args:
         row_of: (1, length) the row of each token, where rows stand one after the other in a single one.
     """
-    each = torch.stack([output.label_mask, -output.log_probs, output.entropy, output.is_top1], -1).double()
+    entropy = torch.zeros_like(output.log_probs) if output.entropy is None else output.entropy
+    each = torch.stack([output.label_mask, -output.log_probs, entropy, output.is_top1], -1).double()
     if row_of is None:
         return each.sum(1)
     sums = each.new_zeros(int(row_of.max()) + 1, 4)

@@ -249,11 +249,12 @@ def test_early_stopping_is_told(recipe: RecipeMaker, unequal: Path) -> None:
     training = {"max_steps": 40, "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
     training |= {"learning_rate": 0.3, "warmup_steps": 0}
     path = recipe(dataset={"validation": [{"path": str(unequal)}]}, training=training)
-    console = Console(file=io.StringIO(), width=200)
+    said = io.StringIO()
+    console = Console(file=said, width=200)
     run = run_training(plan_recipe(Recipe.load(path), path), path.read_bytes(), Start(), console)
     result = run.load_manifest()["result"]
     assert result["stopped_early"]
-    lines = [line for line in console.file.getvalue().splitlines() if line.startswith(("early stopping", "kept"))]  # type: ignore[attr-defined]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith(("early stopping", "kept"))]
     assert f"step {result['steps']} of 40" in lines[0]
     assert f"step {result['best_step']}," in lines[1]
     assert f"{result['best_validation_loss']:.4f}" in lines[1]

@@ -36,7 +36,7 @@ class TokenRow:
     Attributes:
         key: a hash of the row's text, by which equal rows are known.
         learned: how many tokens are in the loss (the first token of a row never is).
-        answer: the text of the last answer, with its end.
+        answer: the text of the last answer, with its end, where `asked` is -1.
         asked: how many of the tokens are the prompt for the last answer; 0 if there is none.
         prompt: that prompt's tokens where the row does not begin with them, and `asked` is -1.
     """
@@ -267,8 +267,8 @@ class _Encoder:
         is_cut = bisect.bisect_right(offsets, answers[-1][0], key=lambda span: span[1]) >= len(tokens)
         is_cut = is_cut or (begins and len(prompt) >= len(tokens))
         asked = 0 if row.prompt is None or is_cut else len(prompt) if begins else -1
-        other = prompt if asked < 0 else []
-        return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised, row.answer, asked, other)
+        other, answer = (prompt, row.answer) if asked < 0 else ([], "")
+        return TokenRow(row.file, row.number, tokens, labels, row.question, key, supervised, answer, asked, other)
 
     def _labels(self, spans: tuple[Span, ...], tokens: Tokens, offsets: list[Span]) -> tuple[Tokens, list[int]]:
         """The tokens that overlap a span, IGNORED for the others, and the indices of the end tokens learned."""

@@ -84,7 +84,7 @@ class EvalRows:
 
     @property
     def digest(self) -> str:
-        """Of all tokens, labels and prompts."""
+        """SHA-256 of all tokens, labels and prompts."""
         return self._read_through[1]
 
     @cached_property

@@ -232,7 +232,7 @@ class Proof:
             self.figures = {kind: compare_folder(self.reference, folder) for kind, folder in folders.items()}
 
     def better_of(self, kinds: list[str], limits: dict[str, float | None]) -> tuple[str, str]:
-        """Of the kinds of base weights that hold the limits, else of all, the better; and why.
+        """Choose the better kind of base weights among those that hold the limits, or among all if none does; and why.
 
         That is the one with the lower loss, to four digits, or at equal loss the lower KL.
         """

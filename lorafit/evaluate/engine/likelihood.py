@@ -14,6 +14,7 @@ from torch.nn import functional
 from lorafit.data import IGNORED
 from lorafit.evaluate.engine.arithmetic import autocast, bare
 from lorafit.evaluate.engine.batches import batches, logit_positions, ones, padded, shrinking, token_budget
+from lorafit.loss import row_sums
 
 CHUNK_BYTES = 256 * 1024 * 1024
 """Logits of a model and of its base that are held at once, in bytes of float32."""
@@ -65,9 +66,7 @@ def score_rows(model: Any, rows: list[dict[str, Any]], pad_id: int) -> list[tupl
             labels=padded([row["labels"] for row in rows], IGNORED).to(model.device),
             fused_lm_head=True,
         )
-    columns = (-output.log_probs.double().sum(-1), output.label_mask.sum(-1), output.is_top1.sum(-1))
-    values = zip(*(column.tolist() for column in columns), strict=True)
-    return [(nll, int(tokens), int(hits)) for nll, tokens, hits in values]
+    return [(nll, int(tokens), int(hits)) for tokens, nll, _, hits in row_sums(output).tolist()]
 
 
 @torch.no_grad()

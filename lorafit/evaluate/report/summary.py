@@ -40,7 +40,7 @@ UNTOLD = (
 
 
 MOST_METRICS = 2
-"""Of those that gates ask for, in the verdict; the others are in the tables."""
+"""Metrics in the verdict of those that gates ask for; the tables have the others."""
 
 
 def verdict(results: Results) -> str:
@@ -72,7 +72,7 @@ def _unclear(one: Difference) -> str:
 
 
 def _main(results: Results) -> list[Difference]:
-    """Of the first task set: what the gates ask for (else exact match or accuracy), and the loss."""
+    """Differences of the first task set in what the gates ask for (else exact match or accuracy) and in the loss."""
     tasks = [name for name, info in results.sets.items() if info.role != "forgetting"]
     for name in tasks:
         known = {one.metric: one for one in reversed(results.differences) if one.set == name and one.value is not None}
