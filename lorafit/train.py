@@ -38,6 +38,7 @@ from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
 from lorafit.files import check_own, discard, partial_of, seal, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
+from lorafit.hardware import return_memory
 from lorafit.isolation import check_isolation
 from lorafit.loss import row_sums, settle_head
 from lorafit.manifest import build_manifest, hashes
@@ -47,7 +48,7 @@ from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
 from lorafit.tokenizer import load_tokenizer
-from lorafit.vram.calibrate import Meter, memory_record
+from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage
 
 ANEW = "bring that back, or start anew with --overwrite"
 
@@ -98,6 +99,8 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if main:
             print_findings(data.audit, plan.data.audit, console)
             make_run(run, plan, recipe_text, start)
+        foreseen = foresee(plan)
+        keep_within(foreseen, console if main else None)
         meter = Meter.start(plan.hardware.device)
         trainer = build_trainer(plan, run, data, tokenizer)
         if plan.data.packing:
@@ -129,12 +132,22 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if main:
             if start.steps is None:
                 say_what_is_kept(plan, trainer.state, schedule, console)
-            memory = memory_record(plan, meter, measured) if measured else None
+            memory = memory_record(foreseen, meter, measured) if measured else None
             base = run.base_files() or {}
             manifest = build_manifest(plan, base, data, trainer, schedule, began, peak_memory_bytes(), memory)
             save_result(trainer, plan, run, tokenizer, manifest)
         wait_for_everyone()
     return run
+
+
+def keep_within(foreseen: Foreseen, console: Console | None) -> None:
+    """Where the memory of a machine without a GPU is short: say so, and go on with less of it, but slower."""
+    line = shortage(foreseen)
+    if line is None:
+        return
+    return_memory()
+    if console is not None:
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:

@@ -1,17 +1,23 @@
-"""The simulation of torch's caching allocator follows c10/cuda/CUDACachingAllocator.cpp."""
+"""The simulations of allocators: torch's for CUDA follows c10/cuda/CUDACachingAllocator.cpp, the C library's itself."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import platform
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
+from lorafit.hardware import RETURNED_AT_ONCE
 from lorafit.memory.allocator import (
     FREE,
     MIB,
     CachingAllocator,
+    Heap,
     OutOfMemory,
     replay,
     round_size,
@@ -192,10 +198,10 @@ def test_replay() -> None:
 def test_replay_without_enough_memory() -> None:
     events = [(1, 100 * MIB), (1, FREE), (2, 120 * MIB), (2, FREE), (3, 200 * MIB)]
     assert replay(events).max_reserved == 420 * MIB
-    enough = replay(events, 200 * MIB)
+    enough = replay(events, CachingAllocator(200 * MIB))
     assert enough.fits
     assert (enough.retries, enough.max_reserved) == (2, 200 * MIB)
-    assert not replay(events, 198 * MIB).fits
+    assert not replay(events, CachingAllocator(198 * MIB)).fits
 
 
 def test_replay_passes_over_what_takes_nothing() -> None:
@@ -323,3 +329,110 @@ def test_random_programs(seed: int, capacity: int) -> None:
     allocator.empty_cache()
     assert allocator.reserved == 0
     assert allocator.max_allocated <= allocator.max_reserved
+
+
+# --- the C library's, on a CPU ----------------------------------------------------------------------
+
+
+PHASES = ((0, "forward pass"), (40, "backward pass"), (100, "end"))
+
+
+def test_a_hole_does_not_serve_its_size_again() -> None:
+    """A block at a multiple of 64 is cut out of more than its size (sourceware bug 14581)."""
+    heap = Heap()
+    heap.release(heap.allocate(16 * MIB))  # from here on, blocks of up to 16 MiB come from the heap
+    blocks = [heap.allocate(2 * MIB) for _ in range(20)]
+    before = heap.reserved
+    for block in blocks[::2]:
+        heap.release(block)
+    for _ in blocks[::2]:
+        heap.allocate(2 * MIB)
+    assert heap.reserved - before == pytest.approx(20 * MIB, rel=0.1)
+
+
+def test_neighbours_merge_but_not_in_a_forward_pass() -> None:
+    """There, autograd's records lie between them."""
+
+    def more(phases: tuple[tuple[int, str], ...]) -> int:
+        heap = Heap(phases)
+        heap.release(heap.allocate(16 * MIB))
+        for block in [heap.allocate(2 * MIB) for _ in range(20)]:
+            heap.release(block)
+        before = heap.max_reserved
+        for _ in range(10):
+            heap.allocate(3 * MIB)
+        return heap.max_reserved - before
+
+    assert more(()) == 0
+    assert more(PHASES) > 20 * MIB
+
+
+def test_the_backward_pass_gives_back_what_the_forward_pass_held() -> None:
+    heap = Heap(PHASES)
+    heap.release(heap.allocate(16 * MIB))
+    blocks = [heap.allocate(2 * MIB) for _ in range(40)]
+    for block in blocks[::2]:
+        heap.release(block)
+    heap.event = 99
+    for block in blocks[1::2]:
+        heap.release(block)
+    top = heap.max_reserved
+    for _ in range(39):
+        heap.allocate(2 * MIB)
+    assert heap.max_reserved == top
+
+
+def test_large_blocks_are_returned_at_once_if_asked() -> None:
+    heap = Heap(PHASES, returns=MIB)
+    blocks = [heap.allocate(size * MIB) for size in (1, 5, 30)]
+    assert heap.reserved == pytest.approx(36 * MIB, rel=0.001)
+    for block in blocks:
+        heap.release(block)
+    assert heap.reserved == 0
+    assert heap.max_reserved == pytest.approx(36 * MIB, rel=0.001)
+
+
+RESIDENT = """
+import ctypes, json, sys
+from lorafit.hardware import return_memory
+if sys.argv[1:]:
+    assert return_memory()
+libc = ctypes.CDLL("libc.so.6")
+libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+def resident():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+events = json.load(sys.stdin)
+before = top = resident()
+blocks, pointer = {}, ctypes.c_void_p()
+for number, size in events:
+    if size < 0:
+        libc.free(blocks.pop(number))
+        continue
+    assert libc.posix_memalign(ctypes.byref(pointer), 64, size) == 0
+    ctypes.memset(pointer, 1, size)
+    blocks[number] = pointer.value
+    top = max(top, resident())
+print(top - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("returns", [None, RETURNED_AT_ONCE])
+def test_the_heap_holds_what_this_machines_c_library_holds(seed: int, returns: int | None) -> None:
+    draw = random.Random(seed)
+    sizes = [draw.randint(64 << 10, 6 * MIB) for _ in range(12)]
+    events: list[tuple[int, int]] = []
+    live: list[int] = []
+    for number in range(1500):
+        events.append((number, draw.choice(sizes)))
+        live.append(number)
+        while len(live) > 60 + 40 * (number // 100 % 2):
+            events.append((live.pop(draw.randrange(len(live))), FREE))
+    command = [sys.executable, "-c", RESIDENT, *(["returns"] if returns else [])]
+    done = subprocess.run(command, input=json.dumps(events), capture_output=True, text=True, check=True)
+    found = replay(events, Heap(returns=returns))
+    assert found.max_reserved == pytest.approx(int(done.stdout), rel=0.05)
+    alive = replay(events, Heap(returns=1)).max_reserved
+    assert found.max_reserved / alive > (1.0 if returns else 1.05)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from lorafit.cli import app
 from lorafit.errors import ModelError
+from lorafit.memory import GIB, MIB
 
 
 def calibrate(*words: object) -> tuple[int, str, str]:
@@ -72,7 +75,7 @@ def test_predicted_against_measured(tmp_path: Path) -> None:
     first = manifest(tmp_path / "first", on_gpu(100 << 20, 200 << 20, 110 << 20))
     cpu = {
         "device": "cpu",
-        "predicted": {"allocated": 300, "reserved": 0, "method": "closed form"},
+        "predicted": {"allocated": 200, "reserved": 300, "method": "closed form"},
         "measured": {"resident": 1000},
         "baseline": 600,
     }
@@ -124,3 +127,43 @@ def test_it_needs_no_recipe(tmp_path: Path, recipe: RecipeMaker) -> None:
     code, _, err = calibrate(recipe(), "--calibrate", tmp_path)
     assert code == 2
     assert "goes with --json alone" in err
+
+
+# --- a machine whose memory is short --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free", "said"), [(100 * GIB, False), (200 * MIB, True), (1 * MIB, True)])
+def test_short_memory_is_said_before_training_and_in_the_plan(
+    free: int, said: bool, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[bool] = []
+    monkeypatch.setattr("lorafit.vram.calibrate.available_memory", lambda: free)
+    monkeypatch.setattr("lorafit.vram.calibrate._status", lambda name: 0)
+    monkeypatch.setattr("lorafit.train.return_memory", lambda: returned.append(True))
+    path = recipe()
+    plan = CliRunner().invoke(app, ["train", str(path), "--dry-run"], catch_exceptions=False)
+    assert plan.exit_code == 0
+    assert ("GiB are free" in plan.stderr) == said
+    assert not returned
+    trained = CliRunner().invoke(app, ["train", str(path)], catch_exceptions=False)
+    assert trained.exit_code == 0, trained.stderr
+    assert ("GiB are free" in trained.stderr) == said
+    assert bool(returned) == said
+
+
+def test_a_training_is_the_same_where_memory_is_returned_at_once(recipe: RecipeMaker, tmp_path: Path) -> None:
+    """In a process of its own: what is set stays set."""
+    adapters = []
+    for name, free in (("enough", "1 << 50"), ("short", "1")):
+        code = (
+            "import sys, lorafit.vram.calibrate as c\n"
+            f"c.available_memory = lambda: {free}\n"
+            "from lorafit.cli import app\napp(sys.argv[1:])\n"
+        )
+        out = tmp_path / name
+        command = [sys.executable, "-c", code, "train", str(recipe()), "--set", f"output_dir={out}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("are free here" in done.stderr) == (name == "short")
+        adapters.append((out / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]

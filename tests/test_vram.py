@@ -22,6 +22,7 @@ from lorafit.cli import app
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, known_models, layout
 from lorafit.memory import GIB, Band, Estimate, Term
+from lorafit.memory.types import PROCESS
 from lorafit.vram.advice import Change, reconciled
 from lorafit.vram.answer import SHARDINGS
 from lorafit.vram.gpus import GPUS
@@ -499,3 +500,48 @@ def test_it_is_quick_and_light() -> None:
     assert done.returncode == 0, done.stderr
     assert "RTX 4090" in done.stdout
     assert time.monotonic() - began < 5, "a second on an idle machine"
+
+
+# --- a recipe for a CPU ---------------------------------------------------------------------------
+
+
+def on_cpu(*words: object) -> tuple[str, ...]:
+    return ("--model", SMALL, "--set", "hardware.device=cpu", *(str(word) for word in words))
+
+
+def test_a_recipe_for_a_cpu_is_estimated_for_this_machine() -> None:
+    found = answer(*on_cpu())
+    assert found["hardware"]["device"] == "cpu"
+    assert found["total"] - found["reserved"] == PROCESS[1]
+    assert found["reserved"] > found["allocated"], "the C library's heap has holes"
+    [machine] = found["devices"]
+    assert machine["name"].startswith("this machine")
+    assert machine["verdict"] == ("fits" if found["most"] < machine["memory_bytes"] else "tight")
+    code, out, _ = run(*on_cpu())
+    assert code == 0
+    assert not any(gpu.name in out for gpu in GPUS)
+    assert "GPU" not in out
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_a_machine_that_is_too_small(trace: bool) -> None:
+    words = ("--set", "model.dtype=bfloat16", *(("--trace",) if trace else ()))
+    assert run(*on_cpu("--assert-fits", "200GiB"), *words)[0] == 0
+    code, _, err = run(*on_cpu("--assert-fits", "1GiB"), *words)
+    assert code == 5
+    assert "a machine with 1 GiB" in err
+    [one] = answer(*on_cpu("--vram", "1GiB"), *words)["asked"]
+    assert one["verdict"] == "does not fit"
+    assert all("--gpus" not in advice["options"] for advice in one["advice"])
+
+
+def test_between_what_is_alive_and_what_is_held_it_is_tight() -> None:
+    """Train returns large blocks at once then."""
+    words = ("--model", BUNDLED, "--set", "hardware.device=cpu", "--set", "model.dtype=float32", "--max-length", 512)
+    found = answer(*words)
+    between = PROCESS[1] + round(1.05 * found["allocated"])
+    assert between < found["least"]
+    [one] = answer(*words, "--vram", f"{between >> 20}MiB")["asked"]
+    assert one["verdict"] == "tight"
+    assert one["reserved"] == pytest.approx(found["allocated"], rel=0.02)
+    assert any("at once" in note for note in one["notes"])

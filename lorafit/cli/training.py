@@ -37,8 +37,11 @@ def train(
     plan, lock = plan_locked(config, overrides, dry_run) if locked else (make_plan(config, overrides, dry_run), None)
     if dry_run:
         from lorafit.show import print_plan
+        from lorafit.vram.calibrate import foresee, shortage
 
         show(json.loads(plan.to_json())) if as_json else print_plan(plan)
+        if plan.hardware.device == "cpu" and (short := shortage(foresee(plan))):
+            talk().print(short, style="yellow", highlight=False, markup=False, soft_wrap=True)
         if plan.audit:
             from lorafit.audit import Audit, gate
 

@@ -11,7 +11,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from lorafit.memory.allocator import Replay, replay
+from lorafit.hardware import RETURNED_AT_ONCE
+from lorafit.memory.allocator import CachingAllocator, Heap, Replay, replay
 from lorafit.memory.decoder import Decoder
 from lorafit.memory.losses import loss_of
 from lorafit.memory.operations import Operations
@@ -27,30 +28,40 @@ from lorafit.memory.static import (
     width_of,
 )
 from lorafit.memory.tape import FREE, Ledger, Storage, backward
-from lorafit.memory.types import CONTEXT, DRIVER, NCCL, Estimate, Term
+from lorafit.memory.types import CONTEXT, DRIVER, NCCL, PROCESS, Estimate, Term
 from lorafit.memory.validated import band_of
 from lorafit.memory.why import explained
 
 K = TypeVar("K", bound=Hashable)
 COPIES = {"adamw_torch": 1, "rmsprop": 2, "adagrad": 2, "sgd": 1}
 """Copies of every trained number that torch's updates of many tensors at once make (torch/optim: _multi_tensor_…)."""
+SHORT = "At the given capacity the step runs out of memory."
 HOPPER_WORKSPACE, WORKSPACE = 32 << 20, 8_519_680
 """cuBLAS keeps a workspace in torch's allocator: 8.1 MiB, 32 MiB from Hopper on (aten/cuda/CublasHandlePool.cpp)."""
 
 
 def serve(
-    events: Sequence[tuple[Hashable, int]], setup: Setup, capacity: int | None
+    events: Sequence[tuple[Hashable, int]], phases: Sequence[tuple[int, str]], setup: Setup, capacity: int | None
 ) -> tuple[Replay, bool, tuple[str, ...]]:
-    """What torch's allocator reserves for a record; whether a card with so many bytes serves it; what to say of it.
+    """What the allocator holds for a record; whether a device with so many bytes serves it; what to say of it.
 
-    Short of memory, torch gives cached blocks back and goes on: then less is reserved than without a limit.
+    Short of memory, torch's allocator for CUDA gives cached blocks back and goes on: then less is reserved than without
+    a limit. On a CPU `train` has the C library return blocks at once (`hardware.return_memory`).
     """
+    if setup.device == "cpu":
+        held = replay(events, Heap(phases))
+        if capacity is None or held.max_reserved + PROCESS[1] <= capacity:
+            return held, True, ()
+        least = replay(events, Heap(phases, RETURNED_AT_ONCE))
+        if least.max_reserved + PROCESS[1] > capacity:
+            return held, False, (SHORT,)
+        return least, True, ("With the given memory every large block is returned at once, which takes time.",)
     beside = CONTEXT[1] + (NCCL[1] if setup.world > 1 else 0)
-    if capacity is None or setup.device == "cpu":
+    if capacity is None:
         return replay(events), True, ()
-    found = replay(events, max(round(capacity * (1 - DRIVER)) - beside, 0))
+    found = replay(events, CachingAllocator(max(round(capacity * (1 - DRIVER)) - beside, 0)))
     if not found.fits:
-        return replay(events), False, ("At the given capacity the step runs out of memory.",)
+        return replay(events), False, (SHORT,)
     again = "At the given capacity torch gives cached memory back to go on, which takes time."
     return found, True, (again,) if found.retries else ()
 
@@ -64,11 +75,11 @@ def closed_form(setup: Setup, capacity: int | None = None) -> Estimate:
     parts: Counter[str] = Counter()
     for number, size in alive(ledger.events[: index + 1]).items():
         parts[ledger.labels[number]] += size
-    found, served, notes = serve(ledger.events, setup, capacity)
+    found, served, notes = serve(ledger.events, ledger.marks, setup, capacity)
     return Estimate(
         terms=tuple(terms_of(parts, setup)),
         moment=moment,
-        reserved=found.settled if setup.device == "cuda" else found.max_allocated,
+        reserved=found.settled,
         method="closed form",
         band=band_of(setup, "closed form"),
         paged=sum(size for size, paged in state_sizes(setup) if paged),

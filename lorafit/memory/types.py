@@ -17,6 +17,10 @@ DRIVER = 0.01
 NCCL = (300 * MIB, 500 * MIB, 1600 * MIB)
 """Bytes that NCCL takes for one communicator between several GPUs: a planning guess from reports of 0.3 to 1.6 GB."""
 
+PROCESS = (480 * MIB, 600 * MIB, 850 * MIB)
+"""Bytes that a training process on a CPU has resident beside its tensors: Python, torch and the other libraries, the
+tokenizer, rows. Measured: 555 to 710 MiB (docs/vram.md)."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -54,8 +58,8 @@ class Estimate:
     Attributes:
         terms: what is allocated at the peak; their sum is `allocated`.
         moment: when that is, such as "backward pass of a layer".
-        reserved: what torch's caching allocator holds at most, fragmentation included; on a card where it gives cached
-            memory back for want of room, what it holds afterwards.
+        reserved: what the allocator holds at most, fragmentation included: torch's on a GPU (where it gives cached
+            memory back for want of room, what it holds afterwards), the C library's on a CPU.
         paged: optimizer states in managed memory: on the GPU while there is room, in main memory otherwise.
         method: "closed form" or "trace".
         notes: what the estimate assumes, a sentence each.
@@ -87,13 +91,13 @@ class Estimate:
     def beside(self) -> tuple[int, int, int]:
         """What stands beside torch's allocator, in bytes: least, usual, most."""
         if self.device == "cpu":
-            return 0, 0, 0
+            return PROCESS
         low, usual, high = CONTEXT
         return (low + NCCL[0], usual + NCCL[1], high + NCCL[2]) if self.gpus > 1 else (low, usual, high)
 
     @property
     def total(self) -> int:
-        """What the device shows as used: reserved, CUDA's context and, with several GPUs, NCCL."""
+        """What is used in all: reserved and `beside`, which is CUDA's context and NCCL, or the process on a CPU."""
         return self.reserved + self.beside[1]
 
     @property

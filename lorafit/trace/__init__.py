@@ -41,9 +41,9 @@ class Trace:
     events: tuple[Event, ...]
     phases: tuple[tuple[int, str], ...]
 
-    def replay(self, capacity: int | None = None) -> Replay:
-        """What torch's allocator does with it, on a card with so many bytes for it."""
-        return replay(self.events, capacity)
+    def replay(self) -> Replay:
+        """What torch's allocator for CUDA does with it."""
+        return replay(self.events)
 
 
 def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
@@ -56,11 +56,11 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
     for storage, size in alive(found.events[: index + 1]).items():
         parts[_part(storage)] += size
     parts.pop("weights", None)
-    served, fits, notes = serve(found.events, setup, capacity)
+    served, fits, notes = serve(found.events, found.phases, setup, capacity)
     return Estimate(
         terms=(*weight_terms(setup), *(Term(name, size, WHAT[name]) for name, size in parts.most_common())),
         moment=_moment(found.phases, index),
-        reserved=served.settled if setup.device == "cuda" else served.max_allocated,
+        reserved=served.settled,
         method="trace",
         band=band_of(setup, "trace"),
         paged=sum(size for size, paged in state_sizes(setup) if paged),

@@ -238,7 +238,7 @@ def _adapter(case: Case) -> Iterator[Change]:
 def _more_gpus(case: Case) -> Iterator[Change]:
     """FSDP's full shard, with as many rows a step as before where they can be divided."""
     setup, training = case.setup, case.recipe.training
-    if setup.world > 1:
+    if setup.world > 1 or setup.device == "cpu":
         return
     for count in GPU_COUNTS:
         overrides: tuple[str, ...] = ()

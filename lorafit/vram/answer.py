@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, read_facts
-from lorafit.hardware import Hardware, detect_gpu_or_assume
-from lorafit.memory import CONTEXT, Estimate, Setup, Sharding, estimate, fits, setup_of
+from lorafit.hardware import Hardware, available_memory, detect_gpu_or_assume
+from lorafit.memory import Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
 from lorafit.plan.meant import hardware_of, meant_hardware
 from lorafit.recipe import Recipe
@@ -123,7 +123,7 @@ def judged(estimated: Callable[[int | None], Estimate], capacity: int) -> tuple[
     """
     known = estimated(None)
     verdict = fits(known, capacity)
-    if verdict == "does not fit" and known.allocated + CONTEXT[0] <= capacity:
+    if verdict == "does not fit" and known.allocated + known.beside[0] <= capacity:
         short = estimated(capacity)
         if short.served:
             return short, "tight"
@@ -193,13 +193,13 @@ class Answer:
     """A case, its estimate, and where it fits.
 
     Attributes:
-        devices: all known GPUs, by the case's own estimate.
+        devices: all known GPUs, by the case's own estimate; for a CPU, this machine with the memory that is free.
         asked: the devices of the question, each by an estimate for itself.
     """
 
     case: Case
     estimate: Estimate
-    devices: tuple[tuple[Gpu, str], ...]
+    devices: tuple[tuple[Device, str], ...]
     asked: tuple[Verdict, ...]
     sweeps: tuple[tuple[str, tuple[str, ...]], ...] = ()
     cells: tuple[Cell, ...] = ()
@@ -211,12 +211,13 @@ def answer(question: Question) -> Answer:
     subject = question.subject
     case = solve.case(subject)
     devices = [(device, False) for device in question.asked] + [(device, True) for device in question.asserted]
+    places = usual_devices(subject.hardware)
     if question.trace:
         main = traced(case, devices[0][0].memory_bytes if devices else None)
-        known = [(gpu, fits(main, gpu.memory_bytes)) for gpu in GPUS]
+        known = [(device, fits(main, device.memory_bytes)) for device in places]
     else:
         main = solve.estimate(subject)
-        known = [(gpu, solve.judged(subject, gpu.memory_bytes)[1]) for gpu in GPUS]
+        known = [(device, solve.judged(subject, device.memory_bytes)[1]) for device in places]
     return Answer(
         case=case,
         estimate=main,
@@ -225,6 +226,14 @@ def answer(question: Question) -> Answer:
         sweeps=question.sweeps,
         cells=tuple(sweep(solve, question)),
     )
+
+
+def usual_devices(hardware: Hardware) -> list[Device]:
+    """What every answer names: the known GPUs; for a CPU, the memory that is free here, if it can be told."""
+    if hardware.device == "cuda":
+        return [Device(gpu.name, gpu.memory_bytes, gpu) for gpu in GPUS]
+    free = available_memory()
+    return [] if free is None else [Device(f"this machine, {gib(free)} GiB free", free)]
 
 
 def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, asserted: bool) -> Verdict:
@@ -318,16 +327,15 @@ def subject_of(
         raise UsageError(f"--gpus {gpus}: has to be from 1 to {MOST_GPUS}")
     if sharding is not None and sharding not in SHARDINGS:
         raise UsageError(f"--sharding {sharding}: not one of {', '.join(SHARDINGS)}")
-    hardware = detect_gpu_or_assume()
-    if config is not None and gpu is None:
-        hardware = meant_hardware(Recipe.load(config, overrides))
+    asked = Subject(config, model, method or "lora", tuple(overrides), detect_gpu_or_assume())  # type: ignore[arg-type]
+    hardware = asked.hardware if gpu else meant_hardware(asked.recipe())
     world = gpus or hardware.world_size
     if sharding not in (None, "none") and world == 1:
         raise UsageError(f"--sharding {sharding}: needs --gpus of 2 or more")
     if sharding == "none" and world > 1:
         raise UsageError(f"--sharding none: is for one GPU, not {world}; ddp gives each GPU the whole model")
     hardware = hardware_of(gpu, world) if gpu else dataclasses.replace(hardware, world_size=world)
-    return Subject(config, model, method or "lora", tuple(overrides), hardware, sharding)  # type: ignore[arg-type]
+    return dataclasses.replace(asked, hardware=hardware, sharding=sharding)  # type: ignore[arg-type]
 
 
 def known_tensors(facts: ModelFacts) -> ModelFacts:
@@ -387,7 +395,8 @@ def as_dict(found: Answer) -> dict[str, Any]:
         "moment": found.estimate.moment,
         "notes": list(found.estimate.notes),
         "devices": [
-            {"name": gpu.name, "memory_bytes": gpu.memory_bytes, "verdict": verdict} for gpu, verdict in found.devices
+            {"name": device.name, "memory_bytes": device.memory_bytes, "verdict": verdict}
+            for device, verdict in found.devices
         ],
         "asked": [_verdict_dict(one) for one in found.asked],
         "sweep": [

@@ -78,15 +78,13 @@ def ask(asked: Asked) -> Reply:
     """Raises UsageError, RecipeError and ModelError."""
     gpus = [find_gpu(name) for name in asked.gpus]
     sizes = [parse_memory(text) for text in asked.sizes]
-    devices = [Device(gpu.name, gpu.memory_bytes, gpu) for gpu in gpus]
-    devices += [Device(f"a GPU with {size / GIB:.4g} GiB", size) for size in sizes]
     if asked.price is not None and not gpus:
         raise UsageError("--price-per-hour: needs --gpu NAME, whose hours it is the price of")
     if asked.plot is not None:
         from lorafit.vram.plot import check
 
         check(asked.plot)
-    asserted = tuple(parse_device(text) for text in asked.asserted)
+    must = [parse_device(text) for text in asked.asserted]
     with as_typed({override: f"--{option} {value}" for option, override, value in asked.short}):
         # --set, as advice gives it, has the last word
         subject = subject_of(
@@ -98,6 +96,10 @@ def ask(asked: Asked) -> Reply:
             asked.world,
             asked.sharding,
         )
+        kind = "GPU" if subject.hardware.device == "cuda" else "machine"
+        devices = [Device(gpu.name, gpu.memory_bytes, gpu) for gpu in gpus]
+        devices += [sized(size, kind) for size in sizes]
+        asserted = tuple(one if one.gpu else sized(one.memory_bytes, kind) for one in must)
         stated = meant_device(subject.recipe()) if asked.config and not (devices or asserted) else None
         devices += [stated] if stated else []
         question = Question(subject, tuple(devices), asserted, parse_sweeps(asked.sweeps), asked.trace)
@@ -109,6 +111,11 @@ def ask(asked: Asked) -> Reply:
     return Reply(found, asks_cost, spent, asked.price)
 
 
+def sized(memory: int, kind: str) -> Device:
+    """Something with so many bytes, of which no more is known."""
+    return Device(f"a {kind} with {memory / GIB:.4g} GiB", memory)
+
+
 def draw(found: Answer, file: Path) -> None:
     """The terms as a stacked bar, and the timeline of a trace."""
     from lorafit.vram.plot import stacked_bar
@@ -116,7 +123,7 @@ def draw(found: Answer, file: Path) -> None:
     known = found.estimate
     stacked_bar(
         [(term.name, term.bytes) for term in known.terms],
-        f"{found.case.plan.model['name_or_path']}: {gib(known.allocated)} GiB allocated, {gib(known.total)} on the GPU",
+        f"{found.case.plan.model['name_or_path']}: {gib(known.allocated)} GiB allocated, {gib(known.total)} in all",
         [(one.device.name, one.device.memory_bytes) for one in found.asked],
         file,
         known.timeline or None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import LorafitError, UsageError, first_line
+from lorafit.hardware import available_memory
 
 if TYPE_CHECKING:
-    from lorafit.memory import Setup
+    from lorafit.memory import Estimate, Setup
     from lorafit.plan import Plan
 
 
@@ -80,16 +82,68 @@ def _peak() -> int:
 # --- what a run's manifest says -------------------------------------------------------------------
 
 
-def memory_record(plan: Plan, meter: Meter, measured: dict[str, int]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Foreseen:
+    """What a run's memory should be, from its audited data; or the reason why that isn't known."""
+
+    setup: Setup | None = None
+    estimate: Estimate | None = None
+    reason: str | None = None
+
+
+def foresee(plan: Plan) -> Foreseen:
+    """Never raises: a training is not lost for want of a prediction."""
+    from lorafit import memory
+
+    setup = None
+    try:
+        setup = setup_of_run(plan)
+        return Foreseen(setup, memory.estimate(setup))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is said in the manifest
+        reason = first_line(error)
+        return Foreseen(setup, None, reason if isinstance(error, LorafitError) else f"{type(error).__name__}: {reason}")
+
+
+def shortage(found: Foreseen) -> str | None:
+    """A line where a run on a CPU needs more than this machine has free; None where it has enough, or nobody knows.
+
+    What this process holds already is part of what the run needs.
+    """
+    from lorafit.memory import estimate
+    from lorafit.vram.answer import gib
+
+    free, known, setup = available_memory(), found.estimate, found.setup
+    if free is None or known is None or setup is None or setup.device != "cpu":
+        return None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    room = free // processes + (_status("VmRSS") or 0)
+    if known.total <= room:
+        return None
+    needs = f"needs about {gib(known.total)} GiB of memory ({gib(known.least)} to {gib(known.most)})"
+    each = f" for each of {processes} processes" if processes > 1 else ""
+    least = estimate(setup, room)
+    if least.served:
+        help_ = f"every large block is returned at once, which takes it to {gib(least.total)} GiB, and time"
+    else:
+        help_ = (
+            "it may swap, or be killed: lower training.per_device_train_batch_size (accumulation makes up for it) or "
+            "max_length, or turn on gradient_checkpointing"
+        )
+    return f"the training {needs}, and {gib(room)} GiB are free here{each}; {help_}"
+
+
+def memory_record(found: Foreseen, meter: Meter, measured: dict[str, int]) -> dict[str, Any]:
     """Predicted and measured peak, with what the prediction was made from."""
+    known, setup = found.estimate, found.setup
     record: dict[str, Any] = {
         "device": meter.device,
         "predicted": None,
         "measured": measured,
         "baseline": meter.baseline,
     }
-    try:
-        setup = setup_of_run(plan)
+    if known is not None:
+        record["predicted"] = {"allocated": known.allocated, "reserved": known.reserved, "method": known.method}
+    if setup is not None:
         record["setup"] = {
             "batch": setup.batch,
             "length": setup.length,
@@ -98,10 +152,8 @@ def memory_record(plan: Plan, meter: Meter, measured: dict[str, int]) -> dict[st
             "loss": setup.stack.loss,
             "sharding": setup.sharding,
         }
-        record["predicted"] = predicted(setup)
-    except Exception as error:  # noqa: BLE001 - a finished training is not lost for want of a prediction
-        reason = first_line(error)
-        record["reason"] = reason if isinstance(error, LorafitError) else f"{type(error).__name__}: {reason}"
+    if found.reason is not None:
+        record["reason"] = found.reason
     return record
 
 
@@ -124,13 +176,6 @@ def setup_of_run(plan: Plan) -> Setup:
     length = setup.length if plan.data.packing or not longest else min(setup.length, longest)
     share = part["supervised_tokens"] / part["tokens"] if part["tokens"] else 1.0
     return dataclasses.replace(setup, length=length, supervised=share)
-
-
-def predicted(setup: Setup) -> dict[str, Any]:
-    from lorafit.memory import estimate
-
-    known = estimate(setup)
-    return {"allocated": known.allocated, "reserved": known.reserved, "method": known.method}
 
 
 # --- runs against their predictions ---------------------------------------------------------------
@@ -209,7 +254,7 @@ def _rows(run: Path) -> list[Row]:
         if device == "cuda":
             pairs = [(name, guess[name], measured[name]) for name in ("allocated", "reserved")]
         else:
-            pairs = [("resident", guess["allocated"] + memory["baseline"], measured["resident"])]
+            pairs = [("resident", guess["reserved"] + memory["baseline"], measured["resident"])]
         rows = [Row(str(run), str(device), name, int(told), int(real)) for name, told, real in pairs]
     except (KeyError, TypeError, ValueError, OverflowError):
         raise _NoFiguresError("its manifest's memory figures can't be read") from None

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lorafit.memory import CONTEXT, MIB
+from lorafit.memory import MIB
 from lorafit.vram.answer import Answer, Cell, Verdict, command_line, gib
 from lorafit.vram.ask import Reply
 from lorafit.vram.calibrate import Calibration
@@ -111,17 +111,19 @@ def _print_terms(found: Answer, console: Console) -> None:
             table.add_row(escape(term.name), gib(term.bytes), f"{term.bytes / allocated:.1%}", escape(term.why))
     table.add_section()
     table.add_row("allocated", gib(known.allocated), "100.0%", escape(f"at the peak: {known.moment}"))
-    table.add_row("reserved", gib(known.reserved), "", "what torch's allocator holds, fragmentation included")
+    holder = "torch's allocator" if known.device == "cuda" else "the C library"
+    table.add_row("reserved", gib(known.reserved), "", f"what {holder} holds, fragmentation included")
     console.print(table)
 
 
 def _print_total(found: Answer, console: Console) -> None:
     known = found.estimate
-    context = " to ".join(f"{size // MIB}" for size in CONTEXT[::2])
+    where, what = ("On the GPU", "CUDA context") if known.device == "cuda" else ("In memory", "Python and libraries")
+    least, _, most = known.beside
     _line(
         console,
-        f"On the GPU: {gib(known.total)} GiB, from {gib(known.least)} to {gib(known.most)} GiB "
-        f"(reserved ± {known.band.error:.0%}, and {context} MiB of CUDA context)",
+        f"{where}: {gib(known.total)} GiB, from {gib(known.least)} to {gib(known.most)} GiB "
+        f"(reserved ± {known.band.error:.0%}, and {least // MIB} to {most // MIB} MiB of {what})",
         "bold",
     )
     features = f": {known.band.features}" if known.band.features else ""
@@ -131,15 +133,16 @@ def _print_total(found: Answer, console: Console) -> None:
 
 
 def _print_devices(found: Answer, console: Console) -> None:
-    """The known GPUs, grouped by verdict."""
+    """The known GPUs, or this machine's memory, grouped by verdict."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for verdict, style in STYLES.items():
-        names = [gpu.name for gpu, answer in found.devices if answer == verdict]
+        names = [device.name for device, answer in found.devices if answer == verdict]
         if names:
             table.add_row(f"{MARKS[verdict]} {verdict}", escape(", ".join(names)), style=style)
-    console.print(table)
+    if found.devices:
+        console.print(table)
 
 
 def _print_verdict(one: Verdict, shown: tuple[str, ...], console: Console) -> None:
@@ -199,4 +202,5 @@ def _cell(cell: Cell) -> str:
 def _print_legend(found: Answer, console: Console) -> None:
     names = ", ".join(one.device.name for one in found.asked)
     marked = f"; {' '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())} ({names})" if names else ""
-    _line(console, f"total GiB on the GPU{marked}")
+    where = "on the GPU" if found.estimate.device == "cuda" else "in memory"
+    _line(console, f"total GiB {where}{marked}")
