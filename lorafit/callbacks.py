@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,16 +20,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorafit.errors import GateError, Interrupted
 from lorafit.files import write_text
 from lorafit.rundir import RunDir
+from lorafit.vram.calibrate import Meter
 
 GIB = 1 << 30
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU if one is used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class StopRequest:
@@ -170,8 +161,9 @@ class MetricsFile(TrainerCallback):
 class ProgressDisplay(TrainerCallback):
     """One live line on a terminal; plain lines when the output goes elsewhere."""
 
-    def __init__(self, console: Console, total_steps: int, already_done: int = 0) -> None:
+    def __init__(self, console: Console, meter: Meter, total_steps: int, already_done: int = 0) -> None:
         self.console = console
+        self.meter = meter
         self.first_step = already_done
         self.tokens_at_start: float | None = None
         self.started = time.monotonic()
@@ -232,7 +224,7 @@ class ProgressDisplay(TrainerCallback):
             elif time.monotonic() > self.tokens_since:
                 rate = (tokens - self.tokens_at_start) / (time.monotonic() - self.tokens_since)
                 parts.append(f"{rate:.0f} tokens/s")
-        parts.append(f"peak {peak_memory_bytes() / GIB:.1f} GiB")
+        parts.append(f"peak {self.meter.peak() / GIB:.1f} GiB")
         return "  ".join(parts)
 
     def close(self) -> None:

@@ -41,7 +41,6 @@ def build_manifest(
     trainer: Any,
     schedule: Schedule,
     began: float,
-    peak_bytes: int,
     memory: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything but secrets: no environment variables, no tokens, no user names.
@@ -79,7 +78,6 @@ def build_manifest(
             "best_step": state.best_global_step,
             "stopped_early": state.global_step < state.max_steps,
         },
-        "peak_memory_bytes": peak_bytes,
         "memory": memory,
         "seconds": round(ended.timestamp() - began, 3),
         "finished": ended.isoformat(timespec="seconds"),

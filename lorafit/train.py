@@ -31,7 +31,6 @@ from lorafit.callbacks import (
     StopOnSignal,
     StopRequest,
     check_finite,
-    peak_memory_bytes,
 )
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
@@ -112,7 +111,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         request = StopRequest()
         schedule = plan.schedule
         assert schedule is not None
-        display = add_callbacks(trainer, plan, run, schedule, request, console, checkpoint)
+        display = add_callbacks(trainer, plan, run, schedule, request, console, meter, checkpoint)
         if start.steps is not None:
             trainer.add_callback(StopAfter(start.steps))
         measured = None
@@ -134,7 +133,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
                 say_what_is_kept(plan, trainer.state, schedule, console)
             memory = memory_record(foreseen, meter, measured) if measured else None
             base = run.base_files() or {}
-            manifest = build_manifest(plan, base, data, trainer, schedule, began, peak_memory_bytes(), memory)
+            manifest = build_manifest(plan, base, data, trainer, schedule, began, memory)
             save_result(trainer, plan, run, tokenizer, manifest)
         wait_for_everyone()
     return run
@@ -554,6 +553,7 @@ def add_callbacks(
     schedule: Schedule,
     request: StopRequest,
     console: Console,
+    meter: Meter,
     checkpoint: Path | None,
 ) -> ProgressDisplay:
     """Set when to evaluate and save, and add what happens beside the steps."""
@@ -567,7 +567,7 @@ def add_callbacks(
     if patience:
         trainer.add_callback(EarlyStoppingCallback(patience))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    display = ProgressDisplay(console, schedule.total_steps, step)
+    display = ProgressDisplay(console, meter, schedule.total_steps, step)
     trainer.add_callback(RefuseNonFinite())
     if checkpoint:
         trainer.add_callback(RunningSums(trainer, checkpoint))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import RecipeMaker, Train, conversation, make_model, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -21,6 +23,9 @@ from lorafit.evaluate.make import evaluate
 from lorafit.evaluate.metrics.custom import custom_metric
 from lorafit.evaluate.metrics.types import Judged
 from lorafit.evaluate.options import Options as EvalOptions
+from lorafit.memory import GIB
+from lorafit.merge import Options as MergeOptions
+from lorafit.merge.make import merge
 from lorafit.merge.verify import Figures, Proof, Reference
 from lorafit.plan import plan_recipe
 from lorafit.preview import preview
@@ -28,6 +33,7 @@ from lorafit.recipe import Recipe, RecipeError
 from lorafit.rundir import RunDir
 from lorafit.train import Start
 from lorafit.train import train as run_training
+from lorafit.vram.calibrate import calibrate
 
 QUIET = Console(file=io.StringIO())
 NF4 = {"load_in_4bit": True}
@@ -64,18 +70,65 @@ def test_the_validation_loss(recipe: RecipeMaker, train: Train, unequal: Path, m
     assert results.figures[f"heldout.loss.{name}"].value == pytest.approx(curve[best], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["lora", "packed"])
-def test_tokens_rows_and_steps(recipe: RecipeMaker, train: Train, unequal: Path, method: str) -> None:
-    path = recipe(dataset={"validation": [{"path": str(unequal)}]}, **METHODS[method])
+@pytest.mark.parametrize(("method", "batch"), BATCHES)
+def test_tokens_rows_parameters_and_steps(
+    recipe: RecipeMaker, train: Train, unequal: Path, method: str, batch: int
+) -> None:
+    sections = dict(METHODS[method])
+    sections["training"] = sections.get("training", {}) | {"per_device_train_batch_size": batch}
+    path = recipe(dataset={"validation": [{"path": str(unequal)}]}, **sections)
     run: RunDir = train(path)
     plan, manifest = run.load_plan(), run.load_manifest()
-    shown = preview(plan_recipe(Recipe.load(path), path), [], False, False, False, QUIET)
+    shown = preview(plan_recipe(Recipe.load(path), path), list(range(1, 100)), False, False, False, QUIET)
     assert plan.audit == manifest["data"]["audit"] == shown["audit"]
+    assert plan.audit is not None
+    part = plan.audit["training_rows"]
+    assert part["supervised_tokens"] == sum(row["learned"] for row in shown["rows"])
+    assert part["tokens"] == sum(row["tokens"] for row in shown["rows"])
     assert plan.schedule is not None
-    assert plan.schedule.total_steps == manifest["result"]["steps"] == shown["steps"]
+    steps = plan.schedule.total_steps
+    assert steps == manifest["result"]["steps"] == shown["steps"]
     logged = [entry for entry in run.metrics_until(99) if "loss" in entry]
-    assert len(logged) == plan.schedule.total_steps
-    assert json.loads(run.plan_file.read_text())["model"]["trainable_parameters"] == plan.trainable_parameters
+    assert len(logged) == steps
+    passes = steps * plan.rows_per_step / len(shown["rows"])
+    if passes.is_integer() and not plan.data.packing:
+        assert logged[-1]["num_tokens"] == passes * part["tokens"], "what the trainer saw"
+    assert run.result is not None
+    [weights] = run.result.glob("*.safetensors")
+    saved = sum(math.prod(tensor.shape) for name, tensor in load_file(weights).items())
+    estimated = CliRunner().invoke(app, ["estimate-vram", str(path), "--set", "hardware.device=cpu", "--json"])
+    assert saved == plan.trainable_parameters == manifest["model"]["trainable_parameters"]
+    assert saved == json.loads(estimated.stdout)["model"]["trainable_parameters"]
+    assert f"{saved:,}" in (run.result / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peak_memory(recipe: RecipeMaker, method: str) -> None:
+    """In the log's last line, the manifest and --calibrate; the prediction in the last two."""
+    path, said = recipe(**METHODS[method]), io.StringIO()
+    run = run_training(plan_recipe(Recipe.load(path), path), path.read_bytes(), Start(), Console(file=said, width=999))
+    memory = run.load_manifest()["memory"]
+    told = re.findall(r"peak ([0-9.]+) GiB", said.getvalue())
+    assert float(told[-1]) == pytest.approx(memory["measured"]["resident"] / GIB, abs=0.06)
+    [row] = calibrate([run.path]).rows
+    assert (row.measured, row.predicted) == (
+        memory["measured"]["resident"],
+        memory["predicted"]["reserved"] + memory["baseline"],
+    )
+
+
+@pytest.mark.parametrize(("method", "batch"), [case for case in BATCHES if case[0] != "full"])
+def test_the_loss_of_a_merge(recipe: RecipeMaker, train: Train, unequal: Path, method: str, batch: int) -> None:
+    """The adapter's, in the merge's report and in eval; the merged model's likewise."""
+    sections = dict(METHODS[method])
+    sections["training"] = sections.get("training", {}) | {"per_device_train_batch_size": batch, "max_steps": 3}
+    run: RunDir = train(recipe(dataset={"validation": [{"path": str(unequal)}]}, **sections))
+    report = json.loads((merge(MergeOptions(run.path), QUIET) / "merge_report.json").read_text())
+    options = EvalOptions(run.path, overrides=("eval.forgetting=[]",), max_new_tokens=1)
+    figures = evaluate(options, QUIET)[0].figures
+    proved = report["verification"]
+    assert figures["heldout.loss.adapter"].value == pytest.approx(proved["adapter"]["loss"], abs=1e-4)
+    assert figures["heldout.loss.merged"].value == pytest.approx(proved["figures"]["loss"], abs=1e-3)
 
 
 GSM8K = [

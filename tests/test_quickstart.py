@@ -13,7 +13,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,6 +28,7 @@ from lorafit.cli import app
 from lorafit.evaluate.make import evaluate
 from lorafit.evaluate.options import Options as EvalOptions
 from lorafit.fingerprint import differences, fingerprint_of
+from lorafit.memory.validated import CPU
 from lorafit.merge import Options
 from lorafit.merge.make import merge
 from lorafit.plan import plan_recipe
@@ -35,6 +36,7 @@ from lorafit.recipe import Recipe
 from lorafit.rundir import RunDir
 from lorafit.train import Start
 from lorafit.train import train as run_training
+from lorafit.vram.calibrate import calibrate
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
@@ -139,6 +141,27 @@ def test_base_against_adapter_against_merged(quickstart: RunDir, merged: Path, m
     parsed = [json.loads(text) for text in texts if text is not None]
     assert len(parsed) == 20
     assert all(set(ticket) == {"category", "priority", "order"} for ticket in parsed)
+    check_alone(quickstart, [row for row in answers if row["set"] == "heldout"][:6])
+
+
+def check_alone(run: RunDir, samples: list[dict[str, Any]]) -> None:
+    """The answers are those of the saved adapter and tokenizer in plain transformers and PEFT, row by row."""
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    model = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
+    lines = (run.path.parent.parent / "data/quickstart/heldout.jsonl").read_text().splitlines()
+    for line, sample in zip(lines, samples, strict=False):
+        asked = json.loads(line)["messages"][:1]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = model.generate(**ids, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert sample["answers"]["adapter"]["text"] == text.strip()
+
+
+def test_the_memory_that_was_predicted(quickstart: RunDir) -> None:
+    """What was resident, within the band that an estimate for a CPU shows."""
+    [row] = calibrate([quickstart.path]).rows
+    assert row.measured == quickstart.load_manifest()["memory"]["measured"]["resident"]
+    assert abs(row.error) <= CPU.error
 
 
 def test_an_adapter_that_forgot_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

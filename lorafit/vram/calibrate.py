@@ -54,6 +54,10 @@ class Meter:
         peak = (_status("VmHWM") if self.resets else None) or _peak()
         return {"resident": max(peak, self.baseline)}  # Linux counts the pages of threads late
 
+    def peak(self) -> int:
+        """Peak bytes since the start as people are told: allocated on the GPU, or resident."""
+        return next(iter(self.measured().values()))
+
 
 def _reset_peak() -> bool:
     """Have Linux count the peak anew (proc(5): clear_refs)."""

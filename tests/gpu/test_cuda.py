@@ -25,7 +25,7 @@ def test_training_with_the_automatic_choices(quantization: object, recipe: Recip
     run = train(recipe(model={"dtype": "auto"}, quantization=quantization, training={"max_steps": 12}))
     losses = [entry["loss"] for entry in run.metrics_until(99) if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])
-    assert run.load_manifest()["peak_memory_bytes"] > 0
+    assert run.load_manifest()["memory"]["measured"]["allocated"] > 0
 
 
 def test_loftq(recipe: RecipeMaker, train: Train) -> None:
