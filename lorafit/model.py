@@ -53,7 +53,16 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
         raise cannot_load("model", name, error) from error
     model.config.use_cache = False
     keep_gradients(model)
+    if plan.quantization_kwargs is not None and _device(plan) == "cpu":
+        let_go_of_the_file(model)
     return model
+
+
+def let_go_of_the_file(model: PreTrainedModel) -> None:
+    """Copy what isn't quantized: on a CPU it lies in the mapped file, all of which stays resident for its sake."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):
+            parameter.data = parameter.data.clone()
 
 
 def keep_gradients(model: PreTrainedModel) -> None:

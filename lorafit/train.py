@@ -102,6 +102,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         keep_within(foreseen, console if main else None)
         meter = Meter.start(plan.hardware.device)
         trainer = build_trainer(plan, run, data, tokenizer)
+        meter.loaded()
         if plan.data.packing:
             check_isolation(trainer)
         reading.join()

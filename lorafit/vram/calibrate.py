@@ -42,6 +42,11 @@ class Meter:
         resets = _reset_peak()
         return Meter(device, _status("VmRSS") or _peak(), resets)
 
+    def loaded(self) -> None:
+        """Count the peak from now on: what a loading maps of files counts as resident, but is no need of its own."""
+        if self.device == "cpu" and self.resets:
+            _reset_peak()
+
     def measured(self) -> dict[str, int]:
         """Peak bytes since the start."""
         if self.device == "cuda":
