@@ -99,7 +99,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             print_findings(data.audit, plan.data.audit, console)
             make_run(run, plan, recipe_text, start)
         foreseen = foresee(plan)
-        keep_within(foreseen, console if main else None)
+        keep_within(plan, foreseen, console if main else None)
         meter = Meter.start(plan.hardware.device)
         trainer = build_trainer(plan, run, data, tokenizer)
         meter.loaded()
@@ -140,13 +140,15 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     return run
 
 
-def keep_within(foreseen: Foreseen, console: Console | None) -> None:
-    """Where the memory of a machine without a GPU is short: say so, and go on with less of it, but slower."""
+def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> None:
+    """On a CPU, have freed memory returned at once, which takes time, where it is short or checkpointing is to save it.
+
+    Short memory is said on the console.
+    """
     line = shortage(foreseen)
-    if line is None:
-        return
-    return_memory()
-    if console is not None:
+    if line is not None or (plan.hardware.device == "cpu" and plan.training_kwargs["gradient_checkpointing"]):
+        return_memory()
+    if line is not None and console is not None:
         console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -151,6 +151,18 @@ def test_short_memory_is_said_before_training_and_in_the_plan(
     assert bool(returned) == said
 
 
+def test_checkpointing_on_a_cpu_returns_memory_at_once(
+    recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there to save memory, and its short-lived blocks would leave holes."""
+    returned: list[bool] = []
+    monkeypatch.setattr("lorafit.train.return_memory", lambda: returned.append(True))
+    train(recipe("usual"))
+    assert not returned
+    train(recipe("saving", training={"gradient_checkpointing": True}))
+    assert returned
+
+
 def test_a_training_is_the_same_where_memory_is_returned_at_once(recipe: RecipeMaker, tmp_path: Path) -> None:
     """In a process of its own: what is set stays set."""
     adapters = []

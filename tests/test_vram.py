@@ -545,3 +545,10 @@ def test_between_what_is_alive_and_what_is_held_it_is_tight() -> None:
     assert one["verdict"] == "tight"
     assert one["reserved"] == pytest.approx(found["allocated"], rel=0.02)
     assert any("at once" in note for note in one["notes"])
+
+
+def test_checkpointing_on_a_cpu_holds_what_is_alive() -> None:
+    words = ("--model", BUNDLED, "--set", "hardware.device=cpu", "--set", "model.dtype=float32", "--max-length", 512)
+    usual, saving = answer(*words), answer(*words, "--set", "training.gradient_checkpointing=true")
+    assert usual["reserved"] > 1.1 * usual["allocated"]
+    assert saving["reserved"] == pytest.approx(saving["allocated"], rel=0.02)

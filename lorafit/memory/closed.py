@@ -46,13 +46,14 @@ def serve(
     """What the allocator holds for a record; whether a device with so many bytes serves it; what to say of it.
 
     Short of memory, torch's allocator for CUDA gives cached blocks back and goes on: then less is reserved than without
-    a limit. On a CPU `train` has the C library return blocks at once (`hardware.return_memory`).
+    a limit. On a CPU `train` has the C library return blocks at once (`hardware.return_memory`); with checkpointing it
+    always does, whose short-lived blocks leave holes of several times what is alive.
     """
     if setup.device == "cpu":
-        held = replay(events, Heap(phases))
+        least = replay(events, Heap(phases, RETURNED_AT_ONCE))
+        held = replay(events, Heap(phases)) if setup.checkpointing == "none" else least
         if capacity is None or held.max_reserved + PROCESS[1] <= capacity:
             return held, True, ()
-        least = replay(events, Heap(phases, RETURNED_AT_ONCE))
         if least.max_reserved + PROCESS[1] > capacity:
             return held, False, (SHORT,)
         return least, True, ("With the given memory every large block is returned at once, which takes time.",)
