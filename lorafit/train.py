@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
@@ -99,7 +100,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             print_findings(data.audit, plan.data.audit, console)
             make_run(run, plan, recipe_text, start)
         foreseen = foresee(plan)
-        keep_within(plan, foreseen, console if main else None)
+        foreseen = keep_within(plan, foreseen, console if main else None)
         meter = Meter.start(plan.hardware.device)
         trainer = build_trainer(plan, run, data, tokenizer)
         meter.loaded()
@@ -140,16 +141,20 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
     return run
 
 
-def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> None:
+def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> Foreseen:
     """On a CPU, have freed memory returned at once, which takes time, where it is short or checkpointing is to save it.
 
-    Short memory is said on the console.
+    Short memory is said on the console. Returns what is foreseen then.
     """
-    line = shortage(foreseen)
-    if line is not None or (plan.hardware.device == "cpu" and plan.training_kwargs["gradient_checkpointing"]):
-        return_memory()
-    if line is not None and console is not None:
-        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    short = shortage(foreseen)
+    if short is None:
+        if plan.hardware.device == "cpu" and plan.training_kwargs["gradient_checkpointing"]:
+            return_memory()
+        return foreseen
+    returned = return_memory()
+    if console is not None:
+        console.print(short.line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return dataclasses.replace(foreseen, estimate=short.least) if returned else foreseen
 
 
 def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from typer.testing import CliRunner
 
 from lorafit.cli import app
 from lorafit.errors import ModelError
-from lorafit.memory import GIB, MIB
+from lorafit.facts import read_facts
+from lorafit.hardware import Hardware
+from lorafit.memory import GIB, MIB, estimate, setup_of
+from lorafit.plan import make_plan, plan_recipe
+from lorafit.recipe import Recipe
+from lorafit.vram.calibrate import Foreseen, Shortage, shortage
 
 
 def calibrate(*words: object) -> tuple[int, str, str]:
@@ -149,6 +155,50 @@ def test_short_memory_is_said_before_training_and_in_the_plan(
     assert trained.exit_code == 0, trained.stderr
     assert ("GiB are free" in trained.stderr) == said
     assert bool(returned) == said
+
+
+def test_what_is_said_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Enough with blocks returned at once; too little even so; in two processes."""
+    values = {"model": {"name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "dtype": "float32"}, "lora": {}}
+    values |= {"dataset": {"train": [{"path": "x.jsonl", "format": "text"}]}, "training": {"max_length": 512}}
+    facts = read_facts("HuggingFaceTB/SmolLM2-135M-Instruct", None)
+    here = Hardware("cpu", "a CPU", None, None, False)
+    setup = setup_of(make_plan(Recipe.of(values, "test"), facts, here, read_data=False), facts)
+    found = Foreseen(setup, estimate(setup))
+    assert found.estimate is not None
+    held, alive = found.estimate.total, found.estimate.total - found.estimate.reserved + found.estimate.allocated
+
+    def told(free: int, own: int = 0, **changes: Any) -> Shortage | None:
+        monkeypatch.setattr("lorafit.vram.calibrate.available_memory", lambda: free)
+        monkeypatch.setattr("lorafit.vram.calibrate._status", lambda name: own)
+        return shortage(replace(found, setup=replace(setup, **changes)))
+
+    assert told(held) is None
+    assert told(held - GIB, own=GIB) is None, "what this process holds is counted once"
+    enough = told(round(alive * 1.1))
+    assert enough is not None
+    assert enough.fits
+    assert enough.least.total <= alive * 1.1
+    short = told(GIB)
+    assert short is not None
+    assert not short.fits
+    assert "gradient_checkpointing" in short.line
+    assert told(held + GIB, world=2) is not None
+    one_row = told(GIB, checkpointing="non_reentrant", batch=1)
+    assert one_row is None or "batch_size" not in one_row.line
+
+
+def test_a_quantized_base_lets_go_of_its_file(recipe: RecipeMaker) -> None:
+    from lorafit.model import load_base
+
+    path = recipe(quantization={"load_in_4bit": True})
+    plan = plan_recipe(Recipe.load(path), path, count_rows=False)
+    model = load_base(plan)
+    embeddings = model.get_input_embeddings().weight
+    assert (embeddings is model.get_output_embeddings().weight) == model.config.tie_word_embeddings
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert f"{plan.model['name_or_path']}/model.safetensors" not in maps.read_text()
 
 
 def test_checkpointing_on_a_cpu_returns_memory_at_once(

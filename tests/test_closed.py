@@ -302,7 +302,7 @@ def test_few_supervised_positions_take_less_of_the_head() -> None:
 def test_a_mask_takes_memory_in_every_layer() -> None:
     masked = parts(estimate(setup(masked=True, checkpointing="none")))
     pairs = 2 * 1024 * 1024
-    assert masked["attention masks in 16 bits"] == 16 * pairs * 2
+    assert masked["attention masks as numbers"] == 16 * pairs * 2
     assert gib(masked=True) > gib()
     assert gib(masked=True, attention="flash_attention_2") == gib(attention="flash_attention_2")
 

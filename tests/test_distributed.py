@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +13,15 @@ from pathlib import Path
 
 import pytest
 from conftest import RecipeMaker, Train
+from rich.console import Console
 
+from lorafit.evaluate.make import evaluate
+from lorafit.evaluate.options import Options as EvalOptions
+from lorafit.memory import GIB
 from lorafit.rundir import RunDir
+from lorafit.vram.calibrate import calibrate
+
+QUIET = Console(file=io.StringIO())
 
 
 def torchrun(*words: str) -> subprocess.Popen[str]:
@@ -45,6 +54,17 @@ def test_two_processes_equal_one_with_twice_the_batch(recipe: RecipeMaker, train
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     validation = [[e["eval_loss"] for e in run.metrics_until(99) if "eval_loss" in e] for run in (one, two)]
     assert validation[1] == pytest.approx(validation[0], rel=1e-4)  # six rows, in uneven parts of 2 x 2
+    manifests = [run.load_manifest() for run in (one, two)]
+    for key in ("model", "data", "schedule"):
+        assert manifests[1][key] == manifests[0][key], key
+    assert manifests[1]["result"]["steps"] == 6
+    assert manifests[1]["result"]["best_validation_loss"] == min(validation[1])
+    [row] = calibrate([two.path]).rows
+    assert row.measured == manifests[1]["memory"]["measured"]["resident"]
+    told = [float(size) for size in re.findall(r"peak ([0-9.]+) GiB", errors)]
+    assert max(told) <= row.measured / GIB + 0.051
+    results, _ = evaluate(EvalOptions(two.path, overrides=("eval.forgetting=[]",), max_new_tokens=1), QUIET)
+    assert results.figures["heldout.loss.adapter"].value == pytest.approx(min(validation[1]), abs=1e-5)
     assert errors.count("tokens, ") == 1, "only the first process may speak"
     assert output.splitlines() == [str(two.adapter)]
     assert [e["step"] for e in two.metrics_until(99) if "loss" in e] == [1, 2, 3, 4, 5, 6]

@@ -41,7 +41,7 @@ def train(
 
         show(json.loads(plan.to_json())) if as_json else print_plan(plan)
         if plan.hardware.device == "cpu" and (short := shortage(foresee(plan))):
-            talk().print(short, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            talk().print(short.line, style="yellow", highlight=False, markup=False, soft_wrap=True)
         if plan.audit:
             from lorafit.audit import Audit, gate
 

@@ -218,7 +218,7 @@ def _title(wish: Wish, settings: Settings) -> str:
 def _memory(wish: Wish, settings: Settings) -> str:
     known = settings.estimate
     if known is None:
-        return "Memory on a CPU is not estimated; `lorafit train` says when it runs short."
+        return "Memory: `lorafit estimate-vram` says what it takes, and how much is free."
     return (
         f"Memory: about {gib(known.total)} GiB on the GPU, from {gib(known.least)} to {gib(known.most)} "
         f"(estimated; {_place(wish)})."

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from lorafit.memory.from_plan import setup_of
 from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack
-from lorafit.memory.types import CONTEXT, GIB, MIB, Band, Estimate, Term, fits
+from lorafit.memory.types import GIB, MIB, Band, Estimate, Term, fits
 
 __all__ = [
-    "CONTEXT",
     "GIB",
     "MIB",
     "Band",

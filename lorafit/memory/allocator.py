@@ -152,7 +152,7 @@ HEADER, ALIGNMENT, SMALLEST, PAGE = 8, 64, 32, 4096
 """Bytes of a chunk's header, torch's alignment, the smallest chunk, a page."""
 RETURNED, MOST_RETURNED = 128 << 10, 32 << 20
 """Blocks from the first size on are mapped one by one, and returned when freed; as such are freed the bound rises to
-their size, up to the second (mallopt(3): M_MMAP_THRESHOLD)."""
+their size, up to the second (mallopt(3): M_MMAP_THRESHOLD). So much is also taken, and left, at the heap's end."""
 
 
 @dataclass(eq=False, slots=True)

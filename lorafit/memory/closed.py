@@ -55,7 +55,7 @@ def serve(
         if capacity is None or held.max_reserved + PROCESS[1] <= capacity:
             return held, True, ()
         if least.max_reserved + PROCESS[1] > capacity:
-            return held, False, (SHORT,)
+            return least, False, (SHORT,)
         return least, True, ("With the given memory every large block is returned at once, which takes time.",)
     beside = CONTEXT[1] + (NCCL[1] if setup.world > 1 else 0)
     if capacity is None:

@@ -351,7 +351,7 @@ class Decoder:
         rows = q.elements // (self.heads * self.head_dim)
         bias = None
         if mask is not None:
-            bias = do.ledger.new(mask.elements, q.width, "attention masks in 16 bits")
+            bias = do.ledger.new(mask.elements, q.width, "attention masks as numbers")
         out = do.new(q.elements, q.width)
         lse = do.new(rows * self.heads, 4)
         kept = out.view()

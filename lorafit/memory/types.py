@@ -19,7 +19,7 @@ NCCL = (300 * MIB, 500 * MIB, 1600 * MIB)
 
 PROCESS = (480 * MIB, 600 * MIB, 850 * MIB)
 """Bytes that a training process on a CPU has resident beside its tensors: Python, torch and the other libraries, the
-tokenizer, rows. Measured: 555 to 710 MiB (docs/vram.md)."""
+tokenizer, rows. Measured: 570 to 750 MiB."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Estimate:
         phases: (index of the first event, name) of a trace.
         device: "cuda" or "cpu".
         gpus: that take part.
-        served: whether torch's allocator can serve every request at the capacity that was asked for.
+        served: whether the allocator can serve every request at the capacity that was asked for.
     """
 
     terms: tuple[Term, ...]
@@ -89,7 +89,7 @@ class Estimate:
 
     @property
     def beside(self) -> tuple[int, int, int]:
-        """What stands beside torch's allocator, in bytes: least, usual, most."""
+        """What stands beside the allocator, in bytes: least, usual, most."""
         if self.device == "cpu":
             return PROCESS
         low, usual, high = CONTEXT

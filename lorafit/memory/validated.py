@@ -33,7 +33,8 @@ def band_of(setup: Setup, method: str) -> Band:
     missing = [f"{name}: {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
     alike = ", ".join(having[name] for name in GROUPED)
     if setup.device == "cpu":
-        return CPU
+        unlike = setup.world > 1 or having["method"] == "8-bit lora"
+        return Band(UNCOVERED, 0, "no training on a CPU was measured that is alike") if unlike else CPU
     if group is None or method not in group["error"]:
         return Band(UNCOVERED, 0, f"no measured run is alike ({alike})")
     error = max(LEAST, group["error"][method], 0.05 if missing else 0.0)

@@ -16,8 +16,8 @@ WHY = {
         "what attention keeps: tokens x (2 x heads + 2 x key heads) x head_dim x {width} bytes a layer",
         "aten/native/transformers/cuda",
     ),
-    "attention scores": ("eager attention: batch x heads x length x length, in 16 bits and in float32", _LLAMA),
-    "attention masks in 16 bits": (
+    "attention scores": ("eager attention: batch x heads x length x length, as computed and in float32", _LLAMA),
+    "attention masks as numbers": (
         "batch x length x length x {width} bytes in each layer: torch's sdpa turns a boolean mask into numbers",
         "aten/native/transformers/attention.cpp: convert_boolean_attn_mask",
     ),
@@ -49,7 +49,7 @@ WHY = {
     "weights cast by autocast": ("copies of trained weights in 16 bits", "aten/autocast_mode.cpp: cached_cast"),
     "supervised positions": ("their hidden states, copied for the head", "trl/trainer/utils.py: add_fused_lm_head"),
     "tile of logits": ("at most 4096 x 32768 logits at once", "trl/kernels/chunked_logprob.py"),
-    "logits": ("tokens x vocabulary, in 16 bits and in float32", "transformers/loss/loss_utils.py"),
+    "logits": ("tokens x vocabulary, as computed and in float32", "transformers/loss/loss_utils.py"),
     "output head's gradient, in float32": ("vocabulary x hidden_size x 4 bytes", "trl/kernels/chunked_logprob.py"),
     "gradients of activations": ("what flows back through a layer at this moment", "torch's autograd engine"),
     "optimizer's temporary copies": ("one of each trained number", "torch/optim/_multi_tensor"),

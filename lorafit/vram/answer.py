@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, read_facts
-from lorafit.hardware import Hardware, available_memory, detect_gpu_or_assume
+from lorafit.hardware import Hardware, available_memory
 from lorafit.memory import Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
 from lorafit.plan.meant import hardware_of, meant_hardware
@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 """The sections that make a method."""
+NOWHERE = Hardware("cuda", "not known yet", None, None, False)
 SHARDINGS: tuple[str, ...] = get_args(Sharding)
 MOST_TOKENS = 1 << 26
 """Tokens in one pass above which a size is taken for a slip."""
@@ -213,7 +214,7 @@ def answer(question: Question) -> Answer:
     devices = [(device, False) for device in question.asked] + [(device, True) for device in question.asserted]
     places = usual_devices(subject.hardware)
     if question.trace:
-        main = traced(case, devices[0][0].memory_bytes if devices else None)
+        main = traced(case, devices[0][0].memory_bytes if devices and case.setup.device == "cuda" else None)
         known = [(device, fits(main, device.memory_bytes)) for device in places]
     else:
         main = solve.estimate(subject)
@@ -233,7 +234,7 @@ def usual_devices(hardware: Hardware) -> list[Device]:
     if hardware.device == "cuda":
         return [Device(gpu.name, gpu.memory_bytes, gpu) for gpu in GPUS]
     free = available_memory()
-    return [] if free is None else [Device(f"this machine, {gib(free)} GiB free", free)]
+    return [] if free is None else [Device("this machine", free)]
 
 
 def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, asserted: bool) -> Verdict:
@@ -327,14 +328,18 @@ def subject_of(
         raise UsageError(f"--gpus {gpus}: has to be from 1 to {MOST_GPUS}")
     if sharding is not None and sharding not in SHARDINGS:
         raise UsageError(f"--sharding {sharding}: not one of {', '.join(SHARDINGS)}")
-    asked = Subject(config, model, method or "lora", tuple(overrides), detect_gpu_or_assume())  # type: ignore[arg-type]
-    hardware = asked.hardware if gpu else meant_hardware(asked.recipe())
+    asked = Subject(config, model, method or "lora", tuple(overrides), NOWHERE)  # type: ignore[arg-type]
+    hardware = hardware_of(gpu) if gpu else meant_hardware(asked.recipe())
+    if hardware.device == "cpu" and (gpus or sharding):
+        raise UsageError(
+            "--gpus, --sharding: the recipe is for a CPU, where each process takes what is estimated for one"
+        )
     world = gpus or hardware.world_size
     if sharding not in (None, "none") and world == 1:
         raise UsageError(f"--sharding {sharding}: needs --gpus of 2 or more")
     if sharding == "none" and world > 1:
         raise UsageError(f"--sharding none: is for one GPU, not {world}; ddp gives each GPU the whole model")
-    hardware = hardware_of(gpu, world) if gpu else dataclasses.replace(hardware, world_size=world)
+    hardware = dataclasses.replace(hardware, world_size=world)
     return dataclasses.replace(asked, hardware=hardware, sharding=sharding)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lorafit.errors import UsageError
 from lorafit.plan.meant import meant_device
 from lorafit.vram.answer import Answer, Question, answer, as_dict, failures, gib, subject_of
-from lorafit.vram.gpus import GIB, Device, find_gpu, parse_device, parse_memory
+from lorafit.vram.gpus import Device, find_gpu, parse_device, parse_memory, sized
 from lorafit.vram.sweep import as_typed, parse_sweeps
 from lorafit.vram.workload import UNKNOWN, Spending, spending
 from lorafit.vram.workload import as_dict as spending_dict
@@ -109,11 +109,6 @@ def ask(asked: Asked) -> Reply:
     asks_cost = bool(gpus or asked.tokens is not None)
     spent = spending(found.case, asked.tokens, gpus, asked.price) if asks_cost else None
     return Reply(found, asks_cost, spent, asked.price)
-
-
-def sized(memory: int, kind: str) -> Device:
-    """Something with so many bytes, of which no more is known."""
-    return Device(f"a {kind} with {memory / GIB:.4g} GiB", memory)
 
 
 def draw(found: Answer, file: Path) -> None:

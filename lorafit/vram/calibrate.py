@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import statistics
 import sys
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Meter:
-    """Measures this process's memory from where it is made.
+    """Measures this process's memory, from when it is made or, on a CPU, from when its model is loaded.
 
     Attributes:
         device: "cuda" or "cpu".
         baseline: bytes in use at the start: allocated on the GPU, or resident.
-        resets: whether the peak is counted from the start; else from that of the process.
+        resets: whether the peak can be counted anew; else it is that of the whole process.
     """
 
     device: str
@@ -43,12 +42,12 @@ class Meter:
         return Meter(device, _status("VmRSS") or _peak(), resets)
 
     def loaded(self) -> None:
-        """Count the peak from now on: what a loading maps of files counts as resident, but is no need of its own."""
+        """Count the peak from now on: files that a loading maps count as resident, but can be dropped at any time."""
         if self.device == "cpu" and self.resets:
             _reset_peak()
 
     def measured(self) -> dict[str, int]:
-        """Peak bytes since the start."""
+        """Peak bytes."""
         if self.device == "cuda":
             import torch
 
@@ -60,7 +59,7 @@ class Meter:
         return {"resident": max(peak, self.baseline)}  # Linux counts the pages of threads late
 
     def peak(self) -> int:
-        """Peak bytes since the start as people are told: allocated on the GPU, or resident."""
+        """Peak bytes as people are told: allocated on the GPU, or resident."""
         return next(iter(self.measured().values()))
 
 
@@ -113,32 +112,46 @@ def foresee(plan: Plan) -> Foreseen:
         return Foreseen(setup, None, reason if isinstance(error, LorafitError) else f"{type(error).__name__}: {reason}")
 
 
-def shortage(found: Foreseen) -> str | None:
-    """A line where a run on a CPU needs more than this machine has free; None where it has enough, or nobody knows.
+@dataclass(frozen=True)
+class Shortage:
+    """A run on a CPU that needs more than this machine has free.
 
-    What this process holds already is part of what the run needs.
+    Attributes:
+        line: that says so.
+        least: the estimate with every large block returned at once.
+        fits: whether that is enough.
     """
+
+    line: str
+    least: Estimate
+    fits: bool
+
+
+def shortage(found: Foreseen) -> Shortage | None:
+    """None where the memory is enough, or nobody knows. What this process holds already is part of what it needs."""
     from lorafit.memory import estimate
     from lorafit.vram.answer import gib
 
     free, known, setup = available_memory(), found.estimate, found.setup
     if free is None or known is None or setup is None or setup.device != "cpu":
         return None
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
-    room = free // processes + (_status("VmRSS") or 0)
+    room = free // setup.world + (_status("VmRSS") or 0)
     if known.total <= room:
         return None
-    needs = f"needs about {gib(known.total)} GiB of memory ({gib(known.least)} to {gib(known.most)})"
-    each = f" for each of {processes} processes" if processes > 1 else ""
     least = estimate(setup, room)
+    each = f" for each of {setup.world} processes" if setup.world > 1 else ""
+    line = (
+        f"the training needs about {gib(known.total)} GiB of memory ({gib(known.least)} to {gib(known.most)}), and "
+        f"{gib(room)} GiB are free here{each}; large blocks are returned at once, which is slower"
+    )
     if least.served:
-        help_ = f"every large block is returned at once, which takes it to {gib(least.total)} GiB, and time"
-    else:
-        help_ = (
-            "it may swap, or be killed: lower training.per_device_train_batch_size (accumulation makes up for it) or "
-            "max_length, or turn on gradient_checkpointing"
-        )
-    return f"the training {needs}, and {gib(room)} GiB are free here{each}; {help_}"
+        return Shortage(f"{line} and needs about {gib(least.total)} GiB", least, True)
+    changes = [
+        "lower training.per_device_train_batch_size (accumulation makes up for it)" * (setup.batch > 1),
+        "lower max_length",
+        "turn on gradient_checkpointing" * (setup.checkpointing == "none"),
+    ]
+    return Shortage(f"{line}, and may still swap or be killed: {', or '.join(filter(None, changes))}", least, False)
 
 
 def memory_record(found: Foreseen, meter: Meter, measured: dict[str, int]) -> dict[str, Any]:

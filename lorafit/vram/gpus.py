@@ -221,8 +221,12 @@ def parse_device(text: str) -> Device:
     if named:
         gpu = find_gpu(text)
         return Device(gpu.name, gpu.memory_bytes, gpu)
-    memory = parse_memory(text)
-    return Device(f"a GPU with {memory / GIB:.4g} GiB", memory)
+    return sized(parse_memory(text))
+
+
+def sized(memory: int, kind: str = "GPU") -> Device:
+    """Something with so many bytes, of which no more is known."""
+    return Device(f"a {kind} with {memory / GIB:.4g} GiB", memory)
 
 
 def _shown(text: str) -> str:

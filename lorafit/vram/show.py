@@ -138,7 +138,11 @@ def _print_devices(found: Answer, console: Console) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for verdict, style in STYLES.items():
-        names = [device.name for device, answer in found.devices if answer == verdict]
+        names = [
+            device.name if device.gpu else f"{device.name}, {gib(device.memory_bytes)} GiB free"
+            for device, answer in found.devices
+            if answer == verdict
+        ]
         if names:
             table.add_row(f"{MARKS[verdict]} {verdict}", escape(", ".join(names)), style=style)
     if found.devices:

@@ -57,6 +57,8 @@ def _key(name: str) -> str:
     """A key of the recipe, from its whole path, or its last part where that is the only one of its name."""
     if name in SHORT_NAMES:
         return SHORT_NAMES[name]
+    if name.partition(".")[0] == "hardware":
+        raise UsageError(f"--sweep {printable(name)}: an answer is for one machine; give --gpu, or --set hardware.…")
     known = _keys()
     paths = known.get(name.rpartition(".")[2], [])
     if name in paths:
