@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,15 +58,40 @@ def available_memory() -> int | None:
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, ValueError, IndexError, StopIteration):
         return None
-    group = Path("/sys/fs/cgroup")
+    return min([free, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes left in each control group with a limit that this process is in, of either version (cgroups(7))."""
+    root = Path("/sys/fs/cgroup")
     try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        cached = (group / "memory.stat").read_text(encoding="ascii").split()
-        used -= int(cached[cached.index("inactive_file") + 1])
-    except (OSError, ValueError, IndexError):
-        return free  # no limit ("max"), or no container
-    return min(free, max(limit - used, 0))
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not controllers:
+            folder, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            folder, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inside = Path(path.lstrip("/"))
+        for group in (inside, *inside.parents):
+            left = _left(folder / group, *names)
+            if left is not None:
+                yield left
+
+
+def _left(group: Path, most: str, now: str, cached: str) -> int | None:
+    """Bytes left in a group, what can be dropped of its cache included; None where it has no limit."""
+    try:
+        limit = int((group / most).read_text(encoding="ascii"))
+        words = (group / "memory.stat").read_text(encoding="ascii").split()
+        used = int((group / now).read_text(encoding="ascii")) - int(words[words.index(cached) + 1])
+    except (OSError, ValueError, IndexError):  # as of "max"
+        return None
+    return max(limit - used, 0)
 
 
 RETURNED_AT_ONCE = 1 << 20

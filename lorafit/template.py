@@ -92,8 +92,8 @@ def without_header(answer: str) -> str:
 
 
 def has_reasoning(answer: str) -> bool:
-    """Whether an answer begins with reasoning."""
-    return answer.lstrip().startswith(tuple(begin for begin, _ in REASONING))
+    """Whether an answer begins with reasoning; an empty block is none."""
+    return answer.lstrip().startswith(tuple(begin for begin, _ in REASONING)) and not _EMPTY.match(answer)
 
 
 def ends_reasoning(prompt: str) -> bool:

@@ -312,3 +312,18 @@ def test_early_stopping_is_told(recipe: RecipeMaker, unequal: Path) -> None:
     assert f"step {result['steps']} of 40" in lines[0]
     assert f"step {result['best_step']}," in lines[1]
     assert f"{result['best_validation_loss']:.4f}" in lines[1]
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>", "<think>\n</think>\n"])
+def test_an_empty_block_in_the_rows_is_no_reasoning(recipe: RecipeMaker, tmp_path: Path, block: str) -> None:
+    """It isn't learned, and the template's switch is set as for rows without."""
+    rows = write_jsonl(tmp_path / "empty.jsonl", [conversation(f"say {n}", f"{block}yes") for n in range(3)])
+    path = recipe(model={"chat_template": "qwen3"}, dataset={"train": [{"path": str(rows)}], "validation": None})
+    plan = plan_recipe(Recipe.load(path), path)
+    assert plan.data.chat_template_kwargs == {"enable_thinking": False}
+    shown = preview(plan, [1, 2, 3], True, False, False, QUIET)
+    assert not shown["breaches"]
+    for row in shown["rows"]:
+        learned = "".join(part["text"] for part in row["segments"] if part["learned"])
+        assert "think" not in learned
+        assert learned.startswith("yes")

@@ -85,3 +85,35 @@ def test_a_machine_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_text", refuse)
     assert hardware.detect_cpu(2) == Hardware("cpu", "CPU", hardware.detect_cpu(2).memory_bytes, None, False, 2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "left"),
+    [
+        ("0::/", {"memory.max": "max"}, None),
+        ("0::/", {"memory.max": "1000", "memory.current": "300", "memory.stat": "anon 5\ninactive_file 100\n"}, 800),
+        ("0::/a/b", {"a/memory.max": "900", "a/memory.current": "1000", "a/memory.stat": "inactive_file 0"}, 0),
+        (
+            "9:name=systemd:/\n4:memory:/job",
+            {
+                "memory/job/memory.limit_in_bytes": "4096",
+                "memory/job/memory.usage_in_bytes": "96",
+                "memory/job/memory.stat": "total_inactive_file 6",
+            },
+            4006,
+        ),
+        ("nonsense", {}, None),
+    ],
+)
+def test_the_limits_of_control_groups(
+    lines: str, files: dict[str, str], left: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both versions, and of every group above."""
+    own, root = tmp_path / "cgroup", tmp_path / "root"
+    own.write_text(lines + "\n")
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    places = {"/proc/self/cgroup": own, "/sys/fs/cgroup": root}
+    monkeypatch.setattr(hardware, "Path", lambda path: places.get(str(path), Path(path)))
+    assert min(hardware._left_in_groups(), default=None) == left

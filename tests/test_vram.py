@@ -535,16 +535,17 @@ def test_a_machine_that_is_too_small(trace: bool) -> None:
     assert all("--gpus" not in advice["options"] for advice in one["advice"])
 
 
-def test_between_what_is_alive_and_what_is_held_it_is_tight() -> None:
+def test_between_what_is_alive_and_what_is_held() -> None:
     """Train returns large blocks at once then."""
     words = ("--model", BUNDLED, "--set", "hardware.device=cpu", "--set", "model.dtype=float32", "--max-length", 512)
     found = answer(*words)
-    between = PROCESS[1] + round(1.05 * found["allocated"])
-    assert between < found["least"]
-    [one] = answer(*words, "--vram", f"{between >> 20}MiB")["asked"]
-    assert one["verdict"] == "tight"
-    assert one["reserved"] == pytest.approx(found["allocated"], rel=0.02)
-    assert any("at once" in note for note in one["notes"])
+    for factor, verdict in ((1.1, "tight"), (1.2, "fits")):
+        between = PROCESS[1] + round(factor * found["allocated"])
+        assert between < found["total"]
+        [one] = answer(*words, "--vram", f"{between >> 20}MiB")["asked"]
+        assert one["verdict"] == verdict
+        assert one["reserved"] == pytest.approx(found["allocated"], rel=0.08)
+        assert any("at once" in note for note in one["notes"])
 
 
 @pytest.mark.parametrize("words", [("--gpus", 2), ("--sharding", "fsdp"), ("--sweep", "hardware.device=cpu,cuda")])
@@ -557,10 +558,10 @@ def test_what_has_no_meaning_for_a_cpu_is_refused(words: tuple[object, ...]) -> 
 def test_a_trace_judges_every_size_by_itself() -> None:
     words = on_cpu("--trace", "--set", "model.dtype=float32")
     whole = answer(*words)
-    small, large = (round(size / 2**20) for size in (whole["total"] * 0.97, whole["most"] * 2))
+    small, large = (round(size / 2**20) for size in (whole["total"] * 0.5, whole["most"] * 2))
     found = answer(*words, "--vram", f"{small}MiB", "--vram", f"{large}MiB")
-    assert [one["total"] for one in found["asked"]] == [whole["total"]] * 2
-    assert [one["verdict"] for one in found["asked"]] == ["tight", "fits"]
+    assert found["asked"][1]["total"] == found["total"] == whole["total"]
+    assert [one["verdict"] for one in found["asked"]] == ["does not fit", "fits"]
 
 
 def test_checkpointing_on_a_cpu_holds_what_is_alive() -> None:

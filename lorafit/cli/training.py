@@ -40,8 +40,12 @@ def train(
         from lorafit.vram.calibrate import foresee, shortage
 
         show(json.loads(plan.to_json())) if as_json else print_plan(plan)
-        if plan.hardware.device == "cpu" and (short := shortage(foresee(plan))):
-            talk().print(short.line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        if plan.hardware.device == "cpu":
+            foreseen = foresee(plan)
+            short = shortage(foreseen)
+            line = short.line if short else foreseen.reason and f"memory: {foreseen.reason}"
+            if line:
+                talk().print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
         if plan.audit:
             from lorafit.audit import Audit, gate
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -34,7 +35,10 @@ def band_of(setup: Setup, method: str) -> Band:
     alike = ", ".join(having[name] for name in GROUPED)
     if setup.device == "cpu":
         unlike = setup.world > 1 or having["method"] == "8-bit lora"
-        return Band(UNCOVERED, 0, "no training on a CPU was measured that is alike") if unlike else CPU
+        if unlike:
+            return Band(UNCOVERED, 0, "no training on a CPU was measured that is alike")
+        other = f"; none of the family {having['family']}" * (having["family"] != "llama")
+        return replace(CPU, features=CPU.features + other)
     if group is None or method not in group["error"]:
         return Band(UNCOVERED, 0, f"no measured run is alike ({alike})")
     error = max(LEAST, group["error"][method], 0.05 if missing else 0.0)

@@ -124,6 +124,9 @@ def judged(estimated: Callable[[int | None], Estimate], capacity: int) -> tuple[
     """
     known = estimated(None)
     verdict = fits(known, capacity)
+    if known.device == "cpu" and known.total > capacity:  # then train has large blocks returned at once
+        short = estimated(capacity)
+        return (short, fits(short, capacity)) if short.served else (known, verdict)
     if verdict == "does not fit" and known.allocated + known.beside[0] <= capacity:
         short = estimated(capacity)
         if short.served:
@@ -215,7 +218,9 @@ def answer(question: Question) -> Answer:
     places = usual_devices(subject.hardware)
     if question.trace:
         main = traced(case, devices[0][0].memory_bytes if devices and case.setup.device == "cuda" else None)
-        known = [(device, fits(main, device.memory_bytes)) for device in places]
+        known = [
+            (device, judged(lambda limit: traced_at(case, main, limit), device.memory_bytes)[1]) for device in places
+        ]
     else:
         main = solve.estimate(subject)
         known = [(device, solve.judged(subject, device.memory_bytes)[1]) for device in places]
@@ -243,12 +248,20 @@ def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, 
 
     subject, capacity = question.subject.on(device.gpu), device.memory_bytes
     if question.trace:
-        known = main if subject == question.subject else traced(solve.case(subject), capacity)
-        verdict = fits(known, capacity)
+        if subject == question.subject:
+            known, verdict = judged(lambda limit: traced_at(solve.case(subject), main, limit), capacity)
+        else:
+            known = traced(solve.case(subject), capacity)
+            verdict = fits(known, capacity)
     else:
         known, verdict = solve.judged(subject, capacity)
     advice = () if verdict == "fits" else tuple(advise(solve, subject, capacity))
     return Verdict(device, known, verdict, advice, asserted)
+
+
+def traced_at(case: Case, main: Estimate, capacity: int | None) -> Estimate:
+    """A CPU's trace at a capacity; a GPU's is made once, at the first that was asked for."""
+    return main if capacity is None or main.device == "cuda" else traced(case, capacity)
 
 
 def traced(case: Case, capacity: int | None) -> Estimate:
