@@ -177,11 +177,11 @@ def test_what_is_said_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp
     assert told(held - GIB, own=GIB) is None, "what this process holds is counted once"
     enough = told(round(alive * 1.1))
     assert enough is not None
-    assert enough.fits
+    assert enough.least.served
     assert enough.least.total <= alive * 1.1
     short = told(GIB)
     assert short is not None
-    assert not short.fits
+    assert not short.least.served
     assert "gradient_checkpointing" in short.line
     assert told(held + GIB, world=2) is not None
     one_row = told(GIB, checkpointing="non_reentrant", batch=1)

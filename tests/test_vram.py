@@ -24,7 +24,7 @@ from lorafit.facts import ModelFacts, known_models, layout
 from lorafit.memory import GIB, Band, Estimate, Term
 from lorafit.memory.types import PROCESS
 from lorafit.vram.advice import Change, reconciled
-from lorafit.vram.answer import SHARDINGS
+from lorafit.vram.answer import SHARDINGS, judged_by_trace
 from lorafit.vram.gpus import GPUS
 from lorafit.vram.sweep import parse_sweeps
 from lorafit.vram.workload import active_parameters
@@ -569,3 +569,11 @@ def test_checkpointing_on_a_cpu_holds_what_is_alive() -> None:
     usual, saving = answer(*words), answer(*words, "--set", "training.gradient_checkpointing=true")
     assert usual["reserved"] > 1.1 * usual["allocated"]
     assert saving["reserved"] == pytest.approx(saving["allocated"], rel=0.02)
+
+
+def test_a_trace_for_one_gpu_does_not_make_another_tight() -> None:
+    """It was served at the first one's capacity, which says nothing of a smaller one's."""
+    known = Estimate((Term("weights", 8 * GIB, ""),), "end", 16 * GIB, "trace", Band(0.03, 1, ""))
+    case: Any = None
+    assert judged_by_trace(case, known, 9 * GIB) == (known, "does not fit")
+    assert judged_by_trace(case, known, 40 * GIB) == (known, "fits")

@@ -26,7 +26,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 """The sections that make a method."""
-NOWHERE = Hardware("cuda", "not known yet", None, None, False)
 SHARDINGS: tuple[str, ...] = get_args(Sharding)
 MOST_TOKENS = 1 << 26
 """Tokens in one pass above which a size is taken for a slip."""
@@ -63,11 +62,16 @@ class Subject:
 
     def recipe(self) -> Recipe:
         """Raises RecipeError."""
-        if self.config is not None:
-            return Recipe.load(self.config, self.overrides)
-        source = {"path": "data.jsonl", "format": "text"}  # never read
-        values = {"model": {"name_or_path": self.model}, "dataset": {"train": [source]}}
-        return Recipe.of(values | METHODS[self.method], "--model", self.overrides)
+        return recipe_of(self.config, self.model, self.method, self.overrides)
+
+
+def recipe_of(config: Path | None, model: str | None, method: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe in a file, or a model's with defaults for everything else. Raises RecipeError."""
+    if config is not None:
+        return Recipe.load(config, overrides)
+    source = {"path": "data.jsonl", "format": "text"}  # never read
+    values = {"model": {"name_or_path": model}, "dataset": {"train": [source]}}
+    return Recipe.of(values | METHODS[method], "--model", overrides)
 
 
 @dataclass(frozen=True)
@@ -218,9 +222,7 @@ def answer(question: Question) -> Answer:
     places = usual_devices(subject.hardware)
     if question.trace:
         main = traced(case, devices[0][0].memory_bytes if devices and case.setup.device == "cuda" else None)
-        known = [
-            (device, judged(lambda limit: traced_at(case, main, limit), device.memory_bytes)[1]) for device in places
-        ]
+        known = [(device, judged_by_trace(case, main, device.memory_bytes)[1]) for device in places]
     else:
         main = solve.estimate(subject)
         known = [(device, solve.judged(subject, device.memory_bytes)[1]) for device in places]
@@ -249,7 +251,7 @@ def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, 
     subject, capacity = question.subject.on(device.gpu), device.memory_bytes
     if question.trace:
         if subject == question.subject:
-            known, verdict = judged(lambda limit: traced_at(solve.case(subject), main, limit), capacity)
+            known, verdict = judged_by_trace(solve.case(subject), main, capacity)
         else:
             known = traced(solve.case(subject), capacity)
             verdict = fits(known, capacity)
@@ -259,9 +261,11 @@ def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, 
     return Verdict(device, known, verdict, advice, asserted)
 
 
-def traced_at(case: Case, main: Estimate, capacity: int | None) -> Estimate:
-    """A CPU's trace at a capacity; a GPU's is made once, at the first that was asked for."""
-    return main if capacity is None or main.device == "cuda" else traced(case, capacity)
+def judged_by_trace(case: Case, main: Estimate, capacity: int) -> tuple[Estimate, str]:
+    """The same by a trace: a GPU's is made once, for the first that was asked for; a CPU's anew where it is short."""
+    if main.device == "cuda":
+        return main, fits(main, capacity)
+    return judged(lambda limit: main if limit is None else traced(case, limit), capacity)
 
 
 def traced(case: Case, capacity: int | None) -> Estimate:
@@ -341,8 +345,8 @@ def subject_of(
         raise UsageError(f"--gpus {gpus}: has to be from 1 to {MOST_GPUS}")
     if sharding is not None and sharding not in SHARDINGS:
         raise UsageError(f"--sharding {sharding}: not one of {', '.join(SHARDINGS)}")
-    asked = Subject(config, model, method or "lora", tuple(overrides), NOWHERE)  # type: ignore[arg-type]
-    hardware = hardware_of(gpu) if gpu else meant_hardware(asked.recipe())
+    method = method or "lora"
+    hardware = hardware_of(gpu) if gpu else meant_hardware(recipe_of(config, model, method, overrides))
     if hardware.device == "cpu" and (gpus or sharding):
         raise UsageError(
             "--gpus, --sharding: the recipe is for a CPU, where each process takes what is estimated for one"
@@ -353,7 +357,7 @@ def subject_of(
     if sharding == "none" and world > 1:
         raise UsageError(f"--sharding none: is for one GPU, not {world}; ddp gives each GPU the whole model")
     hardware = dataclasses.replace(hardware, world_size=world)
-    return dataclasses.replace(asked, hardware=hardware, sharding=sharding)  # type: ignore[arg-type]
+    return Subject(config, model, method, tuple(overrides), hardware, sharding)  # type: ignore[arg-type]
 
 
 def known_tensors(facts: ModelFacts) -> ModelFacts:

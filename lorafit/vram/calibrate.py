@@ -118,13 +118,11 @@ class Shortage:
 
     Attributes:
         line: that says so.
-        least: the estimate with every large block returned at once.
-        fits: whether that is enough.
+        least: the estimate with every large block returned at once; `served` says whether that is enough.
     """
 
     line: str
     least: Estimate
-    fits: bool
 
 
 def shortage(found: Foreseen) -> Shortage | None:
@@ -145,13 +143,13 @@ def shortage(found: Foreseen) -> Shortage | None:
         f"{gib(room)} GiB are free here{each}; large blocks are returned at once, which is slower"
     )
     if least.served:
-        return Shortage(f"{line} and needs about {gib(least.total)} GiB", least, True)
+        return Shortage(f"{line} and needs about {gib(least.total)} GiB", least)
     changes = [
         "lower training.per_device_train_batch_size (accumulation makes up for it)" * (setup.batch > 1),
         "lower max_length",
         "turn on gradient_checkpointing" * (setup.checkpointing == "none"),
     ]
-    return Shortage(f"{line}, and may still swap or be killed: {', or '.join(filter(None, changes))}", least, False)
+    return Shortage(f"{line}, and may still swap or be killed: {', or '.join(filter(None, changes))}", least)
 
 
 def memory_record(found: Foreseen, meter: Meter, measured: dict[str, int]) -> dict[str, Any]:

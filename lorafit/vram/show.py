@@ -118,7 +118,9 @@ def _print_terms(found: Answer, console: Console) -> None:
 
 def _print_total(found: Answer, console: Console) -> None:
     known = found.estimate
-    where, what = ("On the GPU", "CUDA context") if known.device == "cuda" else ("In memory", "Python and libraries")
+    where, what = "On the GPU", "CUDA context" + " and NCCL" * (known.gpus > 1)
+    if known.device == "cpu":
+        where, what = "In memory", "Python and libraries"
     least, _, most = known.beside
     _line(
         console,
