@@ -11,6 +11,8 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,6 +88,12 @@ class Pipeline:
             self.run([command, *arguments, *self.SETTINGS.get(command, "").split()])
 
     def run(self, arguments: list[str]) -> None:
+        if arguments[0] == "train":  # its memory is measured, and this process has used more already
+            environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+            command = [sys.executable, "-m", "lorafit", *arguments]
+            made = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+            assert made.returncode == 0, f"{arguments}\n{made.stdout}{made.stderr}"
+            return
         torch.set_num_threads(os.cpu_count() or 1)  # a smoke run leaves one
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
