@@ -22,8 +22,8 @@ LEAST = 0.03
 UNCOVERED = 0.08
 """Assumed where no measured run is alike."""
 
-CPU = Band(0.10, 11, "trainings of a model of 135M parameters on a CPU (docs/vram.md)")
-"""scripts/bench/memory.py measures them; the largest error was 8.2%."""
+CPU = Band(0.12, 11, "trainings of a model of 135M parameters on a CPU (docs/vram.md)")
+"""scripts/bench/memory.py measures them; the largest error was 11.2%."""
 
 
 def band_of(setup: Setup, method: str) -> Band:
