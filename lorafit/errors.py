@@ -21,6 +21,10 @@ class UsageError(LorafitError):
     exit_code = 2
 
 
+class MissingError(UsageError):
+    """This machine lacks a package or a key that a recipe needs, which need not be so where the recipe is used."""
+
+
 class DataError(LorafitError):
     """A data file is missing, unreadable, or holds a row that can't be trained on."""
 

@@ -13,7 +13,7 @@ from lorafit.errors import (
     LorafitError,
     UsageError,
 )
-from lorafit.evaluate.contenders import BASE
+from lorafit.evaluate.assemble import BASE
 from lorafit.rows import Message
 from lorafit.targets import near
 

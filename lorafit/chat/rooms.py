@@ -22,7 +22,8 @@ from lorafit.errors import (
     ModelError,
     UsageError,
 )
-from lorafit.evaluate.contenders import BASE, Contender, Loaded, adapter_named, base_of, loaded
+from lorafit.evaluate.assemble import BASE
+from lorafit.evaluate.contenders import Contender, Loaded, adapter_named, base_of, loaded
 from lorafit.facts.folder import read_json
 from lorafit.files import check
 from lorafit.plan import Plan

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ from lorafit.evaluate.statistics import Bootstrap, Classes, Series, difference, 
 Array = np.ndarray[Any, Any]
 Scores = Series | Classes
 
+BASE = "base"
+"""The model before training, in figures."""
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")
 PERPLEXITY = Metric(name="perplexity", label="perplexity", unit="number", better="lower")
 BITS = Metric(name="bits_per_byte", label="bits per byte", unit="bits", better="lower")
@@ -36,6 +39,44 @@ JUDGE = Metric(name="judge", label="preferred by the judge", unit="share", bette
 LIKELIHOOD = (LOSS, PERPLEXITY, BITS, TOKENS_RIGHT)
 OWN = (*LIKELIHOOD, KL, ACCURACY, ACCURACY_NORM, MACRO_F1, ENDED, LENGTH, AGREEMENT, JUDGE)
 """Metrics that are not of an answer's text alone."""
+
+
+def set_metrics(
+    role: str, answers: Iterable[Metric] | None, options: Any, compared: bool, judged: bool
+) -> tuple[Metric, ...]:
+    """What is measured of a set.
+
+    Args:
+        answers: metrics of generated answers; None: none is generated.
+        options: of the set: a list that is the same for all rows, or their column's name.
+        compared: whether there is a model to compare the result's answers with, besides the base.
+        judged: whether a judge compares answers with the base's.
+    """
+    found = [*LIKELIHOOD]
+    if role == "forgetting":
+        found.append(KL)
+    if answers is None:
+        return tuple(found)
+    if options:
+        found += [ACCURACY, ACCURACY_NORM, *([MACRO_F1] if not isinstance(options, str) else [])]
+    return (*found, *answers, ENDED, LENGTH, *([AGREEMENT] if compared else []), *([JUDGE] if judged else []))
+
+
+def expected_figures(
+    sets: Mapping[str, Iterable[Metric]], models: Mapping[str, str], main: str | None
+) -> Iterator[str]:
+    """The names of all figures that there will be.
+
+    Args:
+        sets: what is measured of each.
+        models: their kinds, by name.
+        main: the model that is the run's result.
+    """
+    for (name, metrics), (model, kind) in itertools.product(sets.items(), models.items()):
+        for metric in metrics:
+            not_its_own = (metric == AGREEMENT and model in (BASE, main)) or (metric == JUDGE and model == BASE)
+            if not (not_its_own or (metric == KL and kind != "adapter")):
+                yield f"{name}.{metric.name}.{model}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from lorafit.errors import ModelError, UsageError
+from lorafit.evaluate.assemble import BASE
 from lorafit.evaluate.engine.arithmetic import autocast, ready
 from lorafit.facts import weight_files
 from lorafit.facts.folder import read_json
@@ -31,7 +32,6 @@ LoadedModel: TypeAlias = Any
 """A PreTrainedModel, or a PeftModel around one."""
 Kind = Literal["base", "adapter", "trained", "merged"]
 NAME = re.compile(r"[A-Za-z0-9_-]+")
-BASE = "base"
 
 
 @dataclass(frozen=True)

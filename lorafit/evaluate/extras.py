@@ -13,8 +13,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.errors import UsageError
-from lorafit.evaluate.assemble import Rows, Scores
-from lorafit.evaluate.contenders import BASE, Contender, Loaded
+from lorafit.evaluate.assemble import BASE, Rows, Scores
+from lorafit.evaluate.contenders import Contender, Loaded
 from lorafit.evaluate.records import Records
 from lorafit.evaluate.results import Answer, Metric, Sample
 from lorafit.evaluate.results import Set as SetInfo
@@ -29,20 +29,23 @@ BATCH = 16
 """Requests that the harness runs at once."""
 
 
-def check_extras(section: dict[str, Any]) -> None:
-    """Before a model is loaded. Raises UsageError, DataError."""
+def check_extras(section: dict[str, Any]) -> list[str]:
+    """Before a model is loaded; the names of the benchmarks. Raises UsageError, DataError."""
     if section["judge"]:
         from lorafit.evaluate.judge import Judge
         from lorafit.evaluate.judge import check as check_judge
 
         check_judge(Judge(**section["judge"]))
-    if section["lm_eval"]:
-        from lorafit.evaluate.benchmarks import check
+    if not section["lm_eval"]:
+        return []
+    from lorafit.evaluate.benchmarks import check
 
-        sets = {HELD_OUT, *section["forgetting"], *(spec["name"] for spec in section["sets"])}
-        for name in check(_asked(section)):
-            if name in sets:
-                raise UsageError(f"eval.lm_eval.tasks: {name}: there is a set of that name; rename the task or the set")
+    sets = {HELD_OUT, *section["forgetting"], *(spec["name"] for spec in section["sets"])}
+    names = check(_asked(section))
+    for name in names:
+        if name in sets:
+            raise UsageError(f"eval.lm_eval.tasks: {name}: there is a set of that name; rename the task or the set")
+    return names
 
 
 def _asked(section: dict[str, Any]) -> Any:
@@ -93,6 +96,7 @@ def benchmark_scores(
                 source=f"lm-evaluation-harness: {task['task']}",
                 rows=task["rows"],
                 answered=0,
+                sha256=None,
                 metrics=metrics,
             )
             of_model = scores.setdefault(task["task"], {}).setdefault(model, {})

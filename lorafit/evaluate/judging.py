@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
@@ -40,7 +42,7 @@ def _of_metric(spec: MetricSpec) -> dict[str, Path]:
     if not colon or not all(map(str.isidentifier, module.split("."))):
         return {}
     found = dict(_of_module(module, set()))
-    installed = [spec for spec in _specs(module) if spec.name == module] if not found else []
+    installed = [spec for spec in module_specs(module) if spec.name == module] if not found else []
     return found or {f"module {module}": Path(spec.origin or "") for spec in installed} or {module: Path(module)}
 
 
@@ -52,7 +54,7 @@ def _of_module(name: str, seen: set[str]) -> Iterator[tuple[str, Path]]:
     if name in seen or name.partition(".")[0] in sys.stdlib_module_names:
         return
     seen.add(name)
-    for spec in _specs(name):
+    for spec in module_specs(name):
         file = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
         if file is None or not file.is_file() or not _is_own(file):
             continue
@@ -68,12 +70,15 @@ def _is_own(file: Path) -> bool:
     return file.is_relative_to(here) and not any(map(file.is_relative_to, environments))
 
 
-def _specs(name: str) -> Iterator[ModuleSpec]:
+def module_specs(name: str) -> Iterator[ModuleSpec]:
     """Where a dotted name is found, outermost first, as `python -m` looks for it. No package is imported."""
     places: list[str] | None = [str(Path.cwd()), *sys.path]
     parts = name.split(".")
     for length in range(1, len(parts) + 1):
         spec = PathFinder.find_spec(".".join(parts[:length]), places)
+        if spec is None and length == 1:  # such as an editable install's own finder
+            with contextlib.suppress(ValueError):
+                spec = importlib.util.find_spec(parts[0])
         if spec is None:
             return
         yield spec

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
+from lorafit.evaluate.assemble import BASE
 from lorafit.evaluate.contenders import (
-    BASE,
     Contender,
     adapter_at,
     adapter_named,

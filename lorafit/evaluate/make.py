@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lorafit.errors import Interrupted, UsageError
-from lorafit.evaluate.assemble import Rows, figures_of, samples_of, score, speeds
+from lorafit.errors import GateError, Interrupted, UsageError
+from lorafit.evaluate.assemble import Rows, expected_figures, figures_of, samples_of, score, speeds
 from lorafit.evaluate.contenders import Contender, groups, loaded
 from lorafit.evaluate.extras import (
     Benchmarked,
@@ -26,14 +26,14 @@ from lorafit.evaluate.extras import (
     judge_remarks,
     run_benchmarks,
 )
-from lorafit.evaluate.gates import Demand, judge, load_results, parse, regression_gates
+from lorafit.evaluate.gates import Demand, judge, load_results, no_longer_measured, parse, regression_gates
 from lorafit.evaluate.judging import task_files
 from lorafit.evaluate.lineup import Lineup, line_up
 from lorafit.evaluate.measure import measure
 from lorafit.evaluate.options import Options
 from lorafit.evaluate.records import Records
 from lorafit.evaluate.results import Difference, Figure, Model, Results
-from lorafit.evaluate.scored import expected_figures, scored_rows
+from lorafit.evaluate.scored import scored_rows
 from lorafit.evaluate.sets import EvalRows, OptionRow, option_rows, read_sets
 from lorafit.evaluate.write import write_reports
 from lorafit.files import claim, file_digest, writing
@@ -114,7 +114,7 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
     demands = [(parse(text), f"eval.gates.{number}") for number, text in enumerate(section["gates"])]
     demands += [(_from_command_line(text), "--fail-under") for text in options.fail_under]
     baseline = load_results(options.baseline) if options.baseline else None
-    check_extras(section)
+    tasks = check_extras(section)
     tokenizer = load_tokenizer(plan, lineup.run.result)
     main = next((c.name for c in lineup.contenders if c.kind in ("adapter", "trained")), None)
     sets = {rows.name: rows for rows in read_sets(plan, section, tokenizer, options.data, remarks, console)}
@@ -126,11 +126,22 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
             remarks.append(
                 f"{name}: the answers of {strange} of {len(rows)} rows are none of the options, so these don't count"
             )
-    known = expected_figures(list(scored.values()), lineup.contenders, main)
-    for demand, where in demands:
-        of_tasks = [name for name in demand.figures() if section["lm_eval"] and name.split(".")[0] not in sets]
-        demand.check(where, [*known, *of_tasks], baseline)
+    infos = {name: rows.info for name, rows in scored.items()}
+    models = {contender.name: contender.kind for contender in lineup.contenders}
+    known = list(expected_figures({name: info.metrics for name, info in infos.items()}, models, main))
+    check_demands(demands, known, tasks, baseline)
+    if baseline and (gone := dict(no_longer_measured(known, infos, tasks, baseline))):
+        raise GateError("\n".join(f"--baseline: {line}" for line in gone.values()))
     return Work(lineup, main, sets, scored, choices, demands, baseline, remarks)
+
+
+def check_demands(
+    demands: Iterable[tuple[Demand, str]], known: Sequence[str], tasks: Collection[str], baseline: Results | None
+) -> None:
+    """Raises UsageError for a figure that there won't be. What is measured of a task is known once it has run."""
+    for demand, where in demands:
+        of_tasks = [name for name in demand.figures() if name.split(".")[0] in tasks]
+        demand.check(where, [*known, *of_tasks], baseline)
 
 
 def _from_command_line(text: str) -> Demand:

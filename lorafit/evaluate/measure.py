@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from lorafit.data import special_tokens
-from lorafit.evaluate.contenders import BASE, Contender, Loaded
+from lorafit.evaluate.assemble import BASE
+from lorafit.evaluate.contenders import Contender, Loaded
 from lorafit.evaluate.engine.choices import choices
 from lorafit.evaluate.engine.greedy import end_tokens, generate
 from lorafit.evaluate.engine.likelihood import divergences, likelihoods

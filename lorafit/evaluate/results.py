@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-RESULTS_VERSION: Literal[2] = 2
+RESULTS_VERSION: Literal[3] = 3
 FEWEST = 6
 """Rows that differ: of fewer, all may fall to one side by chance more often than in 5 of 100 cases (2 * 0.5 ** 5)."""
 
@@ -30,11 +30,11 @@ class Metric(Part):
 
 
 class Figure(Part):
-    value: float | None
+    value: FiniteFloat | None
     """None where no row has it."""
-    low: float | None
+    low: FiniteFloat | None
     """Lower end of the 95% bootstrap interval."""
-    high: float | None
+    high: FiniteFloat | None
     """Upper end of it."""
     rows: int
     """Rows that it is taken over."""
@@ -95,6 +95,8 @@ class Set(Part):
     """Rows of which the likelihood was measured."""
     answered: int
     """Rows for which answers were generated."""
+    sha256: str | None
+    """Of what the rows were read from, and which of them they are; the same for every model. None: not known."""
     metrics: tuple[Metric, ...]
     """In the order in which they are shown."""
 
@@ -125,7 +127,7 @@ class Speed(Part):
 
 
 class Results(Part):
-    results_version: Literal[2] = RESULTS_VERSION
+    results_version: Literal[3] = RESULTS_VERSION
     run: str
     name: str
     created: str

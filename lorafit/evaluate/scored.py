@@ -1,25 +1,12 @@
-"""Sets as their scores need them, and the figures that will come of them: known before a model is loaded."""
+"""Sets as their scores need them, and what is measured of them: known before a model is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorafit.evaluate.assemble import (
-    ACCURACY,
-    ACCURACY_NORM,
-    AGREEMENT,
-    ENDED,
-    JUDGE,
-    KL,
-    LENGTH,
-    LIKELIHOOD,
-    MACRO_F1,
-    Question,
-    Rows,
-)
-from lorafit.evaluate.contenders import BASE, Contender
-from lorafit.evaluate.metrics import default_metrics, make_metrics
+from lorafit.evaluate.assemble import BASE, Question, Rows, set_metrics
+from lorafit.evaluate.metrics import MetricSpec, default_metrics, make_metrics, metric_info
 from lorafit.evaluate.results import Metric
 from lorafit.evaluate.results import Set as SetInfo
 from lorafit.evaluate.sets import EvalRows, OptionRow, raw_rows
@@ -45,25 +32,26 @@ class _Questions(Mapping[int, Question]):
         return len(self.rows.questions)
 
 
+def metrics_of(rows: EvalRows, section: dict[str, Any], compared: bool) -> tuple[Metric, ...]:
+    """What is measured of a set, without a word of the user's own code. See `set_metrics`. Raises UsageError."""
+    answers = map(metric_info, _specs(rows, section)) if rows.questions else None
+    return set_metrics(rows.role, answers, rows.spec["options"], compared, bool(section["judge"]))
+
+
+def _specs(rows: EvalRows, section: dict[str, Any]) -> tuple[MetricSpec, ...]:
+    asked = rows.spec["metrics"] or section["metrics"]
+    return tuple(asked or default_metrics(rows.question(row).expected for row in rows.questions))
+
+
 def scored_rows(
     rows: EvalRows, section: dict[str, Any], options: Iterable[OptionRow], main: str | None, names: list[str]
 ) -> Rows:
     """A set with its metrics, for the models of these names. Raises UsageError for a metric that there is none of."""
-    asked = rows.spec["metrics"] or section["metrics"]
-    specs = asked or default_metrics(rows.question(row).expected for row in rows.questions)
-    metrics = make_metrics(specs) if rows.questions else ()
+    specs = _specs(rows, section) if rows.questions else ()
     own = any(isinstance(spec, str) and ":" in spec for spec in specs)
-    raw = {index: row.fields for index, row, _ in raw_rows(rows)} if own and rows.questions else {}
-    fixed = tuple(rows.spec["options"]) if isinstance(rows.spec["options"], list) else None
-    infos: list[Metric] = [*LIKELIHOOD]
-    if rows.role == "forgetting":
-        infos.append(KL)
-    if rows.spec["options"] and rows.questions:
-        infos += [ACCURACY, ACCURACY_NORM, *([MACRO_F1] if fixed else [])]
-    if rows.questions:
-        infos += [metric.info for metric in metrics] + [ENDED, LENGTH]
-        infos += [AGREEMENT] if main and set(names) - {BASE, main} else []
-        infos += [JUDGE] if section["judge"] and BASE in names else []
+    raw = {index: row.fields for index, row, _ in raw_rows(rows)} if own else {}
+    compared = main is not None and bool(set(names) - {BASE, main})
+    judged = section if BASE in names else section | {"judge": None}
     places = rows.rows.select_columns(["file", "number"])
 
     def place(row: int) -> str:
@@ -85,31 +73,16 @@ def scored_rows(
             source=rows.source,
             rows=len(rows.rows),
             answered=len(rows.questions),
-            metrics=tuple(infos),
+            sha256=rows.sha256,
+            metrics=metrics_of(rows, judged, compared),
         ),
         count=len(rows.rows),
         sizes=rows.sizes,
         questions=questions,
         options={option.row: (option.options, option.expected) for option in options},
-        fixed=fixed,
-        answer_metrics=metrics,
+        fixed=tuple(rows.spec["options"]) if isinstance(rows.spec["options"], list) else None,
+        answer_metrics=make_metrics(specs),
         main=main,
         place=place,
         shown=shown,
     )
-
-
-def expected_figures(sets: list[Rows], contenders: list[Contender], main: str | None) -> list[str]:
-    """The names of all figures that the sets will have."""
-    found, names = [], [contender.name for contender in contenders]
-    for rows in sets:
-        for metric in rows.info.metrics:
-            for contender in contenders:
-                if metric == KL and contender.kind != "adapter":
-                    continue
-                if metric == AGREEMENT and contender.name in (BASE, main):
-                    continue
-                if metric == JUDGE and (contender.name == BASE or BASE not in names):
-                    continue
-                found.append(f"{rows.name}.{metric.name}.{contender.name}")
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +88,22 @@ class EvalRows:
         """SHA-256 of all tokens, labels and prompts."""
         return self._read_through[1]
 
+    @property
+    def sha256(self) -> str:
+        """Of what the rows were read from, and how, and of which of them they are: whatever the model makes of them."""
+        read = [
+            [
+                source.hub or _digest(source),
+                source.format,
+                source.columns,
+                source.template,
+                source.max_rows,
+            ]
+            for source in self.sources
+        ]
+        text = json.dumps([read, list(self.rows["number"])], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
     @cached_property
     def _read_through(self) -> tuple[np.ndarray[Any, Any], str]:
         sizes, digest = np.zeros((len(self.rows), 2)), hashlib.sha256()
@@ -100,6 +117,11 @@ class EvalRows:
                 text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 sizes[index, 1] += len(text.encode("utf-8", "surrogatepass"))
         return sizes, digest.hexdigest()
+
+
+def _digest(source: SourcePlan) -> str:
+    known = source.sha256
+    return digest(source.path) if known is None or known.startswith("unread:") else known
 
 
 def held_out_rows(

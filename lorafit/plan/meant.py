@@ -1,10 +1,39 @@
-"""The hardware that a recipe is meant for, wherever it is read."""
+"""The hardware that a recipe is meant for, wherever it is read, and the packages that its training needs."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+
 from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume
-from lorafit.recipe import Recipe
+from lorafit.recipe import Mistake, Recipe
 from lorafit.vram.gpus import Device, Gpu, find_gpu, known_gpu, parse_memory
+
+PACKAGES = {
+    "azure_ml": ("azureml",),
+    "flyte": ("flytekit",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "flash_attention_2": ("flash_attn", "kernels"),
+    "flash_attention_3": ("flash_attn_interface", "kernels"),
+}
+"""Modules of which one is needed by a tracker, where it isn't called like the tracker, or by an attention."""
+INSTALLS = {"tensorboard": "'lorafit[tensorboard]'", "azure_ml": "azureml-mlflow", "flash_attention_2": "flash-attn"}
+"""What pip installs for them, where that isn't called like the module."""
+
+
+def missing_packages(recipe: Recipe) -> Iterator[Mistake]:
+    """What a training by the recipe needs and this machine doesn't have."""
+    asked: dict[tuple[str | int, ...], str] = {("model", "attn_implementation"): recipe.model.attn_implementation}
+    asked |= {("training", "report_to", number): name for number, name in enumerate(recipe.training.report_to)}
+    for path, name in asked.items():
+        modules = PACKAGES.get(name, (name,) if path[0] == "training" else ())
+        if modules and not any(map(is_installed, modules)):
+            install = f"pip install {INSTALLS.get(name, modules[0])}"
+            yield recipe.mistake(path, f"{name} needs the package {' or '.join(modules)}, which is not here: {install}")
+
+
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def meant_hardware(recipe: Recipe) -> Hardware:

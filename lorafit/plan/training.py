@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -12,8 +11,6 @@ from lorafit.plan.model import mixed_dtype
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 DEFAULT_EPOCHS = 3.0
 DEFAULT_WARMUP_RATIO = 0.03
-TRACKER_MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
-"""Modules that trackers need, where these are not called like the tracker."""
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 CUDA_ONLY_OPTIMIZERS = ("8bit", "paged", "lion", "ademamix")
 
@@ -57,7 +54,7 @@ def training_kwargs(context: Context, dtype: str, has_validation: bool) -> dict[
         "save_total_limit": training.save_total_limit,
         "load_best_model_at_end": _keep_best(context, has_validation),
         "early_stopping_patience": training.early_stopping_patience,
-        "report_to": _trackers(context),
+        "report_to": list(training.report_to),
         "bf16": mixed == "bfloat16",
         "fp16": mixed == "float16",
         "use_cpu": not context.on_gpu,
@@ -164,16 +161,3 @@ def _keep_best(context: Context, has_validation: bool) -> bool:
     best = has_validation and training.eval_strategy != "no" and training.save_strategy != "no"
     reason = "of the lowest validation loss" if best else "there is no validation loss to choose by"
     return context.choose("training.load_best_model_at_end", best, reason)
-
-
-def _trackers(context: Context) -> list[str]:
-    trackers = context.recipe.training.report_to
-    for index, name in enumerate(trackers):
-        module = TRACKER_MODULES.get(name, name)
-        if not is_installed(module):
-            context.wrong(("training", "report_to", index), f"the package {module} is not installed")
-    return list(trackers)
-
-
-def is_installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None

@@ -277,17 +277,18 @@ def _eval(recipe: Recipe) -> Iterator[Complaint]:
 
 
 def _metrics(path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...]) -> Iterator[Complaint]:
-    """Metrics that there are none of. Code and packages that a metric needs are looked for when it is used."""
-    from lorafit.evaluate.metrics import METRICS, make_metric
+    """Metrics that there are none of. What a metric needs, such as code and files, is looked for later."""
+    from lorafit.evaluate.metrics import metric_info
 
+    names: list[str] = []
     for number, spec in enumerate(specs):
-        name = spec if isinstance(spec, str) else next(iter(spec), "")
-        if (isinstance(spec, str) and ":" in spec) or (name in METRICS and METRICS[name].needs):
-            continue
         try:
-            make_metric(spec)
+            names.append(metric_info(spec).name)
         except UsageError as error:
             yield (*path, number), str(error)
+        else:
+            if names[-1] in names[:-1]:
+                yield (*path, number), f"two metrics of a set are named {names[-1]}: leave one out"
 
 
 def _best_needs_a_checkpoint(recipe: Recipe) -> Iterator[Complaint]:

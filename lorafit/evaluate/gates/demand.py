@@ -79,15 +79,15 @@ class Demand:
         for name in self.figures():
             if not name.startswith(BASELINE):
                 if name not in known:
-                    raise _unknown(where, name, known)
+                    raise unknown_figure(where, name, known)
                 continue
             if baseline is None:
                 raise UsageError(f"{where}: {name}: there is no baseline; name an earlier results.json with --baseline")
             if name.removeprefix(BASELINE) not in baseline.figures:
-                raise _unknown(where, name, [BASELINE + figure for figure in baseline.figures])
+                raise unknown_figure(where, name, [BASELINE + figure for figure in baseline.figures])
 
 
-def _unknown(where: str, name: str, known: Collection[str]) -> UsageError:
+def unknown_figure(where: str, name: str, known: Collection[str]) -> UsageError:
     alike = difflib.get_close_matches(name, list(known), 1, 0.8)
     what = f"; did you mean '{alike[0]}'?" if alike else ""
     parts = [figure.removeprefix(BASELINE).split(".") for figure in known]

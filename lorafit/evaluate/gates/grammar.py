@@ -56,9 +56,12 @@ class _Parser:
         right = self.expression()
         if self.body[self.place :].strip():
             raise self.wrong("the end, or (ci)")
+        demand = Demand(self.text, left, comparison, right, self.by_interval)
+        if not demand.figures():
+            raise UsageError(f"{printable(self.text)!r}: names no figure, so it says nothing of the model")
         if self.by_interval and comparison in ("==", "!="):
             raise UsageError(f"{printable(self.text)!r}: (ci) goes with >=, <=, > and <, not with {comparison}")
-        return Demand(self.text, left, comparison, right, self.by_interval)
+        return demand
 
     def expression(self) -> Node:
         return self._chain("+-", lambda: self._chain("*/", self.factor))

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from lorafit.evaluate.metrics.known import METRICS, KnownMetric, MetricSpec, default_metrics, make_metric, make_metrics
+from lorafit.evaluate.metrics.known import (
+    METRICS,
+    KnownMetric,
+    MetricSpec,
+    check_metric,
+    default_metrics,
+    make_metric,
+    make_metrics,
+    metric_info,
+)
 from lorafit.evaluate.metrics.types import AnswerMetric, Judged
 
 __all__ = [
@@ -11,7 +20,9 @@ __all__ = [
     "Judged",
     "KnownMetric",
     "MetricSpec",
+    "check_metric",
     "default_metrics",
     "make_metric",
     "make_metrics",
+    "metric_info",
 ]

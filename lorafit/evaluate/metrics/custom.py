@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import inspect
@@ -14,6 +15,7 @@ from numbers import Real
 from typing import Any
 
 from lorafit.errors import UsageError, first_line, printable
+from lorafit.evaluate.judging import module_specs
 from lorafit.evaluate.metrics.types import AnswerMetric, Judged
 from lorafit.evaluate.results import Metric
 
@@ -31,8 +33,7 @@ def custom_metric(spec: str) -> AnswerMetric:
 
     Raises UsageError if it can't be imported; the metric does if it fails, or returns anything else.
     """
-    if not _SPEC.fullmatch(spec):
-        raise UsageError(f"metric '{spec}': a metric of your own is named module:function, in letters, digits and _")
+    info = custom_info(spec)
     function = _load(spec)
     takes_row = _takes(function, 3)
     if not takes_row and not _takes(function, 2):
@@ -57,9 +58,93 @@ def custom_metric(spec: str) -> AnswerMetric:
         types.update({type(value)} if value is not None else ())
         return _number(value, spec, judged)
 
-    name = spec.partition(":")[2]
-    info = Metric(name=name, label=name.replace("_", " "), unit="number", better=None)
     return AnswerMetric(info, score, lambda: types == {bool})
+
+
+def custom_info(spec: str) -> Metric:
+    """What the figure of `module:function` is called. Raises UsageError for what is not written so."""
+    if not _SPEC.fullmatch(spec):
+        raise UsageError(f"metric '{spec}': a metric of your own is named module:function, in letters, digits and _")
+    name = spec.partition(":")[2]
+    return Metric(name=name, label=name.replace("_", " "), unit="number", better=None)
+
+
+def check_function(spec: str) -> None:
+    """Raises UsageError where a module, or its function, can't be what a metric needs, as its text tells.
+
+    Nothing of it is imported or run: the code may be that of a pull request.
+    """
+    module, _, name = spec.partition(":")
+    found = list(module_specs(module))
+    if not found or found[-1].name != module:
+        if module.partition(".")[0] in sys.stdlib_module_names:
+            return
+        where = f"in {found[-1].name}" if found else "in the working directory, nor installed"
+        raise UsageError(f"metric {spec}: there is no module {module} {where}")
+    origin = found[-1].origin
+    if origin is not None and not origin.endswith(".py"):
+        return  # compiled: its names are known once it is imported
+    defined = _definition(origin, name, spec) if origin else None
+    if defined is None:
+        raise UsageError(f"metric {spec}: {module} has no function {name}")
+    if isinstance(defined, ast.Constant):
+        raise UsageError(f"metric {spec}: {name} is no function in {module}")
+    if isinstance(defined, ast.FunctionDef | ast.AsyncFunctionDef) and not defined.decorator_list:
+        if isinstance(defined, ast.AsyncFunctionDef) or any(map(_yields, defined.body)):
+            raise UsageError(f"metric {spec}: it has to return its score; it is async, or a generator")
+        if not any(_accepts(defined.args, count) for count in (2, 3)):
+            raise UsageError(f"metric {spec}: it has to take (answer, expected) or (answer, expected, row)")
+
+
+def _definition(file: str, name: str, spec: str) -> ast.AST | None:
+    """What gives a module's global name its value, last; any node where that can't be told; None: nothing does."""
+    try:
+        with open(file, "rb") as stream:
+            tree = ast.parse(stream.read())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        place = f"{file}:{error.lineno}" if isinstance(error, SyntaxError) else file
+        raise UsageError(f"metric {spec}: {place}: can't be read as Python: {first_line(error)}") from None
+    found: ast.AST | None = None
+    left: list[ast.stmt] = list(reversed(tree.body))
+    while left:
+        node = left.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found = node if node.name in (name, "__getattr__") else found
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound = (alias.asname or alias.name.partition(".")[0] for alias in node.names)
+            found = node if not {name, "*"}.isdisjoint(bound) else found
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            bound = (one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name))
+            found = (node.value or found) if name in bound else found
+        else:
+            inside = (child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node)
+            left += reversed(list(inside))
+        if found is None and _writes_names(node):
+            return node
+    return found
+
+
+def _writes_names(node: ast.stmt) -> bool:
+    """Whether a statement may define any name, such as `globals()[...] = ...`."""
+    return any(isinstance(one, ast.Name) and one.id in ("globals", "exec", "setattr", "vars") for one in ast.walk(node))
+
+
+def _yields(node: ast.AST) -> bool:
+    """Whether a part of a function makes it a generator; functions within are their own."""
+    if isinstance(node, ast.Yield | ast.YieldFrom):
+        return True
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+        return False
+    return any(map(_yields, ast.iter_child_nodes(node)))
+
+
+def _accepts(arguments: ast.arguments, count: int) -> bool:
+    """Whether a function can be called with so many positional arguments."""
+    most = len(arguments.posonlyargs) + len(arguments.args)
+    least = most - len(arguments.defaults)
+    named = any(default is None for default in arguments.kw_defaults)
+    return not named and least <= count and (arguments.vararg is not None or count <= most)
 
 
 def _load(spec: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from lorafit.errors import UsageError
 from lorafit.evaluate.metrics import overlap, structured, text
-from lorafit.evaluate.metrics.custom import custom_metric
+from lorafit.evaluate.metrics.custom import check_function, custom_info, custom_metric
 from lorafit.evaluate.metrics.types import AnswerMetric, PairScore, load_extra
 from lorafit.evaluate.results import Metric
 from lorafit.targets import near
@@ -34,7 +34,7 @@ class KnownMetric:
         plain: its score without an argument; None: it needs one.
         bind: makes its score from an argument; None: it takes none.
         argument: what the argument is, such as PATTERN.
-        needs: a package of the extra `eval`.
+        needs: a package of the extra `eval`, which a score with an argument loads itself.
     """
 
     info: Metric
@@ -49,20 +49,28 @@ class KnownMetric:
         functions = [function for function in (self.plain, self.bind) if function is not None]
         return " With an argument: ".join((inspect.getdoc(function) or "").partition("\n")[0] for function in functions)
 
-    def make(self, argument: str | None) -> PairScore:
-        """Its score. Raises UsageError if an argument is missing, one too many, or wrong."""
+    def check(self, argument: str | None) -> None:
+        """Raises UsageError if an argument is missing, one too many, or wrong, as far as it alone can tell."""
         name = self.info.name
-        if self.needs:
-            load_extra(self.needs, name)
         if argument is None:
             if self.plain is None:
                 raise UsageError(f"metric {name} needs an argument: write `{name}: {self.argument}`")
-            return self.plain
-        if self.bind is None:
+        elif self.bind is None:
             raise UsageError(f"metric {name} takes no argument: write `{name}` instead of `{name}: {argument}`")
-        if not argument:
+        elif not argument:
             raise UsageError(f"metric {name}: the argument is empty: write `{name}: {self.argument}`")
-        return self.bind(argument)
+        elif not self.needs:
+            self.bind(argument)
+
+    def make(self, argument: str | None) -> PairScore:
+        """Its score. Raises UsageError as `check`, or if the file that is its argument is wrong; MissingError."""
+        self.check(argument)
+        if self.bind is not None and argument is not None:
+            return self.bind(argument)
+        if self.needs:
+            load_extra(self.needs, self.info.name)
+        assert self.plain is not None
+        return self.plain
 
 
 Better = Literal["higher", "lower"] | None
@@ -111,31 +119,64 @@ METRICS: Mapping[str, KnownMetric] = {
 """By name, in the order of the documentation."""
 
 
-def make_metric(spec: MetricSpec) -> AnswerMetric:
-    """The metric that a recipe names. Raises UsageError if there is no such metric, or its argument is wrong."""
-    if isinstance(spec, str):
-        name, argument = spec, None
-    elif len(spec) == 1:
-        ((name, argument),) = spec.items()
-    else:
-        raise UsageError(f"a metric is one name or one `name: argument`, not {dict(spec)}")
+def metric_info(spec: MetricSpec) -> Metric:
+    """What a metric measures. No file is read, and no code imported.
+
+    Raises UsageError if there is no such metric, or its argument is wrong, as far as the recipe alone can tell.
+    """
+    name, argument = _parted(spec)
     if ":" in name:
-        if argument is not None:
-            raise UsageError(f"metric {name}: a metric of your own takes no argument")
         return _own(name)
     if name not in METRICS:
         raise _unknown(name)
+    METRICS[name].check(argument)
+    return METRICS[name].info
+
+
+def check_metric(spec: MetricSpec) -> None:
+    """Raises UsageError for what `make_metric` would refuse, as far as files tell, and MissingError. Runs no code."""
+    metric_info(spec)
+    name, argument = _parted(spec)
+    if ":" in name:
+        check_function(name)
+    else:
+        METRICS[name].make(argument)
+
+
+def make_metric(spec: MetricSpec) -> AnswerMetric:
+    """The metric that a recipe names.
+
+    Raises UsageError if there is no such metric, or its argument is wrong; MissingError.
+    """
+    info = metric_info(spec)
+    name, argument = _parted(spec)
+    if ":" in name:
+        return custom_metric(name)
     score = METRICS[name].make(argument)
-    return AnswerMetric(METRICS[name].info, lambda judged: score(judged.answer, judged.expected))
+    return AnswerMetric(info, lambda judged: score(judged.answer, judged.expected))
 
 
-def _own(spec: str) -> AnswerMetric:
+def _parted(spec: MetricSpec) -> tuple[str, str | None]:
+    """The name of a metric and its argument."""
+    if isinstance(spec, str):
+        return spec, None
+    if len(spec) != 1:
+        raise UsageError(f"a metric is one name or one `name: argument`, not {dict(spec)}")
+    ((name, argument),) = spec.items()
+    if ":" in name:
+        raise UsageError(f"metric {name}: a metric of your own takes no argument")
+    return name, argument
+
+
+def _own(spec: str) -> Metric:
     first, _, name = spec.partition(":")
-    if first in METRICS and METRICS[first].bind:
-        raise UsageError(f"metric '{spec}': put a space behind the colon for an argument: `{first}: {name.strip()}`")
+    known = METRICS.get(first.strip())
+    if known is not None:
+        how = f"an argument stands outside of quotes: `{first.strip()}: {name.strip()}`"
+        raise UsageError(f"metric '{spec}': {how if known.bind else f'{first.strip()} takes no argument'}")
     if name in METRICS or name in RESERVED:
         raise UsageError(f"metric {spec}: there is a figure {name} already; give the function another name")
-    return custom_metric(spec)
+    return custom_info(spec)
 
 
 def _unknown(name: str) -> UsageError:

@@ -90,9 +90,9 @@ def json_schema(path: str) -> PairScore:
 
 
 def _validator(path: Path) -> Any:
+    schema = _read(path)
     validators = load_extra("jsonschema.validators", "json_schema")
     registry = load_extra("jsonschema_specifications", "json_schema").REGISTRY
-    schema = _read(path)
     dialect = schema.get("$schema", _DRAFT) if isinstance(schema, dict) else _DRAFT
     draft = validators.validator_for({"$schema": dialect}, default=None) if isinstance(dialect, str) else None
     if draft is None:

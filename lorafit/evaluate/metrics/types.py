@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.errors import UsageError
+from lorafit.errors import MissingError
 from lorafit.evaluate.results import Metric
 
 PairScore = Callable[[str, str], float | None]
@@ -43,9 +43,9 @@ class AnswerMetric:
 
 
 def load_extra(module: str, metric: str) -> Any:
-    """A module of the extra `eval`. Raises UsageError if it is not installed."""
+    """A module of the extra `eval`. Raises MissingError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise UsageError(f"the metric {metric} needs the package {package}: pip install 'lorafit[eval]'") from None
+        raise MissingError(f"the metric {metric} needs the package {package}: pip install 'lorafit[eval]'") from None
