@@ -22,6 +22,8 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lorafit.errors import first_line
+
 _ANSWER = "lorafit-probe-answer"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINKING_SWITCHES = ("enable_thinking", "thinking")
@@ -58,6 +60,15 @@ def _literal(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value, ensure_ascii=False).replace("%", "\\u0025").replace("{", "\\u007b")
+
+
+def syntax_error(template: str) -> str | None:
+    """The line of a template that is no Jinja, and why it is none; None for one that is."""
+    try:
+        light_environment().from_string(template)
+    except Exception as error:  # noqa: BLE001 - such as brackets 2000 deep
+        return f"{getattr(error, 'lineno', 1)}: no Jinja: {first_line(error)}"
+    return None
 
 
 def variables(template: str) -> set[str]:

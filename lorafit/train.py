@@ -36,6 +36,7 @@ from lorafit.callbacks import (
 from lorafit.card import write_card
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
+from lorafit.evaluate.make import rehearse
 from lorafit.files import check_own, discard, partial_of, seal, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.hardware import return_memory
@@ -98,6 +99,8 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         plan = with_audit(plan, data.audit)
         if main:
             print_findings(data.audit, plan.data.audit, console)
+            if not start.resume and start.steps is None:
+                rehearse(plan, tokenizer, data, console)
             make_run(run, plan, recipe_text, start)
         foreseen = foresee(plan)
         foreseen = keep_within(plan, foreseen, console if main else None)

@@ -42,6 +42,9 @@ def score(spec: MetricSpec, answer: str, expected: str = "") -> float | None:
     return make_metric(spec).score(Judged(answer, expected))
 
 
+SCHEMA = Path(__file__).resolve().parent.parent / "docs" / "results.schema.json"
+
+
 @pytest.fixture
 def schema(tmp_path: Path) -> Any:
     def write(content: Any) -> dict[str, str]:
@@ -284,7 +287,7 @@ def test_missing_json_schema(tmp_path: Path) -> None:
         ({"exact_match": "x"}, "exact_match takes no argument: write `exact_match`"),
         ({"regex": "a", "contains": "b"}, "one name or one `name: argument`, not {'regex': 'a', 'contains': 'b'}"),
         ({}, "one name or one `name: argument`, not {}"),
-        ("regex:^a", "put a space behind the colon for an argument: `regex: \\^a`"),
+        ("regex:^a", "an argument stands outside of quotes: `regex: \\^a`"),
         ({"my_own:f": "x"}, "a metric of your own takes no argument"),
         ("my own:f", "named module:function"),
         (".my_own:f", "named module:function"),
@@ -307,7 +310,7 @@ def test_refused(spec: MetricSpec, message: str) -> None:
     [
         ("bleu", "sacrebleu.metrics", "sacrebleu"),
         ("chrf", "sacrebleu.metrics", "sacrebleu"),
-        ({"json_schema": "x.json"}, "jsonschema.validators", "jsonschema"),
+        ({"json_schema": str(SCHEMA)}, "jsonschema.validators", "jsonschema"),
     ],
 )
 def test_missing_package(spec: MetricSpec, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:

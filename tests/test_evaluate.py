@@ -392,21 +392,42 @@ def test_answers_that_are_cut_off_are_not_asked_for(run: RunDir, tmp_path: Path)
 
 
 def test_a_model_that_overflows_has_no_figures_and_passes_nothing(run: RunDir, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(run.merged)
-    token = tokenizer(" mat", add_special_tokens=False)["input_ids"][0]
     file = run.merged / "model.safetensors"
     weights = load_file(file)
-    weights["model.embed_tokens.weight"][token] = math.nan
+    weights["model.layers.0.self_attn.o_proj.weight"].fill_(3e38)
     save_file(weights, file, metadata={"format": "pt"})
     seal(run.merged, "merge")
     data = write_jsonl(tmp_path / "rows.jsonl", [conversation(f"red mat {number}", "green") for number in range(3)])
     gates = ("heldout.loss.merged < 99", "heldout.accuracy.merged == 0")
     setting = (*PLAIN, "eval.sets=[{name: heldout, options: [green, red]}]")
     results = evaluated(run, data=data, overrides=setting, max_new_tokens=3, fail_under=gates)
-    assert [gate.passed for gate in results.gates] == [False, True]
+    assert [(gate.where, gate.passed) for gate in results.gates] == [
+        ("--fail-under", False),
+        ("--fail-under", True),
+        ("eval", False),
+    ]
     merged = samples(run.eval)[0].answers["merged"]
     assert (merged.chosen, "loss" in merged.scores) == (None, False)
     assert "loss" in samples(run.eval)[0].answers["adapter"].scores
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("broken", ["adapter", "merged", "another"])
+def test_weights_that_are_not_finite_are_refused(run: RunDir, broken: str, number: float, tmp_path: Path) -> None:
+    """As merge refuses them; also where no gate is on a figure that they spoil."""
+    folder = {"merged": run.merged, "adapter": run.adapter, "another": tmp_path / "another"}[broken]
+    if broken == "another":
+        shutil.copytree(run.adapter, folder)
+    file = folder / ("model.safetensors" if broken == "merged" else "adapter_model.safetensors")
+    weights = load_file(file)
+    weights[list(weights)[-1]].view(-1)[-1] = number
+    save_file(weights, file, metadata={"format": "pt"})
+    resealed(run) if broken == "adapter" else seal(folder, "merge" if broken == "merged" else "adapter")
+    adapters = (Named("x", folder),) if broken == "another" else ()
+    compare = ("base", "merged") if broken == "merged" else ("base", "adapter")
+    with pytest.raises(ModelError, match="not finite"):
+        evaluated(run, compare=compare, adapters=adapters, fail_under=("heldout.repetition.base <= 1",))
+    assert not (run.eval / "results.json").exists()
 
 
 def test_the_same_option_twice(run: RunDir, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def validate(
         from lorafit.quiet import hush
 
         hush()
-    report = run_validate(paths, Options(tuple(overrides or ()), tuple(skip or ()), hardware, strict, deep))
+    report = run_validate(paths, Options(tuple(overrides or ()), tuple(skip or ()), hardware, here, strict, deep))
     typer.echo(FORMATS[format](report))
     if report.exit_code:
         raise typer.Exit(report.exit_code)

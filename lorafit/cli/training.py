@@ -14,6 +14,7 @@ from lorafit.errors import DataError
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
+    from lorafit.recipe import Recipe
 
 
 @reporting
@@ -34,7 +35,20 @@ def train(
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other", 2)
     written = config.read_bytes() if config.is_file() else b""
-    plan, lock = plan_locked(config, overrides, dry_run) if locked else (make_plan(config, overrides, dry_run), None)
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+
+    recipe = Recipe.load(config, overrides or ())
+    lock: str | None = None
+    if locked:
+        plan, lock = plan_locked(recipe, config, dry_run)
+    else:
+        plan = plan_recipe(recipe, config, count_rows=dry_run)
+    if not resume:  # the recipe is as the run was begun with
+        from lorafit.validate.evaluation import refuse
+
+        for line in refuse(recipe):
+            talk().print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if dry_run:
         from lorafit.show import print_plan
         from lorafit.vram.calibrate import foresee, shortage
@@ -43,9 +57,9 @@ def train(
         if plan.hardware.device == "cpu":
             foreseen = foresee(plan)
             short = shortage(foreseen)
-            line = short.line if short else foreseen.reason and f"memory: {foreseen.reason}"
-            if line:
-                talk().print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+            short_of = short.line if short else foreseen.reason and f"memory: {foreseen.reason}"
+            if short_of:
+                talk().print(short_of, style="yellow", highlight=False, markup=False, soft_wrap=True)
         if plan.audit:
             from lorafit.audit import Audit, gate
 
@@ -76,14 +90,12 @@ def train(
         typer.echo(f"{result['result']}")
 
 
-def plan_locked(config: Path, overrides: list[str] | None, count_rows: bool) -> tuple[Plan, str]:
+def plan_locked(recipe: Recipe, config: Path, count_rows: bool) -> tuple[Plan, str]:
     """The plan with the locked commits, and the lock. Raises DriftError."""
     from lorafit.lock import held_lock
     from lorafit.lock.state import pinned
     from lorafit.plan import dated, plan_recipe
-    from lorafit.recipe import Recipe
 
-    recipe = Recipe.load(config, overrides or ())
     lock = held_lock(config, recipe)
     plan = plan_recipe(pinned(recipe, lock), config, count_rows=count_rows)
     return dated(plan, lock.content["date"] or plan.data.date), lock.text

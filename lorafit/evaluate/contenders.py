@@ -175,6 +175,7 @@ class Loaded:
                 self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=inner)
         except Exception as error:
             raise cannot_load("adapter", str(folder), error) from error
+        _check_finite(self.model, str(folder), f".{inner}.")
         self.model.eval()
         self._names[name] = inner
         self._biases[name] = _biases(self.model)
@@ -215,6 +216,17 @@ class Loaded:
             parameter.copy_(value)
 
 
+def _check_finite(model: LoadedModel, path: str, part: str = "") -> None:
+    """Raises ModelError for a weight that holds a number that is not finite."""
+    for name, parameter in model.named_parameters():
+        if (
+            (part in f"{name}." or name.endswith(".bias"))
+            and parameter.is_floating_point()
+            and not parameter.isfinite().all()
+        ):
+            raise ModelError(f"{path}: {name} holds numbers that are not finite; it is broken")
+
+
 def _bias_parameters(model: LoadedModel) -> list[torch.nn.Parameter]:
     """The base's biases, which are the same with adapters on it."""
     found = [
@@ -238,7 +250,9 @@ def loaded(contenders: list[Contender]) -> Iterator[Loaded]:
         plan = on_cpu(plan)
     if first.kind in ("trained", "merged"):
         plan = dataclasses.replace(plan, quantization_kwargs=None)
-        made = Loaded(ready(load_base(plan, located(first.path)), plan))
+        model = load_base(plan, located(first.path))
+        _check_finite(model, first.path)
+        made = Loaded(ready(model, plan))
     else:
         made = Loaded(ready(load_base(plan, base_source(plan, first.run)), plan))
         for contender in contenders:

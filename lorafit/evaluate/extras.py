@@ -20,6 +20,7 @@ from lorafit.evaluate.results import Answer, Metric, Sample
 from lorafit.evaluate.results import Set as SetInfo
 from lorafit.evaluate.sets import HELD_OUT
 from lorafit.evaluate.statistics import Series
+from lorafit.plan.meant import is_installed
 
 Benchmarked: TypeAlias = dict[str, list[dict[str, Any]]]
 """By model, what each task gave, as JSON-able values."""
@@ -46,6 +47,14 @@ def check_extras(section: dict[str, Any]) -> list[str]:
         if name in sets:
             raise UsageError(f"eval.lm_eval.tasks: {name}: there is a set of that name; rename the task or the set")
     return names
+
+
+def look_at_benchmarks(section: dict[str, Any]) -> None:
+    """That the tasks are known, and bring no code that isn't trusted; their data is not loaded. Raises UsageError."""
+    if section["lm_eval"] and is_installed("lm_eval"):
+        from lorafit.evaluate.benchmarks import look
+
+        look(_asked(section))
 
 
 def _asked(section: dict[str, Any]) -> Any:
@@ -96,7 +105,6 @@ def benchmark_scores(
                 source=f"lm-evaluation-harness: {task['task']}",
                 rows=task["rows"],
                 answered=0,
-                sha256=None,
                 metrics=metrics,
             )
             of_model = scores.setdefault(task["task"], {}).setdefault(model, {})

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
+from lorafit.data import Prepared
 from lorafit.errors import GateError, Interrupted, UsageError
-from lorafit.evaluate.assemble import Rows, expected_figures, figures_of, samples_of, score, speeds
+from lorafit.evaluate.assemble import BASE, LOSS, Rows, expected_figures, figures_of, samples_of, score, speeds
 from lorafit.evaluate.contenders import Contender, groups, loaded
 from lorafit.evaluate.extras import (
     Benchmarked,
@@ -24,20 +26,23 @@ from lorafit.evaluate.extras import (
     check_extras,
     judge_answers,
     judge_remarks,
+    look_at_benchmarks,
     run_benchmarks,
 )
 from lorafit.evaluate.gates import Demand, judge, load_results, no_longer_measured, parse, regression_gates
+from lorafit.evaluate.gates.demand import BASELINE, no_figure
 from lorafit.evaluate.judging import task_files
 from lorafit.evaluate.lineup import Lineup, line_up
 from lorafit.evaluate.measure import measure
 from lorafit.evaluate.options import Options
 from lorafit.evaluate.records import Records
-from lorafit.evaluate.results import Difference, Figure, Model, Results
-from lorafit.evaluate.scored import scored_rows
-from lorafit.evaluate.sets import EvalRows, OptionRow, option_rows, read_sets
+from lorafit.evaluate.results import Difference, Figure, Gate, Model, Results
+from lorafit.evaluate.scored import metrics_of, scored_rows
+from lorafit.evaluate.sets import HELD_OUT, EvalRows, OptionRow, option_rows, read_sets
 from lorafit.evaluate.write import write_reports
 from lorafit.files import claim, file_digest, writing
 from lorafit.manifest import versions
+from lorafit.plan import Plan
 from lorafit.quiet import hush_progress
 from lorafit.rundir import located
 from lorafit.tokenizer import load_tokenizer
@@ -135,6 +140,33 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
     return Work(lineup, main, sets, scored, choices, demands, baseline, remarks)
 
 
+def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, console: Console) -> None:
+    """Read what a plan's evaluation will, before anything is trained: its sets' rows, its gates, its benchmarks.
+
+    Neither a model nor the code of a metric is loaded. Raises UsageError and DataError, as `evaluate` would.
+    """
+    section = plan.eval
+    demands = [(parse(text), f"eval.gates.{number}") for number, text in enumerate(section["gates"])]
+    named = {figure.removeprefix(BASELINE).split(".")[0] for demand, _ in demands for figure in demand.figures()}
+    own = "trained" if plan.lora_kwargs is None else "adapter"
+    models = {name: name for name in (BASE, own, *([] if own == "trained" else ["merged"]))}
+    read = {*named, *(spec["name"] for spec in section["sets"])}
+    if prepared.validation is None:
+        read -= {HELD_OUT}
+    metrics = {}
+    for rows in read_sets(plan, section, tokenizer, None, [], console, read, prepared):
+        metrics[rows.name] = metrics_of(rows, section, True)
+        for _ in option_rows(rows, plan) if rows.spec["options"] else ():
+            pass
+    known = list(expected_figures(metrics, models, own))
+    for demand, where in demands:
+        for name in (name.removeprefix(BASELINE) for name in demand.figures()):
+            of_set, _, model = name.split(".")
+            if of_set in metrics and model in models and name not in known:
+                raise UsageError(f"{where}: {no_figure(name, known)}")
+    look_at_benchmarks(section)
+
+
 def check_demands(
     demands: Iterable[tuple[Demand, str]], known: Sequence[str], tasks: Collection[str], baseline: Results | None
 ) -> None:
@@ -191,6 +223,11 @@ def assemble(work: Work, records: Records, benchmarks: Benchmarked, options: Opt
     work.remarks.extend(judge_remarks(list(work.scored.values()), work.names, records))
     values = {name: figure.value for name, figure in figures.items()}
     gates = [judge(demand, where, values, resamples.get, work.baseline) for demand, where in work.demands]
+    gates += [
+        Gate(gate=f"{name} is finite", where="eval", passed=False, sentence=f"{name} is no finite number")
+        for name, figure in figures.items()
+        if figure.value is None and figure.rows and name.split(".")[1] == LOSS.name
+    ]
     run, plan = work.lineup.run, work.lineup.plan
     results = Results(
         run=str(run.path),

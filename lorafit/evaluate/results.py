@@ -79,7 +79,7 @@ class Gate(Part):
     gate: str
     """As it was written, such as `heldout.loss.adapter < heldout.loss.base (ci)`."""
     where: str
-    """Where it was written: `eval.gates.0`, `--fail-under` or `--baseline`."""
+    """Where it was written: `eval.gates.0`, `--fail-under` or `--baseline`; `eval` for a loss that is not finite."""
     passed: bool
     sentence: str
     """The figures in it, for people: `heldout.exact_match.adapter is 0.75, and 0.8 was demanded`."""
@@ -95,7 +95,7 @@ class Set(Part):
     """Rows of which the likelihood was measured."""
     answered: int
     """Rows for which answers were generated."""
-    sha256: str | None
+    sha256: str | None = None
     """Of what the rows were read from, and which of them they are; the same for every model. None: not known."""
     metrics: tuple[Metric, ...]
     """In the order in which they are shown."""

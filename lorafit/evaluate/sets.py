@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import RULES, SourceAudit, gate
-from lorafit.data import IGNORED, Lengths, Renderer, prepare, rows_of, special_tokens, tokenize
+from lorafit.data import IGNORED, Lengths, Prepared, Renderer, prepare, rows_of, special_tokens, tokenize
 from lorafit.errors import DataError, first_line
 from lorafit.evaluate.engine.choices import Choice
 from lorafit.plan import Plan, SourcePlan
@@ -128,7 +128,7 @@ def held_out_rows(
     plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None = None
 ) -> Dataset:
     """Tokenized held-out rows: of a file, else those that the run kept out of training. Raises DataError."""
-    return _held_out(plan, tokenizer, data, console).rows
+    return _held_out(plan, tokenizer, data, console, None).rows
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,22 @@ class _Read:
     audits: tuple[SourceAudit, ...] = ()
 
 
-def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None) -> _Read:
+def _held_out(
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path | None,
+    console: Console | None,
+    prepared: Prepared | None,
+) -> _Read:
     if data is not None:
         first = plan.data.train[0]
         source = SourcePlan(str(data), "--data", columns=first.columns, template=first.template)
         return _read(plan, source, tokenizer, console)
     if not plan.data.validation and plan.data.validation_fraction is None:
         raise DataError("the run held no rows out of training; name some with --data")
-    check_unchanged(plan)
-    made = prepare(plan.data, tokenizer, console)
+    if (made := prepared) is None:
+        check_unchanged(plan)
+        made = prepare(plan.data, tokenizer, console)
     assert made.validation is not None
     return _Read(made.validation, plan.data.validation or plan.data.train, made.audit.validation)
 
@@ -183,12 +190,16 @@ def read_sets(
     data: Path | None,
     remarks: list[str],
     console: Console | None,
+    only: Collection[str] | None = None,
+    prepared: Prepared | None = None,
 ) -> list[EvalRows]:
     """The sets of an eval section: the held-out rows, those it names, and the built-in ones. Raises DataError.
 
     Args:
         data: rows to take for the held-out ones.
         remarks: where it is noted what was left out, and why.
+        only: the sets that are read; None: all.
+        prepared: the run's own rows, if they are at hand.
     """
     own = {spec["name"]: spec for spec in section["sets"]}
     asked = (
@@ -196,9 +207,11 @@ def read_sets(
     )
     found = []
     for name, spec in asked.items():
+        if only is not None and name not in only:
+            continue
         role: Role = spec["role"]
         try:
-            read = _rows_of(name, spec, plan, tokenizer, data, console)
+            read = _rows_of(name, spec, plan, tokenizer, data, console, prepared)
         except DataError as error:
             if name in BUILT_IN:
                 remarks.append(f"{name}: left out: {first_line(error)}")
@@ -267,9 +280,10 @@ def _rows_of(
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
     console: Console | None,
+    prepared: Prepared | None,
 ) -> _Read:
     if name == HELD_OUT and (data is not None or not spec["path"]):
-        return _held_out(plan, tokenizer, data, console)
+        return _held_out(plan, tokenizer, data, console, prepared)
     path = spec["path"] or str(TEXTS / f"{name}.jsonl")
     source = SourcePlan(
         path,

@@ -23,6 +23,7 @@ from lorafit.plan.sources import Reading, counted, plan_sources
 from lorafit.plan.training import long_warmup, training_kwargs
 from lorafit.plan.types import Choice, Plan, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
+from lorafit.template import syntax_error
 
 _PACKED_LATER = "The number of steps is known once the rows are packed."
 
@@ -110,6 +111,8 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     targets = adapter_targets(context)
     max_length = choose_max_length(context)
     chat_template = read_chat_template(context)
+    if chat_template is not None and (wrong := syntax_error(chat_template)):
+        context.wrong(("model", "chat_template"), f"{recipe.model.chat_template}:{wrong}")
     train, validation = plan_sources(context, reading)
     data = plan_data(context, train, validation, max_length, chat_template, looks=reading != "nothing")
     for_training = training_kwargs(context, dtype, has_validation=bool(recipe.dataset.validation))

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 
 from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume
-from lorafit.recipe import Mistake, Recipe
+from lorafit.recipe import Recipe
 from lorafit.vram.gpus import Device, Gpu, find_gpu, known_gpu, parse_memory
 
 PACKAGES = {
@@ -21,15 +21,15 @@ INSTALLS = {"tensorboard": "'lorafit[tensorboard]'", "azure_ml": "azureml-mlflow
 """What pip installs for them, where that isn't called like the module."""
 
 
-def missing_packages(recipe: Recipe) -> Iterator[Mistake]:
-    """What a training by the recipe needs and this machine doesn't have."""
+def missing_packages(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """What a training by the recipe needs and this machine doesn't have, as (path in the recipe, message)."""
     asked: dict[tuple[str | int, ...], str] = {("model", "attn_implementation"): recipe.model.attn_implementation}
     asked |= {("training", "report_to", number): name for number, name in enumerate(recipe.training.report_to)}
     for path, name in asked.items():
         modules = PACKAGES.get(name, (name,) if path[0] == "training" else ())
         if modules and not any(map(is_installed, modules)):
             install = f"pip install {INSTALLS.get(name, modules[0])}"
-            yield recipe.mistake(path, f"{name} needs the package {' or '.join(modules)}, which is not here: {install}")
+            yield path, f"{name} needs the package {' or '.join(modules)}, which is not here: {install}"
 
 
 def is_installed(module: str) -> bool:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
-
-from lorafit.errors import DataError, ModelError, UsageError, first_line
+from lorafit.errors import DataError, MissingError, ModelError, UsageError
 from lorafit.facts import ModelFacts, UnreachableError, read_facts
 from lorafit.plan import Plan
 from lorafit.plan.context import Context
 from lorafit.plan.make import examine
-from lorafit.plan.meant import meant_hardware
-from lorafit.recipe import Mistake, Recipe, RecipeError
-from lorafit.rows import Row, read_rows
+from lorafit.plan.meant import meant_hardware, missing_packages
+from lorafit.recipe import Recipe, RecipeError
+from lorafit.rows import Row
 from lorafit.rundir import RunDir, located
-from lorafit.validate.contents import check_contents, place_of_fault
-from lorafit.validate.evaluation import check_benchmarks, check_evaluation
+from lorafit.validate.contents import check_contents, first_rows, place_of_fault
+from lorafit.validate.evaluation import check_evaluation
 from lorafit.validate.findings import Findings, Options
 from lorafit.validate.fit import Estimates, check_fit
 from lorafit.validate.types import Checked, Fault
-
-_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""Marks of learned text, which transformers adds to Jinja."""
 
 
 @dataclass
@@ -45,10 +38,12 @@ class Checker:
             return _unreadable(file, error)
         found = Findings(recipe, self.options)
         plan, facts = self._planned(found, file)
+        for path, message in missing_packages(recipe):
+            note = found.wrong if self.options.here else found.unchecked
+            note(path, MissingError(message))
         check_evaluation(found)
         if "data" not in self.options.skip:
             check_contents(found, self.rows)
-            check_benchmarks(found)
         if plan is not None and facts is not None:
             check_fit(found, plan, facts, self._estimates)
             if self.options.deep and not found.faults:
@@ -61,7 +56,7 @@ class Checker:
         """The first rows of a local source. Raises DataError."""
         if (path, most) not in self._rows:
             try:
-                self._rows[path, most] = tuple(itertools.islice(read_rows(path), most))
+                self._rows[path, most] = first_rows(path, most)
             except DataError as error:
                 self._rows[path, most] = error
         found = self._rows[path, most]
@@ -83,12 +78,8 @@ class Checker:
         hardware = self.options.hardware or meant_hardware(recipe)
         context = Context(recipe, facts or ModelFacts(recipe.model.name_or_path, "hub", "nothing", {}, ()), hardware)
         plan = examine(context, Path(file).stem, "nothing" if "data" in self.options.skip else "formats")
-        if plan is not None and plan.data.chat_template is not None:
-            _check_syntax(found, plan.data.chat_template)
         for mistake in context.mistakes:
-            if self._is_of_this_machine(mistake):
-                found.unchecked(("training", "report_to"), UsageError(f"{mistake.path}: {mistake.message} here"))
-            elif facts is not None or not mistake.path.startswith("lora."):  # modules can't be told without the model
+            if facts is not None or not mistake.path.startswith("lora."):  # modules can't be told without the model
                 found.faults.append(Fault(mistake, RecipeError.exit_code))
         try:
             RunDir(located(recipe.output_dir or f"runs/{Path(file).stem}")).refuse_others()
@@ -99,10 +90,6 @@ class Checker:
         for path, unreadable in context.faults:
             found.wrong(place_of_fault(found, path, unreadable, self.rows), unreadable)
         return plan, facts
-
-    def _is_of_this_machine(self, mistake: Mistake) -> bool:
-        """Whether a mistake is that a package is missing, which it need not be where the recipe is trained."""
-        return mistake.path.startswith("training.report_to.") and self.options.hardware is None
 
     def _model(self, recipe: Recipe) -> ModelFacts:
         """Raises ModelError."""
@@ -116,15 +103,6 @@ class Checker:
         if isinstance(found, ModelError):
             raise found
         return found
-
-
-def _check_syntax(found: Findings, template: str) -> None:
-    """Note a chat template that is no Jinja."""
-    try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
-    except jinja2.TemplateSyntaxError as error:
-        what = f"{found.recipe.model.chat_template}:{error.lineno}: no Jinja: {first_line(error.message)}"
-        found.wrong(("model", "chat_template"), UsageError(what))
 
 
 def _unreadable(file: str, error: RecipeError) -> Checked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from lorafit.errors import DataError
 from lorafit.plan.context import Path
 from lorafit.recipe import Source
 from lorafit.recipe.schema import EvalSet
-from lorafit.rows import Row, data_files, detect_format, is_local, to_example
+from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to_example
 from lorafit.rows.cells import Shape
 from lorafit.rows.row import Fault as RowFault
 from lorafit.validate.findings import Findings
@@ -35,6 +36,11 @@ class _Asked:
     @property
     def key(self) -> str:
         return ".".join(map(str, self.path))
+
+
+def first_rows(path: str, most: int) -> tuple[Row, ...]:
+    """The first rows of a local source. Raises DataError."""
+    return tuple(itertools.islice(read_rows(path), most))
 
 
 def check_contents(found: Findings, rows: Rows) -> None:
@@ -127,4 +133,4 @@ def _check_hub(found: Findings, asked: _Asked) -> None:
         found.wrong(path, DataError(f"{asked.file}: no such file or folder (looked in {FilePath.cwd()})"))
         return
     what = f"{asked.file} is not here, so it is a hub data set, read when training begins"
-    found.unchecked(path, DataError(f"{asked.key} was not checked: {what}"))
+    found.unchecked(path, DataError(f"was not checked: {what}"))

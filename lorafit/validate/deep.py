@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from lorafit.audit import Audit, Limits, Share, findings, source_findings
 from lorafit.data import prepare
 from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.evaluate.make import rehearse
 from lorafit.plan import plan_recipe, with_audit
 from lorafit.plan.context import Path
 from lorafit.plan.meant import meant_hardware
@@ -23,7 +25,8 @@ def check_deep(found: Findings, file: str) -> None:
     recipe = found.recipe
     try:
         plan = plan_recipe(recipe, file, found.options.hardware or meant_hardware(recipe), count_rows=False)
-        data = prepare(plan.data, load_tokenizer(plan), Console(stderr=True))
+        console, tokenizer = Console(stderr=True), load_tokenizer(plan)
+        data = prepare(plan.data, tokenizer, console)
         known = len(plan.remarks)
         found.notes += with_audit(plan, data.audit).remarks[known:]
     except UsageError as error:  # a warm-up as long as a run of one step
@@ -33,6 +36,11 @@ def check_deep(found: Findings, file: str) -> None:
     except LorafitError as error:
         found.wrong(("dataset",) if isinstance(error, DataError) else ("model", "name_or_path"), error)
         return
+    try:
+        rehearse(plan, tokenizer, data, console)
+    except LorafitError as error:
+        where = re.match(r"eval\.gates\.(\d+): ", str(error))
+        found.wrong(("eval", "gates", int(where[1])) if where else ("eval",), error)
     for place, one in _placed(data.audit, plan.data.audit):
         if one.is_breach:
             limited = one.rule in recipe.dataset.audit.model_fields_set

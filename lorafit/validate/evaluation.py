@@ -1,48 +1,140 @@
-"""What a recipe measures and demands after training, as far as it can be told without a model."""
+"""What a recipe measures and demands after training, as far as files tell: what `lorafit eval` would refuse."""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
+from collections.abc import Callable, Iterator
 
-from lorafit.errors import DataError, UsageError
-from lorafit.targets import near
-from lorafit.validate.findings import Findings
+from lorafit.errors import LorafitError, MissingError, UsageError
+from lorafit.evaluate.assemble import BASE, expected_figures, set_metrics
+from lorafit.evaluate.gates import parse
+from lorafit.evaluate.gates.demand import BASELINE, no_figure
+from lorafit.evaluate.metrics import POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
+from lorafit.evaluate.options import RESERVED
+from lorafit.evaluate.results import Metric
+from lorafit.plan.context import Path
+from lorafit.plan.meant import is_installed, missing_packages
+from lorafit.recipe import Recipe
+from lorafit.recipe.schema import EvalSet
+from lorafit.validate.contents import check_contents, first_rows
+from lorafit.validate.findings import Findings, Options
+
+HELD_OUT = "heldout"
+
+
+def refuse(recipe: Recipe) -> list[str]:
+    """See that, besides its plan, nothing stands against a training or the evaluation after it, as files tell.
+
+    Returns what this machine lacks for the evaluation, a sentence each. Raises RecipeError, DataError.
+    """
+    found = Findings(recipe, Options())
+    for path, message in missing_packages(recipe):
+        found.wrong(path, MissingError(message))
+    check_evaluation(found)
+    notes = [*found.notes]
+    check_contents(found, first_rows)
+    if found.faults:
+        raise found.refusal()
+    return notes
 
 
 def check_evaluation(found: Findings) -> None:
-    """Note gates on sets that there are none of, and a judge that can't be asked."""
+    """Note metrics, gates, benchmarks and a judge that an evaluation would refuse. No code of a metric is run."""
     section = found.recipe.eval
-    if section.gates and section.lm_eval is None:  # a task's figures are known once it has run
-        _gates(found, ["heldout", *(one.name for one in section.sets), *section.forgetting])
+    for path, specs in _metrics(found.recipe):
+        for number, spec in enumerate(specs):
+            _try(found, (*path, number), functools.partial(check_metric, spec))
+    for number, gate in enumerate(section.gates):
+        path = ("eval", "gates", number)
+        _try(found, path, functools.partial(_check_gate, found, path, gate))
+    if section.lm_eval is not None:
+        _check_benchmarks(found)
     if section.judge is not None:
-        from lorafit.evaluate.judge.endpoint import endpoint_of
-        from lorafit.evaluate.judge.types import Judge
+        _check_judge(found)
 
-        try:  # the key is seldom where recipes are checked
-            endpoint_of(Judge(**section.judge.model_dump(exclude={"api_key_env"})))
+
+def _try(found: Findings, path: Path, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except MissingError as error:
+        found.unchecked(path, error)
+    except LorafitError as error:
+        found.wrong(path, error)
+
+
+def _metrics(recipe: Recipe) -> Iterator[tuple[Path, tuple[MetricSpec, ...]]]:
+    """Every list of metrics, and where it stands."""
+    yield ("eval", "metrics"), recipe.eval.metrics or ()
+    for number, one in enumerate(recipe.eval.sets):
+        yield ("eval", "sets", number, "metrics"), one.metrics or ()
+
+
+def _check_gate(found: Findings, path: Path, text: str) -> None:
+    """Raises UsageError for a figure that no evaluation by this recipe has."""
+    recipe, section = found.recipe, found.recipe.eval
+    sets = {HELD_OUT: EvalSet(name=HELD_OUT)} | {one.name: one for one in section.sets}
+    sets |= {name: EvalSet(name=name, role="forgetting") for name in section.forgetting}
+    own = "trained" if recipe.lora is None else "adapter"
+    models = {name: name for name in (BASE, own, *(["merged"] if recipe.lora else []))}
+    for name in parse(text).figures():
+        figure = name.removeprefix(BASELINE)
+        of_set, _, model = figure.split(".")
+        if section.lm_eval is not None and of_set not in sets:
+            continue  # a task's figures are known once it has run
+        is_other = model not in RESERVED and not difflib.get_close_matches(model, models, 1, 0.7)
+        asked = models | ({model: "adapter"} if is_other else {})
+        metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
+        known = list(expected_figures(metrics, asked, own))
+        if figure not in known:
+            raise UsageError(no_figure(figure, known))
+        if is_other:
+            found.unchecked(path, UsageError(f"{figure}: there is {model} where eval is given --adapter {model}=PATH"))
+        if of_set == HELD_OUT and sets[HELD_OUT].path is None and recipe.dataset.validation is None:
+            what = "the recipe holds no rows out of training, so there are heldout ones where eval is given --data"
+            found.unchecked(path, UsageError(f"{figure}: {what}"))
+
+
+def _measured(recipe: Recipe, one: EvalSet) -> tuple[str, Iterator[Metric] | None, object, bool, bool]:
+    """The arguments of `set_metrics`, as far as they are known without the rows."""
+    specs = one.metrics or recipe.eval.metrics or POSSIBLE_DEFAULTS
+    answers = map(metric_info, specs) if one.role == "task" else None
+    return one.role, answers, one.options, True, recipe.eval.judge is not None
+
+
+def _check_judge(found: Findings) -> None:
+    """Note what can't be asked, and a key that is not here."""
+    from lorafit.evaluate.judge.endpoint import endpoint_of
+    from lorafit.evaluate.judge.types import Judge
+
+    assert found.recipe.eval.judge is not None
+    values = found.recipe.eval.judge.model_dump()
+    for kept in (values | {"api_key_env": None}, values):
+        try:
+            endpoint_of(Judge(**kept))
+        except MissingError as error:  # the key is seldom where recipes are checked, and checks nothing
+            if not found.options.strict:
+                found.notes.append(str(error))
         except UsageError as error:
             where, _, what = str(error).partition(": ")
             found.wrong(tuple(where.split(".")), UsageError(what))
+            return
 
 
-def check_benchmarks(found: Findings) -> None:
-    """Note task files and folders of lm-evaluation-harness that are not there."""
+def _check_benchmarks(found: Findings) -> None:
+    """Note task files and folders of lm-evaluation-harness that are not there, or the harness itself."""
     section = found.recipe.eval.lm_eval
-    if section is None:
-        return
+    assert section is not None
+    names = [HELD_OUT, *(one.name for one in found.recipe.eval.sets), *found.recipe.eval.forgetting]
     for number, task in enumerate(section.tasks):
-        if task.endswith((".yaml", ".yml")) and not os.path.isfile(task):
-            found.wrong(("eval", "lm_eval", "tasks", number), DataError(f"{task}: no such file"))
-    if section.include_path is not None and not os.path.isdir(section.include_path):
-        found.wrong(("eval", "lm_eval", "include_path"), DataError(f"{section.include_path}: no such folder"))
-
-
-def _gates(found: Findings, known: list[str]) -> None:
-    from lorafit.evaluate.gates import parse
-
-    for number, gate in enumerate(found.recipe.eval.gates):
-        for figure in parse(gate).figures():
-            name = figure.removeprefix("baseline.").split(".")[0]
-            if name not in known:
-                what = f"there is no set {name}{near(name, known)}"
-                found.wrong(("eval", "gates", number), UsageError(f"{figure}: {what}"))
+        path = ("eval", "lm_eval", "tasks", number)
+        if task.endswith((".yaml", ".yml")) and not os.path.isfile(os.path.expanduser(task)):
+            found.wrong(path, UsageError(f"there is no file {task}"))
+        elif task in names:
+            found.wrong(path, UsageError(f"there is a set of the name {task}; rename the task or the set"))
+    if section.include_path is not None and not os.path.isdir(os.path.expanduser(section.include_path)):
+        found.wrong(("eval", "lm_eval", "include_path"), UsageError(f"there is no folder {section.include_path}"))
+    if not is_installed("lm_eval"):
+        what = "lm-evaluation-harness is not installed: pip install 'lorafit[lm-eval]'"
+        found.unchecked(("eval", "lm_eval"), MissingError(what))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.errors import LorafitError
+from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError
 from lorafit.hardware import Hardware
 from lorafit.plan.context import Path
-from lorafit.recipe import Recipe
+from lorafit.recipe import Recipe, RecipeError
+from lorafit.recipe.source import dotted
 from lorafit.validate.types import Fault
 
 
@@ -20,6 +21,7 @@ class Options:
         overrides: KEY=VALUE, for every recipe.
         skip: parts that are left out, of lorafit.validate.types.PARTS.
         hardware: None: what each recipe is meant for.
+        here: whether recipes are checked for this machine, so that what it lacks is a fault.
         strict: whether what can't be checked is a fault.
         deep: whether the data is tokenized and audited, which takes torch and its time.
     """
@@ -27,6 +29,7 @@ class Options:
     overrides: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     hardware: Hardware | None = None
+    here: bool = False
     strict: bool = False
     deep: bool = False
 
@@ -46,9 +49,17 @@ class Findings:
         for line in str(error).splitlines():
             self.faults.append(Fault(self.recipe.mistake(path, line), error.exit_code))
 
+    def refusal(self) -> LorafitError:
+        """All faults as one error, of the lowest exit code among them."""
+        code = min(fault.exit_code for fault in self.faults)
+        if code == RecipeError.exit_code:
+            return RecipeError(fault.mistake for fault in self.faults)
+        kind = next(kind for kind in (DataError, ModelError, DoesNotFitError) if kind.exit_code == code)
+        return kind("\n".join(str(fault.mistake) for fault in self.faults))
+
     def unchecked(self, path: Path, error: LorafitError) -> None:
         """What can't be told on this machine."""
         if self.options.strict:
             self.wrong(path, error)
         else:
-            self.notes.append(str(error))
+            self.notes.append(f"{dotted(path)}: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafit.evaluate.benchmarks.running import check, run
+from lorafit.evaluate.benchmarks.running import check, look, run
 from lorafit.evaluate.benchmarks.types import Benchmarks, TaskResult
 
-__all__ = ["Benchmarks", "TaskResult", "check", "run"]
+__all__ = ["Benchmarks", "TaskResult", "check", "look", "run"]

@@ -15,22 +15,26 @@ from jinja2 import TemplateError
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.errors import DataError, DoesNotFitError, UsageError, first_line, is_out_of_memory
+from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, first_line, is_out_of_memory
 from lorafit.evaluate.benchmarks.code import kept_templates
 from lorafit.evaluate.benchmarks.documents import result_of
-from lorafit.evaluate.benchmarks.tasks import load, manager_of
+from lorafit.evaluate.benchmarks.tasks import load, manager_of, resolve
 from lorafit.evaluate.benchmarks.types import Benchmarks, Task, TaskResult
 from lorafit.evaluate.engine.arithmetic import autocast
-
-EXTRA = "pip install 'lorafit[lm-eval]'"
 
 
 def check(benchmarks: Benchmarks) -> list[str]:
     """Load the tasks and their documents once, before a model is; their names. Raises UsageError, DataError."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UsageError(f"eval.lm_eval: lm-evaluation-harness is not installed; {EXTRA}")
+        raise MissingError("eval.lm_eval: lm-evaluation-harness is not installed: pip install 'lorafit[lm-eval]'")
     with _quiet(), kept_templates(benchmarks):
         return list(load(benchmarks))
+
+
+def look(benchmarks: Benchmarks) -> None:
+    """See that the tasks are known, and bring no code that isn't trusted. Raises UsageError, DataError."""
+    with _quiet():
+        resolve(benchmarks)
 
 
 def run(benchmarks: Benchmarks, model: Any, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[TaskResult]:

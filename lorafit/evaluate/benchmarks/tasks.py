@@ -20,7 +20,7 @@ from lorafit.targets import near
 
 def load(benchmarks: Benchmarks) -> dict[str, Task]:
     """The tasks by their names in figures; groups and tags are their tasks. Raises UsageError, DataError."""
-    manager, specs = _resolve(benchmarks)
+    manager, specs = resolve(benchmarks)
     found: dict[str, Task] = {}
     for spec in specs:
         for task in _load_one(manager, spec).values():
@@ -72,7 +72,7 @@ def manager_of(folders: tuple[str, ...], defaults: bool) -> Manager:
     return TaskManager(include_path=list(folders), include_defaults=defaults)
 
 
-def _resolve(benchmarks: Benchmarks) -> tuple[Manager, list[str]]:
+def resolve(benchmarks: Benchmarks) -> tuple[Manager, list[str]]:
     """Who knows the tasks, and their names or files; all looked at for code before any is loaded."""
     folders = tuple(folder for folder in (*benchmarks.tasks, benchmarks.include_path) if folder and _is_folder(folder))
     if benchmarks.include_path and benchmarks.include_path not in folders:

@@ -79,22 +79,30 @@ class Demand:
         for name in self.figures():
             if not name.startswith(BASELINE):
                 if name not in known:
-                    raise unknown_figure(where, name, known)
+                    raise UsageError(f"{where}: {no_figure(name, known)}")
                 continue
             if baseline is None:
                 raise UsageError(f"{where}: {name}: there is no baseline; name an earlier results.json with --baseline")
             if name.removeprefix(BASELINE) not in baseline.figures:
-                raise unknown_figure(where, name, [BASELINE + figure for figure in baseline.figures])
+                there = [BASELINE + figure for figure in baseline.figures]
+                raise UsageError(f"{where}: {no_figure(name, there)}")
 
 
-def unknown_figure(where: str, name: str, known: Collection[str]) -> UsageError:
-    alike = difflib.get_close_matches(name, list(known), 1, 0.8)
-    what = f"; did you mean '{alike[0]}'?" if alike else ""
-    parts = [figure.removeprefix(BASELINE).split(".") for figure in known]
-    for part, index in (("set", 0), ("metric", 1), ("model", 2)):
-        value = name.removeprefix(BASELINE).split(".")[index]
-        there = list(dict.fromkeys(figure[index] for figure in parts if len(figure) == 3))
-        if value not in there:
-            what = what or f": there is no {part} {value} (there are: {', '.join(there)})"
-            break
-    return UsageError(f"{where}: no figure '{name}'{what}")
+def no_figure(name: str, known: Collection[str]) -> str:
+    """That there is none of a name, and what was probably meant."""
+    mark = BASELINE * name.startswith(BASELINE)
+    asked = name.removeprefix(BASELINE).split(".")
+    figures = [found for figure in known if len(found := figure.removeprefix(BASELINE).split(".")) == 3]
+    for index, part in enumerate(("set", "metric", "model")):
+        there = list(dict.fromkeys(figure[index] for figure in figures))
+        if asked[index] in there:
+            continue
+        meant = [*asked]
+        meant[index : index + 1] = difflib.get_close_matches(asked[index], there, 1, 0.7)
+        if meant in figures:
+            return f"no figure '{name}'; did you mean '{mark}{'.'.join(meant)}'?"
+        return f"no figure '{name}': there is no {part} {asked[index]} (there are: {', '.join(there)})"
+    sets = dict.fromkeys(of_set for of_set, metric, model in figures if [metric, model] == asked[1:])
+    models = dict.fromkeys(model for of_set, metric, model in figures if [of_set, metric] == asked[:2])
+    where = [f"in the sets {', '.join(sets)}"] * bool(sets) + [f"of the models {', '.join(models)}"] * bool(models)
+    return f"no figure '{name}': {asked[1]} is measured {' and '.join(where)}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from lorafit.errors import LorafitError, ModelError, UsageError, printable
+from lorafit.errors import LorafitError, MissingError, ModelError, UsageError, printable
 from lorafit.evaluate.judge.prompt import PROMPT
 from lorafit.evaluate.judge.types import Judge
 
@@ -60,7 +60,7 @@ def endpoint_of(judge: Judge) -> Endpoint:
 def _key(variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise UsageError(f"eval.judge.api_key_env: the environment variable {variable} is not set or empty")
+        raise MissingError(f"eval.judge.api_key_env: the environment variable {variable} is not set or empty")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UsageError(f"eval.judge.api_key_env: what {variable} holds is no key: a key has no spaces or line breaks")
     return key

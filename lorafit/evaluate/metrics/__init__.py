@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorafit.evaluate.metrics.known import (
     METRICS,
+    POSSIBLE_DEFAULTS,
     KnownMetric,
     MetricSpec,
     check_metric,
@@ -16,6 +17,7 @@ from lorafit.evaluate.metrics.types import AnswerMetric, Judged
 
 __all__ = [
     "METRICS",
+    "POSSIBLE_DEFAULTS",
     "AnswerMetric",
     "Judged",
     "KnownMetric",

@@ -19,6 +19,8 @@ MetricSpec = str | Mapping[str, str]
 
 DEFAULTS = ("exact_match", "exact_match_normalized", "token_f1")
 JSON_DEFAULTS = ("json_match", "json_valid")
+POSSIBLE_DEFAULTS = (*DEFAULTS, *JSON_DEFAULTS, "repetition")
+"""All that may be measured where a recipe names none; of which, the expected answers decide."""
 RESERVED = frozenset(
     {"loss", "perplexity", "bits_per_byte", "token_accuracy", "kl", "accuracy", "accuracy_per_byte", "macro_f1"}
     | {"ended", "length", "agreement", "judge"}
