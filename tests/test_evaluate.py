@@ -391,10 +391,16 @@ def test_answers_that_are_cut_off_are_not_asked_for(run: RunDir, tmp_path: Path)
     assert "heldout: 1 of 20 rows are left out (1 answers cut off)" in said
 
 
-def test_a_model_that_overflows_has_no_figures_and_passes_nothing(run: RunDir, tmp_path: Path) -> None:
+def test_a_model_that_overflows_has_no_figures_and_passes_nothing(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one word only: as activations may overflow where the weights are finite."""
+    monkeypatch.setattr("lorafit.evaluate.contenders._check_finite", lambda *_: None)
+    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    token = tokenizer(" mat", add_special_tokens=False)["input_ids"][0]
     file = run.merged / "model.safetensors"
     weights = load_file(file)
-    weights["model.layers.0.self_attn.o_proj.weight"].fill_(3e38)
+    weights["model.embed_tokens.weight"][token] = math.nan
     save_file(weights, file, metadata={"format": "pt"})
     seal(run.merged, "merge")
     data = write_jsonl(tmp_path / "rows.jsonl", [conversation(f"red mat {number}", "green") for number in range(3)])
