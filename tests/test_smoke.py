@@ -18,6 +18,7 @@ from lorafit.cli import app
 from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
 from lorafit.recipe import RecipeError
 from lorafit.smoke import SmokeOptions
+from lorafit.smoke.golden import read_golden
 
 Smoke = Callable[..., Any]
 
@@ -211,6 +212,16 @@ class TestGolden:
         assert report.failures == ()
         assert report.changed == ("training.weight_decay default -> 0.001",)
         assert report.changed[0] in failure
+
+    @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "true", '"1.5"', "[]", "{}"])
+    @pytest.mark.parametrize("key", ["validation_loss", "loss", "grad_norm", "learning_rate", "moved", "tokens"])
+    def test_is_of_finite_numbers(self, recorded: Path, tmp_path: Path, key: str, value: str) -> None:
+        content = json.loads(recorded.with_suffix(".golden.json").read_text())
+        (content if key == "validation_loss" else content["steps"][-1])[key] = 12345
+        file = tmp_path / "a.golden.json"
+        file.write_text(json.dumps(content).replace("12345", value))
+        with pytest.raises(UsageError, match="is broken"):
+            read_golden(file)
 
     def test_is_not_compared_with_a_stand_in(self, smoke: Smoke, recorded: Path) -> None:
         with pytest.raises(GateError, match="was recorded with the model's own tokenizer"):

@@ -459,12 +459,91 @@ def test_folders_patterns_and_what_is_no_recipe(tmp_path: Path, monkeypatch: pyt
     Path("a/compose.yaml").write_text("services: {}\n")
     report = json.loads(run("a", "--json").stdout)
     assert {one["file"]: one["kind"] for one in report["recipes"]} == {"a/one.yaml": "part", "a/b/two.yml": "part"}
-    assert report["skipped"] == ["a/compose.yaml"]
+    skipped = {one["file"]: one["is_recipe"] for one in report["skipped"]}
+    assert skipped == {"a/.hidden/three.yaml": True, "a/run/recipe.yaml": True, "a/compose.yaml": False}
     report = json.loads(run("a/**/*.yml", "a/one.yaml", "--json").stdout)
     assert [one["file"] for one in report["recipes"]] == ["a/b/two.yml", "a/one.yaml"]
     named = run("a/compose.yaml")
     assert named.exit_code == 2
     assert "a/compose.yaml:1:1: services: unknown key" in named.stdout
+
+
+BAD = "model: {name_or_path: m}\nlora: {r: -4}\ndataset: {train: [{path: d.jsonl}]}\n"
+HIDDEN = {
+    # files beside a good recipe in configs/, by path; "-> path" is a link
+    "in a run's folder": {"bad/plan.json": "{}", "bad/recipe.yaml": BAD},
+    "in a folder called venv": {"venv/bad.yaml": BAD},
+    "in node_modules": {"a/node_modules/b/bad.yaml": BAD},
+    "in __pycache__": {"__pycache__/bad.yml": BAD},
+    "in a hidden folder": {".github/bad.yaml": BAD},
+    "below a hidden folder": {".a/b/c/bad.yaml": BAD},
+    "hidden": {".bad.yaml": BAD},
+    "behind a link to a folder": {"../other/bad.yaml": BAD, "bad": "-> ../other"},
+    "behind a link in a hidden folder": {"../other/bad.yaml": BAD, ".a/bad": "-> ../../other"},
+    "behind a link that leads up": {"bad": "-> .."},
+}
+CHECKED = {
+    "with a plan beside it": {"a/plan.json": "{}", "a/bad.yaml": BAD},
+    "beside a run's copy": {"a/plan.json": "{}", "a/recipe.yaml": "lora: {}\n", "a/bad.yaml": BAD},
+    "below a run": {"a/plan.json": "{}", "a/recipe.yaml": "lora: {}\n", "a/eval/bad.yaml": BAD},
+    "in capitals": {"bad.YAML": BAD},
+    "in mixed letters": {"bad.Yml": BAD},
+    "a link to a file": {"../other/x.yaml": BAD, "bad.yaml": "-> ../other/x.yaml"},
+    "a broken link": {"bad.yaml": "-> nothing"},
+    "behind a long comment": {"bad.yaml": "foo: 1\n" + "# long\n" * 50_000 + BAD},
+    "in flow style": {"bad.yaml": "{foo: 1, lora: {r: -4}}"},
+    "with a key in capitals of escapes": {"bad.yaml": 'foo: 1\n"l\\u006fra": {r: -4}\n'},
+    "with explicit keys": {"bad.yaml": "foo: 1\n? lora\n: {r: -4}\n"},
+    "with a merged key": {"bad.yaml": "foo: 1\n<<: {lora: {r: -4}}\n"},
+    "with a byte order mark": {"bad.yaml": "\ufeff" + BAD},
+    "that is no YAML": {"bad.yaml": "foo: [1\n"},
+    "that is no mapping": {"bad.yaml": "- lora: {r: -4}\n"},
+    "of two documents": {"bad.yaml": "foo: 1\n---\n" + BAD},
+}
+
+
+def laid_out(files: dict[str, str]) -> None:
+    for name, text in {"good.yaml": "lora: {}\n", **files}.items():
+        path = Path("configs") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if text.startswith("-> "):
+            path.symlink_to(text.removeprefix("-> "))
+        else:
+            path.write_text(text)
+
+
+@pytest.mark.parametrize("files", HIDDEN.values(), ids=HIDDEN)
+def test_what_a_folder_leaves_out_is_named_and_a_fault_when_strict(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    laid_out(files)
+    left_out = os.path.normpath(os.path.join("configs", list(files)[-1]))
+    report = json.loads(run("configs", "--json").stdout)
+    assert [one["file"] for one in report["skipped"] if one["is_recipe"]] == [left_out]
+    assert report["ok"]
+    for format in ("text", "json", "github", "junit", "sarif"):
+        strict = run("configs", "--strict", "--format", format)
+        assert strict.exit_code == 2
+        assert left_out in strict.stdout
+
+
+@pytest.mark.parametrize("files", CHECKED.values(), ids=CHECKED)
+def test_no_place_hides_a_recipe(files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    laid_out(files)
+    bad = next(name for name in files if name.rpartition("/")[2].startswith("bad"))
+    report = json.loads(run("configs", "--json").stdout)
+    assert [one["file"] for one in report["recipes"] if not one["ok"]] == [f"configs/{bad}"]
+    assert report["exit_code"] == 2
+
+
+def test_other_yaml_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    laid_out({"compose.yaml": "services: {}\n", ".github/ci.yaml": "on: push\n", "ds.yml": "zero: {a: [model]}\n"})
+    assert run("configs", "--strict").exit_code == 0
+    skipped = {one["file"] for one in json.loads(run("configs", "--json").stdout)["skipped"]}
+    assert skipped == {"configs/compose.yaml", "configs/ds.yml"}
 
 
 @pytest.mark.parametrize(

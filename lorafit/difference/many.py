@@ -98,7 +98,7 @@ def _gone(tree: Revision, paths: Iterable[str]) -> Iterator[str]:
     folders = [Path(os.path.realpath(path)) for path in paths if os.path.isdir(path)]
     for name in tree.files():
         file = tree.top / name
-        inside = file.suffix in ENDINGS and any(file.is_relative_to(folder) for folder in folders)
+        inside = file.suffix.lower() in ENDINGS and any(file.is_relative_to(folder) for folder in folders)
         if inside and not file.exists() and _is_whole(file, tree):
             yield os.path.relpath(file, os.path.realpath("."))
 

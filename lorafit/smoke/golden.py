@@ -74,7 +74,7 @@ def read_golden(file: Path) -> Golden:
         golden = Golden(
             str(content["tokenizer"]),
             steps,
-            None if validation is None else float(validation),
+            None if validation is None else _number(validation),
             {name: dict(values) for name, values in content["inputs"].items()},
         )
         if not steps or [step.step for step in steps] != list(range(1, len(steps) + 1)):
@@ -84,11 +84,17 @@ def read_golden(file: Path) -> Golden:
     return golden
 
 
+def _number(value: Any) -> float:
+    """Raises ValueError for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
+
+
 def _step(values: Any) -> Step:
     step = Step(**values)
-    numbers = dataclasses.astuple(step)
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise ValueError("a step's values are not numbers")
+    for number in dataclasses.astuple(step):
+        _number(number)
     return step
 
 

@@ -113,10 +113,8 @@ def _steps(options: SmokeOptions, golden: Golden | None) -> int:
 def _meant(recipe: Recipe, config: Path) -> tuple[Plan, ModelFacts]:
     """The plan for the real model and the hardware that the recipe is meant for, which shows its mistakes."""
     facts = read_facts(recipe.model.name_or_path, recipe.model.revision)
-    training = recipe.training.model_copy(update={"report_to": ()})  # nothing is reported, so nothing need be installed
-    asked = recipe.model_copy(update={"training": training})
     hardware = dataclasses.replace(meant_hardware(recipe), world_size=1)
-    return make_plan(asked, facts, hardware, config.stem, count_rows=False), facts
+    return make_plan(recipe, facts, hardware, config.stem, count_rows=False), facts
 
 
 @contextmanager

@@ -4,48 +4,53 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+import yaml
 
 from lorafit.errors import UsageError
 from lorafit.recipe import Recipe
+from lorafit.recipe.source import MAX_BYTES
+from lorafit.validate.types import Skipped
 
 ENDINGS = (".yaml", ".yml")
 NOT_SEARCHED = ("node_modules", "__pycache__", "venv")
-FILE_KEYS = {"extends", *Recipe.model_fields}
-_TOP_KEY = re.compile(r"^(?:[\"']?)([A-Za-z_][\w-]*)(?:[\"']?)\s*:", re.MULTILINE)
-_MOST_BYTES = 256 * 1024
+FILE_KEYS = {"extends", "<<", *Recipe.model_fields}
 
 
 @dataclass(frozen=True)
 class Found:
-    """Recipes in order, each once, and the YAML files of folders and patterns that are none."""
+    """Recipes in order, each once, and what folders and patterns hold besides."""
 
     recipes: tuple[str, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
 
 
 def find(paths: Iterable[str]) -> Found:
     """What the paths name. A file is taken as it is; a folder is searched. Raises UsageError where there is nothing."""
     recipes: dict[str, str] = {}
-    skipped: dict[str, None] = {}
+    left_out: dict[str, Skipped] = {}
     for path in paths:
         if os.path.isdir(path):
-            inside = [os.path.normpath(file) for file in _inside(path)]
+            inside = list(_inside(path))
         elif not os.path.exists(path) and glob.has_magic(path):
-            inside = sorted(filter(_is_yaml, glob.glob(path, recursive=True)))
+            inside = [(file, None) for file in sorted(filter(_is_yaml, glob.glob(path, recursive=True)))]
         else:
             recipes.setdefault(_identity(path), path)
             continue
-        chosen = [file for file in inside if _is_recipe(file)]
+        chosen = 0
+        for file, reason in inside:
+            is_recipe = _is_recipe(file)
+            if is_recipe and reason is None:
+                recipes.setdefault(_identity(file), file)
+                chosen += 1
+            elif is_recipe or reason is None:
+                why = Skipped(file, reason or "has none of a recipe's keys", is_recipe)
+                left_out.setdefault(_identity(file), why)
         if not chosen:
             raise UsageError(f"{path}: there are no recipes ({len(inside)} YAML files)")
-        for file in chosen:
-            recipes.setdefault(_identity(file), file)
-        skipped |= dict.fromkeys(file for file in inside if file not in chosen)
-    return Found(tuple(recipes.values()), tuple(file for file in skipped if _identity(file) not in recipes))
+    return Found(tuple(recipes.values()), tuple(one for key, one in left_out.items() if key not in recipes))
 
 
 def _identity(file: str) -> str:
@@ -55,28 +60,54 @@ def _identity(file: str) -> str:
 
 
 def _is_yaml(file: str) -> bool:
-    return file.endswith(ENDINGS) and (
+    return file.lower().endswith(ENDINGS) and (
         os.path.isfile(file) or not os.path.exists(file)
     )  # a broken link is for the check
 
 
-def _inside(folder: str) -> Iterator[str]:
-    """The YAML files below a folder, but for hidden ones, run directories, and what tools keep."""
+def _inside(folder: str) -> Iterator[tuple[str, str | None]]:
+    """The YAML files below a folder and the links to other folders, each with the reason why it is not checked."""
+    reasons: dict[str, str | None] = {os.path.normpath(folder): None}
     for where, folders, files in os.walk(folder):
-        if "plan.json" in files:  # a run keeps a copy of its recipe
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NOT_SEARCHED)
-        inside = (os.path.join(where, name) for name in sorted(files) if not name.startswith("."))
-        yield from filter(_is_yaml, inside)
+        where = os.path.normpath(where)
+        reason, is_run = reasons[where], {"plan.json", "recipe.yaml"} <= set(files)
+        for name in sorted(folders):
+            path = os.path.join(where, name)
+            if os.path.islink(path):
+                yield path, reason or "is a link to a folder, which is not followed"
+            hidden = "is in a hidden folder" if name.startswith(".") else None
+            reasons[path] = reason or hidden or (f"is in a folder {name}" if name in NOT_SEARCHED else None)
+        folders.sort()
+        for name in sorted(files):
+            file = os.path.join(where, name)
+            if not _is_yaml(file):
+                continue
+            own = (
+                "is hidden" if name.startswith(".") else "is a run's copy" if is_run and name == "recipe.yaml" else None
+            )
+            yield file, reason or own
 
 
 def _is_recipe(file: str) -> bool:
-    """Whether a YAML file has one of a recipe's keys at its top. One without any keys is for the check to report."""
+    """Whether a YAML file has one of a recipe's keys at its top. What can't be read so is for the check to report."""
     try:
-        with Path(file).open("rb") as stream:
-            text = stream.read(_MOST_BYTES).decode("utf-8")
-    except (OSError, UnicodeDecodeError):
+        with open(file, "rb") as stream:
+            text = stream.read(MAX_BYTES + 1)
+        return len(text) > MAX_BYTES or not FILE_KEYS.isdisjoint(_top_keys(text.decode("utf-8-sig")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return True
-    keys = _TOP_KEY.findall(text)
-    return not keys or not FILE_KEYS.isdisjoint(keys)
+
+
+def _top_keys(text: str) -> Iterator[str]:
+    """The keys of the documents in a text, and a recipe's key where one has none: a check will say what it is."""
+    depth, is_key = 0, False
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.NodeEvent) and depth == 0 and not isinstance(event, yaml.MappingStartEvent):
+            yield "model"
+        if depth == 1 and isinstance(event, yaml.NodeEvent):
+            is_key = not is_key
+            if is_key and isinstance(event, yaml.ScalarEvent):
+                yield event.value
+            elif is_key:
+                yield "model"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -19,4 +19,6 @@ def validate(paths: Iterable[str], options: Options) -> Report:
             raise UsageError(f"--skip {part}: no such part{near(part, PARTS)}")
     found = find(paths)
     checker = Checker(options)
-    return Report(tuple(map(checker.check, found.recipes)), found.skipped)
+    wrong = [one for one in found.skipped if one.is_recipe and options.strict]
+    checked = [*map(checker.check, found.recipes), *(one.as_fault() for one in wrong)]
+    return Report(tuple(checked), tuple(one for one in found.skipped if one not in wrong))

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorafit.recipe import Mistake
+from lorafit.errors import UsageError
+from lorafit.recipe import Mistake, Position
 
 RULES = {2: "recipe", 3: "data", 4: "model", 5: "memory"}
 """What a fault is about, by the exit code that it has everywhere."""
@@ -69,15 +70,28 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that was checked.
+class Skipped:
+    """A YAML file, or a link to a folder, in a folder that was searched, and why it was not checked.
 
     Attributes:
-        skipped: YAML files in folders that are no recipes.
+        is_recipe: whether it may be a recipe.
     """
 
+    file: str
+    reason: str
+    is_recipe: bool
+
+    def as_fault(self) -> Checked:
+        mistake = Mistake(Position(self.file), "", f"was not checked: it {self.reason}")
+        return Checked(self.file, "recipe", (Fault(mistake, UsageError.exit_code),))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was checked, and what was not."""
+
     checked: tuple[Checked, ...]
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def faults(self) -> tuple[Fault, ...]:
@@ -91,9 +105,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "validate_version": 1,
+            "validate_version": 2,
             "ok": not self.faults,
             "exit_code": self.exit_code,
             "recipes": [one.as_dict() for one in self.checked],
-            "skipped": list(self.skipped),
+            "skipped": [dataclasses.asdict(one) for one in self.skipped],
         }

@@ -23,8 +23,8 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"     {fault.mistake.position}: (as above)" if again else f"     {fault.mistake}"
         for note in one.notes:
             yield f"     note: {printable(note)}"
-    for file in report.skipped:
-        yield f"skip {printable(file)}: has none of a recipe's keys"
+    for left_out in report.skipped:
+        yield f"skip {printable(left_out.file)}: {left_out.reason}"
 
 
 def _about(one: Checked) -> str:
