@@ -257,3 +257,17 @@ def test_it_needs_no_torch(family: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_gave_way_to_a_rival_is_said(family: Path) -> None:
+    """In the explanation of both, and among the plan's remarks."""
+    found = values("configs/child.yaml", "training", "--set", "training.num_train_epochs=2")
+    steps = found["training.max_steps"]
+    assert (steps["value"], steps["place"]) == (None, "--set training.num_train_epochs=2")
+    assert places(steps) == [(3, "configs/child.yaml:10:14")]
+    planned = CliRunner().invoke(
+        app, ["train", "configs/child.yaml", "--dry-run", "--json", "--set", "training.num_train_epochs=2"]
+    )
+    (remark,) = [one for one in json.loads(planned.stdout)["remarks"] if one.startswith("training.max_steps: 3 ")]
+    assert "configs/child.yaml:10:14" in remark
+    assert "training.num_train_epochs (--set training.num_train_epochs=2)" in remark

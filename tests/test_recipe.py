@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -485,9 +486,9 @@ def test_a_mistake_is_reported_in_the_file_that_holds_it() -> None:
         "up/parent.yaml:9:21: training.seed: is given twice (first in line 9); remove one",
     ]
     # A cross-field rule that the child breaks on the parent's value points at that value.
-    write(BASE + "training:\n  max_steps: 5\n", "up/parent.yaml")
-    assert only_mistake("extends: up/parent.yaml\ntraining: {num_train_epochs: 1}") == (
-        "up/parent.yaml:7:14: training.max_steps: give either max_steps or num_train_epochs"
+    write(BASE + "training:\n  global_batch_size: 8\n", "up/parent.yaml")
+    assert only_mistake("extends: up/parent.yaml\ntraining: {per_device_train_batch_size: 3}") == (
+        "up/parent.yaml:7:22: training.global_batch_size: is not a multiple of per_device_train_batch_size (3)"
     )
 
 
@@ -842,3 +843,93 @@ def test_a_later_mistake_is_reported_where_the_value_was_written() -> None:
     assert str(recipe.mistake(path, "matches nothing")) == "parent.yaml:6:25: lora.target_modules.0: matches nothing"
     assert str(recipe.mistake(("model", "dtype"), "is slow")) == "--set model.dtype=float16: model.dtype: is slow"
     assert str(recipe.mistake(("training", "optim"), "is for GPUs")) == "r.yaml:1:1: training.optim: is for GPUs"
+
+
+# --- keys that exclude each other -----------------------------------------------------------------
+
+RIVALS = [
+    # written earlier, set later, what holds of both
+    ("training: {num_train_epochs: 3}", "training.max_steps=5", {"max_steps": 5, "num_train_epochs": None}),
+    ("training: {max_steps: 5}", "training.num_train_epochs=2", {"max_steps": None, "num_train_epochs": 2}),
+    ("training: {warmup_ratio: 0.1}", "training.warmup_steps=5", {"warmup_ratio": None, "warmup_steps": 5}),
+    ("training: {warmup_steps: 5}", "training.warmup_ratio=0.1", {"warmup_ratio": 0.1, "warmup_steps": None}),
+    (
+        "training: {global_batch_size: 32}",
+        "training.gradient_accumulation_steps=4",
+        {"global_batch_size": None, "gradient_accumulation_steps": 4},
+    ),
+    (
+        "training: {gradient_accumulation_steps: 4}",
+        "training.global_batch_size=32",
+        {"global_batch_size": 32, "gradient_accumulation_steps": "auto"},
+    ),
+    (
+        "training: {global_batch_size: 32}",  # goes with auto
+        "training.gradient_accumulation_steps=auto",
+        {"global_batch_size": 32, "gradient_accumulation_steps": "auto"},
+    ),
+    (
+        "training: {lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1e-6}}",
+        "training.lr_scheduler_kwargs.min_lr_rate=0.1",
+        {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    ),
+    (
+        "lora: {}\nquantization: {load_in_4bit: true, bnb_4bit_quant_type: fp4}",
+        "quantization.load_in_8bit=true",
+        {"load_in_4bit": False, "load_in_8bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
+    (
+        "lora: {}\nquantization: {load_in_8bit: true, llm_int8_threshold: 4.0}",
+        "quantization.load_in_4bit=true",
+        {"load_in_4bit": True, "load_in_8bit": False, "llm_int8_threshold": 6.0},
+    ),
+    ("hardware: {gpu: T4, vram: 8GiB}", "hardware.device=cpu", {"device": "cpu", "gpu": None, "vram": None}),
+    ("hardware: {device: cpu}", "hardware.gpu=T4", {"device": None, "gpu": "T4"}),
+    (
+        "dataset: {train: [{path: d.jsonl}], validation: 0.1}\ntraining: {eval_strategy: steps, eval_steps: 5}",
+        "training.eval_strategy=epoch",
+        {"eval_strategy": "epoch", "eval_steps": None},
+    ),
+    (
+        "training: {save_strategy: steps, save_steps: 5}",
+        "training.save_strategy=auto",
+        {"save_strategy": "auto", "save_steps": None},
+    ),
+]
+
+
+def in_force(recipe: Recipe, keys: Iterable[str]) -> dict[str, Any]:
+    values = recipe.resolved()
+    return {key: next(part[key] for part in values.values() if isinstance(part, dict) and key in part) for key in keys}
+
+
+@pytest.mark.parametrize(("earlier", "later", "holds"), RIVALS)
+def test_what_is_set_later_takes_the_place_of_its_rival(earlier: str, later: str, holds: dict[str, Any]) -> None:
+    base = BASE if "dataset:" not in earlier else "model: {name_or_path: m}\n"
+    assert in_force(load(base + earlier, later), holds) == holds
+    write(base + earlier, "parent.yaml")
+    key, _, value = later.partition("=")
+    child = f"{key.replace('.', ': {')}: {value}{'}' * key.count('.')}"
+    assert in_force(load(f"extends: parent.yaml\n{child}\n"), holds) == holds
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides"),
+    [
+        ("training: {max_steps: 5, num_train_epochs: 2}", ()),
+        ("", ("training.max_steps=5", "training.num_train_epochs=2")),
+        ("training: {num_train_epochs: 1}", ("training.max_steps=5", "training.num_train_epochs=2")),
+        ("training: {max_steps: 1}", ("training={max_steps: 5, num_train_epochs: 2}",)),
+        ("", ("training.warmup_steps=5", "training.warmup_ratio=0.1")),
+        ("", ("training.global_batch_size=32", "training.gradient_accumulation_steps=4")),
+        ("lora: {}", ("quantization.load_in_4bit=true", "quantization.load_in_8bit=true")),
+        ("training: {warmup_steps: 5, warmup_ratio: 0.1}", ("training.max_steps=5",)),
+    ],
+)
+def test_rivals_in_one_layer_stay_a_mistake(content: str, overrides: tuple[str, ...]) -> None:
+    assert len(mistakes(BASE + content, *overrides)) == 1
+
+
+def test_a_null_displaces_nothing() -> None:
+    recipe = load(BASE + "training: {num_train_epochs: 2}", "training.max_steps=null")
+    assert (recipe.training.num_train_epochs, recipe.training.max_steps) == (2, None)

@@ -23,6 +23,7 @@ from lorafit.plan.sources import Reading, counted, plan_sources
 from lorafit.plan.training import long_warmup, training_kwargs
 from lorafit.plan.types import Choice, Plan, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
+from lorafit.recipe.rivals import displaced
 from lorafit.template import syntax_error
 
 _PACKED_LATER = "The number of steps is known once the rows are packed."
@@ -104,6 +105,8 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     """
     recipe = context.recipe
     output_dir = recipe.output_dir or f"runs/{default_name}"
+    if recipe.source is not None:
+        context.remarks += displaced(recipe.source)
     remark = elsewhere(recipe, context.hardware)
     if remark:
         context.remarks.append(remark)

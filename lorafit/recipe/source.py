@@ -7,6 +7,7 @@ tags and empty sections are mistakes, and the expansion of aliases is bounded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -386,6 +387,13 @@ def merge(parent: Located, child: Located) -> Located:
     return replace(child, value=merged, earlier=once(*child.earlier, *parent.earlier))
 
 
+def layered(earlier: Located, later: Located) -> Located:
+    """Two layers of a recipe merged, of which the later one wins over its rivals in the earlier one too."""
+    from lorafit.recipe.rivals import give_way
+
+    return merge(give_way(earlier, later), later)
+
+
 @dataclass
 class Draft:
     """A recipe as it was written, parents and overrides included, before it is validated.
@@ -446,23 +454,14 @@ def read_recipe(
     root = files.load(path, (), Position(files.store.shown(path)))
     if root is None:
         raise SourceMistakes(*files.mistakes)
-    for argument in overrides:
-        try:
-            root = _apply_override(root, argument, files.environment)
-        except SourceMistakes as error:
-            files.mistakes += error.mistakes
+    root = _overridden(root, overrides, files.environment, files.mistakes)
     return Draft(root, files.mistakes, files.complete)
 
 
 def draft_of(values: Mapping[str, Any], written: str, overrides: Iterable[str]) -> Draft:
     """A recipe from plain values instead of a file, with `--set` arguments; `written` names where they stand."""
-    root = _locate(dict(values), Position(written))
     mistakes: list[Mistake] = []
-    for argument in overrides:
-        try:
-            root = _apply_override(root, argument, os.environ)
-        except SourceMistakes as error:
-            mistakes += error.mistakes
+    root = _overridden(_locate(dict(values), Position(written)), overrides, os.environ, mistakes)
     return Draft(root, mistakes, True)
 
 
@@ -551,8 +550,8 @@ class _Files:
                 continue
             parent = self.load(file.parent / name.value, trail, name.position)
             if parent is not None:
-                base = parent if base is None else merge(base, parent)
-        return merged if base is None else merge(base, merged)
+                base = parent if base is None else layered(base, parent)
+        return merged if base is None else layered(base, merged)
 
 
 def _readable(path: str) -> str:
@@ -561,6 +560,26 @@ def _readable(path: str) -> str:
 
 
 # --- --set ----------------------------------------------------------------------------------------
+
+
+def _overridden(
+    root: Located, arguments: Iterable[str], environment: Mapping[str, str], mistakes: list[Mistake]
+) -> Located:
+    """The recipe with all `--set` arguments, which are one layer; what is wrong with them is added to the mistakes."""
+    from lorafit.recipe.rivals import give_way
+
+    layer = Located({}, root.position)
+    given = tuple(arguments)
+    for argument in given:
+        with contextlib.suppress(SourceMistakes):
+            layer = _apply_override(layer, argument, environment)
+    root = give_way(root, layer)
+    for argument in given:
+        try:
+            root = _apply_override(root, argument, environment)
+        except SourceMistakes as error:
+            mistakes += error.mistakes
+    return root
 
 
 def _apply_override(root: Located, argument: str, environment: Mapping[str, str]) -> Located:
