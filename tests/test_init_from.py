@@ -1043,3 +1043,63 @@ def test_of_hundreds_of_keys_only_those_that_are_alike_are_named(folder: Path) -
     strange, alike = [line.partition(": ")[2] for line in made.said() if "unknown" in line]
     assert strange == "zzz: unknown key of axolotl"
     assert alike.startswith("sequence_length: unknown key of axolotl; did you mean sequence_len, ")
+
+
+# --- values that look like "off" ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("FACTORY_QLORA", "enable_thinking: false"),
+        ("FACTORY_QLORA", 'default_system: ""'),
+        ("FACTORY_QLORA", "data_seed: 0"),
+        ("FACTORY_QLORA", "ignore_pad_token_for_loss: false"),
+        ("FACTORY_QLORA", "ignore_pad_token_for_loss: off"),
+        ("FACTORY_QLORA", "average_tokens_across_devices: false"),
+        ("AXOLOTL_CHAT", "shuffle_merged_datasets: false"),
+        ("AXOLOTL_CHAT", "shuffle_merged_datasets: 'no'"),
+        ("AXOLOTL_CHAT", "eot_tokens: []"),
+        ("AXOLOTL_CHAT", "tokenizer_legacy: false"),
+        ("TRL_DEFAULTS", "average_tokens_across_devices: false"),
+        ("TRL_DEFAULTS", "data_seed: 0"),
+    ],
+)
+def test_a_choice_that_looks_like_off_is_listed(folder: Path, content: str, line: str) -> None:
+    key = line.partition(":")[0]
+    kept = [one for one in globals()[content].splitlines() if not one.startswith(f"{key}:")]
+    made = converted(folder, "\n".join([*kept, line, ""]))
+    said = [one for one in made.said() if f":{len(kept) + 1}: {key}: " in one]
+    assert len(said) == 1
+    assert "Not converted:" in made.document().text()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("FACTORY_QLORA", "enable_thinking: null"),
+        ("FACTORY_QLORA", "ignore_pad_token_for_loss: true"),
+        ("FACTORY_QLORA", "data_seed: null"),
+        ("AXOLOTL_CHAT", "shuffle_merged_datasets: true"),
+        ("AXOLOTL_CHAT", "dataset_exact_deduplication: false"),
+        ("AXOLOTL_CHAT", "eot_tokens: null"),
+        ("TRL_DEFAULTS", "label_smoothing_factor: 0"),
+        ("TRL_DEFAULTS", "dataloader_drop_last: false"),
+    ],
+)
+def test_what_is_off_is_not_listed(folder: Path, content: str, line: str) -> None:
+    key = line.partition(":")[0]
+    kept = [one for one in globals()[content].splitlines() if not one.startswith(f"{key}:")]
+    made = converted(folder, "\n".join([*kept, line, ""]))
+    assert not [one for one in made.said() if f": {key}: " in one]
+
+
+def test_thinking_that_is_turned_off_is_turned_off(folder: Path) -> None:
+    made = converted(folder, f"{FACTORY_QLORA}enable_thinking: false\n")
+    recipe = recipe_of(made.document().text(), "recipe.yaml")
+    assert recipe.model.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_noise_of_nothing_is_none(folder: Path) -> None:
+    made = converted(folder, f"{FACTORY_QLORA}neftune_noise_alpha: 0\n")
+    assert recipe_of(made.document().text(), "recipe.yaml").training.neftune_noise_alpha is None

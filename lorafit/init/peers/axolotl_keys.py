@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from lorafit.init.peers.axolotl_data import DATASET_RULES
 from lorafit.init.peers.common import NOT_LEARNED
-from lorafit.init.peers.dialect import above_zero, count, flag, indices, limit, mapping, names, number, text, whole
+from lorafit.init.peers.dialect import (
+    above_zero,
+    above_zero_or_none,
+    count,
+    flag,
+    indices,
+    limit,
+    mapping,
+    names,
+    number,
+    text,
+    whole,
+)
 from lorafit.init.peers.rules import Rules, becomes, decides, idle, lost, refused, table
 
 TITLE = "axolotl"
@@ -58,7 +70,7 @@ RULES: Rules = table(
     becomes("adam_beta2", "training.adam_beta2", number),
     becomes("adam_epsilon", "training.adam_epsilon", above_zero),
     becomes("max_grad_norm", "training.max_grad_norm", number),
-    becomes("neftune_noise_alpha", "training.neftune_noise_alpha", above_zero),
+    becomes("neftune_noise_alpha", "training.neftune_noise_alpha", above_zero_or_none),
     decides("noisy_embedding_alpha", "training.neftune_noise_alpha"),
     decides("gradient_checkpointing", "training.gradient_checkpointing"),
     decides("group_by_length", "training.train_sampling_strategy"),
@@ -87,7 +99,7 @@ RULES: Rules = table(
     refused("gptq", "lorafit trains on no GPTQ model; name the model that it was made from"),
     refused("trust_remote_code_dataset kd_trainer diffusion qat", _OTHER_LOSS),
     idle(
-        "base_model_config model_type tokenizer_type tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common "
+        "base_model_config model_type tokenizer_type tokenizer_use_fast tokenizer_use_mistral_common "
         "is_falcon_derived_model is_llama_derived_model is_mistral_derived_model is_qwen_derived_model",
         "transformers tells from the model",
     ),
@@ -124,7 +136,9 @@ RULES: Rules = table(
     lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
     lost("tokens added_tokens_overrides resize_token_embeddings_to_32x", "lorafit adds no tokens to a vocabulary"),
     lost("tokenizer_config", "the tokenizer is the model's own"),
-    lost("default_system_message eot_tokens", "the chat template decides it; see model.chat_template"),
+    lost("default_system_message", "the chat template decides it; see model.chat_template"),
+    lost("eot_tokens", "the chat template decides it; see model.chat_template", chosen=([],)),
+    lost("tokenizer_legacy", "transformers tells it from the model's files", chosen=(False,)),
     lost("shuffle_merged_datasets", "rows are shuffled in every epoch", True),
     lost("dataset_exact_deduplication", "duplicates are counted by dataset.audit.duplicates"),
     lost("lora_target_parameters peft_layers_pattern peft_trainable_token_indices", "only linear layers are adapted"),

@@ -10,7 +10,18 @@ from typing import get_args
 from lorafit.errors import LorafitError
 from lorafit.facts import read_facts
 from lorafit.init.peers.convert import Conversion
-from lorafit.init.peers.dialect import above_zero, count, flag, limit, mapping, names, number, text, whole
+from lorafit.init.peers.dialect import (
+    above_zero,
+    above_zero_or_none,
+    count,
+    flag,
+    limit,
+    mapping,
+    names,
+    number,
+    text,
+    whole,
+)
 from lorafit.init.peers.rules import Rules, becomes, decides, idle, lost, table
 from lorafit.recipe import TrainingSection
 from lorafit.template import trl_templates
@@ -62,7 +73,7 @@ TRANSFORMERS: Rules = table(
     becomes("adam_beta2", "training.adam_beta2", number),
     becomes("adam_epsilon", "training.adam_epsilon", above_zero),
     becomes("max_grad_norm", "training.max_grad_norm", number),
-    becomes("neftune_noise_alpha", "training.neftune_noise_alpha", above_zero),
+    becomes("neftune_noise_alpha", "training.neftune_noise_alpha", above_zero_or_none),
     becomes("seed", "training.seed", whole),
     becomes("dataloader_num_workers", "training.dataloader_num_workers", whole),
     becomes("output_dir", "output_dir", text),
@@ -85,7 +96,7 @@ TRANSFORMERS: Rules = table(
         "ddp_broadcast_buffers ddp_bucket_cap_mb ddp_static_graph debug enable_jit_checkpoint liger_kernel_config "
         "eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics label_names "
         "length_column_name logging_nan_inf_filter restore_callback_states_from_checkpoint save_on_each_node "
-        "prediction_loss_only use_cache eval_accumulation_steps average_tokens_across_devices "
+        "prediction_loss_only use_cache eval_accumulation_steps "
         "dataset_num_proc bf16_full_eval fp16_full_eval use_legacy_prediction_loop log_on_each_node",
         NOT_LEARNED,
     ),
@@ -100,7 +111,9 @@ TRANSFORMERS: Rules = table(
     lost(
         "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
     ),
-    lost("label_smoothing_factor optim_args optim_target_modules auto_find_batch_size full_determinism data_seed", ""),
+    lost("label_smoothing_factor optim_args optim_target_modules auto_find_batch_size full_determinism", ""),
+    lost("data_seed", "rows are shuffled by training.seed", chosen=(0,)),
+    lost("average_tokens_across_devices", "every learned token counts the same, whatever the process", True),
     lost("dataloader_drop_last eval_on_start eval_delay accelerator_config parallelism_config ignore_data_skip", ""),
 )
 """transformers' TrainingArguments, which TRL and LLaMA-Factory take as they are."""

@@ -86,6 +86,11 @@ def above_zero(value: Any) -> float:
     return found
 
 
+def above_zero_or_none(value: Any) -> float | None:
+    """None for 0, which is as good as nothing. Raises ValueError."""
+    return above_zero(value) if number(value) else None
+
+
 def whole(value: Any) -> int:
     """Raises ValueError."""
     found = number(value)

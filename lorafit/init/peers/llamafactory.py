@@ -131,6 +131,14 @@ def _template(c: Conversion) -> None:
     name = c.get("template", text, "")
     if name:
         chat_template(c, "template", name, TEMPLATES)
+    if not c.given("enable_thinking"):
+        return
+    if c.get("enable_thinking", flag, True):
+        c.note("enable_thinking", "true: LLaMA-Factory also learns an empty block where a row has no reasoning")
+    else:
+        c.put("model.chat_template_kwargs", {"enable_thinking": False}, "enable_thinking")
+        message = "false: LLaMA-Factory takes reasoning out of the rows, lorafit learns what they have"
+        c.note("enable_thinking", message, "model.chat_template_kwargs")
 
 
 def _attention(c: Conversion) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.init.peers.convert import Conversion
-from lorafit.init.peers.dialect import names, text, whole
+from lorafit.init.peers.dialect import count, names, text
 
 INFO = "dataset_info.json"
 _TAGS = {
@@ -34,7 +34,7 @@ def sources(c: Conversion) -> None:
     if not c.given("dataset"):
         c.refuse("dataset", "there is none, so there is nothing to train on")
     info = _info(c, folder)
-    most = c.get("max_samples", whole, 0)
+    most = c.get("max_samples", count, 0)
     for key, target in (("dataset", "dataset.train"), ("eval_dataset", "dataset.validation")):
         if c.given(key):
             asked: list[str] = c.get(key, names, [])

@@ -36,6 +36,7 @@ RULES: Rules = table(
     decides("dataset dataset_dir", "dataset.train"),
     decides("eval_dataset val_size", "dataset.validation"),
     decides("max_samples", "dataset.train"),
+    decides("enable_thinking", "model.chat_template_kwargs"),
     decides("train_on_prompt mask_history", "dataset.loss_on"),
     becomes("cutoff_len", "training.max_length", count),
     decides("packing neat_packing", "training.packing"),
@@ -49,7 +50,7 @@ RULES: Rules = table(
     idle(
         "cache_dir use_fast_tokenizer low_cpu_mem_usage use_unsloth use_unsloth_gc enable_liger_kernel pissa_convert "
         "use_reentrant_gc infer_backend infer_dtype offload_folder use_kv_cache print_param_status buffer_size "
-        "overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path ignore_pad_token_for_loss "
+        "overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path "
         "plot_loss compute_accuracy include_effective_tokens_per_second create_new_adapter eval_num_beams "
         "eval_on_each_dataset predict_with_generate ray_* placement_strategy resources_per_worker upcast_lmhead_output "
         "quantization_device_map loraplus_lr_embedding export_* adapter_folder flash_attn_* use_v1_kernels",
@@ -78,8 +79,9 @@ RULES: Rules = table(
     lost("streaming", "set dataset.streaming: true and training.max_steps"),
     lost("mix_strategy interleave_probs", "sources are mixed by their weight", "concat"),
     lost("tool_format", "the chat template writes tools"),
-    lost("default_system preserve_thinking", "the chat template decides it"),
-    lost("enable_thinking", "set model.chat_template_kwargs: {enable_thinking: false}, or true", True),
+    lost("default_system", "the chat template decides it", chosen=("",)),
+    lost("preserve_thinking", "the chat template decides it"),
+    lost("ignore_pad_token_for_loss", "padding is never learned", True),
     lost("generation_max_length generation_num_beams", "see the eval section"),
     lost("swanlab_*", "a tracker's own settings come from its environment variables"),
 )

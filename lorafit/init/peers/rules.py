@@ -13,7 +13,8 @@ Fate = Literal["becomes", "decides", "idle", "lost", "refused"]
 """`becomes`: the value is the recipe's. `decides`: together with other keys. `idle`: has no effect on what is learned.
 `lost`: no equivalent, and listed. `refused`: no recipe is made, since it would train something else."""
 
-OFF: tuple[Any, ...] = (None, False, "", 0, "no", "none", "false", "off", [], {})
+_FALSE: tuple[Any, ...] = (False, "no", "false", "off")
+OFF: tuple[Any, ...] = (None, "", 0, "none", [], {}, *_FALSE)
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Rule:
         key: the tool's; `*` stands for anything, `datasets[].` for a data set's own.
         target: the recipe's key or keys.
         read: the value for the recipe. Raises ValueError.
-        harmless: values with which a lost or refused key changes nothing, besides those that turn it off.
+        harmless: values with which a lost or refused key changes nothing, besides those that turn it off. Where true
+            is one, as the tool's default, false is a choice and not "off".
+        chosen: values that are a choice as well, though they look like "off".
     """
 
     key: str
@@ -33,10 +36,17 @@ class Rule:
     remark: str = ""
     read: Callable[[Any], Any] = text
     harmless: tuple[Any, ...] = ()
+    chosen: tuple[Any, ...] = ()
 
     def is_off(self, value: Any) -> bool:
-        word = value.lower() if isinstance(value, str) else value
-        return any(word == off and isinstance(word, bool) is isinstance(off, bool) for off in (*OFF, *self.harmless))
+        chosen = (*self.chosen, *(_FALSE if True in self.harmless else ()))
+        return _is_among(value, (*OFF, *self.harmless)) and not _is_among(value, chosen)
+
+
+def _is_among(value: Any, known: Iterable[Any]) -> bool:
+    """As `in`, but for upper case, and true and false are no numbers."""
+    word = value.lower() if isinstance(value, str) else value
+    return any(word == one and isinstance(word, bool) is isinstance(one, bool) for one in known)
 
 
 Rules = tuple[Rule, ...]
@@ -55,8 +65,8 @@ def idle(keys: str, remark: str) -> Rules:
     return tuple(Rule(key, "idle", "", remark) for key in keys.split())
 
 
-def lost(keys: str, remark: str, *harmless: Any) -> Rules:
-    return tuple(Rule(key, "lost", "", remark, harmless=harmless) for key in keys.split())
+def lost(keys: str, remark: str, *harmless: Any, chosen: tuple[Any, ...] = ()) -> Rules:
+    return tuple(Rule(key, "lost", "", remark, harmless=harmless, chosen=chosen) for key in keys.split())
 
 
 def refused(keys: str, remark: str, *harmless: Any) -> Rules:
