@@ -670,6 +670,94 @@ def test_a_tracker_that_is_only_missing_here_is_no_fault(written: Path, tiny_mod
     assert run(file, "--strict").exit_code == 2
 
 
+def test_a_missing_tracker_stops_the_training_alone(
+    written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither hides what is wrong with the recipe nor stops what reports nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(written / "cache"))
+    file = write(added("training", "report_to: [dvclive]"), tiny_model)
+    for command in (["train"], ["train", "--dry-run"], ["train", "--json"]):
+        ran = CliRunner().invoke(app, [*command, file])
+        assert ran.exit_code == 2
+        assert re.search(r"recipe.yaml:\d+:\d+: training.report_to.0: .*pip install dvclive", ran.stderr)
+    assert not Path("runs").exists()
+    for command in (["preview"], ["estimate-vram"], ["explain"], ["smoke"], ["lock"]):
+        assert CliRunner().invoke(app, [*command, file]).exit_code == 0, command
+    assert (
+        run(write(added("training", "report_to: [dvclive]") + "hardware:\n  vram: 100MiB\n", tiny_model)).exit_code == 5
+    )
+    write_jsonl(
+        written / "late.jsonl", [conversation(f"question {i}", "an answer" if i < 30 else " ") for i in range(40)]
+    )
+    late = added("training", "report_to: [dvclive]").replace("chat.jsonl", "late.jsonl")
+    assert run(write(late, tiny_model), "--deep").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("tensorboard", "'lorafit[tensorboard]'"),
+        ("flyte", "flytekit"),
+        ("azure_ml", "azureml-mlflow"),
+        ("wandb", "wandb"),
+        ("flash_attention_2", "flash-attn"),
+        ("flash_attention_3", "flash_attn_interface"),
+    ],
+)
+def test_what_is_missing_names_what_to_install(
+    asked: str, named: str, written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.plan.meant.is_installed", lambda module: module == "lm_eval")
+    text = added("training", f"report_to: [{asked}]")
+    if asked.startswith("flash"):
+        text = GOOD.replace("MODEL\n", f"MODEL\n  attn_implementation: {asked}\n") + "hardware:\n  gpu: H100 PCIe 80GB\n"
+    ran = run(write(text, tiny_model))
+    assert ran.exit_code == 0
+    assert f"pip install {named}" in ran.stdout
+    assert run(write(text, tiny_model), "--strict").exit_code == 2
+
+
+@pytest.mark.parametrize("name", [name for name, (text, code, _) in FAULTS.items() if "eval:" in text or code == 3])
+def test_a_model_that_cannot_be_had_hides_no_fault(
+    name: str, written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(written / "no cache"))
+    text, code, _ = FAULTS[name]
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if HERE in line)
+    checked = Checker(Options()).check(write(text.replace("MODEL", "somebody/some-model"), tiny_model))
+    assert [(fault.mistake.position.line, fault.exit_code) for fault in checked.faults] == [(line, code)]
+
+
+def test_rows_decide_which_figures_there_are(written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that are no JSON have no JSON metrics: found with all rows, before weights load."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(written / "cache"))
+    file = write(gated("heldout.json_match.adapter > 0.5"), tiny_model)
+    assert run(file).exit_code == 0
+    ran = run(file, "--deep")
+    assert ran.exit_code == 2
+    assert "recipe.yaml:17:7: eval.gates.0: " in ran.stdout
+    trained = CliRunner().invoke(app, ["train", file, "--set", "output_dir=runs/decided"])
+    assert (trained.exit_code, Path("runs/decided/plan.json").exists()) == (2, False)
+    assert "heldout.json_match.adapter" in trained.stderr
+
+
+def test_the_rows_of_a_set_are_read_before_a_training(
+    written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(written / "cache"))
+    rows = [
+        {"instruction": f"how {i}", "output": "so", "of": ["so", "no"] if i < 30 else ["so", "so"]} for i in range(40)
+    ]
+    write_jsonl(written / "own.jsonl", rows)
+    file = write(f"{GOOD}eval:\n  sets:\n    - {{name: own, path: own.jsonl, options: of}}\n", tiny_model)
+    for command in (["validate", "--deep"], ["train", "--set", "output_dir=runs/own"]):
+        ran = CliRunner().invoke(app, [*command, file])
+        assert ran.exit_code == 3, ran.output
+        assert "own.jsonl:31" in ran.output
+    assert not Path("runs/own/plan.json").exists()
+
+
 def test_a_recipe_is_checked_once_however_it_is_named(written: Path, tiny_model: Path) -> None:
     file = write(GOOD, tiny_model)
     found = run(file, f"./{file}", str(written / file), "recipe*.yaml", "--json")
