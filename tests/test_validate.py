@@ -676,7 +676,7 @@ def test_a_missing_tracker_stops_the_training_alone(
     """It neither hides what is wrong with the recipe nor stops what reports nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(written / "cache"))
     file = write(added("training", "report_to: [dvclive]"), tiny_model)
-    for command in (["train"], ["train", "--dry-run"], ["train", "--json"]):
+    for command in (["train"], ["train", "--dry-run"], ["train", "--json"], ["train", "--resume"]):
         ran = CliRunner().invoke(app, [*command, file])
         assert ran.exit_code == 2
         assert re.search(r"recipe.yaml:\d+:\d+: training.report_to.0: .*pip install dvclive", ran.stderr)

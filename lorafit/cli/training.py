@@ -44,11 +44,10 @@ def train(
         plan, lock = plan_locked(recipe, config, dry_run)
     else:
         plan = plan_recipe(recipe, config, count_rows=dry_run)
-    if not resume:  # the recipe is as the run was begun with
-        from lorafit.validate.evaluation import refuse
+    from lorafit.validate.evaluation import refuse
 
-        for line in refuse(recipe):
-            talk().print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for line in refuse(recipe, resume):
+        talk().print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if dry_run:
         from lorafit.show import print_plan
         from lorafit.vram.calibrate import foresee, shortage

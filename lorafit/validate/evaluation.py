@@ -24,17 +24,19 @@ from lorafit.validate.findings import Findings, Options
 HELD_OUT = "heldout"
 
 
-def refuse(recipe: Recipe) -> list[str]:
+def refuse(recipe: Recipe, is_begun: bool) -> list[str]:
     """See that, besides its plan, nothing stands against a training or the evaluation after it, as files tell.
 
-    Returns what this machine lacks for the evaluation, a sentence each. Raises RecipeError, DataError.
+    Of a run that is begun, only what this machine lacks is looked for. Returns what this machine lacks for the evaluation, a sentence each. Raises RecipeError, DataError.
     """
     found = Findings(recipe, Options())
     for path, message in missing_packages(recipe):
         found.wrong(path, MissingError(message))
-    check_evaluation(found)
+    if not is_begun:
+        check_evaluation(found)
     notes = [*found.notes]
-    check_contents(found, first_rows)
+    if not is_begun:
+        check_contents(found, first_rows)
     if found.faults:
         raise found.refusal()
     return notes
