@@ -400,7 +400,39 @@ def test_what_this_machine_lacks_hides_no_fault(
     if name not in NOT_TOLD_BY_TRAINING:
         ran = CliRunner().invoke(app, ["train", file, "--dry-run"])
         assert (ran.exit_code, ran.stdout) == (code, ""), ran.output
+    if name not in NOT_TOLD_BY_TRAINING and "eval:" not in text:
+        assert CliRunner().invoke(app, ["smoke", file]).exit_code == code
     assert not Path("the code was run").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path, tiny_model: Path) -> Path:
+    """A run of the good recipe."""
+    recipe, cache = project / "trained.yaml", project / "cache"
+    recipe.write_text(GOOD.replace("MODEL", str(tiny_model)).replace("chat.jsonl", str(project / "chat.jsonl")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        ran = CliRunner().invoke(app, ["train", "trained.yaml", "--set", "training.max_steps=2"])
+    recipe.unlink()
+    assert ran.exit_code == 0, ran.output
+    return project / "runs" / "trained"
+
+
+@pytest.mark.parametrize("name", [name for name, (text, _, _) in FAULTS.items() if "eval:" in text])
+def test_an_evaluation_refuses_what_validation_finds(
+    name: str, trained: Path, written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same exit code, before a model is loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(written / "cache"))
+    monkeypatch.setattr("lorafit.evaluate.contenders.load_base", None)
+    text, code, _ = FAULTS[name]
+    file = write(f"{text}output_dir: {trained}\n", tiny_model)
+    ran = CliRunner().invoke(
+        app, ["eval", file, "--baseline", str(written / "results.json")] if "baseline" in text else ["eval", file]
+    )
+    Path("the code was run").unlink(missing_ok=True)
+    assert ran.exit_code == code, ran.output
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -710,7 +742,9 @@ def test_what_is_missing_names_what_to_install(
     monkeypatch.setattr("lorafit.plan.meant.is_installed", lambda module: module == "lm_eval")
     text = added("training", f"report_to: [{asked}]")
     if asked.startswith("flash"):
-        text = GOOD.replace("MODEL\n", f"MODEL\n  attn_implementation: {asked}\n") + "hardware:\n  gpu: H100 PCIe 80GB\n"
+        text = (
+            GOOD.replace("MODEL\n", f"MODEL\n  attn_implementation: {asked}\n") + "hardware:\n  gpu: H100 PCIe 80GB\n"
+        )
     ran = run(write(text, tiny_model))
     assert ran.exit_code == 0
     assert f"pip install {named}" in ran.stdout

@@ -27,7 +27,8 @@ HELD_OUT = "heldout"
 def refuse(recipe: Recipe, is_begun: bool) -> list[str]:
     """See that, besides its plan, nothing stands against a training or the evaluation after it, as files tell.
 
-    Of a run that is begun, only what this machine lacks is looked for. Returns what this machine lacks for the evaluation, a sentence each. Raises RecipeError, DataError.
+    Of a run that is begun, only what this machine lacks is looked for. Returns what it lacks for the evaluation alone,
+    a sentence each. Raises RecipeError, DataError.
     """
     found = Findings(recipe, Options())
     for path, message in missing_packages(recipe):

@@ -21,6 +21,8 @@ from lorafit.evaluate.results import Metric
 
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[A-Za-z_][A-Za-z0-9_]*")
 _SHOWN = 60
+_TAKES = "it has to take (answer, expected) or (answer, expected, row)"
+_RETURNS = "it has to return its score; it is async, or a generator"
 
 
 def custom_metric(spec: str) -> AnswerMetric:
@@ -35,9 +37,11 @@ def custom_metric(spec: str) -> AnswerMetric:
     """
     info = custom_info(spec)
     function = _load(spec)
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise UsageError(f"metric {spec}: {_RETURNS}")
     takes_row = _takes(function, 3)
     if not takes_row and not _takes(function, 2):
-        raise UsageError(f"metric {spec}: it has to take (answer, expected) or (answer, expected, row)")
+        raise UsageError(f"metric {spec}: {_TAKES}")
 
     known: dict[tuple[str, ...], float | None] = {}
     types: set[type] = set()
@@ -91,9 +95,9 @@ def check_function(spec: str) -> None:
         raise UsageError(f"metric {spec}: {name} is no function in {module}")
     if isinstance(defined, ast.FunctionDef | ast.AsyncFunctionDef) and not defined.decorator_list:
         if isinstance(defined, ast.AsyncFunctionDef) or any(map(_yields, defined.body)):
-            raise UsageError(f"metric {spec}: it has to return its score; it is async, or a generator")
+            raise UsageError(f"metric {spec}: {_RETURNS}")
         if not any(_accepts(defined.args, count) for count in (2, 3)):
-            raise UsageError(f"metric {spec}: it has to take (answer, expected) or (answer, expected, row)")
+            raise UsageError(f"metric {spec}: {_TAKES}")
 
 
 def _definition(file: str, name: str, spec: str) -> ast.AST | None:
