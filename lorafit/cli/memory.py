@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Overrides, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Overrides, fail, reporting, show
 from lorafit.cli.complete import gpus as known_gpus
 from lorafit.cli.complete import recipes, runs
 from lorafit.errors import DoesNotFitError, UsageError
@@ -106,8 +106,6 @@ def estimate_vram(
         tokens=tokens,
         price=price,
     )
-    if trace:
-        talk().print("tracing a training step, which takes some seconds …", highlight=False)
     reply = ask(asked)
     if as_json:
         show(reply.as_dict())

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import RULES, SourceAudit, gate
@@ -102,11 +101,9 @@ class EvalRows:
         return sizes, digest.hexdigest()
 
 
-def held_out_rows(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None = None
-) -> Dataset:
+def held_out_rows(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None) -> Dataset:
     """Tokenized held-out rows: of a file, else those that the run kept out of training. Raises DataError."""
-    return _held_out(plan, tokenizer, data, console).rows
+    return _held_out(plan, tokenizer, data).rows
 
 
 @dataclass(frozen=True)
@@ -118,25 +115,25 @@ class _Read:
     audits: tuple[SourceAudit, ...] = ()
 
 
-def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None) -> _Read:
+def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None) -> _Read:
     if data is not None:
         first = plan.data.train[0]
         source = SourcePlan(str(data), "--data", columns=first.columns, template=first.template)
-        return _read(plan, source, tokenizer, console)
+        return _read(plan, source, tokenizer)
     if not plan.data.validation and plan.data.validation_fraction is None:
         raise DataError("the run held no rows out of training; name some with --data")
     check_unchanged(plan)
-    made = prepare(plan.data, tokenizer, console)
+    made = prepare(plan.data, tokenizer)
     assert made.validation is not None
     return _Read(made.validation, plan.data.validation or plan.data.train, made.audit.validation)
 
 
-def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> _Read:
+def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase) -> _Read:
     """A source's rows, all of them. Raises DataError for an audit beyond its limits."""
     alone = dataclasses.replace(
         plan.data, train=(source,), validation=(), validation_fraction=None, packing=False, streaming=False
     )
-    made = prepare(alone, tokenizer, console)
+    made = prepare(alone, tokenizer)
     # eval asks what a server asks, however the rows learn
     free = ("duplicates", "truncated", "lost_tokens", "prompt_differs", "prompt_boundary")
     gate(made.audit, plan.data.audit | dict.fromkeys(free))
@@ -160,7 +157,6 @@ def read_sets(
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
     remarks: list[str],
-    console: Console | None,
 ) -> list[EvalRows]:
     """The sets of an eval section: the held-out rows, those it names, and the built-in ones. Raises DataError.
 
@@ -176,7 +172,7 @@ def read_sets(
     for name, spec in asked.items():
         role: Role = spec["role"]
         try:
-            read = _rows_of(name, spec, plan, tokenizer, data, console)
+            read = _rows_of(name, spec, plan, tokenizer, data)
         except DataError as error:
             if name in BUILT_IN:
                 remarks.append(f"{name}: left out: {first_line(error)}")
@@ -244,10 +240,9 @@ def _rows_of(
     plan: Plan,
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
-    console: Console | None,
 ) -> _Read:
     if name == HELD_OUT and (data is not None or not spec["path"]):
-        return _held_out(plan, tokenizer, data, console)
+        return _held_out(plan, tokenizer, data)
     path = spec["path"] or str(TEXTS / f"{name}.jsonl")
     source = SourcePlan(
         path,
@@ -257,7 +252,7 @@ def _rows_of(
         template=spec["template"],
         max_rows=spec["max_rows"],
     )
-    return _read(plan, source, tokenizer, console)
+    return _read(plan, source, tokenizer)
 
 
 def _with_questions(rows: Dataset) -> Iterator[int]:

@@ -9,6 +9,7 @@ from typing import Literal
 from lorafit.errors import DataError, printable
 from lorafit.plan.context import Context
 from lorafit.plan.types import SourcePlan
+from lorafit.progress import each
 from lorafit.recipe import Source
 from lorafit.rows import (
     COLUMNS,
@@ -40,7 +41,8 @@ def counted(source: SourcePlan) -> SourcePlan:
     """The source with its number of rows, if it is local."""
     if source.hub is not None:
         return source
-    rows = sum(1 for _ in itertools.islice(read_rows(source.path), source.max_rows))
+    found = itertools.islice(read_rows(source.path), source.max_rows)
+    rows = sum(1 for _ in each(found, f"counting {source.path}", None))
     return dataclasses.replace(source, rows=rows)
 
 

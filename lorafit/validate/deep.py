@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import Console
-
 from lorafit.audit import Audit, Limits, Share, findings, source_findings
 from lorafit.data import prepare
 from lorafit.errors import DataError, LorafitError, UsageError
@@ -23,7 +21,7 @@ def check_deep(found: Findings, file: str) -> None:
     recipe = found.recipe
     try:
         plan = plan_recipe(recipe, file, found.options.hardware or meant_hardware(recipe), count_rows=False)
-        data = prepare(plan.data, load_tokenizer(plan), Console(stderr=True))
+        data = prepare(plan.data, load_tokenizer(plan))
         known = len(plan.remarks)
         found.notes += with_audit(plan, data.audit).remarks[known:]
     except UsageError as error:  # a warm-up as long as a run of one step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lorafit.errors import UsageError
+from lorafit.progress import each
 from lorafit.targets import near
 from lorafit.validate.check import Checker
 from lorafit.validate.find import find
@@ -19,4 +20,6 @@ def validate(paths: Iterable[str], options: Options) -> Report:
             raise UsageError(f"--skip {part}: no such part{near(part, PARTS)}")
     found = find(paths)
     checker = Checker(options)
-    return Report(tuple(map(checker.check, found.recipes)), found.skipped)
+    return Report(
+        tuple(map(checker.check, each(found.recipes, "validating", len(found.recipes), "recipes"))), found.skipped
+    )

@@ -16,6 +16,7 @@ from lorafit.hardware import Hardware, available_memory
 from lorafit.memory import Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
 from lorafit.plan.meant import hardware_of, meant_hardware
+from lorafit.progress import each, stage
 from lorafit.recipe import Recipe
 from lorafit.vram.gpus import GIB, GPUS, Device, Gpu
 
@@ -275,7 +276,8 @@ def traced(case: Case, capacity: int | None) -> Estimate:
     hush()
     from lorafit.trace import estimate_by_trace
 
-    return estimate_by_trace(case.setup, capacity)
+    with stage("tracing a training step"):
+        return estimate_by_trace(case.setup, capacity)
 
 
 def sweep(solve: Solver, question: Question) -> Iterator[Cell]:
@@ -285,7 +287,8 @@ def sweep(solve: Solver, question: Question) -> Iterator[Cell]:
     if not question.sweeps:
         return
     keys = [key for key, _ in question.sweeps]
-    for values in itertools.product(*(values for _, values in question.sweeps)):
+    combinations = list(itertools.product(*(values for _, values in question.sweeps)))
+    for values in each(combinations, "estimating", len(combinations), "settings"):
         overrides = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
         with as_typed({override: f"--sweep {override}" for override in overrides}):
             subject = question.subject.changed(*overrides)
