@@ -217,7 +217,7 @@ def talk() -> Console:
 
 
 def within(partly: float) -> None:
-    """Note how much is done of what the innermost stage counts next: of a batch's rows, half after half of its steps."""
+    """Note how much is done of what the innermost stage counts next: half a batch's rows after half of its steps."""
     if _display is not None and _display.own:
         _display.own[-1].partly = partly
 

@@ -51,6 +51,7 @@ def estimate_vram(
             autocompletion=known_gpus,
         ),
     ] = None,
+    list_gpus: Annotated[bool, typer.Option("--list-gpus", help="Show which of the known GPUs it fits.")] = False,
     gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="GPUs that train together.")] = None,
     sharding: Annotated[
         str | None,
@@ -112,7 +113,7 @@ def estimate_vram(
     else:
         from lorafit.vram.show import print_reply
 
-        print_reply(reply)
+        print_reply(reply, list_gpus)
     if reply.failures:
         fail("\n".join(reply.failures), DoesNotFitError.exit_code)
 

@@ -31,6 +31,7 @@ SHARDINGS: tuple[str, ...] = get_args(Sharding)
 MOST_TOKENS = 1 << 26
 """Tokens in one pass above which a size is taken for a slip."""
 MOST_GPUS = 1 << 16
+HERE = "this machine"
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def usual_devices(hardware: Hardware) -> list[Device]:
     if hardware.device == "cuda":
         return [Device(gpu.name, gpu.memory_bytes, gpu) for gpu in GPUS]
     free = available_memory()
-    return [] if free is None else [Device("this machine", free)]
+    return [] if free is None else [Device(HERE, free)]
 
 
 def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, asserted: bool) -> Verdict:
