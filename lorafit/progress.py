@@ -138,18 +138,22 @@ class _Display:
 
     def _watch(self) -> None:
         while not self.over.wait(DRAWN if self.on_terminal else min(FIRST, EVERY) / 4):
-            with self.lock:
-                stages = self.own if self.own and self.own[-1].total else self.own + self.others
-                if not stages or self.over.is_set():
-                    continue
-                if self.on_terminal:
-                    self._draw(stages)
-                    continue
-                now, inner = time.monotonic(), stages[-1]
-                if now - self.last >= EVERY or (not inner.told and now - inner.begun >= min(FIRST, EVERY)):
-                    self.tell("; ".join(map(str, stages)))
-                    for stage in stages:
-                        stage.told = True
+            self.look()
+
+    def look(self) -> None:
+        """Draw the bars, or tell of the stages if that is due."""
+        with self.lock:
+            stages = self.own if self.own and self.own[-1].total else self.own + self.others
+            if not stages or self.over.is_set():
+                return
+            if self.on_terminal:
+                self._draw(stages)
+                return
+            now, inner = time.monotonic(), stages[-1]
+            if now - self.last >= EVERY or (not inner.told and now - inner.begun >= min(FIRST, EVERY)):
+                self.tell("; ".join(map(str, stages)))
+                for stage in stages:
+                    stage.told = True
 
     def _draw(self, stages: list[Stage]) -> None:
         from rich.progress import BarColumn, Progress, TextColumn

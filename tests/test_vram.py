@@ -430,7 +430,7 @@ def test_a_picture(tmp_path: Path) -> None:
     assert "8 GiB" in (tmp_path / "memory.svg").read_text()
 
 
-def test_the_trace_is_announced_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trace_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     import lorafit.trace
     from lorafit.memory import estimate
 
@@ -441,9 +441,8 @@ def test_the_trace_is_announced_and_used(monkeypatch: pytest.MonkeyPatch) -> Non
         return replace(estimate(setup), method="trace")
 
     monkeypatch.setattr(lorafit.trace, "estimate_by_trace", by_trace, raising=False)
-    code, out, err = run("--model", SMALL, "--trace", "--vram", "8GiB", "--json")
+    code, out, _ = run("--model", SMALL, "--trace", "--vram", "8GiB", "--json")
     assert code == 0
-    assert "some seconds" in err
     assert json.loads(out)["method"] == "trace"
     assert asked == [8 * GIB]
 
