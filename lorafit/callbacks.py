@@ -167,7 +167,7 @@ class ProgressDisplay(TrainerCallback):
         self.meter = meter
         self.tokens_at_start: float | None = None
         self.steps = Stage("training", total_steps, "steps", already_done)
-        self.under_way = contextlib.ExitStack()
+        self.under_way = contextlib.ExitStack()  # the stage, from the training's begin to the end of the block
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         under_way = stage("training", state.max_steps, "steps", state.global_step)
@@ -208,6 +208,3 @@ class ProgressDisplay(TrainerCallback):
                 parts.append(f"{rate:.0f} tokens/s")
         parts.append(f"peak {self.meter.peak() / GIB:.1f} GiB")
         return "  ".join(parts)
-
-    def close(self) -> None:
-        self.under_way.close()

@@ -210,6 +210,15 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _forget() -> None:
+    """Have a forked process, such as one that loads data, tell nothing: its thread and its locks are the parent's."""
+    global _display
+    _display = None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 def talk() -> Console:
     """Where remarks go: stderr, of the first process only, above the bars of a terminal."""
     from rich.console import Console

@@ -120,7 +120,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if start.steps is not None:
             trainer.add_callback(StopAfter(start.steps))
         measured = None
-        try:
+        with display.under_way:
             if checkpoint and is_last(checkpoint):
                 trainer.take_up(checkpoint)
             else:
@@ -130,8 +130,6 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
                 check_own(Path(trainer.state.best_model_checkpoint), ANEW)
                 trainer._load_best_model()
-        finally:
-            display.close()
         check_finite(trainer.model, trainer.state.global_step)
         if main:
             if start.steps is None:

@@ -37,7 +37,7 @@ from lorafit.evaluate.sets import EvalRows, OptionRow, option_rows, read_sets
 from lorafit.evaluate.write import write_reports
 from lorafit.files import claim, file_digest, writing
 from lorafit.manifest import versions
-from lorafit.progress import each
+from lorafit.progress import each, stage
 from lorafit.quiet import hush_progress
 from lorafit.rundir import located
 from lorafit.tokenizer import load_tokenizer
@@ -83,7 +83,8 @@ def evaluate(options: Options) -> tuple[Results, Path]:
     options.check()
     with line_up(options) as lineup, writing(destination := options.destination(lineup.run)):
         claim(destination, "evaluation", "an evaluation", _needed(options, lineup))
-        work = prepare(options, lineup)
+        with stage("preparing rows"):
+            work = prepare(options, lineup)
         records = Records(destination.with_name(f".{destination.name}.work"), _key(work), options.resume)
         try:
             benchmarks = run_models(work, records)
@@ -93,7 +94,8 @@ def evaluate(options: Options) -> tuple[Results, Path]:
         results = assemble(work, records, benchmarks, options)
         of_sets = (sample for rows in work.scored.values() for sample in samples_of(rows, work.names, records))
         samples = itertools.chain(of_sets, benchmark_samples(benchmarks))
-        results = write_reports(destination, results, samples, lineup.run)
+        with stage("writing reports"):
+            results = write_reports(destination, results, samples, lineup.run)
         records.discard()
     return results, destination
 

@@ -97,15 +97,15 @@ def _setting(found: Answer) -> str:
 def _answer(found: Answer) -> str:
     """What it takes, and whether the devices that it is for have that."""
     known = found.estimate
-    where = "on the GPU" if known.device == "cuda" else "in memory"
+    where = "in memory" if known.device == "cpu" else "on each GPU" if known.gpus > 1 else "on the GPU"
     total = f"{gib(known.total)} GiB {where}, from {gib(known.least)} to {gib(known.most)}"
     devices = [(one.device, one.verdict) for one in found.asked]
     if not devices and known.device == "cuda":
         return f"{total} (--list-gpus: where it fits)"
-    return total + "".join(f"; {SAYS[verdict]} {_named(device)}" for device, verdict in devices or found.devices)
-
-
-SAYS = {"fits": "fits", "tight": "may fit", "does not fit": "does not fit"}
+    judged = (
+        f"{'is tight' if verdict == 'tight' else verdict} in {_named(one)}" for one, verdict in devices or found.devices
+    )
+    return "; ".join((total, *judged))
 
 
 def _named(device: Device) -> str:

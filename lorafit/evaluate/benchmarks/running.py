@@ -29,7 +29,7 @@ def check(benchmarks: Benchmarks) -> list[str]:
     """Load the tasks and their documents once, before a model is; their names. Raises UsageError, DataError."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(f"eval.lm_eval: lm-evaluation-harness is not installed; {EXTRA}")
-    with _quiet(), kept_templates(benchmarks):
+    with stage("reading the benchmarks"), _quiet(), kept_templates(benchmarks):
         return list(load(benchmarks))
 
 
