@@ -9,7 +9,7 @@ from typing import Literal
 from lorafit.errors import DataError, printable
 from lorafit.plan.context import Context
 from lorafit.plan.types import SourcePlan
-from lorafit.progress import each
+from lorafit.progress import stage
 from lorafit.recipe import Source
 from lorafit.rows import (
     COLUMNS,
@@ -42,8 +42,10 @@ def counted(source: SourcePlan) -> SourcePlan:
     if source.hub is not None:
         return source
     found = itertools.islice(read_rows(source.path), source.max_rows)
-    rows = sum(1 for _ in each(found, f"counting {source.path}", None))
-    return dataclasses.replace(source, rows=rows)
+    with stage(f"counting {source.path}", unit="rows") as counting:
+        for _ in found:
+            counting.done += 1
+    return dataclasses.replace(source, rows=int(counting.done))
 
 
 def unread_columns(row: Row, format: Format, source: SourcePlan) -> list[str]:
