@@ -36,6 +36,7 @@ class Stage:
     Attributes:
         total: of `unit`; None: not known.
         done: so far.
+        place: says what is done, where nobody counts: the position in a file.
         partly: what was done of the next ones, which are done together.
         note: what else is known at the moment, for a terminal.
         begun: the time when it began.
@@ -43,8 +44,15 @@ class Stage:
         told: whether a line told of it.
     """
 
-    def __init__(self, what: str, total: float | None = None, unit: str = "", done: float = 0.0) -> None:
-        self.what, self.total, self.unit = what, total, unit
+    def __init__(
+        self,
+        what: str,
+        total: float | None = None,
+        unit: str = "",
+        done: float = 0.0,
+        place: Callable[[], float] | None = None,
+    ) -> None:
+        self.what, self.total, self.unit, self.place = what, total, unit, place
         self.done = self.skipped = done
         self.partly = 0.0
         self.note = ""
@@ -57,6 +65,9 @@ class Stage:
 
     @property
     def so_far(self) -> float:
+        if self.place is not None:
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+                self.done = self.place()
         return self.done + self.partly
 
     @property
@@ -74,11 +85,13 @@ class Stage:
         """Such as "3 of 180 steps (2%)"; empty where the total isn't known."""
         if not self.total:
             return f"{int(self.done):,} {self.unit}" if self.done and self.unit != "bytes" else ""
+        part = min(self.so_far / self.total, 1)
         if self.unit == "bytes":
-            amount = f"{self.done / 1e9:,.2f} of {self.total / 1e9:,.2f} GB"
+            size, unit = (1e9, "GB") if self.total >= 1e9 else (1e6, "MB")
+            amount = f"{self.done / size:,.2f} of {self.total / size:,.2f} {unit}"
         else:
             amount = f"{int(self.done):,} of {int(self.total):,} {self.unit}".rstrip()
-        return f"{amount} ({min(self.so_far / self.total, 1):.0%})"
+        return f"{amount} ({part:.0%})"
 
     def __str__(self) -> str:
         time = self.left() or f"{duration(self.seconds)} so far" + ", time left not known yet" * bool(self.total)
@@ -242,9 +255,15 @@ def told() -> None:
 
 
 @contextlib.contextmanager
-def stage(what: str, total: float | None = None, unit: str = "", done: float = 0.0) -> Iterator[Stage]:
+def stage(
+    what: str,
+    total: float | None = None,
+    unit: str = "",
+    done: float = 0.0,
+    place: Callable[[], float] | None = None,
+) -> Iterator[Stage]:
     """A piece of work that is told of while the block lasts, if a command is under way."""
-    made, display = Stage(what, total, unit, done), _display
+    made, display = Stage(what, total, unit, done, place), _display
     if display is None:
         yield made
         return
@@ -294,7 +313,7 @@ class Counted:
     def close(self) -> None:
         """Leave the stage to what follows."""
         if self.stage is not None:
-            self.stage.total, self.stage = None, None
+            self.stage.total, self.stage.done, self.stage = None, 0.0, None
 
     def __enter__(self) -> Counted:
         return self

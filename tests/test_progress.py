@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import re
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import RecipeMaker
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -20,6 +23,7 @@ from typer.testing import CliRunner
 
 from lorafit import progress
 from lorafit.cli import app
+from lorafit.rows import read_rows
 
 SHARE = re.compile(r"\((\d+)%\)")
 
@@ -154,6 +158,26 @@ def test_libraries_bars_count_for_the_stage(log: io.StringIO, clock: Clock) -> N
     assert place.tqdm is None
     assert loading.total is None, "the bar is over"
     assert [SHARE.findall(line) for line in lines(log)[:2]] == [["75"], ["67"]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "csv", "parquet"])
+def test_a_data_file_is_known_by_its_size(kind: str, log: io.StringIO, clock: Clock, tmp_path: Path) -> None:
+    """So that reading rows that nobody has counted has a share."""
+    rows = [{"text": f"{number} {hash(str(number))} {hash(str(-number))}"} for number in range(30_000)]
+    file = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        lines_of = {"json": [json.dumps(rows)], "csv": ["text", *(row["text"] for row in rows)]}
+        content = "\n".join(lines_of.get(kind, map(json.dumps, rows))).encode()
+        pack = {"gz": gzip.compress, "zst": lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)}
+        file.write_bytes(pack.get(file.suffix[1:], bytes)(content))
+    for number, _ in enumerate(progress.each(read_rows(str(file)), "counting", None)):
+        if number == 15_000:
+            clock.at(10)
+    (share,) = map(int, SHARE.findall(lines(log)[0]))
+    assert 20 < share < 90
+    assert "about" in lines(log)[0]
 
 
 def test_only_the_first_process_tells(monkeypatch: pytest.MonkeyPatch) -> None:
