@@ -77,16 +77,16 @@ def _widths(console: Console, form: Table, column: Column) -> tuple[int, int]:
 
 
 def _print_cells(console: Console, form: Table) -> None:
-    """Each row as lines: its first cell, and below it the others with their columns' names; without those, on one."""
+    """Each row as lines, one for a cell with its column's name; all on one line where columns have no names."""
     for row in zip(*(column.cells for column in form.columns), strict=True):
         cells = [_text(console, cell) for cell in row]
         if not form.show_header:
             print_line(console, Text("  ").join(cells))
             continue
-        print_line(console, cells[0])
-        for column, cell in zip(form.columns[1:], cells[1:], strict=True):
+        for number, (column, cell) in enumerate(zip(form.columns, cells, strict=True)):
+            name = _text(console, column.header)
             if cell.plain:
-                print_line(console, Text("  ").join((Text(), _text(console, column.header), cell)))
+                print_line(console, Text("  ").join([Text()] * (number > 0) + [name] * bool(name.plain) + [cell]))
     console.print()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import threading
@@ -188,6 +189,17 @@ def test_only_the_first_process_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         with progress.stage("anything", 3) as anything:
             anything.advance()
     assert list(progress.each("abc", "letters", 3)) == ["a", "b", "c"]
+
+
+def test_a_forked_process_tells_nothing(log: io.StringIO) -> None:
+    """Such as one that loads data: it has no thread to tell, and a lock may be held for ever."""
+    with progress.stage("training"), display().lock:
+        child = os.fork()
+        if not child:
+            with progress.stage("packing", 3) as packing:
+                packing.advance()
+            os._exit(0 if progress._display is None else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_bars_on_a_terminal_go_away(monkeypatch: pytest.MonkeyPatch) -> None:
