@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.errors import GateError, Interrupted
 from lorafit.files import write_text
+from lorafit.progress import Stage, stage, told
 from lorafit.rundir import RunDir
 from lorafit.vram.calibrate import Meter
 
@@ -159,36 +160,24 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressDisplay(TrainerCallback):
-    """One live line on a terminal; plain lines when the output goes elsewhere."""
+    """The steps as a stage: bars on a terminal, and in a log a line for each log of the trainer, too."""
 
     def __init__(self, console: Console, meter: Meter, total_steps: int, already_done: int = 0) -> None:
         self.console = console
         self.meter = meter
-        self.first_step = already_done
         self.tokens_at_start: float | None = None
-        self.started = time.monotonic()
-        self.latest: dict[str, Any] = {}
-        self.progress: Progress | None = None
-        if console.is_terminal:
-            self.progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(),
-                console=console,
-                transient=False,
-            )
-            self.task = self.progress.add_task("train", total=total_steps, completed=already_done, status="")
+        self.steps = Stage("training", total_steps, "steps", already_done)
+        self.under_way = contextlib.ExitStack()  # the stage, from the training's begin to the end of the block
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = time.monotonic()
-        self.first_step = state.global_step
-        if self.progress:
-            self.progress.start()
+        under_way = stage("training", state.max_steps, "steps", state.global_step)
+        self.steps = self.under_way.enter_context(under_way)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.steps.partly += 1 / args.gradient_accumulation_steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.progress:
-            self.progress.update(self.task, completed=state.global_step)
+        self.steps.done, self.steps.partly = state.global_step, 0.0
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -196,20 +185,13 @@ class ProgressDisplay(TrainerCallback):
         if not logs or "train_runtime" in logs:
             return
         text = self._status(state, logs)
-        if self.progress:
-            if "eval_loss" in logs:
-                self.progress.console.print(f"step {state.global_step}  {text}")
-            else:
-                self.progress.update(self.task, status=text)
-        else:
-            left = ""
-            done = state.global_step - self.first_step
-            if done and "loss" in logs:
-                seconds = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
-                left = f"  left {seconds:.0f} s"
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  {text}{left}", highlight=False, soft_wrap=True
-            )
+        if self.console.is_terminal and "eval_loss" not in logs:
+            self.steps.note = text
+            return
+        left = f"  {self.steps.left()}".rstrip() if "loss" in logs else ""
+        self.console.print(f"step {state.global_step}/{state.max_steps}  {text}{left}", highlight=False, soft_wrap=True)
+        if not self.console.quiet:
+            told()
 
     def _status(self, state: TrainerState, logs: dict[str, Any]) -> str:
         if "eval_loss" in logs:
@@ -226,7 +208,3 @@ class ProgressDisplay(TrainerCallback):
                 parts.append(f"{rate:.0f} tokens/s")
         parts.append(f"peak {self.meter.peak() / GIB:.1f} GiB")
         return "  ".join(parts)
-
-    def close(self) -> None:
-        if self.progress:
-            self.progress.stop()

@@ -30,6 +30,7 @@ from typing import Any
 import xxhash
 
 from lorafit.errors import DoesNotFitError, DriftError, LorafitError, UsageError
+from lorafit.progress import stage
 
 SEAL = "lorafit.json"
 LOCK = ".lorafit.lock"
@@ -56,18 +57,22 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 def file_digest(file: Path) -> str:
     """SHA-256 of a file, as it is on the disk."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return _digest(file, hashlib.sha256())
 
 
 def quick_digest(file: Path) -> str:
     """XXH3 (128 bits) of a file."""
-    digest = xxhash.xxh3_128()
-    buffer = bytearray(min(_CHUNK, max(file.stat().st_size, 1)))
-    with file.open("rb", buffering=0) as stream:
+    return _digest(file, xxhash.xxh3_128())
+
+
+def _digest(file: Path, digest: Any) -> str:
+    size = file.stat().st_size
+    buffer = bytearray(min(_CHUNK, max(size, 1)))
+    with file.open("rb", buffering=0) as stream, stage(f"hashing {file.name}", size, "bytes") as hashed:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
+            hashed.advance(count)
+    return str(digest.hexdigest())
 
 
 def own_digest(content: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from lorafit.errors import ModelError
 from lorafit.facts import TOKENIZER_FILES, stored_tensors, weight_files
 from lorafit.facts.folder import read_json
 from lorafit.files import file_digest, quick_digest
+from lorafit.progress import stage
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
@@ -238,13 +239,17 @@ def tensor_digests(file: Path) -> dict[str, str]:
     buffer = memoryview(bytearray(_CHUNK))
     found = {}
     try:
-        with file.open("rb", buffering=0) as stream:
+        with (
+            file.open("rb", buffering=0) as stream,
+            stage(f"hashing {file.name}", stored[-1][1][1] if stored else None, "bytes") as hashed,
+        ):
             for tensor, (begin, end) in stored:
                 digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
                 stream.seek(begin)
                 while begin < end and (count := stream.readinto(buffer[: end - begin])):
                     digest.update(buffer[:count])
                     begin += count
+                    hashed.advance(count)
                 found[tensor.name] = digest.hexdigest()
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: not a whole safetensors file: {error}") from None

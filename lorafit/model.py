@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+    modeling_gguf_pytorch_utils,
 )
 
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files import check, staged
 from lorafit.fingerprint import changed_base, listed
 from lorafit.plan import Plan
+from lorafit.progress import Counted, counting, stage
 from lorafit.rundir import RunDir
 from lorafit.tokenizer import cannot_load, gguf, location
 
@@ -46,7 +51,8 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     if source is None:  # else it was checked as it was found
         check(Path(name).expanduser())
     try:
-        model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)
+        with loading(name):
+            model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)
     except LorafitError:
         raise
     except Exception as error:
@@ -56,6 +62,17 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     if plan.quantization_kwargs is not None and _device(plan) == "cpu":
         let_go_of_the_file(model)
     return model
+
+
+@contextlib.contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Tell how far transformers is in reading a model's weights."""
+    with stage(f"loading {name}"), counting((modeling_gguf_pytorch_utils, "tqdm")):
+        before = transformers.logging.set_tqdm_hook(lambda _, args, kwargs: Counted(*args, **kwargs))
+        try:
+            yield
+        finally:
+            transformers.logging.set_tqdm_hook(before)
 
 
 def let_go_of_the_file(model: PreTrainedModel) -> None:
@@ -138,7 +155,8 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
     that mark it saves, and loads again, like any other.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(*location(file), **gguf(file), dtype=getattr(torch, dtype))
+        with loading(file):
+            model = AutoModelForCausalLM.from_pretrained(*location(file), **gguf(file), dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(*location(file), **gguf(file))
     except Exception as error:
         raise cannot_load("model", file, error) from error
@@ -146,7 +164,7 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
         del model.config.quantization_config
     model.hf_quantizer = None
     model.config.name_or_path = ""
-    with staged(destination, "base") as folder:
+    with stage(f"writing {destination}"), staged(destination, "base") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

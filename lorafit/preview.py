@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import breaches, findings
@@ -26,9 +25,7 @@ PACKED_ROWS = 10_000
 """Rows that packing is tried on where it is off."""
 
 
-def preview(
-    plan: Plan, wanted: list[int], strict: bool, validation: bool, ids: bool, console: Console
-) -> dict[str, Any]:
+def preview(plan: Plan, wanted: list[int], strict: bool, validation: bool, ids: bool) -> dict[str, Any]:
     """What `lorafit preview` shows, as JSON-able values.
 
     Args:
@@ -43,7 +40,7 @@ def preview(
     """
     hush_progress()
     tokenizer = load_tokenizer(plan)
-    data = prepare(plan.data, tokenizer, console)
+    data = prepare(plan.data, tokenizer)
     plan = with_audit(plan, data.audit)
     rows = shown_rows(data, validation, max(wanted, default=0))
     chosen = [number for number in wanted if number <= len(rows)]

@@ -5,24 +5,16 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from lorafit.audit import RULES, Audit, Limits, findings
 from lorafit.plan import Plan
+from lorafit.tables import print_line, print_table, table
 
 _HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
 """Line breaks, spaces, and what joins letters and emoji."""
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -49,44 +41,42 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         every = f", evaluated every {s.eval_steps}" if s.eval_steps else ""
         saved = f", saved every {s.save_steps}" if s.save_steps else ""
         lines.append(("steps", f"{s.total_steps} ({s.steps_per_epoch} an epoch){every}{saved}"))
-    overview = Table(box=None, show_header=False, pad_edge=False)
-    overview.add_column(style="bold")
-    overview.add_column(overflow="fold")
+    overview = table("", "", head=False)
     for key, value in lines:
-        overview.add_row(key, escape(str(value)))
-    console.print(overview)
-    choices = _table("resolved", "value", "because")
+        overview.add_row(Text(key, style="bold"), escape(str(value)))
+    print_table(console, overview)
+    choices = table("resolved", "value", "because")
     for key, choice in plan.choices.items():
         value = ", ".join(map(str, choice.value)) if isinstance(choice.value, list) else str(choice.value)
         choices.add_row(key, escape(value), escape(choice.reason))
-    console.print(choices)
+    print_table(console, choices)
     if plan.audit:
         print_audit(Audit.from_dict(plan.audit), plan.data.audit, console)
     else:
-        console.print("The data has not been audited yet: `lorafit preview` does it, and so does training, first.")
+        print_line(
+            console, "The data has not been audited yet: `lorafit preview` does it, and so does training, first."
+        )
     for remark in plan.remarks:
-        console.print(escape(remark), style="yellow")
+        print_line(console, remark, "yellow")
 
 
 def print_audit(audit: Audit, limits: Limits, console: Console | None = None) -> None:
     """What was counted of each source, and what was found wrong, with the limits."""
     console = console or Console()
-    table = _table("data", "rows", "used", "tokens", "learned", "longest", "left out")
-    for column in table.columns[1:6]:
-        column.justify = "right"
+    counts = table("data", "rows", "used", "tokens", "learned", "longest", "left out", right=range(1, 6))
     parts = (("", audit.train), ("validation: ", audit.validation))
     for name, source in ((name, source) for name, sources in parts for source in sources):
         dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
         share = f"{source.supervised_tokens / source.tokens:.0%}" if source.tokens else ""
         numbers = (source.read, source.rows, source.tokens)
-        table.add_row(
+        counts.add_row(
             Text(_printable(name + source.path)),
             *(f"{n:,}" for n in numbers),
             share,
             f"{source.longest:,}",
             Text(_printable(dropped)),
         )
-    console.print(table)
+    print_table(console, counts)
     print_findings(audit, limits, console)
 
 
@@ -95,7 +85,7 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
     for one in findings(audit, limits):
         limit = "no limit" if one.limit is None else f"limit {one.limit:.4g}"
         line = f"{one} {RULES[one.rule]} ({limit}); the first: {one.finding.first}"
-        console.print(Text(_printable(line), style="red" if one.is_breach else "yellow"), soft_wrap=True)
+        print_line(console, _printable(line), "red" if one.is_breach else "yellow")
     for source in (*audit.train, *audit.validation):
         if source.reasoning or source.empty_reasoning:
             none = source.read - source.reasoning - source.empty_reasoning
@@ -103,16 +93,15 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
                 f"{source.path}: {source.reasoning:,} rows have reasoning, {none:,} none; before the answers of "
                 f"{source.empty_reasoning:,} the chat template writes an empty block of it"
             )
-            console.print(Text(_printable(line)), soft_wrap=True)
+            print_line(console, _printable(line))
     part, held_out = audit.training_rows, audit.validation_rows
     packs = f" in {part.packs:,} packed rows" if part.packs is not None else ""
     others = f"; {held_out.rows:,} validation rows" if held_out else ""
     first = "" if audit.whole else "the first "
-    console.print(
+    print_line(
+        console,
         f"{first}{part.rows:,} training rows{packs}, {part.tokens:,} tokens, {part.supervised_tokens:,} of them learned"
         f"{others}; answers found by: {audit.masks}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -146,57 +135,28 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
     _print_lengths(report, console)
     print_audit(Audit.from_dict(report["audit"]), report["limits"], console)
     for remark in report["remarks"]:
-        console.print(escape(remark), style="yellow", highlight=False, soft_wrap=True)
+        print_line(console, remark, "yellow")
 
 
 def _print_lengths(report: dict[str, Any], console: Console) -> None:
     found, packing = report["lengths"], report["packing"]
     if found:
         most = max(bar["rows"] for bar in found["histogram"])
-        table = _table("tokens up to", "rows", "")
-        table.columns[0].justify = table.columns[1].justify = "right"
+        bars = table("tokens up to", "rows", "", right=(0, 1))
         for bar in found["histogram"]:
-            table.add_row(f"{bar['up_to']:,}", f"{bar['rows']:,}", "█" * round(40 * bar["rows"] / most))
-        console.print(table)
+            bars.add_row(f"{bar['up_to']:,}", f"{bar['rows']:,}", "█" * round(40 * bar["rows"] / most))
+        print_table(console, bars)
         quantiles = (f"{name} {found[key]:,}" for name, key in (("median", "median"), ("90%", "p90"), ("99%", "p99")))
-        console.print(f"{', '.join(quantiles)}, longest {found['longest']:,} tokens", highlight=False)
+        print_line(console, f"{', '.join(quantiles)}, longest {found['longest']:,} tokens")
     if packing:
         made = "makes" if packing["on"] else "would make"
-        console.print(
+        print_line(
+            console,
             f"packing {made} {packing['packed_rows']:,} rows of {packing['rows']:,}, {packing['efficiency']:.0%} full; "
             f"unpacked batches hold {packing['efficiency_without']:.0%} tokens, the rest is padding",
-            highlight=False,
-            soft_wrap=True,
         )
 
 
 def _printable(text: str) -> str:
     """Text without the characters by which data could command a terminal."""
     return "".join(c if c.isprintable() or c in _HARMLESS else ascii(c)[1:-1] for c in text)
-
-
-def print_evaluation(report: dict[str, Any], show_rows: int, console: Console | None = None) -> None:
-    """Base and adapter side by side on stdout."""
-    console = console or Console()
-    table = _table("", *report["models"])
-    for name, label in (
-        ("loss", "loss"),
-        ("perplexity", "perplexity"),
-        ("token_accuracy", "token accuracy"),
-        ("exact_match", "exact match"),
-    ):
-        cells = [scores.get(name) for scores in report["models"].values()]
-        if any(cell is not None for cell in cells):
-            percent = name in ("exact_match", "token_accuracy")
-            table.add_row(label, *("" if c is None else f"{c:.1%}" if percent else f"{c:.4f}" for c in cells))
-    console.print(table)
-    console.print(
-        f"{report['rows']} held-out rows; exact match on {report['generated']} of them, greedy.", highlight=False
-    )
-    for sample in report["samples"][:show_rows]:
-        console.print()
-        console.print(f"[bold]prompt[/bold]    {escape(sample['prompt'])}", highlight=False)
-        console.print(f"[bold]expected[/bold]  {escape(sample['expected'])}", highlight=False)
-        for name, answer in sample["answers"].items():
-            mark = "[green]=[/green]" if answer == sample["expected"] else "[red]≠[/red]"
-            console.print(f"[bold]{name:9}[/bold] {mark} {escape(answer)}", highlight=False)

@@ -45,6 +45,7 @@ from lorafit.loss import row_sums, settle_head
 from lorafit.manifest import build_manifest, hashes
 from lorafit.model import dequantize_gguf, load_base, lora_config
 from lorafit.plan import Plan, Schedule, dated, with_audit
+from lorafit.progress import Stage, stage
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
@@ -94,13 +95,13 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
                 check_checkpoints(run)
         reading = read_ahead(plan)
         tokenizer = load_tokenizer(plan)
-        data = prepare(plan.data, tokenizer, console)
+        data = prepare(plan.data, tokenizer)
         gate(data.audit, plan.data.audit)
         plan = with_audit(plan, data.audit)
         if main:
             print_findings(data.audit, plan.data.audit, console)
             if not start.resume and start.steps is None:
-                rehearse(plan, tokenizer, data, console)
+                rehearse(plan, tokenizer, data)
             make_run(run, plan, recipe_text, start)
         foreseen = foresee(plan)
         foreseen = keep_within(plan, foreseen, console if main else None)
@@ -108,8 +109,10 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         trainer = build_trainer(plan, run, data, tokenizer)
         meter.loaded()
         if plan.data.packing:
-            check_isolation(trainer)
-        reading.join()
+            with stage("checking that packed rows don't see each other"):
+                check_isolation(trainer)
+        with stage(f"hashing {plan.model['name_or_path']}"):
+            reading.join()
         if main and run.base_files() is None:
             run.write_base_files(run_fingerprint(plan, run))
         checkpoint = next(iter(run.all_checkpoints()), None) if start.resume else None  # whole, as was checked
@@ -120,7 +123,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if start.steps is not None:
             trainer.add_callback(StopAfter(start.steps))
         measured = None
-        try:
+        with display.under_way:
             if checkpoint and is_last(checkpoint):
                 trainer.take_up(checkpoint)
             else:
@@ -130,8 +133,6 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
                 check_own(Path(trainer.state.best_model_checkpoint), ANEW)
                 trainer._load_best_model()
-        finally:
-            display.close()
         check_finite(trainer.model, trainer.state.global_step)
         if main:
             if start.steps is None:
@@ -365,6 +366,7 @@ class Trainer(SFTTrainer):
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self._evaluated = torch.zeros(4, dtype=torch.float64)
+        self._validating = Stage("validating")
         super().__init__(*args, **kwargs)
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None  # not by transformers
 
@@ -377,12 +379,15 @@ class Trainer(SFTTrainer):
             output = model(**inputs, use_cache=False, fused_lm_head=True)
         sums = self.accelerator.gather_for_metrics(row_sums(output, inputs.get("seq_idx")))
         self._evaluated += sums.sum(0).cpu()
+        self._validating.advance()
         return output.loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Means over the learned tokens of all rows, whatever the batches, the padding and the processes."""
         self._evaluated = torch.zeros(4, dtype=torch.float64)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loader = args[0] if args else kwargs["dataloader"]
+        with stage("validating", len(loader), "batches") as self._validating:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         tokens, nll, entropy, hits = self._evaluated.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
         self._metrics["eval"] |= {
@@ -427,7 +432,8 @@ class Trainer(SFTTrainer):
         """
         check_finite(self.model, self.state.global_step)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with staged(folder, "checkpoint") if self.args.should_save else contextlib.nullcontext() as made:
+        written = staged(folder, "checkpoint") if self.args.should_save else contextlib.nullcontext()
+        with stage(f"saving {folder.name}"), written as made:
             wait_for_everyone()  # the first process made it, for all
             partial = made or partial_of(folder)
             self.store_flos()
@@ -495,7 +501,7 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     args = training_arguments(plan, run)  # from here on, several processes know each other
     base = load_base(plan, dequantized_base(plan, run))
-    with explained_experts(plan):
+    with explained_experts(plan), stage("putting the adapter on the model"):
         trainer = Trainer(
             model=base,
             args=args,
@@ -605,11 +611,13 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
         from peft import replace_lora_weights_loftq
 
         folder = Path(plan.model["name_or_path"]).expanduser()
-        replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
+        with stage("starting the adapter by LoftQ"):
+            replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
     elif start == "eva":
         from peft import initialize_lora_eva_weights
 
-        initialize_lora_eva_weights(model, trainer.get_train_dataloader(), show_progress_bar=False)
+        with stage("starting the adapter by EVA"):
+            initialize_lora_eva_weights(model, trainer.get_train_dataloader(), show_progress_bar=False)
     elif start.startswith(("pissa", "olora")) and is_main_process() and not run.start.is_dir():
         with staged(run.start, "start") as folder:
             model.save_pretrained(folder)
@@ -645,7 +653,7 @@ def save_result(
     """Write adapter/ (or model/), whole, with a manifest that knows its hashes; clear away what it replaces."""
     adapter = isinstance(trainer.model, PeftModel)
     name = "adapter" if adapter else "model"
-    with staged(run.path / name, name) as folder:
+    with stage(f"saving {name}"), staged(run.path / name, name) as folder:
         if adapter:
             start = {"path_initial_model_for_weight_conversion": str(run.start)} if run.start.is_dir() else {}
             trainer.model.save_pretrained(str(folder), **start)

@@ -44,8 +44,8 @@ def measured(run: Path, scratch: Path, console: Console) -> list[str]:
             raise SystemExit(f"{run}: is no run on a quantized base")
         base, plan = find_base(source, None, False), source.plan
         tokenizer = load_tokenizer(plan, source.adapter)
-        held = held_out_rows(plan, tokenizer, None, console)
-        rows, _ = rows_to_compare(source, tokenizer, len(held), console)
+        held = held_out_rows(plan, tokenizer, None)
+        rows, _ = rows_to_compare(source, tokenizer, len(held))
         reference = measure(source, base, rows, "")
 
         def right(model: Any) -> float:

@@ -61,7 +61,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunDir
 @pytest.fixture(scope="module")
 def report(merged: RunDir) -> BenchReport:
     """Of all four models, timed by a clock that goes on by one second each time it is read."""
-    return bench(BenchOptions(merged.path, **SMALL), QUIET, ticking())
+    return bench(BenchOptions(merged.path, **SMALL), ticking())
 
 
 def ticking(step: float = 1.0) -> Callable[[], float]:
@@ -129,10 +129,10 @@ def test_all_models_get_the_same_tokens(merged: RunDir, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("lorafit.bench.make.run_pass", spy)
     options = BenchOptions(merged.path, prompt_tokens=(6,), batch=(2,), new_tokens=1, rounds=1)
-    first = bench(options, QUIET)
+    first = bench(options)
     assert len(seen) == 8, "four models, warmed up and timed once"
     assert all(torch.equal(ids, seen[0]) for ids in seen)
-    other = bench(BenchOptions(merged.path, ("merged",), (6, 7), 1, (2,), 1), QUIET)
+    other = bench(BenchOptions(merged.path, ("merged",), (6, 7), 1, (2,), 1))
     digests = other.settings["token_digests"]
     assert digests["6x2"] == first.settings["token_digests"]["6x2"], "shapes don't depend on each other"
     assert not torch.equal(draw(merged, 1), draw(merged, 0))
@@ -229,7 +229,7 @@ def test_a_missing_model_is_named_with_what_makes_it(missing: str, flags: str, m
     run = RunDir(shutil.copytree(merged.path, tmp_path / "run"))
     shutil.rmtree(run.path / {"merged": "merged", "quantized": "merged-nf4"}[missing])
     with pytest.raises(UsageError, match=rf"make it with `lorafit merge {run.path}{flags}`"):
-        bench(BenchOptions(run.path, ("adapter", missing)), QUIET)
+        bench(BenchOptions(run.path, ("adapter", missing)))
     if missing == "quantized":
         assert [one.name for one in contenders_of(run, run.load_plan(), ())] == NAMES[:3]
 
@@ -243,11 +243,11 @@ def test_a_copy_of_an_earlier_merge_is_refused(merged: RunDir, tmp_path: Path) -
 
 def test_a_run_that_trained_in_full_has_no_adapter(recipe: RecipeMaker, train: Train) -> None:
     run = train(recipe(lora=None))
-    found = bench(BenchOptions(run.path, **SMALL), QUIET, ticking())
+    found = bench(BenchOptions(run.path, **SMALL), ticking())
     assert list(found.models) == ["base", "trained"]
     assert {(one.model, one.against) for one in found.ratios} == {("base", "trained")}
     with pytest.raises(UsageError, match=r"--model adapter: .* has none; its result is called trained"):
-        bench(BenchOptions(run.path, ("adapter",)), QUIET)
+        bench(BenchOptions(run.path, ("adapter",)))
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_what_can_not_be_measured_is_said(changes: dict[str, Any], said: str) ->
 
 def test_prompts_longer_than_the_model_are_refused(merged: RunDir) -> None:
     with pytest.raises(UsageError, match="make 513 positions, and the model has 512"):
-        bench(BenchOptions(merged.path, ("base",), (500,), 13, (1,), 1), QUIET)
+        bench(BenchOptions(merged.path, ("base",), (500,), 13, (1,), 1))
 
 
 def test_lists_of_the_command_line() -> None:
@@ -293,7 +293,7 @@ def test_models_take_turns_if_they_fit_together(free: int, merged: RunDir, monke
 
     monkeypatch.setattr("lorafit.bench.models.available_memory", lambda: free)
     monkeypatch.setattr("lorafit.bench.make.run_pass", spy)
-    found = bench(BenchOptions(merged.path, NAMES[:3], (4,), 1, (1,), 2), QUIET)
+    found = bench(BenchOptions(merged.path, NAMES[:3], (4,), 1, (1,), 2))
     pair, back = ["tiny", "adapter"], ["adapter", "tiny"]
     if free > 1 << 30:
         assert order == ["merged", *back, *pair, "merged", "merged", *back]
@@ -305,7 +305,7 @@ def test_models_take_turns_if_they_fit_together(free: int, merged: RunDir, monke
 @pytest.mark.parametrize(("load", "busy"), [(0.0, False), (10_000.0, True)])
 def test_a_busy_machine_is_remarked(load: float, busy: bool, merged: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
-    found = bench(BenchOptions(merged.path, ("merged",), (4,), 1, (1,), 1), QUIET)
+    found = bench(BenchOptions(merged.path, ("merged",), (4,), 1, (1,), 1))
     assert found.load == (load, load)
     assert any("busy" in remark for remark in found.remarks) == busy
 
@@ -318,9 +318,9 @@ def test_the_report_is_written_whole_or_not_at_all(merged: RunDir, tmp_path: Pat
         raise KeyboardInterrupt
 
     with contextlib.suppress(KeyboardInterrupt):
-        bench(options, QUIET, interrupted)
+        bench(options, interrupted)
     assert not list(tmp_path.iterdir())
-    found = bench(options, QUIET, ticking())
+    found = bench(options, ticking())
     assert json.loads(file.read_text()) == json.loads(json.dumps(found.as_dict()))
     assert [one.name for one in tmp_path.iterdir()] == ["speed.json"]
 
@@ -340,7 +340,7 @@ def test_tables_show_every_figure(report: BenchReport) -> None:
 
 def test_one_round_has_no_intervals(merged: RunDir) -> None:
     options = BenchOptions(merged.path, models=("base", "merged"), **SMALL | {"rounds": 1})
-    text = as_markdown(bench(options, QUIET, ticking()))
+    text = as_markdown(bench(options, ticking()))
     assert "| 9 | 3 | merged | 27.0 |" in text
     assert "[" not in text
     assert "One round, so there are no intervals; 4 greedy steps" in text

@@ -79,7 +79,7 @@ def test_the_tables_for_people(recipe: RecipeMaker, rows: Path) -> None:
     assert "because" in plan
     code, memory, _ = lorafit("estimate-vram", path)
     assert code == 0
-    assert "On the GPU: " in memory
+    assert " GiB on the GPU, from " in memory.splitlines()[0]
     assert "does not fit" in lorafit("estimate-vram", path, "--vram", "1MiB")[1]
 
 

@@ -63,7 +63,7 @@ def test_two_processes_equal_one_with_twice_the_batch(recipe: RecipeMaker, train
     assert row.measured == manifests[1]["memory"]["measured"]["resident"]
     told = [float(size) for size in re.findall(r"peak ([0-9.]+) GiB", errors)]
     assert max(told) <= row.measured / GIB + 0.051
-    results, _ = evaluate(EvalOptions(two.path, overrides=("eval.forgetting=[]",), max_new_tokens=1), QUIET)
+    results, _ = evaluate(EvalOptions(two.path, overrides=("eval.forgetting=[]",), max_new_tokens=1))
     assert results.figures["heldout.loss.adapter"].value == pytest.approx(min(validation[1]), abs=1e-5)
     assert errors.count("tokens, ") == 1, "only the first process may speak"
     assert output.splitlines() == [str(two.adapter)]

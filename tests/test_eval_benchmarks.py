@@ -114,7 +114,7 @@ def console() -> Console:
 @pytest.fixture(scope="module")
 def results(tasks: Path, model: Any, tokenizer: Any) -> dict[str, TaskResult]:
     asked = Benchmarks(("tiny_group",), include_path=str(tasks), batch_size=3)
-    return {result.task: result for result in run(asked, model, tokenizer, console())}
+    return {result.task: result for result in run(asked, model, tokenizer)}
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_samples_show_what_was_asked_and_answered(results: dict[str, TaskResult]
 
 
 def test_a_metric_that_is_no_mean_is_left_out_and_named(tasks: Path, model: Any, tokenizer: Any) -> None:
-    (result,) = run(Benchmarks(("tiny/choice",), include_path=str(tasks), limit=3), model, tokenizer, console())
+    (result,) = run(Benchmarks(("tiny/choice",), include_path=str(tasks), limit=3), model, tokenizer)
     assert result.rows == 3
     assert result.left_out == ("mcc",)
     assert "mcc" not in result.metrics
@@ -214,7 +214,7 @@ def test_nothing_is_printed_and_the_model_in_memory_is_used(
         monkeypatch.setattr(one, "from_pretrained", None)
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    run(Benchmarks((str(tasks),), limit=2), model, bare, console())
+    run(Benchmarks((str(tasks),), limit=2), model, bare)
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
     assert bare.pad_token is None
@@ -234,21 +234,21 @@ def test_an_adapter_counts(tasks: Path, tiny_model: Path, tokenizer: Any) -> Non
         adapted.base_model.model.lm_head.modules_to_save["default"].weight.normal_()
         before = adapted(ids).logits
     asked = Benchmarks((str(tasks / "tiny_roll.yaml"),))
-    (on,) = run(asked, adapted, tokenizer, console())
+    (on,) = run(asked, adapted, tokenizer)
     with torch.no_grad():
         assert torch.equal(adapted(ids).logits, before)
     with adapted.disable_adapter():
-        (off,) = run(asked, adapted, tokenizer, console())
+        (off,) = run(asked, adapted, tokenizer)
     assert figure(on, "bits_per_byte") != pytest.approx(figure(off, "bits_per_byte"), rel=0.01)
 
 
 def test_a_chat_template_is_applied_if_there_is_one(tasks: Path, model: Any, tokenizer: Any) -> None:
     asked = Benchmarks((str(tasks / "tiny-choice.yaml"),), limit=1, apply_chat_template=True)
-    (result,) = run(asked, model, tokenizer, console())
+    (result,) = run(asked, model, tokenizer)
     assert result.samples[0]["prompt"] == "<|im_start|>user\nTHE CAT SAT is<|im_end|>\n<|im_start|>assistant\n"
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     with pytest.raises(UsageError, match=r"apply_chat_template: the model's tokenizer has no chat template"):
-        run(asked, model, bare, console())
+        run(asked, model, bare)
 
 
 def test_too_little_memory_for_a_batch(
@@ -263,7 +263,7 @@ def test_too_little_memory_for_a_batch(
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model, "forward", small.__get__(model))
-    (result,) = run(Benchmarks((str(tasks / "tiny_roll.yaml"),), batch_size=7), model, tokenizer, console())
+    (result,) = run(Benchmarks((str(tasks / "tiny_roll.yaml"),), batch_size=7), model, tokenizer)
     assert max(sizes) == 7
     assert result.rows == ROWS
     assert figure(result, "bits_per_byte") == pytest.approx(figure(results["tiny_roll"], "bits_per_byte"), rel=1e-4)

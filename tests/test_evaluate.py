@@ -54,7 +54,7 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "four", "cat", "mat", "d
 def evaluated(run: RunDir | Path, **options: Any) -> Results:
     path = run.path if isinstance(run, RunDir) else run
     overrides = options.pop("overrides", PLAIN)
-    return evaluate(Options(path, overrides=tuple(overrides), **options), QUIET)[0]
+    return evaluate(Options(path, overrides=tuple(overrides), **options))[0]
 
 
 def value(results: Results, name: str) -> float:
@@ -109,7 +109,7 @@ def whole(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Resu
     options = Options(
         trained, output=folder, max_new_tokens=6, fail_under=("heldout.loss.adapter < heldout.loss.base (ci)",)
     )
-    return evaluate(options, QUIET)
+    return evaluate(options)
 
 
 def row_losses(model: Any, rows: Any) -> list[float]:

@@ -65,7 +65,7 @@ def test_the_validation_loss(recipe: RecipeMaker, train: Train, unequal: Path, m
     result = run.load_manifest()["result"]
     assert (result["best_step"], result["best_validation_loss"]) == (best, curve[best])
     options = EvalOptions(run.path, overrides=("eval.forgetting=[]",), max_new_tokens=1)
-    results, _ = evaluate(options, QUIET)
+    results, _ = evaluate(options)
     name = list(results.models)[-1]
     assert results.figures[f"heldout.loss.{name}"].value == pytest.approx(curve[best], abs=1e-5)
 
@@ -80,7 +80,7 @@ def test_tokens_rows_parameters_and_steps(
     path = recipe(dataset={"validation": [{"path": str(unequal)}]}, **sections)
     run: RunDir = train(path)
     plan, manifest = run.load_plan(), run.load_manifest()
-    shown = preview(plan_recipe(Recipe.load(path), path), list(range(1, 100)), False, False, False, QUIET)
+    shown = preview(plan_recipe(Recipe.load(path), path), list(range(1, 100)), False, False, False)
     assert plan.audit == manifest["data"]["audit"] == shown["audit"]
     assert plan.audit is not None
     part = plan.audit["training_rows"]
@@ -126,7 +126,7 @@ def test_the_loss_of_a_merge(recipe: RecipeMaker, train: Train, unequal: Path, m
     run: RunDir = train(recipe(dataset={"validation": [{"path": str(unequal)}]}, **sections))
     report = json.loads((merge(MergeOptions(run.path), QUIET) / "merge_report.json").read_text())
     options = EvalOptions(run.path, overrides=("eval.forgetting=[]",), max_new_tokens=1)
-    figures = evaluate(options, QUIET)[0].figures
+    figures = evaluate(options)[0].figures
     proved = report["verification"]
     assert figures["heldout.loss.adapter"].value == pytest.approx(proved["adapter"]["loss"], abs=1e-4)
     assert figures["heldout.loss.merged"].value == pytest.approx(proved["figures"]["loss"], abs=1e-3)
@@ -159,7 +159,7 @@ def test_answers_are_those_of_the_saved_adapter_and_tokenizer_alone(
     dataset = {"train": rows, "validation": rows, "audit": audit}
     run: RunDir = train(recipe(dataset=dataset, training=training, **sections))
     options = EvalOptions(run.path, overrides=("eval.forgetting=[]",), max_new_tokens=12)
-    _, folder = evaluate(options, QUIET)
+    _, folder = evaluate(options)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(run.adapter)
     model = AutoPeftModelForCausalLM.from_pretrained(run.adapter)
@@ -194,7 +194,7 @@ def test_rows_that_ask_otherwise_than_they_learn(recipe: RecipeMaker, tmp_path: 
     if rule == "prompt_differs":
         sections["model"] = {"chat_template": "qwen3", "chat_template_kwargs": {"enable_thinking": True}}
     file = recipe(**sections)
-    report = preview(plan_recipe(Recipe.load(file), file), [], False, False, False, QUIET)
+    report = preview(plan_recipe(Recipe.load(file), file), [], False, False, False)
     (source,) = report["audit"]["train"]
     found = {name: finding["count"] for name, finding in source["found"].items() if name.startswith("prompt_")}
     assert found == ({rule: 3} if rule else {})
@@ -321,7 +321,7 @@ def test_an_empty_block_in_the_rows_is_no_reasoning(recipe: RecipeMaker, tmp_pat
     path = recipe(model={"chat_template": "qwen3"}, dataset={"train": [{"path": str(rows)}], "validation": None})
     plan = plan_recipe(Recipe.load(path), path)
     assert plan.data.chat_template_kwargs == {"enable_thinking": False}
-    shown = preview(plan, [1, 2, 3], True, False, False, QUIET)
+    shown = preview(plan, [1, 2, 3], True, False, False)
     assert not shown["breaches"]
     for row in shown["rows"]:
         learned = "".join(part["text"] for part in row["segments"] if part["learned"])

@@ -838,7 +838,7 @@ print("HEAVY", sorted(heavy & sys.modules.keys()), file=sys.stderr)
         (["--help"], "estimate-vram"),
         (["train", "CONFIG", "--dry-run"], "steps"),
         (["train", "CONFIG", "--dry-run", "--json"], '"trainable_parameters"'),
-        (["estimate-vram", "CONFIG"], "On the GPU: "),
+        (["estimate-vram", "CONFIG"], " GiB on the GPU, from "),
         (["train", "CONFIG", "--dry-run", "--set", "training.optim=none"], "training.optim"),
     ],
 )

@@ -131,7 +131,7 @@ def test_base_against_adapter_against_merged(quickstart: RunDir, merged: Path, m
     monkeypatch.chdir(quickstart.path.parent.parent)
     before = json.loads((quickstart.path / "eval/results.json").read_text())["figures"]
     few = ("eval.forgetting=[]", "eval.gates=[heldout.exact_match.adapter >= 0.8]")
-    results, folder = evaluate(EvalOptions(quickstart.path, overrides=few, max_new_tokens=48), QUIET)
+    results, folder = evaluate(EvalOptions(quickstart.path, overrides=few, max_new_tokens=48))
     figures = {name: figure["value"] for name, figure in before.items()}
     figures |= {name: figure.value for name, figure in results.figures.items()}
     assert list(results.models) == ["base", "adapter", "merged"]
@@ -194,7 +194,7 @@ def test_an_adapter_that_forgot_is_caught(tmp_path: Path, monkeypatch: pytest.Mo
     held_out.write_text("".join((ROOT / "data/quickstart/heldout.jsonl").read_text().splitlines(keepends=True)[:8]))
     few = ("eval.forgetting=[chat]", "eval.gates=[]")
     options = EvalOptions(run.path, overrides=few, data=held_out, max_new_tokens=24, fail_under=gates)
-    results, _ = evaluate(options, QUIET)
+    results, _ = evaluate(options)
     assert [gate.gate for gate in results.failed] == list(gates)
 
 

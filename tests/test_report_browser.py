@@ -186,15 +186,28 @@ def test_right_to_left_text_stands_alone(page: Any) -> None:
     assert directions == ["rtl", "ltr", "ltr"]
 
 
-def test_a_narrow_window_does_not_scroll_sideways(page: Any) -> None:
+@pytest.mark.parametrize("width", [320, 360, 390, 768, 900, 1024])
+def test_a_narrow_window_shows_tables_whole(page: Any, width: int) -> None:
+    """Neither the page nor a table scrolls sideways, and each figure has its model's name beside it or above it."""
     page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     )
     try:
-        assert (
-            page.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            <= 0
+        page.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true })")
+        beyond = page.execute_script(
+            "const wide = one => one.scrollWidth > one.clientWidth;"
+            "return [document.documentElement, ...document.querySelectorAll('.scroll:has(table)')].filter(wide)"
+            ".map(one => one.getAttribute('aria-label') ?? 'the page')"
         )
+        assert beyond == []
+        named = page.execute_script(
+            "return [...document.querySelectorAll('.figures')].map(table => {"
+            "const head = getComputedStyle(table.tHead).position !== 'absolute';"
+            "return [...table.tBodies[0].rows[0].cells].slice(1).every(cell => head ||"
+            "getComputedStyle(cell, '::before').content === JSON.stringify(cell.dataset.label)) })"
+        )
+        assert named
+        assert all(named)
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -383,6 +383,15 @@ def test_figures_have_their_unit_interval_and_best(page: Page) -> None:
     assert "length of the answer tokens 61.4 59.2 to 63.6 17.1 16.8 to 17.4 17.1" in page.text
 
 
+def test_cells_know_their_column_where_a_narrow_screen_hides_the_head(html: str) -> None:
+    tables = re.findall(r'<table class="[^"]*stack">(.*?)</table>', html, re.DOTALL)
+    assert len(tables) >= 3
+    for table in tables:
+        heads = [re.sub("<[^>]*>", "", head) for head in re.findall(r"<th scope=.col.[^>]*>(.*?)</th>", table)]
+        for row in re.findall(r"<tr><th scope=.row.>.*?</tr>", table, re.DOTALL):
+            assert re.findall(r'<td[^>]*data-label="([^"]*)"', row) == heads[1:]
+
+
 def test_forgetting_has_a_section_that_says_what_it_means(html: str, page: Page) -> None:
     section = html[html.index('<section id="forgetting"') : html.index('<section id="speed"')]
     assert "nothing to do with the task" in section

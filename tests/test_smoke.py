@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, RecipeMaker, conversation, make_model, make_tokenizer, write_jsonl
-from rich.console import Console
 from typer.testing import CliRunner
 
 from lorafit.cli import app
@@ -34,7 +33,7 @@ def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smoke:
 
     def go(config: Path, *overrides: str, **options: Any) -> Any:
         try:
-            return run(SmokeOptions(config, overrides, **options), Console(quiet=True))
+            return run(SmokeOptions(config, overrides, **options))
         finally:
             assert list(scratch.iterdir()) == []
             assert not (tmp_path / "runs").exists()

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.bench import BenchOptions, Shape
@@ -36,6 +35,7 @@ from lorafit.files import write_text
 from lorafit.hardware import detect
 from lorafit.manifest import versions
 from lorafit.plan import Plan
+from lorafit.progress import Stage, stage
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, open_run
 from lorafit.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ APART = (
 )
 
 
-def bench(options: BenchOptions, console: Console, clock: Clock = time.perf_counter) -> BenchReport:
+def bench(options: BenchOptions, clock: Clock = time.perf_counter) -> BenchReport:
     """Time a run's models, and write the report if the options say where.
 
     Raises UsageError for a model that the run does not have, ModelError for one that is of another run.
@@ -60,7 +60,7 @@ def bench(options: BenchOptions, console: Console, clock: Clock = time.perf_coun
     options.check()
     hush_progress()
     with open_run(options.run) as (run, plan):
-        report = _bench(options, run, plan, console, clock)
+        report = _bench(options, run, plan, clock)
     if options.output is not None:
         as_json = options.output.suffix == ".json"
         text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n" if as_json else as_markdown(report)
@@ -76,7 +76,7 @@ class _Measured:
     model: BenchModel
 
 
-def _bench(options: BenchOptions, run: RunDir, plan: Plan, console: Console, clock: Clock) -> BenchReport:
+def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> BenchReport:
     contenders = contenders_of(run, plan, options.models)
     tokenizer = load_tokenizer(plan, run.result)
     busy = _Load()
@@ -89,14 +89,15 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, console: Console, clo
         with contextlib.ExitStack() as stack:
             models: list[tuple[Contender, Sides]] = []
             for group in turns:
-                console.print(f"loading {' and '.join(one.name for one in group)} …", highlight=False)
                 sides = stack.enter_context(loaded(group))
                 models += [(one, sides) for one in group]
             model = models[0][1].use(models[0][0].kind == "adapter")
             device = model.device
             _check_lengths(options, model)
             prompts = prompts or _prompts(options, tokenizer, model)
-            measured |= _measure(models, prompts, options, console, clock)
+            passes = (options.rounds + 1) * len(prompts) * len(models)
+            with stage("timing", passes, "passes") as timed:
+                measured |= _measure(models, prompts, options, timed, clock)
             del model, models, sides  # before the next ones load
     timings = tuple(_timings(measured, options))
     reference = next((name for name in ("adapter", "trained") if name in measured), next(iter(measured)))
@@ -119,19 +120,19 @@ def _measure(
     models: list[tuple[Contender, Sides]],
     prompts: dict[Shape, torch.Tensor],
     options: BenchOptions,
-    console: Console,
+    timed: Stage,
     clock: Clock,
 ) -> dict[str, _Measured]:
     """Every shape once to warm up, then in rounds, in which the models take turns and who is first changes."""
     passes: dict[str, dict[Shape, list[Pass]]] = {one.name: {shape: [] for shape in prompts} for one, _ in models}
     for number in range(options.rounds + 1):
-        console.print(f"  {f'round {number} of {options.rounds}' if number else 'warm-up'}", highlight=False)
         for shape, ids in prompts.items():
             for contender, sides in models if number % 2 else reversed(models):
                 model = sides.use(contender.kind == "adapter")
                 done = run_pass(model, ids.to(model.device), options.new_tokens, clock)
                 if number:
                     passes[contender.name][shape].append(done)
+                timed.advance()
     return {one.name: _Measured(passes[one.name], _described(one, sides, passes[one.name])) for one, sides in models}
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from lorafit.bench.report import PHASES, BenchReport, Median, Phase
+from lorafit.tables import print_line, print_table, table
 
 
 def as_markdown(report: BenchReport) -> str:
@@ -27,15 +26,16 @@ def print_bench(report: BenchReport, console: Console | None = None) -> None:
     """The report as tables on stdout."""
     console = console or Console()
     for header, rows in _tables(report):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name, number in header:
-            table.add_column(name, overflow="fold", justify="right" if number else "left")
+        numbers = [index for index, (_, number) in enumerate(header) if number]
+        shown = table(*(name for name, _ in header), right=numbers)
+        for column in shown.columns:
+            column.no_wrap = True
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
+            shown.add_row(*(escape(cell) for cell in row))
+        print_table(console, shown)
     remarks = set(report.remarks)
     for line in _notes(report):
-        console.print(escape(line), style="yellow" if line in remarks else None, highlight=False, soft_wrap=True)
+        print_line(console, line, "yellow" if line in remarks else "")
 
 
 Columns: TypeAlias = list[tuple[str, bool]]

@@ -26,6 +26,7 @@ from lorafit.evaluate.assemble import BASE
 from lorafit.evaluate.contenders import Contender, Loaded, adapter_named, base_of, loaded
 from lorafit.facts.folder import read_json
 from lorafit.files import check
+from lorafit.model import loading
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir, located, open_run
 from lorafit.targets import near
@@ -109,7 +110,8 @@ def _model_room(options: ChatOptions, console: Console) -> Iterator[Room]:
 
 def _from_pretrained(kind: Any, what: str, name: str, **kwargs: Any) -> Any:
     try:
-        return kind.from_pretrained(*location(name), **gguf(name), trust_remote_code=False, **kwargs)
+        with loading(name):
+            return kind.from_pretrained(*location(name), **gguf(name), trust_remote_code=False, **kwargs)
     except Exception as error:
         raise cannot_load(what, name, error) from error
 

@@ -17,10 +17,9 @@ import typer
 
 from lorafit.cli.complete import gpus, keys, recipes, runs
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
+from lorafit.progress import shown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lorafit.hardware import Hardware
     from lorafit.plan import Plan
     from lorafit.rundir import RunDir
@@ -58,7 +57,8 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         before = signal.signal(signal.SIGTERM, terminated)
         try:
-            return command(*args, **kwargs)
+            with shown():
+                return command(*args, **kwargs)
         except Interrupted as error:
             fail(str(error), 128 + error.signal_number)
         except LorafitError as error:
@@ -113,13 +113,6 @@ def fail(message: str, code: int) -> NoReturn:
         time.sleep(HEAD_START)
         typer.echo(f"process {rank}: {message}", err=True)
     raise typer.Exit(code)
-
-
-def talk() -> Console:
-    """Where progress and remarks go: stderr, of the first process only."""
-    from rich.console import Console
-
-    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def make_plan(config: Path, overrides: list[str] | None, count_rows: bool = False) -> Plan:

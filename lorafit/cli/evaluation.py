@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Locked, RunPath, check_locked, fail, reporting, run_of, show, talk
+from lorafit.cli.common import AsJson, Locked, RunPath, check_locked, fail, reporting, run_of, show
 from lorafit.cli.complete import runs
 from lorafit.errors import GateError, UsageError
+from lorafit.progress import talk
 
 Adapters = Annotated[
     list[str] | None,
@@ -91,7 +92,7 @@ def evaluate(
     from lorafit.evaluate.report.terminal import print_results
     from lorafit.evaluate.write import read_samples
 
-    results, folder = run_evaluation(options, talk())
+    results, folder = run_evaluation(options)
     if as_json:
         show(results.model_dump(mode="json"))
     else:
@@ -188,5 +189,5 @@ def bench(
     from lorafit.bench.make import bench as run_bench
     from lorafit.bench.show import print_bench
 
-    report = run_bench(options, talk())
+    report = run_bench(options)
     show(report.as_dict()) if as_json else print_bench(report)

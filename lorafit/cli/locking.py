@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Config, Overrides, RunPath, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Config, Overrides, RunPath, fail, reporting, show
 from lorafit.errors import DriftError, UsageError
+from lorafit.progress import talk
 
 if TYPE_CHECKING:
     from lorafit.verify.hashes import Check

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Overrides, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Overrides, fail, reporting, show
 from lorafit.cli.complete import gpus as known_gpus
 from lorafit.cli.complete import recipes, runs
 from lorafit.errors import DoesNotFitError, UsageError
@@ -51,6 +51,7 @@ def estimate_vram(
             autocompletion=known_gpus,
         ),
     ] = None,
+    list_gpus: Annotated[bool, typer.Option("--list-gpus", help="Show which of the known GPUs it fits.")] = False,
     gpus: Annotated[int | None, typer.Option("--gpus", metavar="N", help="GPUs that train together.")] = None,
     sharding: Annotated[
         str | None,
@@ -106,15 +107,13 @@ def estimate_vram(
         tokens=tokens,
         price=price,
     )
-    if trace:
-        talk().print("tracing a training step, which takes some seconds …", highlight=False)
     reply = ask(asked)
     if as_json:
         show(reply.as_dict())
     else:
         from lorafit.vram.show import print_reply
 
-        print_reply(reply)
+        print_reply(reply, list_gpus)
     if reply.failures:
         fail("\n".join(reply.failures), DoesNotFitError.exit_code)
 

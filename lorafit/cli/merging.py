@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Locked, check_locked, fail, reporting, run_of, show, talk
+from lorafit.cli.common import AsJson, Locked, check_locked, fail, reporting, run_of, show
 from lorafit.cli.complete import runs
 from lorafit.errors import ModelError
+from lorafit.progress import talk
 
 
 @reporting

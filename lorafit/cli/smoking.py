@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Config, Overrides, fail, reporting, show, talk
+from lorafit.cli.common import AsJson, Config, Overrides, fail, reporting, show
 from lorafit.errors import GateError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def smoke(
     try:
         from lorafit.smoke.make import smoke as run_smoke
 
-        report = run_smoke(options, talk())
+        report = run_smoke(options)
     finally:
         if before is None:
             del os.environ["CUDA_VISIBLE_DEVICES"]

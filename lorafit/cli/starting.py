@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit.cli.common import fail, reporting, talk
+from lorafit.cli.common import fail, reporting
 from lorafit.cli.complete import gpus
 from lorafit.errors import LorafitError, UsageError
+from lorafit.progress import talk
 
 if TYPE_CHECKING:
     from lorafit.init.make import Wish

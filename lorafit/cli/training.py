@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Config, Overrides, fail, make_plan, reporting, show, talk
+from lorafit.cli.common import AsJson, Config, Overrides, fail, make_plan, reporting, show
 from lorafit.errors import DataError
+from lorafit.progress import talk
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
@@ -120,7 +121,7 @@ def preview(
     from lorafit.preview import preview as run_preview
     from lorafit.show import print_preview
 
-    report = run_preview(plan, row or list(range(1, rows + 1)), bool(row), validation, ids, talk())
+    report = run_preview(plan, row or list(range(1, rows + 1)), bool(row), validation, ids)
     show(report) if as_json else print_preview(report)
     if report["breaches"]:
         fail("\n".join(report["breaches"]), DataError.exit_code)

@@ -15,20 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from rich.console import Console
+from datasets import Dataset, IterableDataset, arrow_dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import Audit, Finding, PartAudit, SourceAudit
 from lorafit.cache import entry, kept, prune, rows_key, set_key
 from lorafit.data.encode import IGNORED, Lengths, TokenRow, Tokens, read_examples, tokenize
 from lorafit.data.mix import Indices, repeated, shared, split, weighted
-from lorafit.data.progress import counted
 from lorafit.data.render import Rendered, Renderer, special_tokens
 from lorafit.data.table import TRAINED, Numbers, read_table, write_table
 from lorafit.errors import DataError, first_line
 from lorafit.facts import spare_retries
 from lorafit.plan.types import DataPlan, SourcePlan, validation_rows
+from lorafit.progress import counting, each, stage
 from lorafit.rows import Row, detect_format, digest, place_of, read_rows
 
 __all__ = [
@@ -74,7 +73,7 @@ class Prepared:
         return dataclasses.replace(self.audit, train=tuple(self.streamed), training_rows=PartAudit(*totals))
 
 
-def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: Console | None = None) -> Prepared:
+def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, render, tokenize, count, split and mix; from the cache where nothing has changed.
 
     Raises DataError for what can't be read. Faults that have a limit are counted: see `lorafit.audit.gate`.
@@ -83,10 +82,10 @@ def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: Console
     if plan.streaming:
         from lorafit.data.stream import prepare_stream
 
-        return prepare_stream(plan, tokenizer, console)
+        return prepare_stream(plan, tokenizer)
     renderer = Renderer(tokenizer, plan.loss_on, plan.date)
-    train = [source_table(plan, source, renderer, console) for source in plan.train]
-    held_out = [source_table(plan, source, renderer, console) for source in plan.validation]
+    train = [source_table(plan, source, renderer) for source in plan.train]
+    held_out = [source_table(plan, source, renderer) for source in plan.validation]
     folder = entry("sets", str(set_key(plan)))
     made = kept(
         folder,
@@ -129,13 +128,14 @@ class SourceTable:
     audit: SourceAudit
 
 
-def source_table(plan: DataPlan, source: SourcePlan, renderer: Renderer, console: Console | None) -> SourceTable:
+def source_table(plan: DataPlan, source: SourcePlan, renderer: Renderer) -> SourceTable:
     """A source's rows as tokens: from the cache, or made and put there."""
     folder = entry("rows", str(rows_key(plan, source)))
 
     def make(partial: Path) -> None:
         audit = SourceAudit(source.path)
-        write_table(partial, counted(tokenize_source(plan, source, renderer, audit), source, console), audit)
+        batches = tokenize_source(plan, source, renderer, audit)
+        write_table(partial, each(batches, f"tokenizing {source.path}", source.rows, size=len), audit)
         if source.hub is None and digest(source.path) != source.sha256:
             raise DataError(f"{source.path}: was changed while it was being read; start again")
 
@@ -234,12 +234,12 @@ def numbers_of(tables: list[SourceTable]) -> Numbers:
 
 
 def prepare_held_out(
-    plan: DataPlan, renderer: Renderer, console: Console | None
+    plan: DataPlan, renderer: Renderer
 ) -> tuple[Dataset | None, tuple[SourceAudit, ...], PartAudit | None]:
     """The rows of the validation sources alone, for training rows that are streamed."""
     if not plan.validation:
         return None, (), None
-    tables = [source_table(plan, source, renderer, console) for source in plan.validation]
+    tables = [source_table(plan, source, renderer) for source in plan.validation]
     rows = together(tables)
     if not len(rows):
         raise no_row_left(plan, [table.audit for table in tables])
@@ -277,7 +277,8 @@ def pack(rows: Dataset, max_length: int, file: Path | None = None) -> Dataset:
     from trl import pack_dataset  # takes seconds, and only packing needs it
 
     where = {"cache_file_name": str(file)} if file else {"keep_in_memory": True}
-    return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
+    with stage("packing rows"), counting((arrow_dataset, "hf_tqdm")):
+        return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
 
 
 def part_audit(numbers: Numbers, packs: int | None = None) -> PartAudit:

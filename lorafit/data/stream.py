@@ -9,7 +9,6 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from datasets.iterable_dataset import ExamplesIterable
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import Audit, PartAudit, SourceAudit, breaches, source_findings
@@ -18,6 +17,7 @@ from lorafit.data.encode import TokenRow
 from lorafit.data.render import Renderer
 from lorafit.errors import DataError
 from lorafit.plan.types import DataPlan
+from lorafit.progress import each
 
 SAMPLE_ROWS = 1000
 """Rows that are audited before training begins."""
@@ -25,12 +25,13 @@ SHUFFLE_ROWS = 1000
 """Rows among which a stream is shuffled."""
 
 
-def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> Prepared:
+def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """The training rows as a stream, and an audit of the first of them. Validation rows are read whole."""
     renderer = Renderer(tokenizer, plan.loss_on, plan.date)
-    validation, held_out, part = prepare_held_out(plan, renderer, console)
+    validation, held_out, part = prepare_held_out(plan, renderer)
     audits = [SourceAudit(source.path) for source in plan.train]
-    sample = list(itertools.islice(_interleaved(plan, renderer, audits), SAMPLE_ROWS))
+    rows = itertools.islice(_interleaved(plan, renderer, audits), SAMPLE_ROWS)
+    sample = list(each(rows, "auditing the first rows", SAMPLE_ROWS))
     if not sample:
         raise no_row_left(plan, audits)
     audit = Audit(

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.errors import UsageError
@@ -21,6 +20,7 @@ from lorafit.evaluate.results import Set as SetInfo
 from lorafit.evaluate.sets import HELD_OUT
 from lorafit.evaluate.statistics import Series
 from lorafit.plan.meant import is_installed
+from lorafit.progress import each
 
 Benchmarked: TypeAlias = dict[str, list[dict[str, Any]]]
 """By model, what each task gave, as JSON-able values."""
@@ -70,7 +70,6 @@ def run_benchmarks(
     tokenizer: PreTrainedTokenizerBase,
     section: dict[str, Any],
     records: Records,
-    console: Console,
 ) -> Benchmarked:
     """The benchmarks on one model, unless the records have them."""
     if not section["lm_eval"]:
@@ -80,7 +79,7 @@ def run_benchmarks(
         from lorafit.evaluate.benchmarks import run
 
         model = loaded.use(contender.name if contender.kind == "adapter" else BASE)
-        found = [_plain(task) for task in run(_asked(section), model, tokenizer, console)]
+        found = [_plain(task) for task in run(_asked(section), model, tokenizer)]
         records.write(found, "benchmarks", contender.name)
     return {contender.name: found}
 
@@ -148,9 +147,7 @@ def benchmark_remarks(found: Benchmarked) -> list[str]:
     ]
 
 
-def judge_answers(
-    section: dict[str, Any], sets: list[Rows], names: list[str], records: Records, console: Console
-) -> None:
+def judge_answers(section: dict[str, Any], sets: list[Rows], names: list[str], records: Records) -> None:
     """Each model's answers against the base's, by the judge. Raises UsageError, DataError."""
     from lorafit.evaluate.judge import Judge, Pair, compare
 
@@ -167,7 +164,8 @@ def judge_answers(
         done = records.done(rows.name, name, "judge")
         chosen = list(itertools.islice(rows.questions, asked.rows))
         with records.writer(rows.name, name, "judge") as add:
-            for verdict in compare(asked, map(pair, chosen), done):
+            made = compare(asked, map(pair, chosen), done)
+            for verdict in each(made, f"judging {name} on {rows.name}", len(chosen) - len(done)):
                 add({"row": verdict.row, "score": verdict.score, "raw": verdict.raw})
 
 

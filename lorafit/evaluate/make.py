@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.data import Prepared
@@ -43,6 +42,7 @@ from lorafit.evaluate.write import write_reports
 from lorafit.files import claim, file_digest, writing
 from lorafit.manifest import versions
 from lorafit.plan import Plan
+from lorafit.progress import each, stage
 from lorafit.quiet import hush_progress
 from lorafit.rundir import located
 from lorafit.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ class Work:
         return [contender.name for contender in self.contenders]
 
 
-def evaluate(options: Options, console: Console) -> tuple[Results, Path]:
+def evaluate(options: Options) -> tuple[Results, Path]:
     """Run models on rows, and write results.json, samples.jsonl and the reports into the run's eval/, or elsewhere.
 
     Returns what was found, and the folder. A gate that failed is in the results: what to make of it is the caller's.
@@ -88,17 +88,19 @@ def evaluate(options: Options, console: Console) -> tuple[Results, Path]:
     options.check()
     with line_up(options) as lineup, writing(destination := options.destination(lineup.run)):
         claim(destination, "evaluation", "an evaluation", _needed(options, lineup))
-        work = prepare(options, lineup, console)
+        with stage("preparing rows"):
+            work = prepare(options, lineup)
         records = Records(destination.with_name(f".{destination.name}.work"), _key(work), options.resume)
         try:
-            benchmarks = run_models(work, records, console)
+            benchmarks = run_models(work, records)
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.signal_number if isinstance(error, Interrupted) else 2
             raise Interrupted("interrupted; what was measured is kept: go on with --resume", number) from None
         results = assemble(work, records, benchmarks, options)
         of_sets = (sample for rows in work.scored.values() for sample in samples_of(rows, work.names, records))
         samples = itertools.chain(of_sets, benchmark_samples(benchmarks))
-        results = write_reports(destination, results, samples, lineup.run)
+        with stage("writing reports"):
+            results = write_reports(destination, results, samples, lineup.run)
         records.discard()
     return results, destination
 
@@ -112,7 +114,7 @@ def _needed(options: Options, lineup: Lineup) -> Iterator[Path]:
     yield from filter(None, (options.data, *(one["path"] and Path(one["path"]) for one in lineup.section["sets"])))
 
 
-def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
+def prepare(options: Options, lineup: Lineup) -> Work:
     """Everything that can be wrong, before a model is loaded."""
     section, plan = lineup.section, lineup.plan
     remarks = list(lineup.remarks)
@@ -122,7 +124,7 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
     tasks = check_extras(section)
     tokenizer = load_tokenizer(plan, lineup.run.result)
     main = next((c.name for c in lineup.contenders if c.kind in ("adapter", "trained")), None)
-    sets = {rows.name: rows for rows in read_sets(plan, section, tokenizer, options.data, remarks, console)}
+    sets = {rows.name: rows for rows in read_sets(plan, section, tokenizer, options.data, remarks)}
     choices = {name: list(option_rows(rows, plan)) if rows.spec["options"] else [] for name, rows in sets.items()}
     names = [contender.name for contender in lineup.contenders]
     scored = {name: scored_rows(rows, section, choices[name], main, names) for name, rows in sets.items()}
@@ -140,7 +142,7 @@ def prepare(options: Options, lineup: Lineup, console: Console) -> Work:
     return Work(lineup, main, sets, scored, choices, demands, baseline, remarks)
 
 
-def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, console: Console) -> None:
+def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> None:
     """Read what a plan's evaluation will, before anything is trained: its sets' rows, its gates, its benchmarks.
 
     Neither a model nor the code of a metric is loaded. Raises UsageError and DataError, as `evaluate` would.
@@ -154,7 +156,7 @@ def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared,
     if prepared.validation is None:
         read -= {HELD_OUT}
     metrics = {}
-    for rows in read_sets(plan, section, tokenizer, None, [], console, read, prepared):
+    for rows in read_sets(plan, section, tokenizer, None, [], read, prepared):
         metrics[rows.name] = metrics_of(rows, section, True)
         for _ in option_rows(rows, plan) if rows.spec["options"] else ():
             pass
@@ -183,7 +185,7 @@ def _from_command_line(text: str) -> Demand:
         raise UsageError(f"--fail-under: {error}") from None
 
 
-def run_models(work: Work, records: Records, console: Console) -> Benchmarked:
+def run_models(work: Work, records: Records) -> Benchmarked:
     """Every model on every set, each base loaded once; the benchmarks by model."""
     section, benchmarks = work.lineup.section, Benchmarked()
     for group in groups(work.contenders):
@@ -191,11 +193,11 @@ def run_models(work: Work, records: Records, console: Console) -> Benchmarked:
             for contender in group:
                 for name, rows in work.sets.items():
                     longest = rows.spec["max_new_tokens"] or section["max_new_tokens"]
-                    measure(models, contender, rows, work.options[name], longest, records, console)
+                    measure(models, contender, rows, work.options[name], longest, records)
                 tokenizer = next(iter(work.sets.values())).tokenizer
-                benchmarks |= run_benchmarks(models, contender, tokenizer, section, records, console)
+                benchmarks |= run_benchmarks(models, contender, tokenizer, section, records)
     if section["judge"]:
-        judge_answers(section["judge"], list(work.scored.values()), work.names, records, console)
+        judge_answers(section["judge"], list(work.scored.values()), work.names, records)
     return benchmarks
 
 
@@ -208,7 +210,8 @@ def assemble(work: Work, records: Records, benchmarks: Benchmarked, options: Opt
     figures: dict[str, Figure] = {}
     differences: list[Difference] = []
     resamples: dict[str, np.ndarray[Any, Any]] = {}
-    for number, (name, scores) in enumerate((of_sets | of_tasks).items()):
+    every = of_sets | of_tasks
+    for number, (name, scores) in enumerate(each(every.items(), "computing intervals", len(every), "sets")):
         found = figures_of(name, scores, section["seed"] + number, work.main)
         figures |= found.figures
         differences += found.differences

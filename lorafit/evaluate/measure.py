@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from lorafit.data import special_tokens
 from lorafit.evaluate.assemble import BASE
@@ -17,6 +15,7 @@ from lorafit.evaluate.engine.greedy import end_tokens, generate
 from lorafit.evaluate.engine.likelihood import divergences, likelihoods
 from lorafit.evaluate.records import Records
 from lorafit.evaluate.sets import EvalRows, OptionRow, Prompts, said
+from lorafit.progress import each
 
 T = TypeVar("T")
 
@@ -28,7 +27,6 @@ def measure(
     options: list[OptionRow],
     max_new_tokens: int,
     records: Records,
-    console: Console,
 ) -> None:
     """Everything about one model on one set that is not in the records yet."""
     model = loaded.use(contender.name if contender.kind == "adapter" else BASE)
@@ -36,46 +34,40 @@ def measure(
     shows = rows.role == "forgetting" and contender.kind == "adapter"
     with torch.inference_mode():
         if shows:
-            _divergences(loaded, model, rows, name, pad, records, console)
+            _divergences(loaded, model, rows, name, pad, records)
         else:
-            _likelihoods(model, rows, name, pad, records, console)
+            _likelihoods(model, rows, name, pad, records)
         if options:
-            _options(model, options, name, pad, records, console)
+            _options(model, options, name, pad, records)
         if rows.questions:
-            _answers(model, rows, name, max_new_tokens, records, console)
+            _answers(model, rows, name, max_new_tokens, records)
 
 
-def _likelihoods(
-    model: Any, rows: EvalRows, name: tuple[str, str], pad: int, records: Records, console: Console
-) -> None:
+def _likelihoods(model: Any, rows: EvalRows, name: tuple[str, str], pad: int, records: Records) -> None:
     names = (*name, "likelihood")
     done = records.done(*names)
     if len(done) == len(rows.rows):
         return
     with records.writer(*names) as add:
         made = likelihoods(model, rows.rows, pad, done)
-        for one in _shown(made, len(rows.rows) - len(done), names, console):
+        for one in _each(made, len(rows.rows) - len(done), names):
             add({"row": one.row, "nll": one.nll, "tokens": one.tokens, "hits": one.hits})
 
 
-def _divergences(
-    loaded: Loaded, model: Any, rows: EvalRows, name: tuple[str, str], pad: int, records: Records, console: Console
-) -> None:
+def _divergences(loaded: Loaded, model: Any, rows: EvalRows, name: tuple[str, str], pad: int, records: Records) -> None:
     names = (*name, "divergence")
     done = records.done(*names)
     if len(done) == len(rows.rows):
         return
     with records.writer(*name, "likelihood", timed=False) as add_own, records.writer(*names) as add:
         made = divergences(loaded.base, model, rows.rows, pad, done)
-        for one in _shown(made, len(rows.rows) - len(done), names, console):
+        for one in _each(made, len(rows.rows) - len(done), names):
             own = one.likelihood
             add_own({"row": own.row, "nll": own.nll, "tokens": own.tokens, "hits": own.hits})
             add({"row": one.row, "kl": one.kl, "tokens": one.tokens})
 
 
-def _options(
-    model: Any, options: list[OptionRow], name: tuple[str, str], pad: int, records: Records, console: Console
-) -> None:
+def _options(model: Any, options: list[OptionRow], name: tuple[str, str], pad: int, records: Records) -> None:
     names = (*name, "options")
     known = records.done(*names)
     left = [option for option in options if option.row not in known]
@@ -83,13 +75,11 @@ def _options(
         return
     with records.writer(*names) as add:
         made = choices(model, [option.choice for option in left], pad)
-        for one in _shown(made, len(left), names, console):
+        for one in _each(made, len(left), names):
             add({"row": left[one.row].row, "logprobs": one.logprobs})
 
 
-def _answers(
-    model: Any, rows: EvalRows, name: tuple[str, str], max_new_tokens: int, records: Records, console: Console
-) -> None:
+def _answers(model: Any, rows: EvalRows, name: tuple[str, str], max_new_tokens: int, records: Records) -> None:
     names = (*name, "answers")
     known = records.done(*names)
     done = {number for number, row in enumerate(rows.questions) if row in known}
@@ -111,7 +101,7 @@ def _answers(
             done,
             lengths,
         )
-        for one in _shown(made, len(rows.questions) - len(done), names, console):
+        for one in _each(made, len(rows.questions) - len(done), names):
             row = rows.questions[one.row]
             add(
                 {
@@ -124,9 +114,5 @@ def _answers(
             )
 
 
-def _shown(made: Iterable[T], total: int, names: tuple[str, ...], console: Console) -> Iterator[T]:
-    """The same, with progress on a terminal."""
-    if not console.is_terminal:
-        return iter(made)
-    description = f"{names[1]} · {names[0]}: {names[2]}"
-    return iter(track(made, description=description, total=total, console=console, transient=True))
+def _each(made: Iterable[T], total: int, names: tuple[str, ...]) -> Iterator[T]:
+    return each(made, f"{names[2]} of {names[1]} on {names[0]}", total)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import RULES, SourceAudit, gate
@@ -124,11 +123,9 @@ def _digest(source: SourcePlan) -> str:
     return digest(source.path) if known is None or known.startswith("unread:") else known
 
 
-def held_out_rows(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, console: Console | None = None
-) -> Dataset:
+def held_out_rows(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None) -> Dataset:
     """Tokenized held-out rows: of a file, else those that the run kept out of training. Raises DataError."""
-    return _held_out(plan, tokenizer, data, console, None).rows
+    return _held_out(plan, tokenizer, data, None).rows
 
 
 @dataclass(frozen=True)
@@ -140,32 +137,26 @@ class _Read:
     audits: tuple[SourceAudit, ...] = ()
 
 
-def _held_out(
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Path | None,
-    console: Console | None,
-    prepared: Prepared | None,
-) -> _Read:
+def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, prepared: Prepared | None) -> _Read:
     if data is not None:
         first = plan.data.train[0]
         source = SourcePlan(str(data), "--data", columns=first.columns, template=first.template)
-        return _read(plan, source, tokenizer, console)
+        return _read(plan, source, tokenizer)
     if not plan.data.validation and plan.data.validation_fraction is None:
         raise DataError("the run held no rows out of training; name some with --data")
     if (made := prepared) is None:
         check_unchanged(plan)
-        made = prepare(plan.data, tokenizer, console)
+        made = prepare(plan.data, tokenizer)
     assert made.validation is not None
     return _Read(made.validation, plan.data.validation or plan.data.train, made.audit.validation)
 
 
-def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase, console: Console | None) -> _Read:
+def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase) -> _Read:
     """A source's rows, all of them. Raises DataError for an audit beyond its limits."""
     alone = dataclasses.replace(
         plan.data, train=(source,), validation=(), validation_fraction=None, packing=False, streaming=False
     )
-    made = prepare(alone, tokenizer, console)
+    made = prepare(alone, tokenizer)
     # eval asks what a server asks, however the rows learn
     free = ("duplicates", "truncated", "lost_tokens", "prompt_differs", "prompt_boundary")
     gate(made.audit, plan.data.audit | dict.fromkeys(free))
@@ -189,7 +180,6 @@ def read_sets(
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
     remarks: list[str],
-    console: Console | None,
     only: Collection[str] | None = None,
     prepared: Prepared | None = None,
 ) -> list[EvalRows]:
@@ -211,7 +201,7 @@ def read_sets(
             continue
         role: Role = spec["role"]
         try:
-            read = _rows_of(name, spec, plan, tokenizer, data, console, prepared)
+            read = _rows_of(name, spec, plan, tokenizer, data, prepared)
         except DataError as error:
             if name in BUILT_IN:
                 remarks.append(f"{name}: left out: {first_line(error)}")
@@ -279,11 +269,10 @@ def _rows_of(
     plan: Plan,
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
-    console: Console | None,
     prepared: Prepared | None,
 ) -> _Read:
     if name == HELD_OUT and (data is not None or not spec["path"]):
-        return _held_out(plan, tokenizer, data, console, prepared)
+        return _held_out(plan, tokenizer, data, prepared)
     path = spec["path"] or str(TEXTS / f"{name}.jsonl")
     source = SourcePlan(
         path,
@@ -293,7 +282,7 @@ def _rows_of(
         template=spec["template"],
         max_rows=spec["max_rows"],
     )
-    return _read(plan, source, tokenizer, console)
+    return _read(plan, source, tokenizer)
 
 
 def _with_questions(rows: Dataset) -> Iterator[int]:

@@ -46,7 +46,7 @@ def text(found: Explanation, width: int | None = None) -> str:
         rows = list(values)
         lines += [*([""] if lines else []), section, *_table(rows, section, width)]
     if found.documentation:
-        lines += ["", *_wrapped(found.documentation, width)]
+        lines += ["", *_folded(found.documentation, width)]
     return "\n".join(lines)
 
 
@@ -124,14 +124,15 @@ def _aligned(head: str, rest: str, width: int | None) -> Iterator[str]:
     if width - left < min(max(24, *map(len, rest.split())), width - 10):
         yield head.rstrip()
         head, left = " " * 8, 10
-    folded = textwrap.wrap(rest, width - left, break_on_hyphens=False) or [""]
+    folded = _folded(rest, width - left) or [""]
     yield f"{head}  {folded[0]}".rstrip()
     for line in folded[1:]:
         yield " " * left + line
 
 
-def _wrapped(paragraph: str, width: int | None) -> list[str]:
-    return [paragraph] if width is None else textwrap.wrap(paragraph, width)
+def _folded(text: str, width: int | None) -> list[str]:
+    """Lines, folded between words: a key or a path stays whole."""
+    return [text] if width is None else textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _origin(one: Explained) -> str:

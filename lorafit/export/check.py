@@ -10,6 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafit.errors import DoesNotFitError, ModelError, first_line, is_out_of_memory
+from lorafit.model import loading
+from lorafit.progress import each
 
 _FROM_FOLDER = ("rope_parameters", "head_dim", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window")
 """What transformers doesn't read from a GGUF file of the known families and llama.cpp does."""
@@ -51,21 +53,23 @@ def _log_probabilities(folder: Path, gguf: Path | None, rows: list[list[int]]) -
     try:
         config = AutoConfig.from_pretrained(folder)
         if gguf is None:
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+            with loading(folder):
+                model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
         else:
             read = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
             for name in _FROM_FOLDER:
                 if hasattr(config, name):
                     setattr(read, name, getattr(config, name))
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, config=read, dtype=torch.float32
-            )
+            with loading(gguf):
+                model = AutoModelForCausalLM.from_pretrained(
+                    gguf.parent, gguf_file=gguf.name, config=read, dtype=torch.float32
+                )
     except Exception as error:
         if is_out_of_memory(error):
             raise DoesNotFitError(f"{gguf or folder}: the comparison doesn't fit into memory") from error
         raise ModelError(f"{gguf or folder}: can't be loaded to compare: {first_line(error)}") from error
     model.eval()
-    for row in rows:
+    for row in each(rows, f"comparing {(gguf or folder).name}", len(rows)):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row])).logits[0]
         yield torch.log_softmax(logits.float(), -1)

@@ -19,6 +19,7 @@ from lorafit.export.families import Layout, Placed, make_layout
 from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary
 from lorafit.export.weights import Rows, read_tensors
 from lorafit.files import beside
+from lorafit.progress import each
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -117,7 +118,8 @@ def _write_tensors(writer: GGUFWriter, layout: Layout, kind: str) -> None:
     assert writer.fout is not None
     (stream,) = writer.fout
     writer.write_padding(stream, stream.tell())
-    for entry, qtype in zip(layout.tensors, types, strict=True):
+    placed = zip(layout.tensors, types, strict=True)
+    for entry, qtype in each(placed, f"converting to {kind}", len(types), "tensors"):
         begin = stream.tell()
         for rows in _chunks(entry):
             _check_range(entry, rows, kind)

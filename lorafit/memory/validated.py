@@ -22,7 +22,7 @@ LEAST = 0.03
 UNCOVERED = 0.08
 """Assumed where no measured run is alike."""
 
-CPU = Band(0.12, 11, "trainings of a model of 135M parameters on a CPU (docs/vram.md)")
+CPU = Band(0.12, 11, "of a model of 135M parameters on a CPU (docs/vram.md)")
 """scripts/bench/memory.py measures them; the largest error was 11.2%."""
 
 
@@ -31,19 +31,20 @@ def band_of(setup: Setup, method: str) -> Band:
     found = _recorded()
     having = features_of(setup)
     group = next((g for g in found["groups"] if all(g[name] == having[name] for name in GROUPED)), None)
-    missing = [f"{name}: {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
+    missing = [f"{name} {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
     alike = ", ".join(having[name] for name in GROUPED)
     if setup.device == "cpu":
         unlike = setup.world > 1 or having["method"] == "8-bit lora"
         if unlike:
-            return Band(UNCOVERED, 0, "no training on a CPU was measured that is alike")
+            what = "several processes" if setup.world > 1 else having["method"]
+            return Band(UNCOVERED, 0, f"no run on a CPU with {what} has been measured")
         other = f"; none of the family {having['family']}" * (having["family"] != "llama")
         return replace(CPU, features=CPU.features + other)
     if group is None or method not in group["error"]:
-        return Band(UNCOVERED, 0, f"no measured run is alike ({alike})")
+        return Band(UNCOVERED, 0, f"no run with {alike} has been measured")
     error = max(LEAST, group["error"][method], 0.05 if missing else 0.0)
-    text = f"measured runs alike in: {alike}"
-    return Band(error, group["rows"], f"{text}; in none of any kind: {', '.join(missing)}" if missing else text)
+    lacking = f"; no measured run has {', '.join(missing)}" if missing else ""
+    return Band(error, group["rows"], f"with the same method, logits and GPUs ({alike}){lacking}")
 
 
 def features_of(setup: Setup) -> dict[str, str]:

@@ -19,6 +19,7 @@ from lorafit.merge.folder import copy_tokenizer, write_json
 from lorafit.merge.skeleton import attach, empty_model
 from lorafit.merge.stream import combined_delta
 from lorafit.merge.work import Work
+from lorafit.progress import each
 
 EXACT_BELOW = 1024
 """Smaller side up to which the decomposition is exact; above, it is randomized (torch.svd_lowrank), with power
@@ -41,9 +42,8 @@ def make_adapter(work: Work, destination: Path) -> Path:
     assert rank is not None
     tensors: dict[str, torch.Tensor] = {}
     targets: list[dict[str, Any]] = []
-    for job in task.jobs:
-        if not job.edits:
-            continue
+    jobs = [job for job in task.jobs if job.edits]
+    for job in each(jobs, "decomposing the changes", len(jobs), "weights"):
         module, _, leaf = job.parameter.rpartition(".")
         layer = next((edit.layer for edit in job.all_edits if isinstance(edit, LayerEdit)), None)
         if leaf != "weight" or len(job.shape) != 2 or layer is None:

@@ -22,6 +22,8 @@ from lorafit.merge.folder import copy_tokenizer
 from lorafit.merge.options import Options, copy_of, gguf_of, unverified
 from lorafit.merge.report import write_report
 from lorafit.merge.verify import PROBES, Reference, breaches, compare_folder
+from lorafit.model import loading
+from lorafit.progress import stage
 from lorafit.tokenizer import cannot_load, tokenizer_of
 
 COMPARED_ROWS = 8
@@ -48,7 +50,9 @@ def make_exports(
         write_report(merged, report)
         console.print(f"exported: {', '.join(report['exported'])}", highlight=False, soft_wrap=True)
     if options.push_to_hub is not None:
-        console.print(push(merged, options.push_to_hub, options.private), highlight=False, soft_wrap=True)
+        with stage(f"uploading to {options.push_to_hub}"):
+            address = push(merged, options.push_to_hub, options.private)
+        console.print(address, highlight=False, soft_wrap=True)
 
 
 def _gate(made: Path, found: list[str], base_weights: str) -> None:
@@ -84,7 +88,8 @@ def gguf_files(
         for text in options.exports:
             kind = parse_export(text, options.llama_cpp)
             file = folder / f"{name}-{kind}.gguf"
-            made_by = export_gguf(merged, file, kind, options.llama_cpp)
+            with stage(f"writing {file.name}"):
+                made_by = export_gguf(merged, file, kind, options.llama_cpp)
             found: dict[str, Any] = {"made_by": made_by, "bytes": file.stat().st_size}
             report.setdefault("gguf", {})[kind] = found
             try:
@@ -141,12 +146,14 @@ def quantized_copy(merged: Path, kind: str) -> Path:
     )
     with staged(destination, "merge") as folder:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(merged), dtype="auto", quantization_config=config, device_map={"": "cpu"}
-            )
+            with loading(merged):
+                model = AutoModelForCausalLM.from_pretrained(
+                    str(merged), dtype="auto", quantization_config=config, device_map={"": "cpu"}
+                )
         except Exception as error:
             raise cannot_load("merged model", str(merged), error) from error
-        model.save_pretrained(folder)
+        with stage(f"writing {destination}"):
+            model.save_pretrained(folder)
         copy_tokenizer(merged, folder)  # nothing, if it has none
         shutil.copyfile(merged / "merge_report.json", folder / "merge_report.json")  # whose copy it is
         del model

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorafit.errors import GateError, ModelError, first_line
 from lorafit.merge.quantized import RoundTrip
+from lorafit.model import loading
 from lorafit.tokenizer import cannot_load
 
 
@@ -28,7 +29,8 @@ def merge_in_memory(
         how many layers were merged, and whether tied embeddings had to be untied. Raises ModelError, GateError.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", trust_remote_code=False)
+        with loading(base):
+            model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", trust_remote_code=False)
     except Exception as error:
         raise cannot_load("base", str(base), error) from error
     if getattr(model, "hf_quantizer", None) is not None:

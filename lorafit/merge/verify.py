@@ -11,14 +11,14 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.data import IGNORED
 from lorafit.errors import DataError, GateError, LorafitError
 from lorafit.evaluate.sets import held_out_rows
 from lorafit.merge.source import Base, Source
-from lorafit.model import keep_gradients, load_adapter, load_base, on_cpu
+from lorafit.model import keep_gradients, load_adapter, load_base, loading, on_cpu
+from lorafit.progress import each
 from lorafit.tokenizer import cannot_load
 
 PROBES = (
@@ -63,14 +63,12 @@ class Figures:
         return dataclasses.asdict(self)
 
 
-def rows_to_compare(
-    source: Source, tokenizer: PreTrainedTokenizerBase, count: int, console: Console
-) -> tuple[list[Row], str]:
+def rows_to_compare(source: Source, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[Row], str]:
     """The run's held-out rows, spread over all of them, or a few texts; and what they are, in words."""
     why = "the adapter's run is not known"
     if source.plan is not None:
         try:
-            held = held_out_rows(source.plan, tokenizer, None, console)
+            held = held_out_rows(source.plan, tokenizer, None)
         except (DataError, LorafitError) as error:
             why = str(error)
         else:
@@ -102,7 +100,7 @@ class Reference:
 
     def compare(self, model: Any) -> Figures:
         """The figures of a model, which is loaded in float32."""
-        loss, made = _run(model, self.rows, [len(kept) for kept in self.logits])
+        loss, made = _run(model, self.rows, [len(kept) for kept in self.logits], "the merged model's answers")
         total = top = worst = apart = 0.0
         count = sum(len(kept) for kept in self.logits)
         for mine, its in zip(self.logits, made, strict=True):
@@ -133,19 +131,19 @@ def measure(source: Source, base: Base, rows: list[Row], shown: str) -> Referenc
     vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
     each = max(KEPT_BYTES // (4 * vocabulary * len(rows)), 1)
     keep = [min(len(row.positions), each) for row in rows]
-    loss, logits = _run(model, rows, keep)
+    loss, logits = _run(model, rows, keep, "the adapter's answers")
     with model.disable_adapter():
-        _, of_base = _run(model, rows, keep)
+        _, of_base = _run(model, rows, keep, "the base's answers")
     total = sum(float(_kl(mine, its).sum()) for mine, its in zip(logits, of_base, strict=True))
     return Reference(rows, shown, logits, loss, total / sum(keep))
 
 
 @torch.no_grad()
-def _run(model: Any, rows: list[Row], keep: list[int]) -> tuple[float, list[torch.Tensor]]:
+def _run(model: Any, rows: list[Row], keep: list[int], what: str) -> tuple[float, list[torch.Tensor]]:
     """The mean loss over all positions of all rows, and the logits of some positions of each."""
     model.eval()
     total, count, kept = 0.0, 0, []
-    for row, width in zip(rows, keep, strict=True):
+    for row, width in each(zip(rows, keep, strict=True), f"comparing {what}", len(rows)):
         logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0].float()
         at = torch.tensor(row.positions)
         chosen = logits[at]
@@ -182,9 +180,10 @@ def load_merged(folder: Path, quantization: BitsAndBytesConfig | None) -> tuple[
     """A model folder by transformers alone, in float32 arithmetic, and what was missing or left over."""
     more: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype="auto", output_loading_info=True, trust_remote_code=False, **more
-        )
+        with loading(folder):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype="auto", output_loading_info=True, trust_remote_code=False, **more
+            )
     except Exception as error:
         raise cannot_load("merged model", str(folder), error) from error
     return in_float32(model), info

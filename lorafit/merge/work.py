@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.facts import weight_files
@@ -33,6 +30,7 @@ from lorafit.merge.stream import Merged, stream
 from lorafit.merge.task import Task
 from lorafit.merge.tensors import FLOATS, Store, write_index
 from lorafit.merge.verify import Proof, Reference, measure, rows_to_compare
+from lorafit.progress import stage
 from lorafit.tokenizer import load_tokenizer, tokenizer_of
 
 DEFAULTS: dict[str, Any] = {
@@ -232,7 +230,7 @@ class Work:
         plan = self.source.plan
         assert self.tokenizer is not None
         tokenizer = load_tokenizer(plan, self.tokenizer) if plan else tokenizer_of(self.tokenizer)
-        rows, shown = rows_to_compare(self.source, tokenizer, self.settings["rows"], self.console)
+        rows, shown = rows_to_compare(self.source, tokenizer, self.settings["rows"])
         return measure(self.source, self.base, rows, shown)
 
     def write(self, kind: str, folder: Path) -> Written:
@@ -241,8 +239,8 @@ class Work:
         folder.mkdir(exist_ok=True)
         if self.method == "stream":
             task = self.tasks[kind]
-            with _progress(self.console, task.bytes, f"merging into the {kind} weights") as advance:
-                targets = stream(task, folder, advance)
+            with stage(f"merging into the {kind} weights", task.bytes, "bytes") as merging:
+                targets = stream(task, folder, merging.advance)
             write_index(task.shards, self.base.folder, folder)
             merged, is_untied, size = len(targets), task.parted, task.bytes
         else:
@@ -252,7 +250,8 @@ class Work:
                 assert self.source.quantization is not None
                 dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
                 trip = RoundTrip(read_config(self.base.folder), self.source.quantization, dtype)
-            merged, is_untied = merge_in_memory(self.base.folder, self.source.adapter, folder, trip, self.dtype)
+            with stage(f"merging into the {kind} weights"):
+                merged, is_untied = merge_in_memory(self.base.folder, self.source.adapter, folder, trip, self.dtype)
             targets, size = [], sum(file.stat().st_size for file in weight_files(folder))
             gc.collect()
         dtype_name = _main_dtype(folder)
@@ -329,24 +328,6 @@ def _verdict(proof: Proof, method: str) -> str:
         "none": "Not verified, as asked.",
     }
     return shown[proof.level]
-
-
-@contextlib.contextmanager
-def _progress(console: Console, total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes, where a terminal shows it."""
-    if not console.is_terminal:
-        yield lambda _: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(bar, count)
 
 
 def check_headers(task: Task, folder: Path) -> None:

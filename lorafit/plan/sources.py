@@ -9,6 +9,7 @@ from typing import Literal
 from lorafit.errors import DataError, printable
 from lorafit.plan.context import Context
 from lorafit.plan.types import SourcePlan
+from lorafit.progress import stage
 from lorafit.recipe import Source
 from lorafit.rows import (
     COLUMNS,
@@ -40,8 +41,11 @@ def counted(source: SourcePlan) -> SourcePlan:
     """The source with its number of rows, if it is local."""
     if source.hub is not None:
         return source
-    rows = sum(1 for _ in itertools.islice(read_rows(source.path), source.max_rows))
-    return dataclasses.replace(source, rows=rows)
+    found = itertools.islice(read_rows(source.path), source.max_rows)
+    with stage(f"counting {source.path}", unit="rows") as counting:
+        for _ in found:
+            counting.done += 1
+    return dataclasses.replace(source, rows=int(counting.done))
 
 
 def unread_columns(row: Row, format: Format, source: SourcePlan) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 
 from lorafit.errors import DataError, first_line
 from lorafit.files import file_digest
+from lorafit.progress import stage
 from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, kind_of
 
 _EXPECTED = f"{', '.join(KINDS)} file (text also as .gz or .zst)"
@@ -88,7 +90,8 @@ def read_rows(path: str) -> Iterator[Row]:
             if (kind := kind_of(file.name)) == ".parquet":
                 yield from _parquet(file)
             else:
-                with _text(file) as text:
+                size = file.stat().st_size
+                with _text(file) as (text, place), stage(f"reading {file.name}", size, "bytes", place=place):
                     yield from _READERS[kind](str(file), text)
         except (EOFError, zlib.error) as error:
             raise DataError(f"{file}: can't be unpacked, the file is damaged or cut off: {first_line(error)}") from None
@@ -97,24 +100,30 @@ def read_rows(path: str) -> Iterator[Row]:
             raise DataError(f"{file}: can't be {what}: {first_line(error.strerror or error)}") from None
 
 
-def _text(file: Path) -> TextIO:
-    """A file's unpacked text, in lines as they are. Raises DataError for UTF-16."""
+@contextlib.contextmanager
+def _text(file: Path) -> Iterator[tuple[TextIO, Callable[[], int]]]:
+    """A file's unpacked text, in lines as they are, and what tells how many of its bytes are read.
+
+    Raises DataError for UTF-16.
+    """
     if file.suffix in COMPRESSIONS and file.stat().st_size == 0:
         raise DataError(f"{file}: can't be unpacked, the file is damaged or cut off: it is empty")
-    stream = io.BufferedReader(_unpacked(file), _CHUNK // 4)
-    if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{file}: is UTF-16 text; save it as UTF-8")
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    with io.FileIO(file) as raw:
+        stream = io.BufferedReader(_unpacked(file, raw), _CHUNK // 4)
+        if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{file}: is UTF-16 text; save it as UTF-8")
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as text:
+            yield text, raw.tell
 
 
-def _unpacked(file: Path) -> Any:
+def _unpacked(file: Path, raw: io.FileIO) -> Any:
     if file.suffix == ".gz":
-        return gzip.open(file)
+        return gzip.open(raw)
     if file.suffix == ".zst":
         import pyarrow
 
-        return pyarrow.input_stream(str(file), compression="zstd")
-    return io.FileIO(file)
+        return pyarrow.input_stream(raw, compression="zstd")
+    return raw
 
 
 def _as_row(file: str, number: int, value: Any, hint: str = "") -> Row:
@@ -269,7 +278,10 @@ def _parquet(file: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with (
+            pyarrow.parquet.ParquetFile(file) as table,
+            stage(f"reading {file.name}", table.metadata.num_rows, "rows") as reading,
+        ):
             _no_twins(str(file), list(table.schema_arrow.names))
             number = 0
             for group in range(table.num_row_groups):
@@ -280,6 +292,7 @@ def _parquet(file: Path) -> Iterator[Row]:
                     columns = list(map(_cells, batch.columns))
                     for number, cells in enumerate(zip(*columns, strict=True), number + 1):  # noqa: B020
                         yield Row(str(file), number, dict(zip(batch.schema.names, cells, strict=True)))
+                    reading.advance(len(batch))
     except pyarrow.ArrowException as error:
         raise DataError(f"{file}: not parquet: {first_line(error)}") from None
     except (ValueError, KeyError, OverflowError) as error:  # a date of the year 10000, a map with a key twice

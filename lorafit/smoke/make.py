@@ -22,6 +22,7 @@ from lorafit.hardware import detect_cpu
 from lorafit.manifest import versions
 from lorafit.plan import Plan, make_plan
 from lorafit.plan.meant import meant_hardware
+from lorafit.progress import stage
 from lorafit.recipe import Recipe
 from lorafit.smoke import DEFAULT_STEPS, DEFAULT_TOLERANCE, Replaced, Report, SmokeOptions, Step
 from lorafit.smoke.afford import afford
@@ -60,7 +61,7 @@ class _Tiny:
     stand_in: bool
 
 
-def smoke(options: SmokeOptions, console: Console) -> Report:
+def smoke(options: SmokeOptions) -> Report:
     """Run a recipe's pipeline with a tiny model, and record or check the result if asked to.
 
     Raises LorafitError for what is wrong with the recipe, its data, or a golden file; GateError where a loss is not
@@ -72,7 +73,8 @@ def smoke(options: SmokeOptions, console: Console) -> Report:
     recipe = Recipe.load(options.config, options.overrides)
     meant = _meant(recipe, options.config)
     with _folder() as folder:
-        tiny = _made(recipe, *meant, _steps(options, golden), folder)
+        with stage("making a tiny model"):
+            tiny = _made(recipe, *meant, _steps(options, golden), folder)
         kind = "stand-in" if tiny.stand_in else "real"
         if golden is not None:
             check_tokenizer(golden, kind, options.golden_file)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rich.console import Console
-
 from lorafit.audit import Audit, Limits, Share, findings, source_findings
 from lorafit.data import prepare
 from lorafit.errors import DataError, LorafitError, UsageError
@@ -25,8 +23,8 @@ def check_deep(found: Findings, file: str) -> None:
     recipe = found.recipe
     try:
         plan = plan_recipe(recipe, file, found.options.hardware or meant_hardware(recipe), count_rows=False)
-        console, tokenizer = Console(stderr=True), load_tokenizer(plan)
-        data = prepare(plan.data, tokenizer, console)
+        tokenizer = load_tokenizer(plan)
+        data = prepare(plan.data, tokenizer)
         known = len(plan.remarks)
         found.notes += with_audit(plan, data.audit).remarks[known:]
     except UsageError as error:  # a warm-up as long as a run of one step
@@ -37,7 +35,7 @@ def check_deep(found: Findings, file: str) -> None:
         found.wrong(("dataset",) if isinstance(error, DataError) else ("model", "name_or_path"), error)
         return
     try:
-        rehearse(plan, tokenizer, data, console)
+        rehearse(plan, tokenizer, data)
     except LorafitError as error:
         where = re.match(r"eval\.gates\.(\d+): ", str(error))
         found.wrong(("eval", "gates", int(where[1])) if where else ("eval",), error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lorafit.errors import UsageError
+from lorafit.progress import each
 from lorafit.targets import near
 from lorafit.validate.check import Checker
 from lorafit.validate.find import find
@@ -20,5 +21,6 @@ def validate(paths: Iterable[str], options: Options) -> Report:
     found = find(paths)
     checker = Checker(options)
     wrong = [one for one in found.skipped if one.is_recipe and options.strict]
-    checked = [*map(checker.check, found.recipes), *(one.as_fault() for one in wrong)]
+    checked = [*map(checker.check, each(found.recipes, "validating", len(found.recipes), "recipes"))]
+    checked += (one.as_fault() for one in wrong)
     return Report(tuple(checked), tuple(one for one in found.skipped if one not in wrong))

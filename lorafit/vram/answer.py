@@ -16,6 +16,7 @@ from lorafit.hardware import Hardware, available_memory
 from lorafit.memory import Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
 from lorafit.plan.meant import hardware_of, meant_hardware
+from lorafit.progress import each, stage
 from lorafit.recipe import Recipe
 from lorafit.vram.gpus import GIB, GPUS, Device, Gpu
 
@@ -30,6 +31,7 @@ SHARDINGS: tuple[str, ...] = get_args(Sharding)
 MOST_TOKENS = 1 << 26
 """Tokens in one pass above which a size is taken for a slip."""
 MOST_GPUS = 1 << 16
+HERE = "this machine"
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ def usual_devices(hardware: Hardware) -> list[Device]:
     if hardware.device == "cuda":
         return [Device(gpu.name, gpu.memory_bytes, gpu) for gpu in GPUS]
     free = available_memory()
-    return [] if free is None else [Device("this machine", free)]
+    return [] if free is None else [Device(HERE, free)]
 
 
 def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, asserted: bool) -> Verdict:
@@ -275,7 +277,8 @@ def traced(case: Case, capacity: int | None) -> Estimate:
     hush()
     from lorafit.trace import estimate_by_trace
 
-    return estimate_by_trace(case.setup, capacity)
+    with stage("tracing a training step"):
+        return estimate_by_trace(case.setup, capacity)
 
 
 def sweep(solve: Solver, question: Question) -> Iterator[Cell]:
@@ -285,7 +288,8 @@ def sweep(solve: Solver, question: Question) -> Iterator[Cell]:
     if not question.sweeps:
         return
     keys = [key for key, _ in question.sweeps]
-    for values in itertools.product(*(values for _, values in question.sweeps)):
+    combinations = list(itertools.product(*(values for _, values in question.sweeps)))
+    for values in each(combinations, "estimating", len(combinations), "settings"):
         overrides = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
         with as_typed({override: f"--sweep {override}" for override in overrides}):
             subject = question.subject.changed(*overrides)

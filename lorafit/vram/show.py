@@ -2,41 +2,48 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from lorafit.memory import MIB
-from lorafit.vram.answer import Answer, Cell, Verdict, command_line, gib
+from lorafit.memory import MIB, Term
+from lorafit.tables import print_line, print_table, table
+from lorafit.vram.answer import HERE, Answer, Cell, Verdict, command_line, gib
 from lorafit.vram.ask import Reply
 from lorafit.vram.calibrate import Calibration
 from lorafit.vram.cost import flops_text, money_text, time_text
+from lorafit.vram.gpus import Device
 from lorafit.vram.workload import UNKNOWN, Spending
 
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+SMALL = 0.01
+"""Share of what is allocated below which a part is told of with others."""
+MANY = 12
+"""Runs from which on a band, which is their 95th percentile, leaves one of them out (scripts/validate_vram.py)."""
 MARKS = {"fits": "✓", "tight": "~", "does not fit": "✗"}
 
 
-def print_reply(reply: Reply, console: Console | None = None) -> None:
+def print_reply(reply: Reply, list_gpus: bool = False, console: Console | None = None) -> None:
     """Everything that was asked, on stdout."""
     console = console or Console()
-    print_answer(reply.answer, console)
+    print_answer(reply.answer, list_gpus, console)
     if reply.asks_cost:
         print_spending(reply.spending, reply.price, console)
 
 
-def print_answer(found: Answer, console: Console | None = None) -> None:
-    """Terms, total, devices, advice and sweep on stdout."""
+def print_answer(found: Answer, list_gpus: bool = False, console: Console | None = None) -> None:
+    """The answer in a line, and what it comes from: terms, range, devices, advice and sweep, on stdout."""
     console = console or Console()
-    _line(console, _headline(found), "bold")
+    print_line(console, _answer(found), "bold")
+    print_line(console, _setting(found))
     _print_terms(found, console)
-    _print_total(found, console)
+    _print_range(found, console)
     for note in found.estimate.notes:
-        _line(console, note, "yellow")
-    _print_devices(found, console)
+        print_line(console, note, "yellow")
+    if list_gpus and found.estimate.device == "cuda":
+        _print_devices(found, console)
     for one in found.asked:
-        _print_verdict(one, found.estimate.notes, console)
+        if one.verdict != "fits" or one.estimate != found.estimate:
+            _print_verdict(one, found.estimate.notes, console)
     if found.cells:
         _print_sweep(found, console)
 
@@ -45,51 +52,38 @@ def print_spending(found: Spending | None, price: float | None, console: Console
     """Arithmetic, time and money on stdout."""
     console = console or Console()
     if found is None:
-        _line(console, f"Time and cost: {UNKNOWN}.", "yellow")
+        print_line(console, f"Time and cost: {UNKNOWN}.", "yellow")
         return
     tokens = found.tokens
     times = f" x {tokens.epochs:.4g} epochs" if tokens.epochs != 1 else ""
     known = f"{tokens.per_epoch:,.0f} tokens{times} ({tokens.source}), {flops_text(found.flops.total)}"
-    _line(console, f"Arithmetic, roughly: {known}")
+    print_line(console, f"Arithmetic, roughly: {known}")
     for gpu, one in found.costs:
         used = f"at {one.utilisation.low:.0%} to {one.utilisation.high:.0%} of its peak"
         money = f", {money_text(one.money, '')} at {price:g} an hour and GPU" if one.money else ""
-        _line(console, f"On {gpu.name}, roughly: {time_text(one.hours)}{money} ({used})")
+        print_line(console, f"On {gpu.name}, roughly: {time_text(one.hours)}{money} ({used})")
 
 
 def print_calibration(found: Calibration, console: Console | None = None) -> None:
     """Runs, predicted and measured, on stdout."""
     console = console or Console()
     if found.rows:
-        table = _table("run", "device", "peak", "predicted GiB", "measured GiB", "error")
-        for column in table.columns[3:]:
-            column.justify = "right"
+        runs = table("run", "device", "peak", "predicted GiB", "measured GiB", "error", right=(3, 4, 5))
         for row in found.rows:
             numbers = (gib(row.predicted), gib(row.measured), f"{row.error:+.1%}")
-            table.add_row(escape(row.run), escape(row.device), row.quantity, *numbers)
-        console.print(table)
+            runs.add_row(escape(row.run), escape(row.device), row.quantity, *numbers)
+        print_table(console, runs)
     for quantity, one in found.summary().items():
-        _line(
+        print_line(
             console,
             f"{quantity}: {one['runs']:.0f} run{'s' * (one['runs'] != 1)}, median error {one['median_error']:.1%}, "
             f"largest {one['largest_error']:.1%}, bias {one['bias']:+.1%}",
         )
     for run, reason in found.skipped:
-        _line(console, f"{run}: {reason}", "yellow")
+        print_line(console, f"{run}: {reason}", "yellow")
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(escape(text), style=style, highlight=False, soft_wrap=True)
-
-
-def _headline(found: Answer) -> str:
+def _setting(found: Answer) -> str:
     case, setup = found.case, found.case.setup
     kind = "full training" if setup.lora is None else f"LoRA r={setup.lora.get('r')}"
     if setup.quantization is not None:
@@ -100,61 +94,75 @@ def _headline(found: Answer) -> str:
     return f"{case.plan.model['name_or_path']}: {kind}, {setup.dtype}, {rows}, {setup.optimizer}{several}"
 
 
+def _answer(found: Answer) -> str:
+    """What it takes, and whether the devices that it is for have that."""
+    known = found.estimate
+    where = "in memory" if known.device == "cpu" else "on each GPU" if known.gpus > 1 else "on the GPU"
+    total = f"{gib(known.total)} GiB {where}, from {gib(known.least)} to {gib(known.most)}"
+    devices = [(one.device, one.verdict) for one in found.asked]
+    if not devices and known.device == "cuda":
+        return f"{total} (--list-gpus: where it fits)"
+    judged = (
+        f"{'is tight' if verdict == 'tight' else verdict} in {_named(one)}" for one, verdict in devices or found.devices
+    )
+    return "; ".join((total, *judged))
+
+
+def _named(device: Device) -> str:
+    free = " free" * (device.gpu is None and device.name == HERE)
+    return f"{device.name} ({gib(device.memory_bytes)} GiB{free})"
+
+
 def _print_terms(found: Answer, console: Console) -> None:
     known = found.estimate
     allocated = max(known.allocated, 1)
-    table = _table("part", "GiB", "share", "why")
-    table.columns[1].justify = table.columns[2].justify = "right"
-    table.columns[0].min_width = 20
-    for term in sorted(known.terms, key=lambda term: -term.bytes):
-        if term.bytes:
-            table.add_row(escape(term.name), gib(term.bytes), f"{term.bytes / allocated:.1%}", escape(term.why))
-    table.add_section()
-    table.add_row("allocated", gib(known.allocated), "100.0%", escape(f"at the peak: {known.moment}"))
+    terms = sorted((term for term in known.terms if term.bytes), key=lambda term: -term.bytes)
+    small = [term for term in terms if term.bytes < SMALL * allocated]
+    if len(small) > 1:
+        names = ", ".join(term.name for term in small)
+        terms = [*terms[: -len(small)], Term("the rest", sum(term.bytes for term in small), names)]
+    rows = table("part", "GiB", "share", "why", right=(1, 2))
+    for term in terms:
+        rows.add_row(escape(term.name), gib(term.bytes), f"{term.bytes / allocated:.1%}", escape(term.why))
+    rows.add_section()
+    rows.add_row("allocated", gib(known.allocated), "100.0%", escape(f"at the peak: {known.moment}"))
     holder = "torch's allocator" if known.device == "cuda" else "the C library"
-    table.add_row("reserved", gib(known.reserved), "", f"what {holder} holds, fragmentation included")
-    console.print(table)
-
-
-def _print_total(found: Answer, console: Console) -> None:
-    known = found.estimate
-    where, what = "On the GPU", "CUDA context" + " and NCCL" * (known.gpus > 1)
-    if known.device == "cpu":
-        where, what = "In memory", "Python and libraries"
-    least, _, most = known.beside
-    _line(
-        console,
-        f"{where}: {gib(known.total)} GiB, from {gib(known.least)} to {gib(known.most)} GiB "
-        f"(reserved ± {known.band.error:.0%}, and {least // MIB} to {most // MIB} MiB of {what})",
-        "bold",
+    rows.add_row("reserved", gib(known.reserved), "", f"what {holder} holds, fragmentation included")
+    least, usual, most = known.beside
+    beside = "CUDA context" + " and NCCL" * (known.gpus > 1) if known.device == "cuda" else "Python and libraries"
+    rows.add_row(
+        "in all", gib(known.total), "", f"with {usual // MIB} MiB ({least // MIB} to {most // MIB}) of {beside}"
     )
-    features = f": {known.band.features}" if known.band.features else ""
-    _line(console, f"Error band by {known.method}: {known.band.status}{features}")
+    print_table(console, rows)
+
+
+def _print_range(found: Answer, console: Console) -> None:
+    known = found.estimate
+    band, runs = f"Range: reserved ± {known.band.error:.0%}", known.band.rows
+    if runs:
+        share = "all" if runs < MANY else "95% of"
+        print_line(console, f"{band}, within which were {share} {runs} measured runs {known.band.features}")
+    else:
+        print_line(console, f"{band}, an assumption: {known.band.features}", "yellow")
     if known.paged:
-        _line(console, f"Also {gib(known.paged)} GiB of paged optimizer states, in main memory when the GPU is full")
+        print_line(
+            console, f"Also {gib(known.paged)} GiB of paged optimizer states, in main memory when the GPU is full"
+        )
 
 
 def _print_devices(found: Answer, console: Console) -> None:
-    """The known GPUs, or this machine's memory, grouped by verdict."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    """The known GPUs, grouped by verdict."""
+    rows = table("", "", head=False)
     for verdict, style in STYLES.items():
-        names = [
-            device.name if device.gpu else f"{device.name}, {gib(device.memory_bytes)} GiB free"
-            for device, answer in found.devices
-            if answer == verdict
-        ]
-        if names:
-            table.add_row(f"{MARKS[verdict]} {verdict}", escape(", ".join(names)), style=style)
-    if found.devices:
-        console.print(table)
+        if names := [device.name for device, answer in found.devices if answer == verdict]:
+            rows.add_row(f"{MARKS[verdict]} {verdict}", escape(", ".join(names)), style=style)
+    print_table(console, rows)
 
 
 def _print_verdict(one: Verdict, shown: tuple[str, ...], console: Console) -> None:
     known = one.estimate
     size = f" ({gib(one.device.memory_bytes)} GiB)" if one.device.gpu else ""
-    _line(
+    print_line(
         console,
         f"{one.device.name}{size}: {one.verdict}, with {gib(known.total)} GiB "
         f"({gib(known.least)} to {gib(known.most)})",
@@ -162,17 +170,17 @@ def _print_verdict(one: Verdict, shown: tuple[str, ...], console: Console) -> No
     )
     for note in one.estimate.notes:
         if note not in shown:
-            _line(console, f"  {note}", "yellow")
+            print_line(console, f"  {note}", "yellow")
     if one.verdict == "fits":
         return
     if not one.advice:
-        _line(console, "No change that lorafit knows of lowers it.", "yellow")
+        print_line(console, "No change that lorafit knows of lowers it.", "yellow")
         return
     for advice in one.advice:
         harm = "HARMFUL: " * advice.harmful
         total = f"{MARKS[advice.verdict]} {gib(advice.estimate.total):>6} GiB, {advice.verdict}"
-        _line(console, f"  {total}: {advice.does} ({harm}{advice.costs})", STYLES[advice.verdict])
-        _line(console, f"      {command_line(advice)}")
+        print_line(console, f"  {total}: {advice.does} ({harm}{advice.costs})", STYLES[advice.verdict])
+        print_line(console, f"      {command_line(advice)}")
 
 
 def _print_sweep(found: Answer, console: Console) -> None:
@@ -185,18 +193,16 @@ def _print_sweep(found: Answer, console: Console) -> None:
         key, width = f"{down} \\ {across}", len(values)
         rows = [(name, found.cells[i * width : (i + 1) * width]) for i, name in enumerate(names)]
     else:
-        table = _table(*(escape(key) for key, _ in sweeps), "total GiB")
+        cells = table(*(escape(key) for key, _ in sweeps), "total GiB")
         for cell in found.cells:
-            table.add_row(*map(escape, cell.values), _cell(cell))
-        console.print(table)
+            cells.add_row(*map(escape, cell.values), _cell(cell))
+        print_table(console, cells)
         _print_legend(found, console)
         return
-    table = _table(escape(key), *map(escape, values))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, cells in rows:
-        table.add_row(escape(name), *map(_cell, cells))
-    console.print(table)
+    grid = table(escape(key), *map(escape, values), right=range(1, len(values) + 1))
+    for name, found_cells in rows:
+        grid.add_row(escape(name), *map(_cell, found_cells))
+    print_table(console, grid)
     _print_legend(found, console)
 
 
@@ -209,4 +215,4 @@ def _print_legend(found: Answer, console: Console) -> None:
     names = ", ".join(one.device.name for one in found.asked)
     marked = f"; {' '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())} ({names})" if names else ""
     where = "on the GPU" if found.estimate.device == "cuda" else "in memory"
-    _line(console, f"total GiB {where}{marked}")
+    print_line(console, f"total GiB {where}{marked}")

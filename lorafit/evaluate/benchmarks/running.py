@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import TemplateError
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, first_line, is_out_of_memory
@@ -21,23 +20,24 @@ from lorafit.evaluate.benchmarks.documents import result_of
 from lorafit.evaluate.benchmarks.tasks import load, manager_of, resolve
 from lorafit.evaluate.benchmarks.types import Benchmarks, Task, TaskResult
 from lorafit.evaluate.engine.arithmetic import autocast
+from lorafit.progress import counting, stage
 
 
 def check(benchmarks: Benchmarks) -> list[str]:
     """Load the tasks and their documents once, before a model is; their names. Raises UsageError, DataError."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingError("eval.lm_eval: lm-evaluation-harness is not installed: pip install 'lorafit[lm-eval]'")
-    with _quiet(), kept_templates(benchmarks):
+    with stage("reading the benchmarks"), _quiet(), kept_templates(benchmarks):
         return list(load(benchmarks))
 
 
 def look(benchmarks: Benchmarks) -> None:
     """See that the tasks are known, and bring no code that isn't trusted. Raises UsageError, DataError."""
-    with _quiet():
+    with stage("looking for the benchmarks"), _quiet():
         resolve(benchmarks)
 
 
-def run(benchmarks: Benchmarks, model: Any, tokenizer: PreTrainedTokenizerBase, console: Console) -> list[TaskResult]:
+def run(benchmarks: Benchmarks, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[TaskResult]:
     """Ask a model, which may have an adapter. It and the tokenizer stay as they are.
 
     Raises UsageError, DataError, DoesNotFitError.
@@ -48,8 +48,8 @@ def run(benchmarks: Benchmarks, model: Any, tokenizer: PreTrainedTokenizerBase, 
         )
     with _quiet(), kept_templates(benchmarks):
         tasks = load(benchmarks)
-    console.print(f"running {len(tasks)} benchmark{'s' * (len(tasks) > 1)}", highlight=False)
-    with _quiet(), kept_templates(benchmarks), _without_inventory(), _untied(model), autocast(model):
+    told = stage(f"running {len(tasks)} benchmark{'s' * (len(tasks) > 1)}")
+    with told, _counted(), _quiet(), kept_templates(benchmarks), _without_inventory(), _untied(model), autocast(model):
         found = _simple_evaluate(benchmarks, list(tasks.values()), model, copy.deepcopy(tokenizer))
     return [result_of(name, task, found) for name, task in tasks.items()]
 
@@ -117,6 +117,16 @@ def _without_inventory() -> Iterator[None]:
         yield
     finally:
         evaluator.get_git_commit_hash, evaluator.add_env_info = before
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    """The harness's requests count for the stage."""
+    from lm_eval.api import task
+    from lm_eval.models import huggingface
+
+    with counting((huggingface, "tqdm"), (task, "tqdm")):
+        yield
 
 
 @contextlib.contextmanager

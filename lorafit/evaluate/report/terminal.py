@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from lorafit.evaluate.report.page.words import visible
 from lorafit.evaluate.report.summary import DifferenceRow, Row, brief, difference_rows, figure_rows, verdict
 from lorafit.evaluate.results import Results, Sample
+from lorafit.tables import print_line, print_table, table
 
 
 def print_results(results: Results, samples: list[Sample], console: Console | None = None) -> None:
@@ -23,13 +22,13 @@ def print_results(results: Results, samples: list[Sample], console: Console | No
         role = "" if info.role == "task" else f" · {info.role}"
         _say(console, f"{name}{role}: {info.rows} rows{answered} ({info.source})", style="bold")
         metrics = brief(info)
-        console.print(_fitting(console, _figures(results, list(figure_rows(results, name, metrics)))))
+        print_table(console, *_figures(results, list(figure_rows(results, name, metrics))))
         rows = list(difference_rows(results, name, metrics))
         for pair in dict.fromkeys((one.model, one.against) for one in rows):
             if pair[1] == results.first and pair[0] in {one.model for one in rows if one.against != results.first}:
                 continue  # what differs from the run's own result is of more interest; the reports have both
             own = [one for one in rows if (one.model, one.against) == pair]
-            console.print(_fitting(console, _differences(f"{pair[0]} − {pair[1]}", own)))
+            print_table(console, *_differences(f"{pair[0]} − {pair[1]}", own))
     for speed in results.speed:
         _say(
             console,
@@ -62,29 +61,21 @@ def _print_sample(sample: Sample, console: Console) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _fitting(console: Console, tables: Iterable[Table]) -> Table:
-    """The first table that the console has room for, or the last one."""
-    for table in tables:
-        if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
-            break
-    return table
-
-
 def _figures(results: Results, rows: list[Row]) -> Iterator[Table]:
     """With intervals, without them, and with a line for each model."""
     for with_ends in (True, False):
-        table = _table("", *results.models)
+        form = _table("", *results.models)
         for row in rows:
             cells = zip(row.values, row.intervals, strict=True)
             shown = [f"{value}  ({ends})" if with_ends and ends else value for value, ends in cells]
-            table.add_row(row.label, *map(Text, shown))
-        yield table
+            form.add_row(row.label, *map(Text, shown))
+        yield form
     for with_ends in (True, False):
-        table = _table("", "value", *["95% interval"] * with_ends)
+        form = _table("", "value", *["95% interval"] * with_ends)
         for row in rows:
             for model, value, ends in zip(results.models, row.values, row.intervals, strict=True):
-                table.add_row(Text(f"{row.label}, {model}"), *map(Text, (value, *[ends] * with_ends)))
-        yield table
+                form.add_row(Text(f"{row.label}, {model}"), *map(Text, (value, *[ends] * with_ends)))
+        yield form
 
 
 def _differences(title: str, rows: list[DifferenceRow]) -> Iterator[Table]:
@@ -98,18 +89,18 @@ def _differences(title: str, rows: list[DifferenceRow]) -> Iterator[Table]:
     }
     for kept in range(len(columns), 1, -1):
         names = [*list(columns)[1:kept], ""]
-        table = _table(title, *names)
+        form = _table(title, *names)
         for index, one in enumerate(rows):
-            table.add_row(Text(one.label), *(Text(columns[name][index]) for name in names))
-        yield table
+            form.add_row(Text(one.label), *(Text(columns[name][index]) for name in names))
+        yield form
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(Text(column), overflow="fold", no_wrap=number > 0)
-    return table
+    made = table(*map(Text, columns))
+    for column in made.columns[1:]:
+        column.no_wrap = True
+    return made
 
 
 def _say(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(visible(text), style=style), soft_wrap=True)
+    print_line(console, visible(text), style)
