@@ -712,7 +712,7 @@ def test_a_missing_tracker_stops_the_training_alone(
         ran = CliRunner().invoke(app, [*command, file])
         assert ran.exit_code == 2
         assert re.search(r"recipe.yaml:\d+:\d+: training.report_to.0: .*pip install dvclive", ran.stderr)
-    assert not Path("runs").exists()
+    assert not Path("runs/recipe").exists()
     for command in (["preview"], ["estimate-vram"], ["explain"], ["smoke"], ["lock"]):
         assert CliRunner().invoke(app, [*command, file]).exit_code == 0, command
     assert (
