@@ -13,10 +13,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafit.console import Console
 from lorafit.errors import GateError, Interrupted
 from lorafit.files import write_text
 from lorafit.rundir import RunDir

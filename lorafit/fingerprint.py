@@ -30,6 +30,7 @@ from lorafit.errors import ModelError
 from lorafit.facts import TOKENIZER_FILES, stored_tensors, weight_files
 from lorafit.facts.folder import read_json
 from lorafit.files import file_digest, quick_digest
+from lorafit.written import expanded
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
@@ -59,7 +60,7 @@ def model_fingerprint(plan: Plan) -> Fingerprint:
 
 def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
     """The same for a model's name and revision."""
-    path = Path(asked).expanduser()
+    path = expanded(asked)
     if path.is_file():
         named = {"fingerprint_version": VERSION, "model": path.name, "revision": None, "commit": None}
         return named | {"weights": {path.name: remembered(path, "xxh3", quick_digest)}}
@@ -128,7 +129,7 @@ def damaged_in_cache(asked: str, revision: str | None) -> list[str]:
 
     A file's name is its SHA-256 if it is a large one (LFS), else the hash that git gives it (SHA-1).
     """
-    folder = None if Path(asked).expanduser().exists() else _cached(asked, revision)
+    folder = None if expanded(asked).exists() else _cached(asked, revision)
     files = sorted(folder.rglob("*")) if folder else []
     return [file.name for file in files if file.is_symlink() and file.is_file() and not _is_its_name(file)]
 

@@ -23,6 +23,7 @@ from lorafit.fingerprint import changed_base, listed
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir
 from lorafit.tokenizer import cannot_load, gguf, location
+from lorafit.written import expanded
 
 
 def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
@@ -44,7 +45,7 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
         kwargs["quantization_config"] = quantization_config(plan.quantization_kwargs)
         kwargs["device_map"] = {"": _device(plan)}
     if source is None:  # else it was checked as it was found
-        check(Path(name).expanduser())
+        check(expanded(name))
     try:
         model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)
     except LorafitError:

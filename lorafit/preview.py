@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import breaches, findings
+from lorafit.console import Console
 from lorafit.data import IGNORED, Prepared, pack, prepare, special_tokens
 from lorafit.data.encode import Tokens
 from lorafit.errors import UsageError

@@ -6,12 +6,12 @@ import itertools
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from lorafit.audit import RULES, Audit, Limits, findings
+from lorafit.console import Console
 from lorafit.plan import Plan
 
 _HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
@@ -34,9 +33,10 @@ from lorafit.callbacks import (
     check_finite,
 )
 from lorafit.card import write_card
+from lorafit.console import Console
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
-from lorafit.files import check_own, discard, partial_of, seal, staged
+from lorafit.files import CARD, check_own, discard, partial_of, seal, staged
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.hardware import return_memory
 from lorafit.isolation import check_isolation
@@ -49,6 +49,7 @@ from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
 from lorafit.tokenizer import load_tokenizer
 from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage
+from lorafit.written import References, as_written, expanded
 
 ANEW = "bring that back, or start anew with --overwrite"
 
@@ -108,7 +109,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             check_isolation(trainer)
         reading.join()
         if main and run.base_files() is None:
-            run.write_base_files(run_fingerprint(plan, run))
+            run.write_base_files(as_written(run_fingerprint(plan, run), plan.references))
         checkpoint = next(iter(run.all_checkpoints()), None) if start.resume else None  # whole, as was checked
         request = StopRequest()
         schedule = plan.schedule
@@ -124,8 +125,9 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
                 with request.listening(), explained_out_of_memory(plan):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 measured = meter.measured()
-            if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
-                check_own(Path(trainer.state.best_model_checkpoint), ANEW)
+            if plan.training_kwargs["load_best_model_at_end"] and (best := trainer.state.best_model_checkpoint):
+                check_own(run.checkpoints / Path(best).name, ANEW)
+                trainer.state.best_model_checkpoint = str(run.checkpoints / Path(best).name)
                 trainer._load_best_model()
         finally:
             display.close()
@@ -270,9 +272,9 @@ def check_checkpoints(run: RunDir) -> None:
     """See that the checkpoints that a run goes on with are as they were written. Raises DriftError."""
     last = run.last_checkpoint()
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8")) if last else {}
-    best = Path(state.get("best_model_checkpoint") or "")
-    for folder in {best, run.start} - {last}:
-        if folder.name and folder.is_dir():
+    best = Path(state.get("best_model_checkpoint") or "").name
+    for folder in {*([run.checkpoints / best] if best else []), run.start} - {last}:
+        if folder.is_dir():
             check_own(folder, ANEW)
 
 
@@ -359,7 +361,10 @@ class Trainer(SFTTrainer):
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, references: References, loraplus_lr_ratio: float | None = None, **kwargs: Any
+    ) -> None:
+        self.references = references
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self._evaluated = torch.zeros(4, dtype=torch.float64)
         super().__init__(*args, **kwargs)
@@ -408,7 +413,8 @@ class Trainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            folder = Path(output_dir or self.args.output_dir)
+            save_adapter(self.model, folder, self.references, state_dict=state_dict)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """A new best is always saved, whatever the steps between checkpoints."""
@@ -432,7 +438,7 @@ class Trainer(SFTTrainer):
             if self.state.best_global_step:
                 best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
                 if best == folder or best.is_dir():
-                    self.state.best_model_checkpoint = str(best)
+                    self.state.best_model_checkpoint = best.name  # a run may be moved, and its place is nobody's
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
@@ -456,7 +462,8 @@ class Trainer(SFTTrainer):
         """Keep the newest checkpoints, as many as asked for, and the best one. As transformers', but never half."""
         if not self.save_total_limit:
             return
-        best = self.state.best_model_checkpoint
+        name = self.state.best_model_checkpoint
+        best = str(Path(self.args.output_dir) / Path(name).name) if name else None
         found = sort_checkpoints(output_dir=self.args.output_dir, best_model_checkpoint=best)  # these two come last
         for checkpoint in found[: -max(self.save_total_limit, 2 if best not in (None, found[-1]) else 1)]:
             discard(Path(checkpoint))
@@ -500,6 +507,7 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
             eval_dataset=data.validation,
             processing_class=tokenizer,
             peft_config=lora_config(plan),
+            references=plan.references,
             loraplus_lr_ratio=plan.loraplus_lr_ratio,
         )
     trainer.remove_callback(PrinterCallback)
@@ -601,7 +609,7 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
     if start == "loftq":
         from peft import replace_lora_weights_loftq
 
-        folder = Path(plan.model["name_or_path"]).expanduser()
+        folder = expanded(plan.model["name_or_path"])
         replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
     elif start == "eva":
         from peft import initialize_lora_eva_weights
@@ -609,7 +617,7 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
         initialize_lora_eva_weights(model, trainer.get_train_dataloader(), show_progress_bar=False)
     elif start.startswith(("pissa", "olora")) and is_main_process() and not run.start.is_dir():
         with staged(run.start, "start") as folder:
-            model.save_pretrained(folder)
+            save_adapter(model, folder, plan.references)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
             parameter.data = parameter.data.to(getattr(torch, plan.adapter_dtype))
@@ -627,9 +635,17 @@ def check_parameters(trainer: Trainer, plan: Plan) -> None:
         raise ModelError("nothing would be trained: no module matches lora.target_modules")
 
 
-def settle_order(config: Path) -> None:
-    """Sort the names of modules, which PEFT keeps as sets: the same run writes the same bytes."""
-    values = json.loads(config.read_text(encoding="utf-8"))
+def save_adapter(model: Any, folder: Path, references: References, **kwargs: Any) -> None:
+    """Save what was trained, and of an adapter name the base as the recipe does; PEFT's empty card is left out.
+
+    The names of modules, which PEFT keeps as sets, are sorted: the same run writes the same bytes.
+    """
+    model.save_pretrained(str(folder), **kwargs)
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return
+    (folder / CARD).unlink(missing_ok=True)
+    values = as_written(json.loads(config.read_text(encoding="utf-8")), references)
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(name), list):
             values[name].sort()
@@ -645,8 +661,7 @@ def save_result(
     with staged(run.path / name, name) as folder:
         if adapter:
             start = {"path_initial_model_for_weight_conversion": str(run.start)} if run.start.is_dir() else {}
-            trainer.model.save_pretrained(str(folder), **start)
-            settle_order(folder / "adapter_config.json")
+            save_adapter(trainer.model, folder, plan.references, **start)
         else:
             trainer.model.config.use_cache = True
             trainer.model.save_pretrained(str(folder))

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.bench import BenchOptions, Shape
@@ -29,6 +28,7 @@ from lorafit.bench.measure import Clock, Pass, Runnable, draw_tokens, run_pass, 
 from lorafit.bench.models import Sides, contenders_of, fit_together, loaded
 from lorafit.bench.report import BenchModel, BenchReport, Timing, ratios, timing
 from lorafit.bench.show import as_markdown
+from lorafit.console import Console
 from lorafit.errors import UsageError
 from lorafit.evaluate.contenders import Contender, groups
 from lorafit.facts.folder import read_json

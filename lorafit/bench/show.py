@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lorafit.bench.report import PHASES, BenchReport, Median, Phase
+from lorafit.console import Console
 
 
 def as_markdown(report: BenchReport) -> str:

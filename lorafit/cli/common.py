@@ -19,8 +19,7 @@ from lorafit.cli.complete import gpus, keys, recipes, runs
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from lorafit.console import Console
     from lorafit.hardware import Hardware
     from lorafit.plan import Plan
     from lorafit.rundir import RunDir
@@ -117,7 +116,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 def talk() -> Console:
     """Where progress and remarks go: stderr, of the first process only."""
-    from rich.console import Console
+    from lorafit.console import Console
 
     return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 

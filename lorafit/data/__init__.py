@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import Audit, Finding, PartAudit, SourceAudit
 from lorafit.cache import entry, kept, prune, rows_key, set_key
+from lorafit.console import Console
 from lorafit.data.encode import IGNORED, Lengths, TokenRow, Tokens, read_examples, tokenize
 from lorafit.data.mix import Indices, repeated, shared, split, weighted
 from lorafit.data.progress import counted

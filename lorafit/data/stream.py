@@ -9,10 +9,10 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from datasets.iterable_dataset import ExamplesIterable
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import Audit, PartAudit, SourceAudit, breaches, source_findings
+from lorafit.console import Console
 from lorafit.data import Prepared, no_row_left, pack, prepare_held_out, tokenize_source
 from lorafit.data.encode import TokenRow
 from lorafit.data.render import Renderer

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lorafit.console import Console
 from lorafit.errors import UsageError
 from lorafit.evaluate.assemble import Rows, Scores
 from lorafit.evaluate.contenders import BASE, Contender, Loaded

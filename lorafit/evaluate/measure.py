@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
+from lorafit.console import Console
 from lorafit.data import special_tokens
 from lorafit.evaluate.contenders import BASE, Contender, Loaded
 from lorafit.evaluate.engine.choices import choices

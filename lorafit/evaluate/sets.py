@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import RULES, SourceAudit, gate
+from lorafit.console import Console
 from lorafit.data import IGNORED, Lengths, Renderer, prepare, rows_of, special_tokens, tokenize
 from lorafit.errors import DataError, first_line
 from lorafit.evaluate.engine.choices import Choice

@@ -11,9 +11,9 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafit.console import Console
 from lorafit.data import IGNORED
 from lorafit.errors import DataError, GateError, LorafitError
 from lorafit.evaluate.sets import held_out_rows

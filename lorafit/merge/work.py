@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from lorafit.console import Console
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.facts import weight_files
 from lorafit.facts.folder import read_json
@@ -34,6 +34,7 @@ from lorafit.merge.task import Task
 from lorafit.merge.tensors import FLOATS, Store, write_index
 from lorafit.merge.verify import Proof, Reference, measure, rows_to_compare
 from lorafit.tokenizer import load_tokenizer, tokenizer_of
+from lorafit.written import References, as_written
 
 DEFAULTS: dict[str, Any] = {
     "base_weights": "auto", "verify": "auto", "rows": 64,
@@ -73,6 +74,11 @@ class Work:
             self.say(f"neither {source.adapter} nor {base.name} has a tokenizer, so the merged folder has none")
         self.tasks: dict[str, Task] = {}
         self.vocabulary: int | None = None
+        self.references: References = {
+            f"{number}.{key}": one
+            for number, part in enumerate((source, *others))
+            for key, one in (part.plan.references if part.plan else {}).items()
+        }
         self.stored_packed = _stored_quantization(base.folder) == "bitsandbytes"
 
     def say(self, remark: str) -> None:
@@ -277,7 +283,7 @@ class Work:
             )
         if written.untied:
             self.say("embeddings and head were one tensor and are two now: the adapter treats them differently")
-        return {
+        report = {
             "report_version": 2,
             "verdict": _verdict(proof, self.method),
             "adapter": self.source.shown,
@@ -316,6 +322,7 @@ class Work:
             "remarks": self.remarks,
             "versions": versions(),
         }
+        return as_written(report, self.references)
 
 
 def _verdict(proof: Proof, method: str) -> str:

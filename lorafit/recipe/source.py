@@ -19,6 +19,7 @@ from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
 from lorafit.errors import printable
+from lorafit.written import REFERENCE, References, value_of
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
@@ -141,7 +142,6 @@ _OCTAL_OR_HEX = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_ENVIRONMENT = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
 
 
 def parse_scalar(text: str) -> Any:
@@ -257,7 +257,7 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, path: tuple[str | int, ...]) -> Any:
         text = self._text(node, path, node.value)
-        reference = _ENVIRONMENT.fullmatch(text) if node.style != "'" else None
+        reference = REFERENCE.fullmatch(text) if node.style != "'" else None
         if reference:
             name, default = reference["name"], reference["default"]
             if name not in self.environment and default is None:
@@ -315,7 +315,7 @@ class _Reader:
 
 def _reference(node: yaml.Node) -> str | None:
     """The text of a scalar that is read from the environment."""
-    is_one = isinstance(node, yaml.ScalarNode) and node.style != "'" and _ENVIRONMENT.fullmatch(node.value)
+    is_one = isinstance(node, yaml.ScalarNode) and node.style != "'" and REFERENCE.fullmatch(node.value)
     return node.value if is_one else None
 
 
@@ -454,9 +454,15 @@ def read_recipe(
     return Draft(root, files.mistakes, files.complete)
 
 
-def draft_of(values: Mapping[str, Any], written: str, overrides: Iterable[str]) -> Draft:
-    """A recipe from plain values instead of a file, with `--set` arguments; `written` names where they stand."""
-    root = _locate(dict(values), Position(written))
+def draft_of(
+    values: Mapping[str, Any], written: str, overrides: Iterable[str], references: References | None = None
+) -> Draft:
+    """A recipe from plain values instead of a file, with `--set` arguments; `written` names where they stand.
+
+    Args:
+        references: those that some of the values were read from.
+    """
+    root = _refer(_locate(dict(values), Position(written)), references or {})
     mistakes: list[Mistake] = []
     for argument in overrides:
         try:
@@ -573,10 +579,10 @@ def _apply_override(root: Located, argument: str, environment: Mapping[str, str]
     if steps[0] == "extends":
         raise SourceMistakes(Mistake(position, "extends", "can't be set; write it in the file"))
     try:
-        value = read_yaml(text, position.file, environment).plain()
+        value = read_yaml(text, position.file, environment)
     except SourceMistakes as error:
         raise SourceMistakes(*(Mistake(position, dotted(steps), m.message) for m in error.mistakes)) from None
-    return _override(root, steps, _locate(value, position), position, ())
+    return _override(root, steps, _moved(value, position), position, ())
 
 
 def _locate(value: Any, position: Position) -> Located:
@@ -586,6 +592,26 @@ def _locate(value: Any, position: Position) -> Located:
     elif isinstance(value, list):
         value = [_locate(child, position) for child in value]
     return Located(value, position, position)
+
+
+def _moved(node: Located, position: Position) -> Located:
+    """A value with every node at one position."""
+    value = node.value
+    if isinstance(value, dict):
+        value = {key: _moved(child, position) for key, child in value.items()}
+    elif isinstance(value, list):
+        value = [_moved(child, position) for child in value]
+    return Located(value, position, position, reference=node.reference)
+
+
+def _refer(node: Located, references: References, key: str = "") -> Located:
+    """Values with the references that they were read from, as far as they still are what is there."""
+    if isinstance(node.value, dict | list):
+        items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
+        below = {name: _refer(child, references, f"{key}.{name}" if key else str(name)) for name, child in items}
+        return replace(node, value=below if isinstance(node.value, dict) else [*below.values()])
+    known = references.get(key)
+    return replace(node, reference=known.text) if known and value_of(known.text) == node.value else node
 
 
 def _override(

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lorafit.console import Console
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import detect_cpu

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import Console
-
 from lorafit.audit import Audit, Limits, Share, findings, source_findings
+from lorafit.console import Console
 from lorafit.data import prepare
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.plan import plan_recipe, with_audit

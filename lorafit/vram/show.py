@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lorafit.console import Console
 from lorafit.memory import MIB
 from lorafit.vram.answer import Answer, Cell, Verdict, command_line, gib
 from lorafit.vram.ask import Reply

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import TemplateError
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lorafit.console import Console
 from lorafit.errors import DataError, DoesNotFitError, UsageError, first_line, is_out_of_memory
 from lorafit.evaluate.benchmarks.code import kept_templates
 from lorafit.evaluate.benchmarks.documents import result_of
