@@ -28,6 +28,7 @@ def _table(*columns: str) -> Table:
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """The plan as a table on stdout."""
     console = console or Console()
+    plan = plan.as_written()
     model, hardware = plan.model, plan.hardware
     parameters, trainable = model["parameters"], model["trainable_parameters"]
     share = f" ({trainable / parameters:.2%})" if parameters else ""

@@ -97,7 +97,7 @@ def load(
 ) -> Recipe:
     """Read a recipe file with its parents and `--set` overrides, from the disk or another store. Raises RecipeError."""
     try:
-        draft = read_recipe(Path(path), overrides, environment, store)
+        draft = read_recipe(Path(path), overrides, _is_key, environment, store)
     except SourceMistakes as error:
         raise RecipeError(error.mistakes) from None
     return validate(draft)
@@ -271,7 +271,7 @@ def _repair(data: Any, path: KeyPath) -> None:
 def _wrong_value(root: Located, path: KeyPath, errors: list[Any]) -> Mistake:
     node, _ = root.find(path)
     expected = dict.fromkeys(_expectation(item) for item in errors)
-    message = f"expected {' or '.join(expected)}, got {node.reference or _brief(node.plain())}"
+    message = f"expected {' or '.join(expected)}, got {node.reference or _brief(node.as_written())}"
     if isinstance(node.value, str) and not node.reference:
         choices = [choice for text in expected if " | " in text for choice in text.split(" | ")]
         near = _nearest(node.value, choices)
@@ -348,6 +348,11 @@ def near_key(path: KeyPath) -> KeyPath:
         return nested
     near = _nearest(key, _known_keys(parent))
     return (*parent, near) if near else ()
+
+
+def _is_key(name: str) -> bool:
+    """Whether a key may be meant to be one at the top of a recipe."""
+    return name in _known_keys(()) or name in _ELSEWHERE or bool(near_key((name,)))
 
 
 def _unknown_key(path: KeyPath, meant: KeyPath) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -75,6 +75,14 @@ class Located:
     removes: bool = False
     earlier: tuple[Located, ...] = ()
     reference: str | None = None
+
+    def as_written(self) -> Any:
+        """The same, with references for texts of the environment."""
+        if isinstance(self.value, dict):
+            return {key: child.as_written() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.as_written() for child in self.value]
+        return self.reference if self.reference and isinstance(self.value, str) else self.value
 
     def plain(self) -> Any:
         """The value without positions."""
@@ -436,13 +444,20 @@ class Disk:
 
 
 def read_recipe(
-    path: Path, overrides: Iterable[str], environment: Mapping[str, str] | None = None, store: Store | None = None
+    path: Path,
+    overrides: Iterable[str],
+    is_key: Callable[[str], bool],
+    environment: Mapping[str, str] | None = None,
+    store: Store | None = None,
 ) -> Draft:
     """Read a recipe, everything it `extends:`, and `--set` arguments.
 
     Raises SourceMistakes when the file itself can't be read; other mistakes are in the draft.
+
+    Args:
+        is_key: whether a key may be meant to be a recipe's: of a file that has none, nothing is said but that.
     """
-    files = _Files(os.environ if environment is None else environment, store or Disk())
+    files = _Files(is_key, os.environ if environment is None else environment, store or Disk())
     root = files.load(path, (), Position(files.store.shown(path)))
     if root is None:
         raise SourceMistakes(*files.mistakes)
@@ -472,10 +487,16 @@ def draft_of(
     return Draft(root, mistakes, True)
 
 
+_KEY = re.compile(r"^([a-z_]+):", re.MULTILINE)
+_QUOTED = re.compile(r" '[^'\\<>]{2,}'")
+"""What PyYAML quotes of a file: a single character stays."""
+
+
 @dataclass
 class _Files:
     """Recipe files, each read once."""
 
+    is_key: Callable[[str], bool]
     environment: Mapping[str, str]
     store: Store = field(default_factory=Disk)
     mistakes: list[Mistake] = field(default_factory=list)
@@ -537,10 +558,19 @@ class _Files:
         if len(data) > MAX_BYTES:
             raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
         reader = _Reader(shown, self.environment)
-        node = _compose(text, shown)
-        located = reader.read(node).located
-        if not isinstance(located.value, dict):
+        try:
+            node = _compose(text, shown)
+        except SourceMistakes as error:
+            if any(self.is_key(key) for key in _KEY.findall(text)):
+                raise
+            raise SourceMistakes(
+                *(replace(one, message=_QUOTED.sub("", one.message)) for one in error.mistakes)
+            ) from None
+        if not isinstance(node, yaml.MappingNode):
             reader.fail(node, (), "a recipe is a mapping of sections, such as `model:`")
+        if node.value and not any(isinstance(key, yaml.ScalarNode) and self.is_key(key.value) for key, _ in node.value):
+            reader.fail(node, (), "is no recipe: none of its keys is a section, such as `model:`")
+        located = reader.read(node).located
         self.mistakes += reader.mistakes
         return located
 
