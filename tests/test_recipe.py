@@ -343,12 +343,12 @@ def test_what_is_too_much() -> None:
     assert only_mistake("a: [" + "1," * 100_000 + "]").endswith(too_many)
     bomb = BASE + "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 60))
     assert only_mistake(bomb) == f"r.yaml:10:5: a4: {too_many}"
-    merges = "a: &a {" + ", ".join(f"k{n}: 1" for n in range(900)) + "}\nb: {<<: [" + "*a, " * 5000 + "]}"
+    merges = BASE + "a: &a {" + ", ".join(f"k{n}: 1" for n in range(900)) + "}\nb: {<<: [" + "*a, " * 5000 + "]}"
     assert only_mistake(merges).endswith(too_many)
     assert only_mistake(BASE + "lora: &a {rank_pattern: *a}") == (
         "r.yaml:6:7: lora.rank_pattern: an alias refers to what contains it"
     )
-    chain = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} {'[' * 40}*a{n - 1}{']' * 40}\n" for n in range(1, 9))
+    chain = BASE + "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} {'[' * 40}*a{n - 1}{']' * 40}\n" for n in range(1, 9))
     assert "nested deeper than 64 levels by its aliases" in only_mistake(chain)
 
 

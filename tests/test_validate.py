@@ -367,7 +367,7 @@ def test_folders_patterns_and_what_is_no_recipe(tmp_path: Path, monkeypatch: pyt
     assert [one["file"] for one in report["recipes"]] == ["a/b/two.yml", "a/one.yaml"]
     named = run("a/compose.yaml")
     assert named.exit_code == 2
-    assert "a/compose.yaml:1:1: services: unknown key" in named.stdout
+    assert "a/compose.yaml:1:1: is no recipe" in named.stdout
 
 
 @pytest.mark.parametrize(

@@ -263,10 +263,10 @@ def _eval(recipe: Recipe) -> Iterator[Complaint]:
                 "a set of role forgetting has no answers; remove metrics, options, limit and max_new_tokens",
             )
         if one.metrics:
-            yield from _metrics((*path, "metrics"), one.metrics)
+            yield from _metrics((*path, "metrics"), one.metrics, section.trust_code)
         yield from _columns(path, one)
     if section.metrics:
-        yield from _metrics(("eval", "metrics"), section.metrics)
+        yield from _metrics(("eval", "metrics"), section.metrics, section.trust_code)
     for number, gate in enumerate(section.gates):
         from lorafit.evaluate.gates import parse  # numpy, which most recipes don't need
 
@@ -276,13 +276,26 @@ def _eval(recipe: Recipe) -> Iterator[Complaint]:
             yield ("eval", "gates", number), str(error)
 
 
-def _metrics(path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...]) -> Iterator[Complaint]:
-    """Metrics that there are none of. Code and packages that a metric needs are looked for when it is used."""
+def _metrics(
+    path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...], trusted: bool
+) -> Iterator[Complaint]:
+    """Metrics that there are none of, and code that is not trusted.
+
+    Trusted code, and packages that a metric needs, are looked for when it is used.
+    """
     from lorafit.evaluate.metrics import METRICS, make_metric
 
     for number, spec in enumerate(specs):
         name = spec if isinstance(spec, str) else next(iter(spec), "")
-        if (isinstance(spec, str) and ":" in spec) or (name in METRICS and METRICS[name].needs):
+        first, colon, _ = name.partition(":")
+        if colon and not (first in METRICS and METRICS[first].bind) and isinstance(spec, str):
+            if not trusted:
+                yield (
+                    (*path, number),
+                    f"{name} is Python code, which is not run; set eval.trust_code: true if you trust it",
+                )
+            continue
+        if name in METRICS and METRICS[name].needs:
             continue
         try:
             make_metric(spec)

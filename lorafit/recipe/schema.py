@@ -437,8 +437,6 @@ class LmEvalSection(Section):
     """Documents of each task, from the first. Default: all."""
     apply_chat_template: bool = False
     """Whether questions are given as a user's turn in a conversation."""
-    trust_code: bool = False
-    """Whether Python code that a task of your own names (`!function`) may run. Off: such a task is refused."""
 
 
 class JudgeSection(Section):
@@ -481,6 +479,9 @@ class EvalSection(Section):
     gates: Names = ()
     """What must hold, such as `heldout.exact_match.adapter >= 0.8`, or the evaluation fails. With `(ci)` behind it, it
     must hold for the whole 95% interval. See docs/eval.md."""
+    trust_code: bool = False
+    """Whether Python code that this section names may run: metrics of your own (`module:function`), and what a task of
+    your own brings (`!function`). Off: they are refused. It runs with all your rights, so read it first."""
     lm_eval: LmEvalSection | None = None
     """Benchmarks. Absent: none."""
     judge: JudgeSection | None = None

@@ -29,7 +29,7 @@ def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
     file = expanded(file).resolve()
     if file in seen or file.is_relative_to(Path(lm_eval.__file__).resolve().parent):
         return
-    allow = "set eval.lm_eval.trust_code: true if you trust it"
+    allow = "set eval.trust_code: true if you trust it"
     try:
         text = file.read_bytes()
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

@@ -31,7 +31,7 @@ def load(benchmarks: Benchmarks) -> dict[str, Task]:
                 raise UsageError(f"eval.lm_eval.tasks: {spec}: there are two tasks that figures would call {name}")
             if getattr(task, "UNSAFE_CODE", False) and not benchmarks.trust_code:
                 raise UsageError(
-                    f"eval.lm_eval.tasks: {name} runs code that the model writes; eval.lm_eval.trust_code allows it"
+                    f"eval.lm_eval.tasks: {name} runs code that the model writes; eval.trust_code allows it"
                 )
             if getattr(task, "MULTIMODAL", False):
                 raise UsageError(f"eval.lm_eval.tasks: {name} needs images or sound; only text can be asked")
