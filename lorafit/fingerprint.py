@@ -78,6 +78,8 @@ def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
 def run_fingerprint(plan: Plan, run: RunDir) -> Fingerprint:
     """What a run records of its base: the fingerprint, and that of the folder which a GGUF file became."""
     found = model_fingerprint(plan)
+    if key := plan.references.get("model.name_or_path"):
+        found |= {"model": key.text}
     return found | {"dequantized": fingerprint_of(run.base)} if run.base.is_dir() else found
 
 

@@ -191,44 +191,30 @@ def _escape(match: re.Match[str]) -> str:
     return "".join(f"\\u{data[at : at + 2].hex()}" for at in range(0, len(data), 2))
 
 
-class Guarded(io.TextIOBase):
-    """A stream to the user, on which nothing is shown that must not be."""
+class Guarded:
+    """A stream to the user, on which nothing is shown that must not be. It has no bytes below, which would go by."""
 
     def __init__(self, stream: TextIO, talk: bool) -> None:
         self._stream = stream
         self._talk = talk
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "buffer":
+            raise AttributeError(name)
+        return getattr(self._stream, name)
+
     def write(self, text: str) -> int:
         self._stream.write(shown(text, self._talk))
         return len(text)
 
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def writable(self) -> bool:
-        return True
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    @property
-    def errors(self) -> str | None:  # type: ignore[override]
-        return self._stream.errors
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     @property
     def rich_proxied_file(self) -> TextIO | Guarded:
         """Where rich writes: on a terminal its styles go by, as lorafit.console guards what they are around."""
-        return self._stream if self.isatty() else self
+        return self._stream if self._stream.isatty() else self
 
 
 def guard_streams() -> None:

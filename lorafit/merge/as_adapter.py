@@ -95,7 +95,7 @@ def make_adapter(work: Work, destination: Path) -> Path:
             "seconds": round(time.perf_counter() - began, 3),
             "versions": versions(),
         }
-        write_json(folder / "merge_report.json", report)
+        write_json(folder / "merge_report.json", as_written(report, work.references))
     work.console.print(
         f"rank {rank}: the truncation loses {report['truncation_error']['mean']:.2%} of a delta's norm in the mean, "  # type: ignore[index]
         f"{max(errors):.2%} at most",

@@ -158,7 +158,7 @@ class Plan:
         raw = json.loads(text)
         references = {key: Reference(**one) for key, one in raw["references"].items()}
         remember(references)
-        return Plan._of(read_back(raw, references))
+        return Plan._of(read_back(raw, references) | {"references": raw["references"]})
 
     @staticmethod
     def _of(raw: dict[str, Any]) -> Plan:
