@@ -511,6 +511,7 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
             loraplus_lr_ratio=plan.loraplus_lr_ratio,
         )
     trainer.remove_callback(PrinterCallback)
+    name_base(trainer.model, plan.references)
     settle_adapter(trainer, plan, run)
     check_parameters(trainer, plan)
     inner = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
@@ -534,7 +535,16 @@ def explained_experts(plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
+class Arguments(SFTConfig):
+    """TRL's arguments, which trackers log as they may be seen."""
+
+    references: References
+
+    def to_dict(self) -> dict[str, Any]:
+        return as_written(super().to_dict(), self.references)
+
+
+def training_arguments(plan: Plan, run: RunDir) -> Arguments:
     """TRL's arguments from the plan."""
     values = dict(plan.training_kwargs)
     for name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps"):
@@ -542,7 +552,7 @@ def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
     values.pop("early_stopping_patience")
     values.pop("load_best_model_at_end")  # lorafit loads the best one itself
     packing = plan.data.packing
-    return SFTConfig(
+    arguments = Arguments(
         **values,
         output_dir=str(run.checkpoints),
         max_length=plan.data.max_length if packing else None,  # rows are cut already
@@ -560,6 +570,8 @@ def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
         dataloader_pin_memory=plan.hardware.device == "cuda",
         prediction_loss_only=True,
     )
+    arguments.references = plan.references
+    return arguments
 
 
 def add_callbacks(
@@ -640,7 +652,11 @@ def save_adapter(model: Any, folder: Path, references: References, **kwargs: Any
 
     The names of modules, which PEFT keeps as sets, are sorted: the same run writes the same bytes.
     """
+    configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else []
+    for one in configs:  # PEFT looks there whether the vocabulary has grown
+        one.base_model_name_or_path = str(expanded(one.base_model_name_or_path or ""))
     model.save_pretrained(str(folder), **kwargs)
+    name_base(model, references)
     config = folder / "adapter_config.json"
     if not config.is_file():
         return
@@ -650,6 +666,13 @@ def save_adapter(model: Any, folder: Path, references: References, **kwargs: Any
         if isinstance(values.get(name), list):
             values[name].sort()
     config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def name_base(model: Any, references: References) -> None:
+    """Name the base in a model's configurations, which trackers log, as the recipe does."""
+    for one in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        one.base_model_name_or_path = as_written(one.base_model_name_or_path, references)
+    model.config.name_or_path = as_written(model.config.name_or_path, references)
 
 
 def save_result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,22 +17,25 @@ from conftest import conversation, write_jsonl
 from test_eval_judge import serving
 
 from lorafit.cli import main
+from lorafit.train import add_callbacks
 
 
-def lorafit(*arguments: str) -> tuple[int, str]:
-    """A command as a shell runs it, its output in a pipe; returns the exit code, and stdout and stderr together."""
+def lorafit(*arguments: str) -> tuple[int, str, str]:
+    """A command as a shell runs it, in a pipe; returns the exit code, all that was printed, and stderr alone."""
     before = sys.argv, sys.stdout, sys.stderr
-    pipe = io.BytesIO()
+    pipes = io.BytesIO(), io.BytesIO()
     sys.argv = ["lorafit", *arguments]
-    sys.stdout = sys.stderr = stream = io.TextIOWrapper(pipe, encoding="utf-8", write_through=True)
+    streams = [io.TextIOWrapper(pipe, encoding="utf-8", write_through=True) for pipe in pipes]
+    sys.stdout, sys.stderr = streams
+    code = 0
     try:
         main()
     except SystemExit as error:
         code = int(error.code or 0)
     finally:
         sys.argv, sys.stdout, sys.stderr = before
-    stream.detach()
-    return code, pipe.getvalue().decode()
+    out, err = (stream.detach().getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+    return code, out + err, err
 
 
 @dataclass
@@ -42,16 +46,25 @@ class World:
     home: Path
     said: dict[str, str]
     """What each command printed."""
+    talk: dict[str, str]
+    """What of it went to stderr."""
 
-    def run(self, name: str, *arguments: str, expect: int = 0) -> str:
-        code, self.said[name] = lorafit(*arguments)
+    def run(self, name: str, *arguments: str, expect: int = 0) -> None:
+        code, self.said[name], self.talk[name] = lorafit(*arguments)
         assert code == expect, self.said[name]
-        return self.said[name]
+
+
+def tracked(trainer: Any, *arguments: Any) -> Any:
+    """What trackers log, as a file in the working directory."""
+    adapters = [config.to_dict() for config in trainer.model.peft_config.values()]
+    seen = [trainer.args.to_dict(), trainer.model.config.to_dict(), adapters]
+    Path("tracked.json").write_text(json.dumps(seen, default=str))
+    return add_callbacks(trainer, *arguments)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[World]:
-    """Everything done once: a lock, a run of a model in the home folder and one from the environment, and what follows."""
+    """All commands once, on a model in the home folder and on one that the environment names."""
     place = tmp_path_factory.mktemp("work")
     home = tmp_path_factory.mktemp("homes") / "alice-SECRETUSER"
     shutil.copytree(tiny_model, home / "tiny")
@@ -93,7 +106,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         values |= {"HTTPS_PROXY": "http://SECRETPROXY:SECRETPASSWORD@127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
         for name, value in values.items():
             patch.setenv(name, str(value))
-        world = World(place, home, {})
+        world = World(place, home, {}, {})
+        patch.setattr("lorafit.train.add_callbacks", tracked)
         world.run("lock", "lock", "a.yaml")
         world.run("train", "train", "a.yaml", "--locked")
         world.run("eval", "eval", "~/runs/one", "--locked")
@@ -128,22 +142,101 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         yield world
 
 
-SECRETS = ("SECRETUSER", "SECRETBASE", "SECRETROWS", "SECRETSCHEMA", "SECRETKEY", "SECRETJUDGE", "SECRETTOKEN", "SECRETWANDB",
-           "SECRETPROXY", "SECRETPASSWORD")  # fmt: skip
+SECRETS = (
+    *("SECRETUSER", "SECRETBASE", "SECRETROWS", "SECRETSCHEMA", "SECRETKEY", "SECRETJUDGE", "SECRETTOKEN"),
+    *("SECRETWANDB", "SECRETPROXY", "SECRETPASSWORD"),
+)
+WRITTEN = {
+    *("plan.json", "recipe.lock", "manifest.json", "results.json", "report.html", "report.md", "junit.xml"),
+    *("samples.jsonl", "merge_report.json", "merge_report.md", "README.md", "bench.json", "adapter_config.json"),
+    *("trainer_state.json", "fingerprint.json", "metrics.jsonl", "a.yaml.lock", "b.golden.json", "tracked.json"),
+}
 
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_no_file_has_it(world: World, secret: str) -> None:
-    folders = (world.place, world.home / "runs")
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    names = {file.name for file in files}
-    assert {"plan.json", "recipe.lock", "manifest.json", "results.json", "report.html", "merge_report.json", "bench.json",
-            "adapter_config.json", "trainer_state.json", "a.yaml.lock"} <= names  # fmt: skip
-    found = [str(file) for file in files if secret.encode() in file.read_bytes()]
+    """But for the user's own recipe, and the cache of rows, which says where on this machine they stand."""
+    files = [file for folder in (world.place, world.home / "runs") for file in folder.rglob("*") if file.is_file()]
+    assert {file.name for file in files} >= WRITTEN
+    own = ("a.yaml", "recipe.yaml") if secret == "SECRETUSER" else ()
+    cached = ("audit.json", "rows.arrow") if secret in ("SECRETUSER", "SECRETROWS") else ()
+    found = [
+        str(file)
+        for file in files
+        if file.name not in own
+        and not (file.name in cached and "cache" in file.parts)
+        and (secret in file.name or secret.encode() in file.read_bytes())
+    ]
     assert not found
-    assert not [name for name in names if secret in name]
 
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_nothing_printed_has_it(world: World, secret: str) -> None:
-    assert not [(name, said) for name, said in world.said.items() if secret in said]
+    """On stdout a path is one that a script can use."""
+    found = world.talk if secret == "SECRETUSER" else world.said
+    assert not [(name, said) for name, said in found.items() if secret in said]
+
+
+def test_references_are_kept_where_they_were_written(world: World) -> None:
+    lock = json.loads((world.place / "b.yaml.lock").read_text())
+    assert lock["recipe"]["values"]["model"]["name_or_path"] == lock["model"]["name"] == "${BASE}"
+    assert lock["data"].keys() == {"~/train.jsonl", "${ROWS}"}
+    assert lock["recipe"]["references"]["eval.judge.base_url"]["text"] == "${JUDGE_URL}"
+    plan = json.loads((world.place / "runs/two/plan.json").read_text())
+    assert plan["recipe"]["eval"]["judge"] | plan["eval"]["judge"] == plan["recipe"]["eval"]["judge"]
+    assert plan["eval"]["judge"]["base_url"] == "${JUDGE_URL}"
+    assert plan["training_kwargs"]["learning_rate"] == 1e-3  # a number is what the run was made with
+    assert plan["recipe"]["hardware"]["device"] == "cpu"  # and so is a word of the field's own
+    for run, base in ((world.home / "runs/one", "~/tiny"), (world.place / "runs/two", "${BASE}")):
+        for folder in (run / "adapter", *(run / "checkpoints").iterdir()):
+            assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    assert 'os.path.expanduser("~/tiny")' in (world.home / "runs/one/adapter/README.md").read_text()
+    assert 'os.environ["BASE"]' in (world.place / "runs/two/adapter/README.md").read_text()
+    results = json.loads((world.place / "runs/two/eval/results.json").read_text())
+    assert results["models"]["base"]["path"] == "${BASE}"
+    assert results["settings"]["eval"]["sets"][0]["path"] == "${ROWS}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "command", "code", "named"),
+    [
+        ("JUDGE_URL", "http://127.0.0.1:9/OTHERKEY/v1", ("lock", "b.yaml", "--check"), 7, "eval.judge.base_url"),
+        ("JUDGE_URL", "http://127.0.0.1:9/OTHERKEY/v1", ("eval", "runs/two", "--locked"), 7, "eval.judge.base_url"),
+        ("ROWS", "OTHERKEY.jsonl", ("lock", "b.yaml", "--check"), 7, "${ROWS}"),
+        ("BASE", "OTHERKEY/model", ("eval", "runs/two"), 4, "${BASE}"),
+        ("JUDGE_URL", None, ("eval", "runs/two"), 2, "JUDGE_URL is not set"),
+        ("JUDGE_URL", None, ("eval", "runs/two", "--locked"), 2, "JUDGE_URL is not set"),
+        ("JUDGE_URL", None, ("merge", "runs/two", "-o", "other"), 0, "other"),
+        ("BASE", None, ("merge", "runs/two", "-o", "third"), 2, "BASE is not set"),
+        ("BASE", None, ("chat", "runs/two", "--prompt", "x"), 2, "BASE is not set"),
+        ("ROWS", None, ("verify", "runs/two"), 2, "ROWS is not set"),
+    ],
+)  # fmt: skip
+def test_what_a_run_takes_from_the_environment_is_read_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str, value: str | None, command: tuple[str, ...], code: int,
+    named: str,
+) -> None:  # fmt: skip
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    found, said, _ = lorafit(*command)
+    assert (found, named in said, "OTHERKEY" in said) == (code, True, False), said
+
+
+def test_a_run_goes_on_with_what_it_began_with(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's reference names other weights, so it is another recipe; the judge's is nothing to the training."""
+    run = world.place / "runs/four"
+    changed = ("train", "b.yaml", "--set", "output_dir=runs/four")
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafit.train.save_result", interrupt)
+        assert lorafit(*changed)[0] == 130
+    assert run.is_dir()
+    monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:9/OTHERKEY/v1")
+    with monkeypatch.context() as patch:
+        patch.setenv("BASE", str(world.home / "tiny"))
+        code, said, _ = lorafit(*changed, "--resume")
+        assert (code, "model.name_or_path" in said) == (2, True), said
+    code, said, _ = lorafit(*changed, "--resume")
+    assert code == 0, said
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
