@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,18 +23,18 @@ from lorafit.train import add_callbacks
 
 def lorafit(*arguments: str) -> tuple[int, str, str]:
     """A command as a shell runs it, in a pipe; returns the exit code, all that was printed, and stderr alone."""
-    before = sys.argv, sys.stdout, sys.stderr
+    before = sys.argv, sys.stdin, sys.stdout, sys.stderr
     pipes = io.BytesIO(), io.BytesIO()
     sys.argv = ["lorafit", *arguments]
     streams = [io.TextIOWrapper(pipe, encoding="utf-8", write_through=True) for pipe in pipes]
-    sys.stdout, sys.stderr = streams
+    sys.stdin, sys.stdout, sys.stderr = io.StringIO(), *streams
     code = 0
     try:
         main()
     except SystemExit as error:
         code = int(error.code or 0)
     finally:
-        sys.argv, sys.stdout, sys.stderr = before
+        sys.argv, sys.stdin, sys.stdout, sys.stderr = before
     out, err = (stream.detach().getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
     return code, out + err, err
 
@@ -240,3 +241,150 @@ def test_a_run_goes_on_with_what_it_began_with(world: World, monkeypatch: pytest
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+EVIL = "\x1b[31mred\x1b]0;title\x07\x9b31m\u202e\u2066\r\x7fend"
+ORDERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What a terminal obeys, or shows in another order."""
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Path]:
+    """A working directory with files, names, keys, values, rows and models that would give a terminal orders."""
+    place = tmp_path_factory.mktemp("hostile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("EVIL", EVIL)
+        patch.setenv("JUDGE_KEY", "key-0123456789")
+        row = conversation("say 1", "one")
+        write_jsonl(place / "rows.jsonl", [conversation(f"say {n} {EVIL}", f"{n} {EVIL}") for n in range(8)])
+        write_jsonl(place / "bad.jsonl", [row, {EVIL: EVIL}])
+        (place / "broken.jsonl").write_text(f"{{{EVIL}\n")
+        write_jsonl(place / f"{EVIL}.jsonl", [row] * 4)
+        (place / "metric.py").write_text(f"def odd(answer, expected):\n    raise ValueError({EVIL!r})\n")
+        (place / "raises.jinja").write_text("{{ raise_exception(" + json.dumps(EVIL) + ") }}")
+        (place / "other.yaml").write_text(json.dumps({EVIL: {EVIL: EVIL}, "lora": {EVIL: 1}}))
+        for name, file, old, new in (
+            ("family", "config.json", '"llama"', json.dumps(EVIL)),
+            ("dtype", "config.json", '"float32"', json.dumps(EVIL)),
+            ("tokens", "tokenizer_config.json", '"<|im_end|>"', json.dumps(EVIL)),
+            ("vocabulary", "tokenizer.json", '"BPE"', json.dumps(EVIL)),
+        ):
+            shutil.copytree(tiny_model, place / name)
+            text = (place / name / file).read_text()
+            assert old in text
+            (place / name / file).write_text(text.replace(old, new))
+        shutil.copytree(tiny_model, place / EVIL)
+        write("good", place, tiny_model)
+        code, said, _ = lorafit("train", "good.yaml")
+        assert code == 0, said
+        shutil.copytree(place / "runs/good/adapter", place / "adapter")
+        (place / "adapter/lorafit.json").unlink()
+        config = json.loads((place / "adapter/adapter_config.json").read_text())
+        odd = config | {"base_model_name_or_path": EVIL, "peft_type": EVIL}
+        (place / "adapter/adapter_config.json").write_text(json.dumps(odd))
+        (place / "results.json").write_text(json.dumps({EVIL: EVIL, "run": {EVIL: 1}}))
+        (place / "good.yaml.lock").write_text(json.dumps({"lock_version": EVIL}))
+        yield place
+
+
+def write(name: str, place: Path, base: Path | str, /, **sections: Any) -> None:
+    content = {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "lora": {"r": 2},
+        "dataset": {"train": [{"path": "rows.jsonl"}], "audit": {"duplicates": 1.0}},
+        "training": {"max_steps": 1, "max_length": 256, "per_device_train_batch_size": 2},
+        "eval": {"forgetting": [], "limit": 1, "max_new_tokens": 2, "sets": [{"name": "own", "path": "rows.jsonl"}]},
+        "output_dir": f"runs/{name}",
+    }
+    changed = {key: {**content.get(key, {}), **one} if isinstance(one, dict) else one for key, one in sections.items()}
+    (place / f"{name}.yaml").write_text(json.dumps(content | changed))
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "an argument": (
+        {},
+        "train @; merge @; eval @; chat @; verify @; bench @; validate @; diff @ @; diff --against @ x.yaml; @;"
+        "train --@;"
+        "estimate-vram --model @; estimate-vram --gpu @ x.yaml; estimate-vram x.yaml --sweep @=1; explain x.yaml @;"
+        "init --model @ --data rows.jsonl --cpu --print; init --from other.yaml --print; init --from @ --print;"
+        "train x.yaml --set @; train x.yaml --set lora.r=@; preview x.yaml --rows @; merge runs/good --base @ -o m",
+    ),
+    "a file's name": ({"dataset": {"train": [{"path": f"{EVIL}.jsonl"}]}}, "preview x.yaml; train x.yaml --dry-run"),
+    "a model's name": (
+        {"model": {"name_or_path": EVIL}},
+        "explain x.yaml; train x.yaml --dry-run; estimate-vram x.yaml; validate x.yaml --json; diff good.yaml x.yaml;"
+        "explain x.yaml --json; diff good.yaml x.yaml --json; diff good.yaml x.yaml --format markdown",
+    ),
+    "a key": (
+        {EVIL: 1, "lora": {EVIL: 2}},
+        "validate x.yaml; train x.yaml; validate x.yaml --json; validate x.yaml --format sarif",
+    ),
+    "a value": (
+        {"training": {"optim": EVIL}, "lora": {"r": EVIL}, "eval": {"gates": [EVIL], "metrics": [EVIL]}},
+        "validate x.yaml; explain x.yaml; validate x.yaml --format github; validate x.yaml --format junit",
+    ),
+    "a variable": (
+        {"model": {"revision": "${EVIL}"}, "output_dir": "${EVIL}"},
+        "explain x.yaml; train x.yaml --dry-run",
+    ),
+    "an own metric": ({"eval": {"trust_code": True, "metrics": ["metric:odd"]}}, "train x.yaml; eval runs/x"),
+    "rows": ({}, "preview x.yaml; preview x.yaml --json; preview x.yaml --ids"),
+    "a row's keys": ({"dataset": {"train": [{"path": "bad.jsonl"}]}}, "preview x.yaml; validate x.yaml"),
+    "no JSON": ({"dataset": {"train": [{"path": "broken.jsonl"}]}}, "preview x.yaml; train x.yaml"),
+    "a template's words": ({"model": {"chat_template": "raises.jinja"}}, "preview x.yaml; train x.yaml"),
+    "a model's family": (
+        {"model": {"name_or_path": "family"}},
+        "train x.yaml; estimate-vram x.yaml; chat family --prompt x; explain x.yaml",
+    ),
+    "a model's type": (
+        {"model": {"name_or_path": "dtype"}},
+        "train x.yaml; estimate-vram x.yaml; chat dtype --prompt x",
+    ),
+    "a tokenizer": (
+        {"model": {"name_or_path": "tokens"}},
+        "preview x.yaml; train x.yaml --dry-run; chat tokens --prompt x",
+    ),
+    "a vocabulary": (
+        {"model": {"name_or_path": "vocabulary"}},
+        "preview x.yaml; train x.yaml; chat vocabulary --prompt x",
+    ),
+    "a parent": ({"extends": "other.yaml"}, "validate x.yaml; explain x.yaml"),
+    "what a run made": (
+        {},
+        "eval runs/good; chat runs/good --prompt @; chat runs/good --prompt @ --json; merge adapter -o m;"
+        "chat runs/good --adapter a=adapter --prompt x; eval runs/good --adapter a=adapter; lock good.yaml --check;"
+        "eval runs/good --baseline results.json; eval runs/good --fail-under @; merge runs/good --add adapter -o n",
+    ),
+}
+"""Where text may come from: changes of a recipe, and the commands that show it; @ is the text itself."""
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_no_text_gives_a_terminal_orders(hostile: Path, tiny_model: Path, source: str) -> None:
+    changes, commands = HOSTILE[source]
+    write("x", hostile, tiny_model, **changes)
+    told = 0
+    for command in commands.split(";"):
+        code, said, talk = lorafit(*(word.replace("@", EVIL) for word in command.split()))
+        assert code != 1, (command, said)
+        assert not ORDERS.search(said), (command, said)
+        told += "red" in said
+        if "--json" in command and said != talk:
+            json.loads(said.removesuffix(talk))
+    assert bool(told) == (source not in ("no JSON", "a variable", "a vocabulary"))  # of which nothing is quoted
+    shutil.rmtree(hostile / "runs/x", ignore_errors=True)
+
+
+def test_a_server_gives_a_terminal_no_orders(hostile: Path, tiny_model: Path) -> None:
+    reply = f"{EVIL}".encode()
+    with serving(lambda *_: (400, {}, reply)) as endpoint:
+        write(
+            "x",
+            hostile,
+            tiny_model,
+            eval={"judge": {"base_url": endpoint.url, "model": "x", "api_key_env": "JUDGE_KEY"}},
+        )
+        assert lorafit("train", "x.yaml")[0] == 0
+        code, said, _ = lorafit("eval", "runs/x")
+    assert (code, "red" in said, ORDERS.search(said)) == (4, True, None), said
