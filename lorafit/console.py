@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import IO, cast
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from lorafit.written import shown
+from lorafit.written import Guarded, shown
 
 
 class Console(RichConsole):
     """A console that shows control characters, and hides what lorafit.written does."""
+
+    @property
+    def file(self) -> IO[str]:
+        file = super().file
+        return cast(IO[str], file.styled) if isinstance(file, Guarded) else file
+
+    @file.setter
+    def file(self, file: IO[str]) -> None:
+        self._file = file
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, Text):

@@ -212,8 +212,8 @@ class Guarded:
             self.write(line)
 
     @property
-    def rich_proxied_file(self) -> TextIO | Guarded:
-        """Where rich writes: on a terminal its styles go by, as lorafit.console guards what they are around."""
+    def styled(self) -> TextIO | Guarded:
+        """Where lorafit.console writes: on a terminal its styles go by, as it guards what they are around."""
         return self._stream if self._stream.isatty() else self
 
 
