@@ -26,8 +26,12 @@ T = TypeVar("T")
 
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 """Variables whose values are shown by nobody, whether a recipe names them or not."""
-_USER = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
-"""User and password in a URL."""
+_PASSWORD = re.compile(
+    r"(?<=://)[^/@\s'\"]+(?=@)|(?<=[?&]token=)[^&\s'\"]+|(?<=[?&]key=)[^&\s'\"]+|(?<=[_-]key=)[^&\s'\"]+"
+    r"|(?<=_token=)[^&\s'\"]+|(?<=[?&]sig=)[^&\s'\"]+|(?<=signature=)[^&\s'\"]+|(?<=password=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+"""User and password in a URL, and what signs it."""
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
@@ -146,7 +150,8 @@ def _swaps(references: Iterable[str]) -> list[tuple[str, str]]:
 
 def _parts(value: str) -> Iterator[str]:
     """A value, and what of it may stand alone: the host and the path of a URL. Words such as `question` may not."""
-    if re.search(r"[/:@\\]", value) or len(value) >= 20 or (len(value) >= 6 and re.search(r"[^a-z_]", value)):
+    is_path = len(value) >= 4 and re.search(r"[/:@\\]", value)
+    if is_path or len(value) >= 20 or (len(value) >= 6 and re.search(r"[^a-z_]", value)):
         yield value
     if "://" in value:
         host, _, path = value.partition("://")[2].partition("/")
@@ -156,7 +161,10 @@ def _parts(value: str) -> Iterator[str]:
 def _swapped(text: str, swaps: list[tuple[str, str]]) -> str:
     for before, after in swaps:
         if before in text:
-            text = text.replace(before, after)
+            whole = len(before) >= 12  # what is shorter may be a part of other words
+            text = re.sub(
+                re.escape(before) if whole else rf"(?<!\w){re.escape(before)}(?!\w)", lambda _, by=after: by, text
+            )
     return text
 
 
@@ -172,7 +180,7 @@ def hidden(text: str) -> str:
     """Text for people: no value of a reference or of a variable that holds a key, and no password of a URL."""
     held = [(value, f"${{{name}}}") for name, value in os.environ.items() if _SECRET_NAME.search(name)]
     swaps = [*_swaps(_read), *((value, name) for value, name in held if len(value) >= 8)]
-    return _USER.sub("…", _swapped(text, swaps))
+    return _PASSWORD.sub("…", _swapped(text, swaps))
 
 
 def visible(text: str) -> str:

@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import conversation, write_jsonl
+from conftest import RecipeMaker, conversation, write_jsonl
+from rich.table import Table
+from rich.text import Text
 from test_eval_judge import serving
 
+from lorafit import written
 from lorafit.cli import main
+from lorafit.console import Console
 from lorafit.train import add_callbacks
 
 
@@ -388,3 +392,92 @@ def test_a_server_gives_a_terminal_no_orders(hostile: Path, tiny_model: Path) ->
         assert lorafit("train", "x.yaml")[0] == 0
         code, said, _ = lorafit("eval", "runs/x")
     assert (code, "red" in said, ORDERS.search(said)) == (4, True, None), said
+
+
+def test_a_terminal_has_styles_and_no_other_orders() -> None:
+    """Styles are rich's, whatever stands in a table."""
+    pipe = io.StringIO()
+    console = Console(file=pipe, force_terminal=True, width=300, color_system="standard")
+    table = Table("name")
+    table.add_row(Text(EVIL, style="green"))
+    console.print(table)
+    console.print(Text(EVIL, style="green"))
+    assert set(re.findall("\x1b.[0-9;]*m?", pipe.getvalue())) <= {"\x1b[32m", "\x1b[1m", "\x1b[0m"}
+    assert pipe.getvalue().count("\\u001b[31mred") == 2
+    assert not ORDERS.search(pipe.getvalue().replace("\x1b", ""))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "user:SECRETLINE:x:\n",
+        "root:x:0:0\nSECRETLINE:x:1:1\n",
+        "API_KEY=SECRETLINE\n",
+        "SECRETLINE: x\nother: SECRETLINE\n",
+        "*SECRETLINE\n",
+        "!SECRETLINE x\n",
+        "%SECRETLINE x\n---\na: 1\n",
+        "a: &SECRETLINE 1\nb: &SECRETLINE 2\n",
+        "a: !SECRETLINE!x y\n",
+        '{"SECRETLINE": 1, "SECRETLINE": 2}\n',
+        "SECRETLINE: 99999999999999999999999999\n",
+        "SECRETLINE: ${UNSET}\n",
+        "SECRETLINE: &a [*a]\n",
+        "[SECRETLINE]\nkey = SECRETLINE\n",
+        "-----BEGIN SECRETLINE-----\nMIIE: SECRETLINE\n",
+        "machine h login u password SECRETLINE\n",
+        "? [SECRETLINE]\n: SECRETLINE\n",
+        "<<: SECRETLINE\n",
+    ],
+)
+def test_of_a_file_that_is_no_recipe_only_the_place_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "other.txt").write_text(content)
+    whole = "extends: other.txt\nmodel: {name_or_path: a/b}\ndataset: {train: [{path: x.jsonl}]}\n"
+    (tmp_path / "r.yaml").write_text(whole)
+    for name in ("r.yaml", "other.txt"):
+        code, said, _ = lorafit("validate", str(tmp_path / name))
+        assert (code, "SECRETLINE" in said) == (2, False), said
+        assert re.search(r"other.txt:\d+:\d+: ", said)
+
+
+@pytest.mark.parametrize("key", ["eval.metrics=[m:f]", "eval.sets=[{name: own, path: x.jsonl, metrics: [words, m:f]}]"])
+def test_code_of_a_metric_is_trusted_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: RecipeMaker, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.py").write_text("open('ran', 'w')\ndef f(answer, expected): return 1\n")
+    file = str(recipe())
+    for command in (
+        ("validate", file),
+        ("train", file, "--dry-run"),
+        ("train", file),
+        ("lock", file),
+        ("explain", file),
+    ):
+        code, said, _ = lorafit(*command, "--set", key)
+        assert (code, "eval.trust_code" in said) == (2, True), (command, said)
+    assert lorafit("train", file)[0] == 0
+    run = str(tmp_path / "runs/recipe")
+    assert lorafit("eval", run, "--set", key)[0] == 2
+    assert lorafit("train", file, "--dry-run", "--set", key, "--set", "eval.trust_code=true")[0] == 0
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pw@host/x: refused", "https://…@host/x: refused"),
+        ("GET https://host/x?a=1&token=abc&b=2", "GET https://host/x?a=1&token=…&b=2"),
+        ("Bearer hf_0123456789", "Bearer ${MY_TOKEN}"),
+        ("{h}/x", "~/x"),
+        ("{h}: no such file", "~: no such file"),
+        ("file://{h}/x", "file://~/x"),
+        ("{h}-2/x and /data{h}/x", "{h}-2/x and /data{h}/x"),
+        ("'{h}/a b'", "'~/a b'"),
+        ("a\nb\tc é 日本\u200d", "a\nb\tc é 日本\u200d"),
+    ],
+)
+def test_lines_of_anybody(monkeypatch: pytest.MonkeyPatch, text: str, shown: str) -> None:
+    monkeypatch.setenv("HOME", "/srv/alice")
+    monkeypatch.setenv("MY_TOKEN", "hf_0123456789")
+    assert written.shown(text.replace("{h}", "/srv/alice"), talk=True) == shown.replace("{h}", "/srv/alice")

@@ -11,6 +11,7 @@ import typer
 from lorafit.cli.common import fail, reporting, talk
 from lorafit.cli.complete import gpus
 from lorafit.errors import LorafitError, UsageError
+from lorafit.written import from_home
 
 if TYPE_CHECKING:
     from lorafit.init.make import Wish
@@ -130,6 +131,7 @@ def deliver(text: str, file: Path, to_stdout: bool, beside: dict[Path, str]) -> 
     from lorafit.files import write_text
     from lorafit.init.write import recipe_of
 
+    text = from_home(text)
     recipe = recipe_of(text, file)
     console = talk()
     if to_stdout:

@@ -131,6 +131,8 @@ def validate(draft: Draft) -> Recipe:
     if mistakes or recipe is None:
         raise RecipeError(mistakes)
     recipe.remember_source(root, references)
+    if recipe.eval.judge and recipe.eval.judge.api_key_env:
+        remember({"": Reference(f"${{{recipe.eval.judge.api_key_env}}}", "")})
     return recipe
 
 
