@@ -27,9 +27,7 @@ T = TypeVar("T")
 _SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 """Variables whose values are shown by nobody, whether a recipe names them or not."""
 _PASSWORD = re.compile(
-    r"(?<=://)[^/@\s'\"]+(?=@)|(?<=[?&]token=)[^&\s'\"]+|(?<=[?&]key=)[^&\s'\"]+|(?<=[_-]key=)[^&\s'\"]+"
-    r"|(?<=_token=)[^&\s'\"]+|(?<=[?&]sig=)[^&\s'\"]+|(?<=signature=)[^&\s'\"]+|(?<=password=)[^&\s'\"]+",
-    re.IGNORECASE,
+    r"(://)[^/@\s'\"]+(?=@)|([?&][\w-]*(?:token|key|sig|signature|password|secret)=)[^&\s'\"]+", re.IGNORECASE
 )
 """User and password in a URL, and what signs it."""
 _HIDDEN = re.compile(
@@ -161,10 +159,8 @@ def _parts(value: str) -> Iterator[str]:
 def _swapped(text: str, swaps: list[tuple[str, str]]) -> str:
     for before, after in swaps:
         if before in text:
-            whole = len(before) >= 12  # what is shorter may be a part of other words
-            text = re.sub(
-                re.escape(before) if whole else rf"(?<!\w){re.escape(before)}(?!\w)", lambda _, by=after: by, text
-            )
+            start, end = (r"(?<!\w)", r"(?!\w)") if len(before) < 12 else ("", "")  # it may be a part of other words
+            text = re.sub(f"{start}{re.escape(before)}{end}", after.replace("\\", r"\\"), text)
     return text
 
 
@@ -180,7 +176,7 @@ def hidden(text: str) -> str:
     """Text for people: no value of a reference or of a variable that holds a key, and no password of a URL."""
     held = [(value, f"${{{name}}}") for name, value in os.environ.items() if _SECRET_NAME.search(name)]
     swaps = [*_swaps(_read), *((value, name) for value, name in held if len(value) >= 8)]
-    return _PASSWORD.sub("…", _swapped(text, swaps))
+    return _PASSWORD.sub(lambda match: f"{match[1] or match[2]}…", _swapped(text, swaps))
 
 
 def visible(text: str) -> str:
