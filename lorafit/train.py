@@ -36,7 +36,7 @@ from lorafit.card import write_card
 from lorafit.console import Console
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
-from lorafit.files import CARD, check_own, discard, partial_of, seal, staged
+from lorafit.files import CARD, check_own, discard, partial_of, seal, staged, write_bytes
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.hardware import return_memory
 from lorafit.isolation import check_isolation
@@ -684,7 +684,10 @@ def save_result(
     with staged(run.path / name, name) as folder:
         if adapter:
             start = {"path_initial_model_for_weight_conversion": str(run.start)} if run.start.is_dir() else {}
+            before = (run.start / "adapter_config.json").read_bytes() if start else b""
             save_adapter(trainer.model, folder, plan.references, **start)
+            if start:  # PEFT writes its own there
+                write_bytes(run.start / "adapter_config.json", before)
         else:
             trainer.model.config.use_cache = True
             trainer.model.save_pretrained(str(folder))

@@ -164,7 +164,8 @@ def _command(adapter: Path, config: dict[str, Any], largest: int) -> str:
     words += ["--enable-lora", "--lora-modules", f"{name}={path}", "--max-lora-rank", str(rank)]
     base = str(config["base_model_name_or_path"])
     # A shell makes of `~` and of a variable what they stand for, unless they are quoted.
-    shown = f'"{base}"' if REFERENCE.fullmatch(base) else re.sub(r"^'~/", "~/'", shlex.quote(base))
+    home, rest = ("~/", base[2:]) if base.startswith("~/") else ("", base)
+    shown = f'"{base}"' if REFERENCE.fullmatch(base) else home + shlex.quote(rest)
     return " ".join([*words[:2], shown, shlex.join(words[2:])])
 
 
