@@ -24,7 +24,7 @@ from lorafit.errors import UsageError
 REFERENCE = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
 T = TypeVar("T")
 
-_SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|(API|ACCESS)?KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 """Variables whose values are shown by nobody, whether a recipe names them or not."""
 _PASSWORD = re.compile(
     r"(://)[^/@\s'\"]+(?=@)|([?&][\w-]*(?:token|key|sig|signature|password|secret)=)[^&\s'\"]+", re.IGNORECASE
@@ -174,9 +174,8 @@ def remember(references: References) -> None:
 
 def hidden(text: str) -> str:
     """Text for people: no value of a reference or of a variable that holds a key, and no password of a URL."""
-    held = [(value, f"${{{name}}}") for name, value in os.environ.items() if _SECRET_NAME.search(name)]
-    swaps = [*_swaps(_read), *((value, name) for value, name in held if len(value) >= 8)]
-    return _PASSWORD.sub(lambda match: f"{match[1] or match[2]}…", _swapped(text, swaps))
+    held = (f"${{{name}}}" for name in os.environ if _SECRET_NAME.search(name))
+    return _PASSWORD.sub(lambda match: f"{match[1] or match[2]}…", _swapped(text, _swaps([*_read, *held])))
 
 
 def visible(text: str) -> str:
