@@ -481,3 +481,9 @@ def test_lines_of_anybody(monkeypatch: pytest.MonkeyPatch, text: str, shown: str
     monkeypatch.setenv("HOME", "/srv/alice")
     monkeypatch.setenv("MY_TOKEN", "hf_0123456789")
     assert written.shown(text.replace("{h}", "/srv/alice"), talk=True) == shown.replace("{h}", "/srv/alice")
+
+
+def test_a_first_recipe_has_no_home_folder(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, rows: Path) -> None:
+    monkeypatch.setenv("HOME", str(tiny_model.parent))
+    code, said, _ = lorafit("init", "--model", str(tiny_model), "--data", str(rows), "--cpu", "--print")
+    assert (code, "name_or_path: ~/tiny\n" in said) == (0, True), said
