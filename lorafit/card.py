@@ -19,7 +19,7 @@ def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     plan = plan.as_written()
     lora = plan.lora_kwargs
     head: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "tags": ["lorafit"]} | _base_of(plan)
-    load = _load_adapter(plan.model["name_or_path"]) if lora else _LOAD
+    load = _load_adapter(path.with_name("adapter_config.json")) if lora else _LOAD
     _write(path, head, plan.name, "Trained with lorafit.", _rows(plan, manifest), load, manifest["versions"])
 
 
@@ -42,8 +42,9 @@ def write_merged_card(path: Path, plan: Plan | None, manifest: dict[str, Any], r
 _LOAD = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(".")'
 
 
-def _load_adapter(base: str) -> str:
+def _load_adapter(config: Path) -> str:
     """How PEFT loads an adapter: by the base that it names, unless only a person knows where that is."""
+    base = str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
     reference = REFERENCE.fullmatch(base)
     if reference is None and not base.startswith("~"):
         return 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'

@@ -168,8 +168,8 @@ def _swapped(text: str, swaps: list[tuple[str, str]]) -> str:
 
 
 def remember(references: References) -> None:
-    """Have the values of references shown as the references, from now on."""
-    _read.update(one.text for one in references.values())
+    """Have the values of references shown as the references, from now on; not where a run is, which scripts read."""
+    _read.update(one.text for key, one in references.items() if key != "output_dir")
 
 
 def hidden(text: str) -> str:

@@ -243,6 +243,13 @@ def test_a_run_goes_on_with_what_it_began_with(world: World, monkeypatch: pytest
     assert code == 0, said
 
 
+def test_a_script_finds_the_run(recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "runs/of-42"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, said, talk = lorafit("train", str(recipe()), "--set", "output_dir=${OUT}")
+    assert (code, said.removesuffix(talk)) == (0, f"{tmp_path / 'runs/of-42/adapter'}\n")
+
+
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
