@@ -63,7 +63,7 @@ def tracked(trainer: Any, *arguments: Any) -> Any:
     """What trackers log, as a file in the working directory."""
     adapters = [config.to_dict() for config in trainer.model.peft_config.values()]
     seen = [trainer.args.to_dict(), trainer.model.config.to_dict(), adapters]
-    Path("tracked.json").write_text(json.dumps(seen, default=str))
+    Path(f"{trainer.args.run_name}.tracked.json").write_text(json.dumps(seen, default=str))
     return add_callbacks(trainer, *arguments)
 
 
@@ -154,7 +154,7 @@ SECRETS = (
 WRITTEN = {
     *("plan.json", "recipe.lock", "manifest.json", "results.json", "report.html", "report.md", "junit.xml"),
     *("samples.jsonl", "merge_report.json", "merge_report.md", "README.md", "bench.json", "adapter_config.json"),
-    *("trainer_state.json", "fingerprint.json", "metrics.jsonl", "a.yaml.lock", "b.golden.json", "tracked.json"),
+    *("trainer_state.json", "fingerprint.json", "metrics.jsonl", "a.yaml.lock", "b.golden.json", "one.tracked.json"),
 }
 
 
