@@ -14,9 +14,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafit.console import Console
 from lorafit.errors import GateError, Interrupted
 from lorafit.files import write_text
 from lorafit.progress import Stage, stage, told

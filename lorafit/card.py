@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lorafit.written import REFERENCE
+
 if TYPE_CHECKING:
     from lorafit.plan import Plan
 
 
 def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     """Write README.md with the front matter that model hubs read."""
+    plan = plan.as_written()
     lora = plan.lora_kwargs
     head: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "tags": ["lorafit"]} | _base_of(plan)
-    load = (
-        'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
-        if lora
-        else _LOAD
-    )
+    load = _load_adapter(path.with_name("adapter_config.json")) if lora else _LOAD
     _write(path, head, plan.name, "Trained with lorafit.", _rows(plan, manifest), load, manifest["versions"])
 
 
 def write_merged_card(path: Path, plan: Plan | None, manifest: dict[str, Any], report: dict[str, Any]) -> None:
     """Write README.md of a merged model: of its training, where that is known, and of the merge."""
+    plan = plan.as_written() if plan is not None else None
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lorafit"]}
     if plan is not None:
         head |= _base_of(plan)
@@ -40,6 +40,19 @@ def write_merged_card(path: Path, plan: Plan | None, manifest: dict[str, Any], r
 
 
 _LOAD = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(".")'
+
+
+def _load_adapter(config: Path) -> str:
+    """How PEFT loads an adapter: by the base that it names, unless only a person knows where that is."""
+    base = str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    reference = REFERENCE.fullmatch(base)
+    if reference is None and not base.startswith("~"):
+        return 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'
+    where = f'os.environ["{reference["name"]}"]' if reference else f"os.path.expanduser({json.dumps(base)})"
+    return (
+        "import os\n\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained({where})\nmodel = PeftModel.from_pretrained(base, ".")'
+    )
 
 
 def _base_of(plan: Plan) -> dict[str, str]:

@@ -31,6 +31,7 @@ from lorafit.facts import TOKENIZER_FILES, stored_tensors, weight_files
 from lorafit.facts.folder import read_json
 from lorafit.files import file_digest, quick_digest
 from lorafit.progress import stage
+from lorafit.written import expanded
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
@@ -60,7 +61,7 @@ def model_fingerprint(plan: Plan) -> Fingerprint:
 
 def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
     """The same for a model's name and revision."""
-    path = Path(asked).expanduser()
+    path = expanded(asked)
     if path.is_file():
         named = {"fingerprint_version": VERSION, "model": path.name, "revision": None, "commit": None}
         return named | {"weights": {path.name: remembered(path, "xxh3", quick_digest)}}
@@ -78,6 +79,8 @@ def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
 def run_fingerprint(plan: Plan, run: RunDir) -> Fingerprint:
     """What a run records of its base: the fingerprint, and that of the folder which a GGUF file became."""
     found = model_fingerprint(plan)
+    if key := plan.references.get("model.name_or_path"):
+        found |= {"model": key.text}
     return found | {"dequantized": fingerprint_of(run.base)} if run.base.is_dir() else found
 
 
@@ -129,7 +132,7 @@ def damaged_in_cache(asked: str, revision: str | None) -> list[str]:
 
     A file's name is its SHA-256 if it is a large one (LFS), else the hash that git gives it (SHA-1).
     """
-    folder = None if Path(asked).expanduser().exists() else _cached(asked, revision)
+    folder = None if expanded(asked).exists() else _cached(asked, revision)
     files = sorted(folder.rglob("*")) if folder else []
     return [file.name for file in files if file.is_symlink() and file.is_file() and not _is_its_name(file)]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.files import file_digest
 from lorafit.fingerprint import Fingerprint, summary
 from lorafit.rows import data_files
+from lorafit.written import as_written
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +44,7 @@ def build_manifest(
     began: float,
     memory: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything but secrets: no environment variables, no tokens, no user names.
+    """Everything but secrets: nothing that the recipe takes from the environment, no tokens, no user names.
 
     Args:
         base: the fingerprint of the base, as the run began.
@@ -52,7 +53,7 @@ def build_manifest(
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     ended = datetime.datetime.now(datetime.UTC)
-    return {
+    manifest = {
         "manifest_version": 1,
         "name": plan.name,
         "versions": versions(),
@@ -82,6 +83,7 @@ def build_manifest(
         "seconds": round(ended.timestamp() - began, 3),
         "finished": ended.isoformat(timespec="seconds"),
     }
+    return as_written(manifest, plan.references)
 
 
 def hashes(run: RunDir, result: Path, name: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ from lorafit.plan import Plan
 from lorafit.progress import Counted, counting, stage
 from lorafit.rundir import RunDir
 from lorafit.tokenizer import cannot_load, gguf, location
+from lorafit.written import expanded
 
 
 def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
@@ -49,7 +50,7 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
         kwargs["quantization_config"] = quantization_config(plan.quantization_kwargs)
         kwargs["device_map"] = {"": _device(plan)}
     if source is None:  # else it was checked as it was found
-        check(Path(name).expanduser())
+        check(expanded(name))
     try:
         with loading(name):
             model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)

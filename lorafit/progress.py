@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import Progress, TaskID
+
+    from lorafit.console import Console
 
 T = TypeVar("T")
 EVERY = 30.0
@@ -234,11 +235,11 @@ os.register_at_fork(after_in_child=_forget)
 
 def talk() -> Console:
     """Where remarks go: stderr, of the first process only, above the bars of a terminal."""
-    from rich.console import Console
+    from lorafit.console import Console
 
     if _display is None:
         return Console(stderr=True, quiet=not _is_first())
-    _display.console = _display.console or Console(file=_display.stream)
+    _display.console = _display.console or Console(file=_display.stream, stderr=True)
     return _display.console
 
 

@@ -35,6 +35,7 @@ from lorafit.files import (
     write_text,
 )
 from lorafit.plan import Plan
+from lorafit.written import expanded
 
 FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "fingerprint.json", "manifest.json")
 """What every run writes beside its folders."""
@@ -146,7 +147,7 @@ class RunDir:
             plan = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"{self.path}: not a run directory (it has no plan.json)") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self.plan_file}: can't be read as a plan of this version: {error}") from None
         if not self.is_begun:
             raise UsageError(f"{self.path}: not a run directory of lorafit's (it has no {SEAL})")
@@ -424,7 +425,7 @@ def _seal_of(folder: Path) -> str | None:
 
 def located(path: str | Path) -> Path:
     """A path as it was written if that is plain; what it means if it has a `~`, links, `.` or `..` in it."""
-    written = Path(path).expanduser()
+    written = expanded(path)
     real = written.resolve()
     return written if written.name and written.absolute() == real else real
 

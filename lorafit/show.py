@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
 from lorafit.audit import RULES, Audit, Limits, findings
+from lorafit.console import Console
 from lorafit.plan import Plan
 from lorafit.tables import print_line, print_table, table
 
@@ -20,6 +20,7 @@ _HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """The plan as a table on stdout."""
     console = console or Console()
+    plan = plan.as_written()
     model, hardware = plan.model, plan.hardware
     parameters, trainable = model["parameters"], model["trainable_parameters"]
     share = f" ({trainable / parameters:.2%})" if parameters else ""

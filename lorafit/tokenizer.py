@@ -11,6 +11,7 @@ from lorafit.errors import DoesNotFitError, LorafitError, ModelError, first_line
 from lorafit.facts import TOKENIZER_FILES
 from lorafit.plan import Plan
 from lorafit.template import with_defaults
+from lorafit.written import expanded
 
 
 def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -70,7 +71,7 @@ def tokenizer_of(*folders: Path) -> PreTrainedTokenizerBase:
 
 def location(name: str) -> tuple[str]:
     """What from_pretrained is told for a model: a hub id, a folder, or the folder of a GGUF file."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return (str(path.parent),) if name.endswith(".gguf") else (str(path) if path.exists() else name,)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
@@ -34,10 +33,11 @@ from lorafit.callbacks import (
     check_finite,
 )
 from lorafit.card import write_card
+from lorafit.console import Console
 from lorafit.data import Prepared, prepare
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
 from lorafit.evaluate.make import rehearse
-from lorafit.files import check_own, discard, partial_of, seal, staged
+from lorafit.files import CARD, check_own, discard, partial_of, seal, staged, write_bytes
 from lorafit.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.hardware import return_memory
 from lorafit.isolation import check_isolation
@@ -51,6 +51,7 @@ from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
 from lorafit.tokenizer import load_tokenizer
 from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage
+from lorafit.written import References, as_written, expanded
 
 ANEW = "bring that back, or start anew with --overwrite"
 
@@ -114,7 +115,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         with stage(f"hashing {plan.model['name_or_path']}"):
             reading.join()
         if main and run.base_files() is None:
-            run.write_base_files(run_fingerprint(plan, run))
+            run.write_base_files(as_written(run_fingerprint(plan, run), plan.references))
         checkpoint = next(iter(run.all_checkpoints()), None) if start.resume else None  # whole, as was checked
         request = StopRequest()
         schedule = plan.schedule
@@ -130,8 +131,9 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
                 with request.listening(), explained_out_of_memory(plan):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 measured = meter.measured()
-            if plan.training_kwargs["load_best_model_at_end"] and trainer.state.best_model_checkpoint:
-                check_own(Path(trainer.state.best_model_checkpoint), ANEW)
+            if plan.training_kwargs["load_best_model_at_end"] and (best := trainer.state.best_model_checkpoint):
+                check_own(run.checkpoints / Path(best).name, ANEW)
+                trainer.state.best_model_checkpoint = str(run.checkpoints / Path(best).name)
                 trainer._load_best_model()
         check_finite(trainer.model, trainer.state.global_step)
         if main:
@@ -274,9 +276,9 @@ def check_checkpoints(run: RunDir) -> None:
     """See that the checkpoints that a run goes on with are as they were written. Raises DriftError."""
     last = run.last_checkpoint()
     state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8")) if last else {}
-    best = Path(state.get("best_model_checkpoint") or "")
-    for folder in {best, run.start} - {last}:
-        if folder.name and folder.is_dir():
+    best = Path(state.get("best_model_checkpoint") or "").name
+    for folder in {*([run.checkpoints / best] if best else []), run.start} - {last}:
+        if folder.is_dir():
             check_own(folder, ANEW)
 
 
@@ -363,7 +365,10 @@ class Trainer(SFTTrainer):
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, references: References, loraplus_lr_ratio: float | None = None, **kwargs: Any
+    ) -> None:
+        self.references = references
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self._evaluated = torch.zeros(4, dtype=torch.float64)
         self._validating = Stage("validating")
@@ -416,7 +421,8 @@ class Trainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+            folder = Path(output_dir or self.args.output_dir)
+            save_adapter(self.model, folder, self.references, state_dict=state_dict)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """A new best is always saved, whatever the steps between checkpoints."""
@@ -441,7 +447,7 @@ class Trainer(SFTTrainer):
             if self.state.best_global_step:
                 best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
                 if best == folder or best.is_dir():
-                    self.state.best_model_checkpoint = str(best)
+                    self.state.best_model_checkpoint = best.name  # a run may be moved, and its place is nobody's
             self._save_optimizer_and_scheduler(str(partial))
             self._save_scaler(str(partial))
             self._save_rng_state(str(partial))
@@ -465,7 +471,8 @@ class Trainer(SFTTrainer):
         """Keep the newest checkpoints, as many as asked for, and the best one. As transformers', but never half."""
         if not self.save_total_limit:
             return
-        best = self.state.best_model_checkpoint
+        name = self.state.best_model_checkpoint
+        best = str(Path(self.args.output_dir) / Path(name).name) if name else None
         found = sort_checkpoints(output_dir=self.args.output_dir, best_model_checkpoint=best)  # these two come last
         for checkpoint in found[: -max(self.save_total_limit, 2 if best not in (None, found[-1]) else 1)]:
             discard(Path(checkpoint))
@@ -509,9 +516,11 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
             eval_dataset=data.validation,
             processing_class=tokenizer,
             peft_config=lora_config(plan),
+            references=plan.references,
             loraplus_lr_ratio=plan.loraplus_lr_ratio,
         )
     trainer.remove_callback(PrinterCallback)
+    name_base(trainer.model, plan.references)
     settle_adapter(trainer, plan, run)
     check_parameters(trainer, plan)
     inner = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
@@ -535,7 +544,16 @@ def explained_experts(plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
+class Arguments(SFTConfig):
+    """TRL's arguments, which trackers log as they may be seen."""
+
+    references: References
+
+    def to_dict(self) -> dict[str, Any]:
+        return as_written(super().to_dict(), self.references)
+
+
+def training_arguments(plan: Plan, run: RunDir) -> Arguments:
     """TRL's arguments from the plan."""
     values = dict(plan.training_kwargs)
     for name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps"):
@@ -543,7 +561,7 @@ def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
     values.pop("early_stopping_patience")
     values.pop("load_best_model_at_end")  # lorafit loads the best one itself
     packing = plan.data.packing
-    return SFTConfig(
+    arguments = Arguments(
         **values,
         output_dir=str(run.checkpoints),
         max_length=plan.data.max_length if packing else None,  # rows are cut already
@@ -561,6 +579,8 @@ def training_arguments(plan: Plan, run: RunDir) -> SFTConfig:
         dataloader_pin_memory=plan.hardware.device == "cuda",
         prediction_loss_only=True,
     )
+    arguments.references = plan.references
+    return arguments
 
 
 def add_callbacks(
@@ -610,7 +630,7 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
     if start == "loftq":
         from peft import replace_lora_weights_loftq
 
-        folder = Path(plan.model["name_or_path"]).expanduser()
+        folder = expanded(plan.model["name_or_path"])
         with stage("starting the adapter by LoftQ"):
             replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
     elif start == "eva":
@@ -620,7 +640,7 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
             initialize_lora_eva_weights(model, trainer.get_train_dataloader(), show_progress_bar=False)
     elif start.startswith(("pissa", "olora")) and is_main_process() and not run.start.is_dir():
         with staged(run.start, "start") as folder:
-            model.save_pretrained(folder)
+            save_adapter(model, folder, plan.references)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
             parameter.data = parameter.data.to(getattr(torch, plan.adapter_dtype))
@@ -638,13 +658,32 @@ def check_parameters(trainer: Trainer, plan: Plan) -> None:
         raise ModelError("nothing would be trained: no module matches lora.target_modules")
 
 
-def settle_order(config: Path) -> None:
-    """Sort the names of modules, which PEFT keeps as sets: the same run writes the same bytes."""
-    values = json.loads(config.read_text(encoding="utf-8"))
+def save_adapter(model: Any, folder: Path, references: References, **kwargs: Any) -> None:
+    """Save what was trained, and of an adapter name the base as the recipe does; PEFT's empty card is left out.
+
+    The names of modules, which PEFT keeps as sets, are sorted: the same run writes the same bytes.
+    """
+    configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else []
+    for one in configs:  # PEFT looks there whether the vocabulary has grown
+        one.base_model_name_or_path = str(expanded(one.base_model_name_or_path or ""))
+    model.save_pretrained(str(folder), **kwargs)
+    name_base(model, references)
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return
+    (folder / CARD).unlink(missing_ok=True)
+    values = as_written(json.loads(config.read_text(encoding="utf-8")), references)
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(name), list):
             values[name].sort()
     config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def name_base(model: Any, references: References) -> None:
+    """Name the base in a model's configurations, which trackers log, as the recipe does."""
+    for one in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        one.base_model_name_or_path = as_written(one.base_model_name_or_path, references)
+    model.config.name_or_path = as_written(model.config.name_or_path, references)
 
 
 def save_result(
@@ -656,8 +695,10 @@ def save_result(
     with stage(f"saving {name}"), staged(run.path / name, name) as folder:
         if adapter:
             start = {"path_initial_model_for_weight_conversion": str(run.start)} if run.start.is_dir() else {}
-            trainer.model.save_pretrained(str(folder), **start)
-            settle_order(folder / "adapter_config.json")
+            before = (run.start / "adapter_config.json").read_bytes() if start else b""
+            save_adapter(trainer.model, folder, plan.references, **start)
+            if start:  # PEFT writes its own there
+                write_bytes(run.start / "adapter_config.json", before)
         else:
             trainer.model.config.use_cache = True
             trainer.model.save_pretrained(str(folder))

@@ -19,8 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lorafit.console import Console
 from lorafit.errors import LorafitError
 from lorafit.quiet import hush, hush_progress
 

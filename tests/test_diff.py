@@ -422,8 +422,8 @@ WARNINGS: dict[str, tuple[Sections, Sections, list[str]]] = {
     "code": ({}, {"model": {"trust_remote_code": True}}, ["trust_remote_code was turned on"]),
     "code of a benchmark": (
         {},
-        {"eval": {"lm_eval": {"tasks": ["x"], "trust_code": True}}},
-        ["eval.lm_eval.trust_code was turned on"],
+        {"eval": {"trust_code": True}},
+        ["eval.trust_code was turned on"],
     ),
     "too little memory": (
         {"hardware": {"vram": "24GiB"}},

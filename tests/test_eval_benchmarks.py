@@ -351,7 +351,7 @@ def test_code_in_a_task_is_refused(tmp_path: Path, data: Path, tag: str, how: st
     with pytest.raises((UsageError, DataError)) as caught:
         check(asked)
     if "!function" in tag and "change" in tag:
-        assert "!function would run Python code; set eval.lm_eval.trust_code: true if you trust it" in str(caught.value)
+        assert "!function would run Python code; set eval.trust_code: true if you trust it" in str(caught.value)
     assert not (tmp_path / "ran").exists()
 
 
@@ -386,7 +386,7 @@ def test_pickles_are_refused(tmp_path: Path, is_member: bool) -> None:
     content = ROLL | {"dataset_path": "pandas", "dataset_kwargs": {"data_files": str(pickled)}}
     path = tmp_path / "task.yaml"
     path.write_text(yaml.safe_dump({"group": "all_of_it", "task": [content]} if is_member else content))
-    with pytest.raises(UsageError, match=r"pandas reads pickles, .* set eval\.lm_eval\.trust_code: true"):
+    with pytest.raises(UsageError, match=r"pandas reads pickles, .* set eval\.trust_code: true"):
         check(Benchmarks((str(path),)))
     assert not (tmp_path / "ran").exists()
 

@@ -518,6 +518,7 @@ class TestLocks:
         (project / "tasks").mkdir()
         (project / "tasks/mine.yaml").write_text("task: mine\n")
         settings = {
+            "trust_code": True,
             "metrics": [{"json_schema": "schema.json"}, "own.metric:m"],
             "sets": [{"name": "heldout", "metrics": ["plain:n"]}],
             "lm_eval": {"tasks": ["mine"], "include_path": "tasks"},

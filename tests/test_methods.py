@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorafit import train as train_module
+from lorafit.files import damage
 from lorafit.model import keep_gradients
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -62,6 +63,7 @@ def test_trains_and_loads_with_plain_peft(
     before = {name: tensor.clone() for name, tensor in load_file(tiny_model / "model.safetensors").items()}
     sections = METHODS[method]
     run = train(recipe(**sections), "training.max_steps=16")
+    assert not run.start.is_dir() or not damage(run.start), "PEFT wrote there"
 
     quantization = sections.get("quantization")
     if quantization is None:

@@ -547,7 +547,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "eval.lm_eval.num_fewshot": (2, BENCHMARKED),
     "eval.lm_eval.limit": (5, BENCHMARKED),
     "eval.lm_eval.apply_chat_template": (True, BENCHMARKED),
-    "eval.lm_eval.trust_code": (True, BENCHMARKED),
+    "eval.trust_code": (True, {}),
     "eval.judge.base_url": ("http://localhost:2/v1", JUDGED),
     "eval.judge.model": ("other", JUDGED),
     "eval.judge.api_key_env": ("KEY", JUDGED),

@@ -59,7 +59,7 @@ def gated(gate: str) -> str:
 
 
 def measured(metrics: str) -> str:
-    return f"{GOOD}eval:\n  metrics: [{metrics}] {HERE}\n"
+    return f"{GOOD}eval:\n  trust_code: true\n  metrics: [{metrics}] {HERE}\n"
 
 
 FOUR_BITS = "quantization:\n  load_in_4bit: true\n"
@@ -194,6 +194,9 @@ FAULTS: dict[str, tuple[str, int, str]] = {
     "metric without its argument": (measured("json_schema"), 2, "needs an argument"),
     "metric twice": (measured("words, words"), 2, "two metrics"),
     "expression that is none": (measured("regex: '(a'"), 2, "no regular expression"),
+    "function that is not trusted": (
+        measured("own.metrics:score").replace("  trust_code: true\n", ""), 2, "set eval.trust_code: true"
+    ),
     "function in no module": (measured("no_such_module:score"), 2, "no module no_such_module"),
     "function in no module of a package": (measured("own.missing:score"), 2, "no module own.missing"),
     "function that is not there": (measured("own.metrics:scores"), 2, "own.metrics has no function scores"),
@@ -365,7 +368,7 @@ SOUND = {
     "what is measured": f"{GOOD}eval:\n  sets:\n    - {{name: own, path: choices.jsonl, options: asked.of}}\n"
     "  gates: [heldout.loss.adapter < baseline.heldout.loss.adapter, own.accuracy.base > 0, chat.kl.adapter < 1]\n"
     "  judge: {base_url: 'https://judge.example/v1', model: own, api_key_env: NO_SUCH_VARIABLE}\n",
-    "functions of one's own": f"{GOOD}eval:\n  metrics: ['own.metrics:score', 'own.metrics:best', "
+    "functions of one's own": f"{GOOD}eval:\n  trust_code: true\n  metrics: ['own.metrics:score', 'own.metrics:best', "
     "'own.metrics:distance', 'own.metrics:whole', 'difflib:SequenceMatcher']\n  gates: [heldout.best.adapter > 0]\n",
     "a schema": f"{GOOD}eval:\n  metrics: [json_schema: schema.json]\n  gates: [heldout.json_schema.merged > 0]\n",
     "gate on a task": f"{GOOD}eval:\n  lm_eval: {{tasks: [arc_easy]}}\n  gates: [arc_easy.acc.adapter > 0.3]\n",
@@ -497,7 +500,7 @@ def test_folders_patterns_and_what_is_no_recipe(tmp_path: Path, monkeypatch: pyt
     assert [one["file"] for one in report["recipes"]] == ["a/b/two.yml", "a/one.yaml"]
     named = run("a/compose.yaml")
     assert named.exit_code == 2
-    assert "a/compose.yaml:1:1: services: unknown key" in named.stdout
+    assert "a/compose.yaml:1:1: is no recipe" in named.stdout
 
 
 BAD = "model: {name_or_path: m}\nlora: {r: -4}\ndataset: {train: [{path: d.jsonl}]}\n"

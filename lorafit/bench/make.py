@@ -39,6 +39,7 @@ from lorafit.progress import Stage, stage
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, open_run
 from lorafit.tokenizer import load_tokenizer
+from lorafit.written import as_written
 
 VERSIONS = ("lorafit", "torch", "transformers", "peft", "bitsandbytes")
 CPU_MEMORY = (
@@ -103,12 +104,15 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> Benc
     reference = next((name for name in ("adapter", "trained") if name in measured), next(iter(measured)))
     load, remarks = busy.end()
     return BenchReport(
-        run=str(run.path),
+        run=as_written(str(run.path), plan.references),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: version for name, version in versions().items() if name in VERSIONS},
         hardware=_hardware(device),
         settings=_settings(options, prompts),
-        models={name: one.model for name, one in measured.items()},
+        models={
+            name: dataclasses.replace(one.model, path=as_written(one.model.path, plan.references))
+            for name, one in measured.items()
+        },
         timings=timings,
         ratios=tuple(ratios(timings, reference, options.seed)),
         load=load,

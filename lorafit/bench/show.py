@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from rich.console import Console
 from rich.markup import escape
 
 from lorafit.bench.report import PHASES, BenchReport, Median, Phase
+from lorafit.console import Console
 from lorafit.tables import print_line, print_table, table
 
 

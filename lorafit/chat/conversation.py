@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from rich.console import Console
-
 from lorafit.chat import ChatOptions, Turn, Write, harmless
 from lorafit.chat.room import Room
+from lorafit.console import Console
 from lorafit.errors import (
     LorafitError,
     UsageError,

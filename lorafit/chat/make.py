@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from rich.console import Console
-
 from lorafit.chat import ChatOptions, Turn, Write
 from lorafit.chat.conversation import Conversation
 from lorafit.chat.rooms import open_room
+from lorafit.console import Console
 from lorafit.quiet import hush_progress
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
@@ -17,6 +16,7 @@ from lorafit.audit import Audit
 from lorafit.chat import ChatOptions
 from lorafit.chat.conversation import known
 from lorafit.chat.room import Room
+from lorafit.console import Console
 from lorafit.data.render import ChatTemplate, special_tokens
 from lorafit.errors import (
     ModelError,
@@ -31,6 +31,7 @@ from lorafit.plan import Plan
 from lorafit.rundir import RunDir, located, open_run
 from lorafit.targets import near
 from lorafit.tokenizer import cannot_load, gguf, load_tokenizer, location
+from lorafit.written import expanded
 
 
 @contextlib.contextmanager
@@ -118,7 +119,7 @@ def _from_pretrained(kind: Any, what: str, name: str, **kwargs: Any) -> Any:
 
 def _check_model(name: str) -> None:
     """Raises UsageError for a path that holds no model; a name that is no path may be one on the hub."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file() and name.endswith(".gguf"):
         return
     if (path / "adapter_config.json").is_file():
@@ -139,7 +140,7 @@ def _adapter_folder(name: str, path: Path, base: str) -> Path:
         raise UsageError(f"--adapter {name}={path}: {folder} has no adapter_config.json, so there is no adapter")
     check(folder)
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-    if named and Path(named).name.lower() != located(base).name.lower():
+    if named and expanded(named).name.lower() != located(base).name.lower():
         raise ModelError(f"--adapter {name}={path}: is for the base {named}, not for {base}")
     return folder
 

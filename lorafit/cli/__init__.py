@@ -5,9 +5,7 @@ Heavy modules are imported inside the commands that need them.
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 from typing import Annotated
 
 import typer
@@ -23,6 +21,7 @@ from lorafit.cli.review import diff, explain
 from lorafit.cli.smoking import smoke
 from lorafit.cli.starting import init
 from lorafit.cli.training import preview, train
+from lorafit.written import guard_streams
 
 app = typer.Typer(
     name="lorafit",
@@ -73,7 +72,5 @@ def root(
 def main() -> None:
     if COMPLETE in os.environ:
         answer(app)
-    for stream in (sys.stdout, sys.stderr):  # what a terminal can't show is escaped
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    guard_streams()
     app()

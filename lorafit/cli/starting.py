@@ -12,6 +12,7 @@ from lorafit.cli.common import fail, reporting
 from lorafit.cli.complete import gpus
 from lorafit.errors import LorafitError, UsageError
 from lorafit.progress import talk
+from lorafit.written import from_home
 
 if TYPE_CHECKING:
     from lorafit.init.make import Wish
@@ -131,6 +132,7 @@ def deliver(text: str, file: Path, to_stdout: bool, beside: dict[Path, str]) -> 
     from lorafit.files import write_text
     from lorafit.init.write import recipe_of
 
+    text = from_home(text)
     recipe = recipe_of(text, file)
     console = talk()
     if to_stdout:

@@ -15,6 +15,7 @@ from lorafit.errors import printable
 from lorafit.explain.make import defaults_of
 from lorafit.hardware import Hardware
 from lorafit.rows import is_local
+from lorafit.written import at_keys
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def between(before: Opened, after: Opened, examiner: Examiner) -> Difference:
     if not changes:
         return Difference(before.name, after.name, (), remarks=tuple(differing))
     old, new = examiner.examine(before), examiner.examine(after)
-    changes = [_with_meaning(change, old, new) for change in changes]
+    changes = [_as_written(_with_meaning(change, old, new), old, new) for change in changes]
     return Difference(
         before.name,
         after.name,
@@ -87,6 +88,14 @@ def _with_meaning(change: Change, before: Side, after: Side) -> Change:
         choice = (side.plan.choices | defaults_of(side.recipe, side.plan)).get(change.key)
         found.append(choice.value if choice is not None and choice.value != value else None)
     return dataclasses.replace(change, meant_before=found[0], meant_after=found[1])
+
+
+def _as_written(change: Change, before: Side, after: Side) -> Change:
+    """The change with references where they were written."""
+    old, new = before.recipe.references, after.recipe.references
+    return dataclasses.replace(
+        change, before=at_keys(change.before, old, change.key), after=at_keys(change.after, new, change.key)
+    )
 
 
 def _template_text(before: Opened, after: Opened) -> list[Change]:

@@ -85,7 +85,7 @@ def compare_all(revision: str, paths: Iterable[str], hardware: Hardware | None =
 def _is_whole(file: Path, store: Revision | None = None) -> bool:
     """Whether a file is a recipe rather than a part of some, which they extend."""
     try:
-        root = read_recipe(file, (), store=store or Disk()).root.value
+        root = read_recipe(file, (), lambda _: True, store=store or Disk()).root.value
     except SourceMistakes:
         return True  # for whoever reads it next to report
     return bool({"model", "dataset"} & set(root))

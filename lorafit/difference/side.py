@@ -18,6 +18,7 @@ from lorafit.plan.sources import counted
 from lorafit.recipe import Recipe, load
 from lorafit.validate.fit import Estimates
 from lorafit.vram.answer import check_size, known_tensors
+from lorafit.written import expanded
 
 ENDLESS = 1 << 60
 """Bytes of a device that anything fits."""
@@ -171,7 +172,7 @@ class Examiner:
 
 def content_hash(side: Opened, path: str) -> str | None:
     """What the content of a file is told by, at the side's revision or on the disk; None if it isn't kept there."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     try:
         if side.revision is not None:
             return side.revision.hash_of(Path(os.path.abspath(file)))

@@ -87,7 +87,7 @@ def _model(pair: Pair) -> Iterator[Warned]:
         )
     for change in pair.changed("model.revision"):
         yield Warned(change.key, f"The base model's revision is another, {values(change)}: its weights may be, too.")
-    for key, what in (("model.trust_remote_code", "the model's repository"), ("eval.lm_eval.trust_code", "a task")):
+    for key, what in (("model.trust_remote_code", "the model's repository"), ("eval.trust_code", "a metric or a task")):
         if is_on(pair.after.recipe, key) and not is_on(pair.before.recipe, key):
             yield Warned(key, f"{key} was turned on: Python code of {what} runs on your machine.")
     old, new = (quantized(side) for side in (pair.before, pair.after))

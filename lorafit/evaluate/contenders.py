@@ -27,6 +27,7 @@ from lorafit.model import base_source, load_base, on_cpu
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir, located, open_run
 from lorafit.tokenizer import cannot_load
+from lorafit.written import expanded
 
 LoadedModel: TypeAlias = Any
 """A PreTrainedModel, or a PeftModel around one."""
@@ -88,8 +89,8 @@ def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
         raise UsageError(f"{folder}: has no adapter_config.json, so it is no adapter")
     check(folder)
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-    ours = {Path(plan.model["name_or_path"]).name.lower(), run.base.name}
-    if named and Path(named).name.lower() not in ours:
+    ours = {expanded(plan.model["name_or_path"]).name.lower(), run.base.name}
+    if named and expanded(named).name.lower() not in ours:
         raise ModelError(f"{folder}: is for the base {named}, and {run.path} is on {plan.model['name_or_path']}")
     return Contender(name, "adapter", str(folder), plan, run, _digest(folder))
 

@@ -61,7 +61,7 @@ def _asked(section: dict[str, Any]) -> Any:
     from lorafit.evaluate.benchmarks import Benchmarks
 
     values = section["lm_eval"] | {"tasks": tuple(section["lm_eval"]["tasks"])}
-    return Benchmarks(**values, batch_size=BATCH, seed=section["seed"])
+    return Benchmarks(**values, trust_code=section["trust_code"], batch_size=BATCH, seed=section["seed"])
 
 
 def run_benchmarks(

@@ -23,15 +23,17 @@ from lorafit.evaluate.options import Options, name_of
 from lorafit.plan import Plan
 from lorafit.recipe import Recipe
 from lorafit.rundir import RunDir, open_run
+from lorafit.written import References, require
 
 
 @dataclass(frozen=True)
 class Lineup:
-    """The run, the eval section in force, and the models, the base first."""
+    """The run, the eval section in force, what both take from the environment, and the models, the base first."""
 
     run: RunDir
     plan: Plan
     section: dict[str, Any]
+    references: References
     contenders: list[Contender]
     remarks: list[str]
 
@@ -58,7 +60,8 @@ def line_up(options: Options) -> Iterator[Lineup]:
         section = recipe.eval.model_dump(mode="json")
         given = {"limit": options.limit, "max_new_tokens": options.max_new_tokens}
         section |= {name: value for name, value in given.items() if value is not None}
-        yield Lineup(run, plan, section, _contenders(options, run, plan, stack), remarks)
+        references = {**plan.references, **recipe.references}
+        yield Lineup(run, plan, section, references, _contenders(options, run, plan, stack), remarks)
 
 
 def _recipe_of(plan: Plan, run: RunDir, overrides: tuple[str, ...]) -> Recipe:
@@ -69,7 +72,8 @@ def _recipe_of(plan: Plan, run: RunDir, overrides: tuple[str, ...]) -> Recipe:
         "dataset": {"train": [{"path": plan.data.train[0].path}]},
         "eval": plan.eval,
     }
-    return Recipe.restored(values, str(run.plan_file), overrides)
+    require(plan.references, "eval.")
+    return Recipe.restored(values, str(run.plan_file), overrides, plan.references)
 
 
 def _changed(recipe: Recipe, plan: Plan) -> list[str]:

@@ -46,6 +46,7 @@ from lorafit.progress import each, stage
 from lorafit.quiet import hush_progress
 from lorafit.rundir import located
 from lorafit.tokenizer import load_tokenizer
+from lorafit.written import as_written
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def evaluate(options: Options) -> tuple[Results, Path]:
         of_sets = (sample for rows in work.scored.values() for sample in samples_of(rows, work.names, records))
         samples = itertools.chain(of_sets, benchmark_samples(benchmarks))
         with stage("writing reports"):
-            results = write_reports(destination, results, samples, lineup.run)
+            results = write_reports(destination, results, samples, lineup.run, lineup.references)
         records.discard()
     return results, destination
 
@@ -269,10 +270,10 @@ def _model(contender: Contender, records: Records) -> Model:
 
 
 def _key(work: Work) -> dict[str, Any]:
-    """What the records depend on."""
-    plan, section = work.lineup.plan, work.lineup.section
+    """What the records depend on, as it may be kept."""
+    plan, section, references = work.lineup.plan, work.lineup.section, work.lineup.references
     models = {c.name: [c.kind, c.path, c.sha256, c.quantization, c.loads] for c in work.contenders}
-    return {
+    key = {
         "run": str(work.lineup.run.path.resolve()),
         "models": models,
         "rows": {name: [rows.digest, rows.questions] for name, rows in work.sets.items()},
@@ -288,6 +289,8 @@ def _key(work: Work) -> dict[str, Any]:
         "device": plan.hardware.device,
         "versions": versions(),
     }
+    values = {name: one.sha256 for name, one in references.items() if name.startswith("eval.")}
+    return as_written(key, references) | {"references": values}
 
 
 def _task_files(section: dict[str, Any] | None) -> Iterator[Path]:

@@ -14,20 +14,27 @@ from lorafit.evaluate.results import Results, Sample
 from lorafit.facts.folder import read_json
 from lorafit.files import staged
 from lorafit.rundir import RunDir
+from lorafit.written import References, as_written
 
 FILES = {"samples": "samples.jsonl", "markdown": "report.md", "html": "report.html", "junit": "junit.xml"}
 
 
-def write_reports(destination: Path, results: Results, samples: Iterable[Sample], run: RunDir) -> Results:
+def write_reports(
+    destination: Path, results: Results, samples: Iterable[Sample], run: RunDir, references: References
+) -> Results:
     """Write the folder of an evaluation; what stood there is replaced at the end. Returns the results as written.
 
     Raises DoesNotFitError.
+
+    Args:
+        references: those that stand for what the recipe takes from the environment.
     """
-    results = results.model_copy(update={"files": FILES})
+    results = Results.model_validate(as_written(results.model_copy(update={"files": FILES}).model_dump(), references))
     with staged(destination, "evaluation") as folder:
         with (folder / FILES["samples"]).open("w", encoding="utf-8") as stream:
             for sample in samples:
-                stream.write(sample.model_dump_json() + "\n")
+                place = as_written(sample.place, references)  # a row is what it is
+                stream.write(sample.model_copy(update={"place": place}).model_dump_json() + "\n")
         (folder / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (folder / FILES["markdown"]).write_text(as_markdown(results), encoding="utf-8")
         (folder / FILES["junit"]).write_text(as_junit(results), encoding="utf-8")

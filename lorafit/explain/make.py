@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorafit.errors import UsageError
@@ -14,6 +14,7 @@ from lorafit.plan import Choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import near_key, section_at, sections
 from lorafit.recipe.source import dotted
+from lorafit.written import at_keys
 
 Origin = Literal["default", "file", "--set", "plan"]
 
@@ -58,7 +59,7 @@ class Explanation:
 def explain(recipe: Recipe, plan: Planned, asked: str | None = None) -> Explanation:
     """All values, or those of a section, or one. Raises UsageError for a key that doesn't exist."""
     choices = plan.choices | defaults_of(recipe, plan)
-    found = [_explained(recipe, key, value, choices) for key, value in flatten(recipe.resolved())]
+    found = [_as_written(recipe, _explained(recipe, *each, choices)) for each in flatten(recipe.resolved())]
     found += _shortened_lists(recipe)
     known = {one.key for one in found}
     found += [
@@ -91,6 +92,12 @@ def _explained(recipe: Recipe, key: Key, value: Any, choices: dict[str, Choice])
     return Explained(name, value, origin, None, newest, earlier, choice.reason if choice else None)
 
 
+def _as_written(recipe: Recipe, one: Explained) -> Explained:
+    """The value with references where they were written."""
+    value, asked = (at_keys(each, recipe.references, one.key) for each in (one.value, one.asked))
+    return replace(one, value=value if one.asked is None else one.value, asked=asked)
+
+
 def _shortened_lists(recipe: Recipe) -> list[Explained]:
     """Lists of sources that replace another list, as wholes: what is no longer in them has no value of its own."""
     found = []
@@ -99,7 +106,7 @@ def _shortened_lists(recipe: Recipe) -> list[Explained]:
         if node is not None and reached == path and isinstance(node.value, list):
             written = history(recipe, path)
             if any(isinstance(one.value, list) and len(one.value) > len(node.value) for one in written[1:]):
-                found.append(Explained(dotted(path), node.plain(), "file", None, written[0], tuple(written[1:])))
+                found.append(Explained(dotted(path), node.as_written(), "file", None, written[0], tuple(written[1:])))
     return found
 
 

@@ -62,7 +62,7 @@ def in_force(key: Key, written: list[Written]) -> Written | None:
 
 def _written(node: Located, key: Key) -> Iterator[Written]:
     if not key:
-        yield Written(node.plain(), node.position, node.reference, node.removes)
+        yield Written(node.as_written(), node.position, node.reference, node.removes)
     elif holds(node.value, key[0]):
         yield from _written(node.value[key[0]], key[1:])
     elif node.removes or (node.earlier and node.earlier[0].value is not None):

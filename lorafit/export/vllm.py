@@ -19,6 +19,7 @@ from typing import Any
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import read_json
 from lorafit.facts import safetensors_header
+from lorafit.written import REFERENCE
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that --max-lora-rank takes."""
@@ -157,11 +158,15 @@ def _command(adapter: Path, config: dict[str, Any], largest: int) -> str:
     path = adapter.resolve()
     name = path.parent.name if path.name == "adapter" else path.name
     rank = next(value for value in MAX_LORA_RANKS if value >= largest)
-    words = ["vllm", "serve", str(config["base_model_name_or_path"])]
+    words = ["vllm", "serve"]
     if config.get("revision"):
         words += ["--revision", str(config["revision"])]
     words += ["--enable-lora", "--lora-modules", f"{name}={path}", "--max-lora-rank", str(rank)]
-    return shlex.join(words)
+    base = str(config["base_model_name_or_path"])
+    # A shell makes of `~` and of a variable what they stand for, unless they are quoted.
+    home, rest = ("~/", base[2:]) if base.startswith("~/") else ("", base)
+    shown = f'"{base}"' if REFERENCE.fullmatch(base) else home + shlex.quote(rest)
+    return " ".join([*words[:2], shown, shlex.join(words[2:])])
 
 
 def _remarks(adapter: Path, config: dict[str, Any]) -> list[str]:

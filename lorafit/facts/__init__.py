@@ -16,6 +16,7 @@ from lorafit.facts.gguf import from_gguf, gguf_header
 from lorafit.facts.hub import UnreachableError, from_hub, hub_unreachable, known_models, spare_retries
 from lorafit.facts.layouts import layout
 from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
+from lorafit.written import expanded
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -37,7 +38,7 @@ __all__ = [
 
 def read_facts(name: str, revision: str | None = None, chat_template: str | None = None) -> ModelFacts:
     """The facts of a local folder, a .gguf file, or a hub id. Raises ModelError."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.endswith(".gguf"):
         return from_gguf(name, path)
     if path.is_dir():

@@ -3,7 +3,8 @@
 A lock (version 1) is JSON:
 
     lock_version    1
-    recipe          digest and values: every value after `extends` and defaults. Comments and order are none.
+    recipe          values: every value after `extends` and defaults; comments and order are none. And references: of
+                    text that is read from the environment, `${NAME}` as it is written and the value's SHA-256
     model           name, and of a hub model its commit, else its fingerprint (see lorafit.fingerprint)
     tokenizer       SHA-256 of each of its files; empty for a hub model, which the commit pins
     chat_template   SHA-256 of the template that is used; null where it is not known here

@@ -15,6 +15,7 @@ def drift(locked: Lock, now: Lock) -> list[str]:
     one, two = locked.content, now.content
     return [
         *_values(one["recipe"]["values"], two["recipe"]["values"]),
+        *_references(one["recipe"], two["recipe"]),
         *_model(one["model"], two["model"]),
         *_files("tokenizer ", one["tokenizer"], two["tokenizer"]),
         *_template(one["chat_template"], two["chat_template"]),
@@ -41,6 +42,14 @@ def _values(before: Any, after: Any, path: str = "") -> Iterator[str]:
             yield from _values(before.get(name), after.get(name), f"{path}.{name}" if path else name)
     elif before != after:
         yield f"{path}: locked {_shown(before)}, now {_shown(after)}"
+
+
+def _references(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
+    """Of what is still taken from the environment, what has another value there."""
+    before, after = one.get("references", {}), two["references"]
+    for key in sorted(before.keys() & after.keys()):
+        if before[key]["sha256"] != after[key]["sha256"]:
+            yield f"{key}: what it takes from the environment is not what was locked"
 
 
 def _shown(value: Any) -> str:

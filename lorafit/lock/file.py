@@ -67,8 +67,11 @@ def _is_whole(content: dict[str, Any]) -> bool:
     """Whether the parts hold what they should, as far as their readers count on it."""
     data, model = content["data"], content["model"]
     files = [entry.get("files") for entry in data.values() if isinstance(entry, dict)]
+    held = content["recipe"].get("references", {})
     return (
         len(files) == len(data)
+        and isinstance(held, dict)
+        and all(isinstance(one, dict) and one.keys() == {"text", "sha256"} for one in held.values())
         and all(isinstance(part, dict | None) for part in (*files, model.get("files")))
         and all(isinstance(entry.get("commit"), str | None) for entry in (model, *data.values()))
         and all(

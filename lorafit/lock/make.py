@@ -9,7 +9,7 @@ from lorafit.errors import DataError, DriftError, UsageError
 from lorafit.files import claim_file
 from lorafit.lock.compare import drift
 from lorafit.lock.file import Lock, lock_path
-from lorafit.lock.state import MISSING, state_of
+from lorafit.lock.state import MISSING, recipe_of, state_of
 from lorafit.recipe import Recipe
 from lorafit.rundir import RunDir
 
@@ -56,8 +56,7 @@ def check_run(run: RunDir) -> None:
     if not run.lock_file.is_file():
         raise UsageError(f"{run.path}: was not trained with --locked, so there is no lock to hold to")
     lock = Lock.read(run.lock_file)
-    recipe = Recipe.restored(lock.content["recipe"]["values"], str(run.lock_file))
-    _refuse_drift(run.lock_file, lock, state_of(recipe, lock))
+    _refuse_drift(run.lock_file, lock, state_of(recipe_of(lock, run.lock_file), lock))
 
 
 def _refuse_drift(path: Path, lock: Lock, now: Lock) -> None:

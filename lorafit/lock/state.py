@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import platform
@@ -25,6 +26,7 @@ from lorafit.plan.data import read_chat_template
 from lorafit.recipe import Recipe, RecipeError, Source
 from lorafit.rows import data_files, is_local
 from lorafit.template import uses_date
+from lorafit.written import Reference, as_written, at_keys, expanded, read_back, require
 
 CONFIGURATION = ("config.json", "generation_config.json", "model.safetensors.index.json")
 """What a model folder has beside its weights and its tokenizer."""
@@ -40,21 +42,29 @@ def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
     Args:
         known: a lock whose commits hold for what is asked for as it was then, so that no hub is asked.
     """
-    values = recipe.resolved()
+    values = at_keys(recipe.resolved(), recipe.references)
+    held = {key: dataclasses.asdict(one) for key, one in recipe.references.items()}
     model = _model(recipe, known)
     template = _chat_template(recipe, known)
-    return Lock(
-        {
-            "recipe": {"values": values},
-            "model": model,
-            "tokenizer": _tokenizer(recipe),
-            "chat_template": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
-            "date": _date(template, known),
-            "data": dict(_data(recipe, known)),
-            "judging": dict(_judging(recipe)),
-            "versions": versions() | {"python": ".".join(platform.python_version_tuple()[:2])},
-        }
-    )
+    content = {
+        "recipe": {"values": values, "references": held},
+        "model": model,
+        "tokenizer": _tokenizer(recipe),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
+        "date": _date(template, known),
+        "data": dict(_data(recipe, known)),
+        "judging": dict(_judging(recipe)),
+        "versions": versions() | {"python": ".".join(platform.python_version_tuple()[:2])},
+    }
+    return Lock(as_written(content, recipe.references))
+
+
+def recipe_of(lock: Lock, file: Path) -> Recipe:
+    """The recipe of a lock, with what it takes from the environment as that is now. Raises UsageError, RecipeError."""
+    locked = lock.content["recipe"]
+    references = {key: Reference(**one) for key, one in locked.get("references", {}).items()}
+    require(references)
+    return Recipe.restored(read_back(locked["values"], references), str(file), references=references)
 
 
 def pinned(recipe: Recipe, lock: Lock) -> Recipe:
@@ -63,33 +73,33 @@ def pinned(recipe: Recipe, lock: Lock) -> Recipe:
     commit = lock.content["model"].get("commit")
     if commit is not None:
         model = model.model_copy(update={"revision": commit})
-    changes: dict[str, Any] = {"train": tuple(_pinned(source, lock) for source in dataset.train)}
+    changes: dict[str, Any] = {"train": tuple(_pinned(recipe, source, lock) for source in dataset.train)}
     if isinstance(dataset.validation, tuple):
-        changes["validation"] = tuple(_pinned(source, lock) for source in dataset.validation)
+        changes["validation"] = tuple(_pinned(recipe, source, lock) for source in dataset.validation)
     return recipe.model_copy(update={"model": model, "dataset": dataset.model_copy(update=changes)})
 
 
-def _pinned(source: Source, lock: Lock) -> Source:
-    commit = lock.content["data"].get(_data_key(source.path, source.revision), {}).get("commit")
+def _pinned(recipe: Recipe, source: Source, lock: Lock) -> Source:
+    commit = lock.content["data"].get(_data_key(recipe, source), {}).get("commit")
     return source.model_copy(update={"revision": commit}) if commit is not None else source
 
 
 def _is_hub(name: str) -> bool:
-    return not name.endswith(".gguf") and not Path(name).expanduser().exists()
+    return not name.endswith(".gguf") and not expanded(name).exists()
 
 
 def _model(recipe: Recipe, known: Lock | None) -> dict[str, Any]:
     name, revision = recipe.model.name_or_path, recipe.model.revision
     if not _is_hub(name):
         read_facts(name, revision)  # a model that isn't there is told as everywhere
-        return {"name": name, "files": _model_files(Path(name).expanduser())}
+        return {"name": name, "files": _model_files(expanded(name))}
     with contextlib.suppress(UnreachableError):  # what can't be a hub id is told as everywhere
         read_facts(name, revision)
     before = known.content["model"] if known else {}
     if damaged := damaged_in_cache(name, before.get("commit") or revision):
         wrong = ", ".join(damaged)
         raise DriftError(f"{name}: {wrong} in the hub's cache is damaged; remove it, and download it again")
-    if known is not None and _asked_for(known) == (name, revision) and before.get("commit"):
+    if known is not None and _asked_for(known) == _asked(recipe) and before.get("commit"):
         return {"name": name, "commit": before["commit"]}
     return {"name": name, "commit": commit_of(name, revision, "model")}
 
@@ -110,8 +120,15 @@ def _asked_for(lock: Lock) -> tuple[Any, Any]:
     return model.get("name_or_path"), model.get("revision")
 
 
+def _asked(recipe: Recipe) -> tuple[Any, Any]:
+    """The model as a lock has it. A reference of another value is drift, whatever its commit."""
+    asked = {"model": {"name_or_path": recipe.model.name_or_path, "revision": recipe.model.revision}}
+    shown = as_written(at_keys(asked, recipe.references), recipe.references)["model"]
+    return shown["name_or_path"], shown["revision"]
+
+
 def _tokenizer(recipe: Recipe) -> dict[str, str]:
-    folder = Path(recipe.model.name_or_path).expanduser()
+    folder = expanded(recipe.model.name_or_path)
     files = (folder / name for name in TOKENIZER_FILES)
     return {file.name: file_digest(file) for file in files if file.is_file()} if folder.is_dir() else {}
 
@@ -148,7 +165,7 @@ def _data(recipe: Recipe, known: Lock | None) -> Iterator[tuple[str, dict[str, A
         if is_local(source.path):
             yield source.path, {"files": _files(source.path)}
         else:
-            key = _data_key(source.path, source.revision)
+            key = _data_key(recipe, source)
             yield key, {"commit": _commit(key, source.path, source.revision, "dataset", known)}
     for one in recipe.eval.sets:
         if one.path is not None and is_local(one.path):
@@ -161,8 +178,10 @@ def _judging(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield name, file_digest(file) if file.is_file() else MISSING
 
 
-def _data_key(path: str, revision: str | None) -> str:
-    return path if revision is None else f"{path}@{revision}"
+def _data_key(recipe: Recipe, source: Source) -> str:
+    """A hub data set as a lock names it."""
+    path = source.path if source.revision is None else f"{source.path}@{source.revision}"
+    return as_written(path, recipe.references)
 
 
 def _commit(key: str, name: str, revision: str | None, kind: Kind, known: Lock | None) -> str:

@@ -20,6 +20,7 @@ from lorafit.merge.skeleton import attach, empty_model
 from lorafit.merge.stream import combined_delta
 from lorafit.merge.work import Work
 from lorafit.progress import each
+from lorafit.written import as_written
 
 EXACT_BELOW = 1024
 """Smaller side up to which the decomposition is exact; above, it is randomized (torch.svd_lowrank), with power
@@ -69,7 +70,7 @@ def make_adapter(work: Work, destination: Path) -> Path:
         target_modules=[target["module"] for target in targets],
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
-        base_model_name_or_path=work.base.name,
+        base_model_name_or_path=as_written(work.base.name, work.references),
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
@@ -94,7 +95,7 @@ def make_adapter(work: Work, destination: Path) -> Path:
             "seconds": round(time.perf_counter() - began, 3),
             "versions": versions(),
         }
-        write_json(folder / "merge_report.json", report)
+        write_json(folder / "merge_report.json", as_written(report, work.references))
     work.console.print(
         f"rank {rank}: the truncation loses {report['truncation_error']['mean']:.2%} of a delta's norm in the mean, "  # type: ignore[index]
         f"{max(errors):.2%} at most",

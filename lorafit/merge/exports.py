@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from lorafit.console import Console
 from lorafit.errors import GateError, ModelError
 from lorafit.export import export_gguf, parse_export
 from lorafit.export.check import compare_gguf

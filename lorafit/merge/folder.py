@@ -26,6 +26,7 @@ def write_config(base: Path, folder: Path, dtype: str | None, untied: bool, voca
     """
     config = read_json(base / "config.json")
     config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)  # where somebody had it
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else None
     parts: list[dict[str, Any]] = [part for part in (config, text) if part is not None]
     for part in parts:

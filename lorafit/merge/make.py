@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
-
 from lorafit.card import write_merged_card
+from lorafit.console import Console
 from lorafit.errors import DoesNotFitError, GateError, UsageError
 from lorafit.files import discard, finish, partial_of, settle, staged, writing
 from lorafit.merge.exports import make_exports

@@ -15,6 +15,7 @@ from lorafit.fingerprint import comparable, differences, fingerprint_of, listed
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir, located, open_run
 from lorafit.tokenizer import cannot_load
+from lorafit.written import expanded
 
 BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "*.py", "*.bin"]
 """What is fetched of a hub model."""
@@ -103,7 +104,7 @@ def find_base(source: Source, asked: str | None, allow_other: bool) -> Base:
         if not name:
             raise UsageError(f"{source.adapter}: does not name its base model; name it with --base")
         folder = local_folder(name, source.revision if asked is None else None)
-    if Path(name).expanduser().is_dir():  # of a folder in the hub's cache, not all was fetched
+    if expanded(name).is_dir():  # of a folder in the hub's cache, not all was fetched
         check(folder)
     if run is None or plan is None:
         return Base(folder, name, "known by name and shapes only", _stranger(source, name, asked))
@@ -129,14 +130,14 @@ def _stranger(source: Source, name: str, asked: str | None) -> str:
         f"{source.adapter}: not trained by lorafit, so nothing but names and shapes tells whether {name} is the base "
         "it was trained on"
     )
-    if asked and source.base_name and Path(asked).name.lower() != Path(source.base_name).name.lower():
+    if asked and source.base_name and expanded(asked).name.lower() != expanded(source.base_name).name.lower():
         remark += f"; the adapter itself names {source.base_name}"
     return remark
 
 
 def local_folder(name: str, revision: str | None) -> Path:
     """The folder of a base: as named, or the hub's in the cache. Raises ModelError."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name}: the folder has no config.json, so it is no model")
@@ -158,7 +159,7 @@ def same_base(first: Source, other: Source) -> None:
     one = first.run.base_files() if first.run else None
     two = other.run.base_files() if other.run else None
     changed = differences(one, two) if one and two else []
-    if changed or (not (one and two) and Path(first.base_name).name != Path(other.base_name).name):
+    if changed or (not (one and two) and expanded(first.base_name).name != expanded(other.base_name).name):
         raise ModelError(
             f"{other.shown}: was trained on another base than {first.shown} ({other.base_name} and {first.base_name}"
             + (f"; differs in {changed[0]})" if changed else ")")

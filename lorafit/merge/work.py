@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from lorafit.console import Console
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.facts import weight_files
 from lorafit.facts.folder import read_json
@@ -32,6 +32,7 @@ from lorafit.merge.tensors import FLOATS, Store, write_index
 from lorafit.merge.verify import Proof, Reference, measure, rows_to_compare
 from lorafit.progress import stage
 from lorafit.tokenizer import load_tokenizer, tokenizer_of
+from lorafit.written import References, as_written
 
 DEFAULTS: dict[str, Any] = {
     "base_weights": "auto", "verify": "auto", "rows": 64,
@@ -71,6 +72,11 @@ class Work:
             self.say(f"neither {source.adapter} nor {base.name} has a tokenizer, so the merged folder has none")
         self.tasks: dict[str, Task] = {}
         self.vocabulary: int | None = None
+        self.references: References = {
+            f"{number}.{key}": one
+            for number, part in enumerate((source, *others))
+            for key, one in (part.plan.references if part.plan else {}).items()
+        }
         self.stored_packed = _stored_quantization(base.folder) == "bitsandbytes"
 
     def say(self, remark: str) -> None:
@@ -276,7 +282,7 @@ class Work:
             )
         if written.untied:
             self.say("embeddings and head were one tensor and are two now: the adapter treats them differently")
-        return {
+        report = {
             "report_version": 2,
             "verdict": _verdict(proof, self.method),
             "adapter": self.source.shown,
@@ -315,6 +321,7 @@ class Work:
             "remarks": self.remarks,
             "versions": versions(),
         }
+        return as_written(report, self.references)
 
 
 def _verdict(proof: Proof, method: str) -> str:

@@ -6,7 +6,6 @@ import datetime
 import itertools
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lorafit.errors import DataError
@@ -25,6 +24,7 @@ from lorafit.template import (
     variables,
     with_defaults,
 )
+from lorafit.written import expanded
 
 _ROWS = 1000
 """First rows of a source that are looked at for reasoning; the audit counts them all."""
@@ -48,14 +48,14 @@ def read_chat_template(context: Context) -> str | None:
     if path is None:
         return None
     known = trl_templates()
-    if not os.path.exists(Path(path).expanduser()) and path.removesuffix(".jinja") == path and "/" not in path:
+    if not os.path.exists(expanded(path)) and path.removesuffix(".jinja") == path and "/" not in path:
         if path not in known:
             hint = near(path, list(known))
             context.wrong(("model", "chat_template"), f"no such file, and TRL ships no template of that name{hint}")
             return None
         path = str(known[path])
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return expanded(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         context.wrong(("model", "chat_template"), f"can't be read: {error}")
         return None

@@ -141,6 +141,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
         merge=recipe.merge.model_dump(mode="json"),
         eval=recipe.eval.model_dump(mode="json"),
         remarks=tuple(context.remarks),
+        references=recipe.references,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafit.hardware import Hardware
 from lorafit.rows import Format, Shape
+from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Plan:
         remarks: what the user should know, a sentence each.
         merge: the recipe's merge section; empty in plans of before there was one.
         eval: the recipe's eval section; empty in plans of before there was one.
+        references: the recipe's ${NAME}, which stand for their values in the file.
     """
 
     name: str
@@ -133,14 +135,33 @@ class Plan:
     audit: dict[str, Any] | None = None
     merge: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
+    references: References = field(default_factory=dict)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(self._as_written(), indent=2, ensure_ascii=False) + "\n"
+
+    def as_written(self) -> Plan:
+        """The plan as it is stored and shown: no text that the recipe takes from the environment, no home folder."""
+        return Plan._of(self._as_written())
+
+    def _as_written(self) -> dict[str, Any]:
+        given = self.references
+        parts = {name: at_keys(getattr(self, name), given, name) for name in ("merge", "eval")}
+        return as_written(dataclasses.asdict(self) | parts | {"recipe": at_keys(self.recipe, given)}, given)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+        """Read what `to_json` wrote, with the references as the environment has them now, if it does.
+
+        Raises ValueError, KeyError or TypeError for anything else.
+        """
         raw = json.loads(text)
+        references = {key: Reference(**one) for key, one in raw["references"].items()}
+        remember(references)
+        return Plan._of(read_back(raw, references) | {"references": raw["references"]})
+
+    @staticmethod
+    def _of(raw: dict[str, Any]) -> Plan:
         data = raw["data"]
         hardware = raw["hardware"]
         if hardware["compute_capability"]:
@@ -153,6 +174,7 @@ class Plan:
             ),
             "schedule": Schedule(**raw["schedule"]) if raw["schedule"] else None,
             "remarks": tuple(raw["remarks"]),
+            "references": {key: Reference(**one) for key, one in raw["references"].items()},
         }
         return Plan(**raw)
 
@@ -174,6 +196,8 @@ class Plan:
         machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
         for source in (*whole["data"]["train"], *whole["data"]["validation"]):
             del source["rows"]  # follows from the files
+        values = {key: Reference(one.sha256, one.sha256) for key, one in self.references.items()}
+        whole["recipe"] = at_keys(whole["recipe"], values)
         for later in ("merge", "eval", "hardware"):
             whole["recipe"].pop(later, None)
         return {part: whole[part] for part in parts} | {"hardware": machine}

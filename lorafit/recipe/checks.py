@@ -263,10 +263,10 @@ def _eval(recipe: Recipe) -> Iterator[Complaint]:
                 "a set of role forgetting has no answers; remove metrics, options, limit and max_new_tokens",
             )
         if one.metrics:
-            yield from _metrics((*path, "metrics"), one.metrics)
+            yield from _metrics((*path, "metrics"), one.metrics, section.trust_code)
         yield from _columns(path, one)
     if section.metrics:
-        yield from _metrics(("eval", "metrics"), section.metrics)
+        yield from _metrics(("eval", "metrics"), section.metrics, section.trust_code)
     for number, gate in enumerate(section.gates):
         from lorafit.evaluate.gates import parse  # numpy, which most recipes don't need
 
@@ -276,8 +276,13 @@ def _eval(recipe: Recipe) -> Iterator[Complaint]:
             yield ("eval", "gates", number), str(error)
 
 
-def _metrics(path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...]) -> Iterator[Complaint]:
-    """Metrics that there are none of. What a metric needs, such as code and files, is looked for later."""
+def _metrics(
+    path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...], trusted: bool
+) -> Iterator[Complaint]:
+    """Metrics that there are none of, and code that is not trusted.
+
+    What a metric needs, such as trusted code and files, is looked for later.
+    """
     from lorafit.evaluate.metrics import metric_info
 
     names: list[str] = []
@@ -287,6 +292,9 @@ def _metrics(path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...
         except UsageError as error:
             yield (*path, number), str(error)
         else:
+            if isinstance(spec, str) and ":" in spec and not trusted:
+                what = f"{spec} is Python code, which is not run; set eval.trust_code: true if you trust it"
+                yield (*path, number), what
             if names[-1] in names[:-1]:
                 yield (*path, number), f"two metrics of a set are named {names[-1]}: leave one out"
 

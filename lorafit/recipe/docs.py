@@ -22,6 +22,14 @@ be a reference to the environment, `${NAME}` or `${NAME:-default}`, if it is the
 command line, `--set training.learning_rate=1e-4` overrides a value. Of two keys that exclude each other, such as
 `max_steps` and `num_train_epochs`, the one that a later layer sets (a child, `--set`) takes the other's place.
 
+What is written and shown keeps the reference in place of text that it was read as (a path, a URL, a name; a number,
+or one of a field's own words such as `bfloat16`, is kept itself): locks and runs hold `${NAME}` and the text's
+SHA-256. `eval`, `merge`, `chat`, `train --resume` and `verify` read it from the environment again and say which
+variable is not set; `--locked` and `lock --check` refuse another text, and `--resume` too where training depends on
+it. The home folder is written as `~`. So an adapter whose base is below `~`, or named by a variable, names it so in
+`adapter_config.json`, which lorafit reads and PEFT does not: its card says how PEFT loads it. The cache of tokenized
+rows, which stays on the machine, has the paths of files. A key in a recipe's own words is not hidden.
+
 """
 
 

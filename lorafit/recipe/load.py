@@ -29,6 +29,7 @@ from lorafit.recipe.source import (
     read_recipe,
     shorten,
 )
+from lorafit.written import Reference, remember, value_of
 
 MAX_SUGGESTIONS = 100
 """Unknown keys that get a suggestion; finding one takes a while, and no recipe has so many."""
@@ -96,7 +97,7 @@ def load(
 ) -> Recipe:
     """Read a recipe file with its parents and `--set` overrides, from the disk or another store. Raises RecipeError."""
     try:
-        draft = read_recipe(Path(path), overrides, environment, store)
+        draft = read_recipe(Path(path), overrides, _is_key, environment, store)
     except SourceMistakes as error:
         raise RecipeError(error.mistakes) from None
     return validate(draft)
@@ -105,6 +106,8 @@ def load(
 def validate(draft: Draft) -> Recipe:
     """Make a recipe of what was read. Raises RecipeError with every mistake, cross-field ones included."""
     root = draft.root
+    references = dict(_references(root))
+    remember(references)
     data = _without_removed(root).plain()
     wrong: dict[KeyPath, list[Any]] = {}
     recipe = None
@@ -127,7 +130,9 @@ def validate(draft: Draft) -> Recipe:
         mistakes += _broken_rules(root, recipe, doubtful)
     if mistakes or recipe is None:
         raise RecipeError(mistakes)
-    recipe.remember_source(root)
+    recipe.remember_source(root, references)
+    if recipe.eval.judge and recipe.eval.judge.api_key_env:
+        remember({"": Reference(f"${{{recipe.eval.judge.api_key_env}}}", "")})
     return recipe
 
 
@@ -155,6 +160,27 @@ def _broken_rules(root: Located, recipe: Recipe, doubtful: Container[str]) -> It
     for path, message in cross_check(recipe):
         if not any(name in doubtful for name in (_name(path), *re.findall(r"\w+", message))):
             yield locate(root, path, message)
+
+
+def _references(node: Located, path: KeyPath = ()) -> Iterator[tuple[str, Reference]]:
+    """The texts that were read from the environment, but for those that are a field's own words."""
+    if isinstance(node.value, dict | list):
+        for step, child in node.value.items() if isinstance(node.value, dict) else enumerate(node.value):
+            yield from _references(child, (*path, step))
+    elif isinstance(node.value, str) and node.reference and value_of(node.reference) == node.value:
+        section = section_at(path[:-1])
+        field = section.model_fields.get(_name(path)) if section else None
+        if field is None or node.value not in _words(field.annotation):
+            yield dotted(path), Reference.of(node.reference, node.value)
+
+
+def _words(annotation: Any) -> Iterator[Any]:
+    """The values that the literals in a type name."""
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from typing.get_args(annotation)
+    else:
+        for part in typing.get_args(annotation):
+            yield from _words(part)
 
 
 def _name(path: KeyPath) -> str:
@@ -247,8 +273,8 @@ def _repair(data: Any, path: KeyPath) -> None:
 def _wrong_value(root: Located, path: KeyPath, errors: list[Any]) -> Mistake:
     node, _ = root.find(path)
     expected = dict.fromkeys(_expectation(item) for item in errors)
-    message = f"expected {' or '.join(expected)}, got {_brief(node.plain())}"
-    if isinstance(node.value, str):
+    message = f"expected {' or '.join(expected)}, got {node.reference or _brief(node.as_written())}"
+    if isinstance(node.value, str) and not node.reference:
         choices = [choice for text in expected if " | " in text for choice in text.split(" | ")]
         near = _nearest(node.value, choices)
         message += f"; did you mean '{near}'?" if near else ""
@@ -324,6 +350,11 @@ def near_key(path: KeyPath) -> KeyPath:
         return nested
     near = _nearest(key, _known_keys(parent))
     return (*parent, near) if near else ()
+
+
+def _is_key(name: str) -> bool:
+    """Whether a key may be meant to be one at the top of a recipe."""
+    return name in _known_keys(()) or name in _ELSEWHERE or bool(near_key((name,)))
 
 
 def _unknown_key(path: KeyPath, meant: KeyPath) -> str:

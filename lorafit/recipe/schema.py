@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
 from lorafit.recipe.source import Located, Mistake, Position, dotted
+from lorafit.written import References
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -436,8 +437,6 @@ class LmEvalSection(Section):
     """Documents of each task, from the first. Default: all."""
     apply_chat_template: bool = False
     """Whether questions are given as a user's turn in a conversation."""
-    trust_code: bool = False
-    """Whether Python code that a task of your own names (`!function`) may run. Off: such a task is refused."""
 
 
 class JudgeSection(Section):
@@ -480,6 +479,9 @@ class EvalSection(Section):
     gates: Names = ()
     """What must hold, such as `heldout.exact_match.adapter >= 0.8`, or the evaluation fails. With `(ci)` behind it, it
     must hold for the whole 95% interval. See docs/eval.md."""
+    trust_code: bool = False
+    """Whether Python code that this section names may run: metrics of your own (`module:function`), and what a task of
+    your own brings (`!function`). Off: they are refused. It runs with all your rights, so read it first."""
     lm_eval: LmEvalSection | None = None
     """Benchmarks. Absent: none."""
     judge: JudgeSection | None = None
@@ -510,6 +512,7 @@ class Recipe(Section):
     directory."""
 
     _source: Located | None = PrivateAttr(default=None)
+    _references: References = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -522,23 +525,45 @@ class Recipe(Section):
         return load(path, overrides)
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], written: str, overrides: Iterable[str] = ()) -> Recipe:
-        """A recipe of plain values, with `--set` overrides. Raises RecipeError, which names `written` as the place."""
+    def of(
+        cls,
+        values: Mapping[str, Any],
+        written: str,
+        overrides: Iterable[str] = (),
+        references: References | None = None,
+    ) -> Recipe:
+        """A recipe of plain values, with `--set` overrides. Raises RecipeError, which names `written` as the place.
+
+        Args:
+            references: those that some of the values were read from.
+        """
         from lorafit.recipe.load import validate
         from lorafit.recipe.source import draft_of
 
-        return validate(draft_of(values, written, overrides))
+        return validate(draft_of(values, written, overrides, references))
 
     @classmethod
-    def restored(cls, values: Mapping[str, Any], written: str, overrides: Iterable[str] = ()) -> Recipe:
+    def restored(
+        cls,
+        values: Mapping[str, Any],
+        written: str,
+        overrides: Iterable[str] = (),
+        references: References | None = None,
+    ) -> Recipe:
         """A recipe of what `resolved` gave, of which nobody wrote the defaults. Raises RecipeError as `of`."""
         with contextlib.suppress(ValidationError):  # `of` says what is wrong
             values = cls.model_validate(values).model_dump(mode="json", exclude_defaults=True)
-        return cls.of(values, written, overrides)
+        return cls.of(values, written, overrides, references)
 
-    def remember_source(self, root: Located) -> None:
-        """Keep where each value was written, for mistakes that only the plan can see."""
+    def remember_source(self, root: Located, references: References) -> None:
+        """Keep where each value was written, for mistakes that only the plan can see, and what of it is a reference."""
         self._source = root
+        self._references = references
+
+    @property
+    def references(self) -> References:
+        """The ${NAME} that texts were read from, by dotted key."""
+        return self._references
 
     @property
     def source(self) -> Located | None:

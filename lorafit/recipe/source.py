@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -20,6 +20,7 @@ from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
 from lorafit.errors import printable
+from lorafit.written import REFERENCE, References, value_of
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
@@ -75,6 +76,14 @@ class Located:
     removes: bool = False
     earlier: tuple[Located, ...] = ()
     reference: str | None = None
+
+    def as_written(self) -> Any:
+        """The same, with references for texts of the environment."""
+        if isinstance(self.value, dict):
+            return {key: child.as_written() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.as_written() for child in self.value]
+        return self.reference if self.reference and isinstance(self.value, str) else self.value
 
     def plain(self) -> Any:
         """The value without positions."""
@@ -142,7 +151,6 @@ _OCTAL_OR_HEX = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _NULL = {"", "~", "null", "Null", "NULL"}
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_ENVIRONMENT = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}")
 
 
 def parse_scalar(text: str) -> Any:
@@ -258,7 +266,7 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, path: tuple[str | int, ...]) -> Any:
         text = self._text(node, path, node.value)
-        reference = _ENVIRONMENT.fullmatch(text) if node.style != "'" else None
+        reference = REFERENCE.fullmatch(text) if node.style != "'" else None
         if reference:
             name, default = reference["name"], reference["default"]
             if name not in self.environment and default is None:
@@ -316,7 +324,7 @@ class _Reader:
 
 def _reference(node: yaml.Node) -> str | None:
     """The text of a scalar that is read from the environment."""
-    is_one = isinstance(node, yaml.ScalarNode) and node.style != "'" and _ENVIRONMENT.fullmatch(node.value)
+    is_one = isinstance(node, yaml.ScalarNode) and node.style != "'" and REFERENCE.fullmatch(node.value)
     return node.value if is_one else None
 
 
@@ -444,13 +452,20 @@ class Disk:
 
 
 def read_recipe(
-    path: Path, overrides: Iterable[str], environment: Mapping[str, str] | None = None, store: Store | None = None
+    path: Path,
+    overrides: Iterable[str],
+    is_key: Callable[[str], bool],
+    environment: Mapping[str, str] | None = None,
+    store: Store | None = None,
 ) -> Draft:
     """Read a recipe, everything it `extends:`, and `--set` arguments.
 
     Raises SourceMistakes when the file itself can't be read; other mistakes are in the draft.
+
+    Args:
+        is_key: whether a key may be meant to be a recipe's: of a file that has none, nothing is said but that.
     """
-    files = _Files(os.environ if environment is None else environment, store or Disk())
+    files = _Files(is_key, os.environ if environment is None else environment, store or Disk())
     root = files.load(path, (), Position(files.store.shown(path)))
     if root is None:
         raise SourceMistakes(*files.mistakes)
@@ -458,17 +473,30 @@ def read_recipe(
     return Draft(root, files.mistakes, files.complete)
 
 
-def draft_of(values: Mapping[str, Any], written: str, overrides: Iterable[str]) -> Draft:
-    """A recipe from plain values instead of a file, with `--set` arguments; `written` names where they stand."""
+def draft_of(
+    values: Mapping[str, Any], written: str, overrides: Iterable[str], references: References | None = None
+) -> Draft:
+    """A recipe from plain values instead of a file, with `--set` arguments; `written` names where they stand.
+
+    Args:
+        references: those that some of the values were read from.
+    """
     mistakes: list[Mistake] = []
-    root = _overridden(_locate(dict(values), Position(written)), overrides, os.environ, mistakes)
+    root = _refer(_locate(dict(values), Position(written)), references or {})
+    root = _overridden(root, overrides, os.environ, mistakes)
     return Draft(root, mistakes, True)
+
+
+_KEY = re.compile(r"^([a-z_]+):", re.MULTILINE)
+_QUOTED = re.compile(r" '[^'\\<>]{2,}'")
+"""What PyYAML quotes of a file: a single character stays."""
 
 
 @dataclass
 class _Files:
     """Recipe files, each read once."""
 
+    is_key: Callable[[str], bool]
     environment: Mapping[str, str]
     store: Store = field(default_factory=Disk)
     mistakes: list[Mistake] = field(default_factory=list)
@@ -530,10 +558,19 @@ class _Files:
         if len(data) > MAX_BYTES:
             raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
         reader = _Reader(shown, self.environment)
-        node = _compose(text, shown)
-        located = reader.read(node).located
-        if not isinstance(located.value, dict):
+        try:
+            node = _compose(text, shown)
+        except SourceMistakes as error:
+            if any(self.is_key(key) for key in _KEY.findall(text)):
+                raise
+            raise SourceMistakes(
+                *(replace(one, message=_QUOTED.sub("", one.message)) for one in error.mistakes)
+            ) from None
+        if not isinstance(node, yaml.MappingNode):
             reader.fail(node, (), "a recipe is a mapping of sections, such as `model:`")
+        if node.value and not any(isinstance(key, yaml.ScalarNode) and self.is_key(key.value) for key, _ in node.value):
+            reader.fail(node, (), "is no recipe: none of its keys is a section, such as `model:`")
+        located = reader.read(node).located
         self.mistakes += reader.mistakes
         return located
 
@@ -592,10 +629,10 @@ def _apply_override(root: Located, argument: str, environment: Mapping[str, str]
     if steps[0] == "extends":
         raise SourceMistakes(Mistake(position, "extends", "can't be set; write it in the file"))
     try:
-        value = read_yaml(text, position.file, environment).plain()
+        value = read_yaml(text, position.file, environment)
     except SourceMistakes as error:
         raise SourceMistakes(*(Mistake(position, dotted(steps), m.message) for m in error.mistakes)) from None
-    return _override(root, steps, _locate(value, position), position, ())
+    return _override(root, steps, _moved(value, position), position, ())
 
 
 def _locate(value: Any, position: Position) -> Located:
@@ -605,6 +642,26 @@ def _locate(value: Any, position: Position) -> Located:
     elif isinstance(value, list):
         value = [_locate(child, position) for child in value]
     return Located(value, position, position)
+
+
+def _moved(node: Located, position: Position) -> Located:
+    """A value with every node at one position."""
+    value = node.value
+    if isinstance(value, dict):
+        value = {key: _moved(child, position) for key, child in value.items()}
+    elif isinstance(value, list):
+        value = [_moved(child, position) for child in value]
+    return Located(value, position, position, reference=node.reference)
+
+
+def _refer(node: Located, references: References, key: str = "") -> Located:
+    """Values with the references that they were read from, as far as they still are what is there."""
+    if isinstance(node.value, dict | list):
+        items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
+        below = {name: _refer(child, references, f"{key}.{name}" if key else str(name)) for name, child in items}
+        return replace(node, value=below if isinstance(node.value, dict) else [*below.values()])
+    known = references.get(key)
+    return replace(node, reference=known.text) if known and value_of(known.text) == node.value else node
 
 
 def _override(

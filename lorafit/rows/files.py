@@ -21,6 +21,7 @@ from lorafit.errors import DataError, first_line
 from lorafit.files import file_digest
 from lorafit.progress import stage
 from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, kind_of
+from lorafit.written import expanded
 
 _EXPECTED = f"{', '.join(KINDS)} file (text also as .gz or .zst)"
 _CHUNK = 1 << 20
@@ -35,7 +36,7 @@ def is_local(path: str) -> bool:
 
 def data_files(path: str) -> list[Path]:
     """The data files of a file's, a folder's or a glob's path, sorted. Raises DataError."""
-    given = os.path.expanduser(path)
+    given = str(expanded(path))
     if os.path.isdir(given):
         files = sorted(
             file
@@ -69,7 +70,7 @@ def digest(path: str) -> str:
     Names are relative to the folder, or to the part of a glob before its first wildcard.
     """
     files = data_files(path)
-    given = Path(os.path.expanduser(path))
+    given = expanded(path)
     if given.is_file():
         return file_digest(files[0])
     base = given if given.is_dir() else Path(*itertools.takewhile(lambda part: not glob.has_magic(part), given.parts))

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from lorafit.console import Console
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import detect_cpu
@@ -42,6 +42,7 @@ from lorafit.smoke.settings import Size, smoke_recipe
 from lorafit.smoke.standin import real_tokenizer, stand_in
 from lorafit.smoke.watch import Watch
 from lorafit.train import Start, train
+from lorafit.written import at_keys
 
 DATE = "2024-01-01"
 """For chat templates that write the day."""
@@ -199,8 +200,9 @@ def _tokenizer_note(facts: ModelFacts, tiny: _Tiny) -> str:
 
 def _inputs(recipe: Recipe, meant: Plan, tiny: _Tiny) -> dict[str, Any]:
     """What the losses follow from, without paths of this machine."""
-    resolved = {key: value for key, value in recipe.resolved().items() if key not in TOUCHES_NO_RESULT}
-    given = recipe.model_dump(mode="json", exclude_defaults=True)
+    values = at_keys(recipe.resolved(), recipe.references)
+    resolved = {key: value for key, value in values.items() if key not in TOUCHES_NO_RESULT}
+    given = at_keys(recipe.model_dump(mode="json", exclude_defaults=True), recipe.references)
     flat = dict(_flat({key: value for key, value in given.items() if key in resolved}))
     template = tiny.tokenizer.chat_template
     parts = [tiny.tokenizer.backend_tokenizer.to_str(), str(tiny.tokenizer.special_tokens_map)]

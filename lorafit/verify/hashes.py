@@ -14,6 +14,7 @@ from lorafit.fingerprint import changed_source, comparable, damaged_in_cache, mo
 from lorafit.plan import Plan
 from lorafit.rows import data_files
 from lorafit.rundir import RunDir
+from lorafit.written import as_written, expanded
 
 Status = Literal["ok", "changed", "missing", "not recorded", "not here"]
 FAILED: tuple[Status, ...] = ("changed", "missing", "not recorded")
@@ -100,7 +101,7 @@ def _template(run: RunDir, manifest: dict[str, Any]) -> Iterator[Check]:
 def _data(plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
     recorded = manifest.get("data", {}).get("files", {})
     for name, digest in recorded.items():
-        yield _file(name, Path(name).expanduser(), digest)
+        yield _file(name, expanded(name), digest)
     for source in (*plan.data.train, *plan.data.validation):
         if source.hub is not None:
             yield Check(source.path, "not here", "a hub data set; `lorafit lock` pins its commit")
@@ -109,9 +110,9 @@ def _data(plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
             files = data_files(source.path)
         except LorafitError:
             continue  # its files are listed as missing
-        for file in files:
-            if str(file) not in recorded:
-                yield Check(str(file), "changed", "was added after the training")
+        for name in (as_written(str(file), plan.references) for file in files):
+            if name not in recorded:
+                yield Check(name, "changed", "was added after the training")
 
 
 def _base(run: RunDir, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lorafit.cache import private
+from lorafit.console import Console
 from lorafit.errors import UsageError
 from lorafit.hardware import detect
 from lorafit.manifest import versions

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 
+from lorafit.console import Console
 from lorafit.memory import MIB, Term
 from lorafit.tables import print_line, print_table, table
 from lorafit.vram.answer import HERE, Answer, Cell, Verdict, command_line, gib

@@ -14,6 +14,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from lorafit.errors import DataError, UsageError, first_line
 from lorafit.evaluate.benchmarks.types import Benchmarks
+from lorafit.written import expanded
 
 
 def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
@@ -25,10 +26,10 @@ def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
     """
     import lm_eval
 
-    file = file.expanduser().resolve()
+    file = expanded(file).resolve()
     if file in seen or file.is_relative_to(Path(lm_eval.__file__).resolve().parent):
         return
-    allow = "set eval.lm_eval.trust_code: true if you trust it"
+    allow = "set eval.trust_code: true if you trust it"
     try:
         text = file.read_bytes()
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

@@ -16,6 +16,7 @@ from lorafit.errors import DataError, LorafitError, UsageError, first_line
 from lorafit.evaluate.benchmarks.code import refuse_code
 from lorafit.evaluate.benchmarks.types import Benchmarks, Manager, Task
 from lorafit.targets import near
+from lorafit.written import expanded
 
 
 def load(benchmarks: Benchmarks) -> dict[str, Task]:
@@ -30,7 +31,7 @@ def load(benchmarks: Benchmarks) -> dict[str, Task]:
                 raise UsageError(f"eval.lm_eval.tasks: {spec}: there are two tasks that figures would call {name}")
             if getattr(task, "UNSAFE_CODE", False) and not benchmarks.trust_code:
                 raise UsageError(
-                    f"eval.lm_eval.tasks: {name} runs code that the model writes; eval.lm_eval.trust_code allows it"
+                    f"eval.lm_eval.tasks: {name} runs code that the model writes; eval.trust_code allows it"
                 )
             if getattr(task, "MULTIMODAL", False):
                 raise UsageError(f"eval.lm_eval.tasks: {name} needs images or sound; only text can be asked")
@@ -97,14 +98,14 @@ def resolve(benchmarks: Benchmarks) -> tuple[Manager, list[str]]:
 
 
 def _is_folder(path: str) -> bool:
-    return Path(path).expanduser().is_dir()
+    return expanded(path).is_dir()
 
 
 def _specs(task: str, manager: Manager) -> list[str]:
     """A task as it is, or the tasks of a folder."""
     if not _is_folder(task) or task in manager.task_index:
         return [task]
-    root = Path(task).expanduser().resolve()
+    root = expanded(task).resolve()
     index = manager.task_index
     found = [name for name in manager.all_subtasks if root in index[name].yaml_path.resolve().parents]
     if not found:
@@ -122,7 +123,7 @@ def _reach(specs: Iterable[str], manager: Manager) -> tuple[list[Path], list[str
             continue
         seen.add(name)
         entry = index.get(name)
-        file = entry.yaml_path if entry else Path(name).expanduser()
+        file = entry.yaml_path if entry else expanded(name)
         if entry is None and not file.is_file():
             missing.append(name)
             continue

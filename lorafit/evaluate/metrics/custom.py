@@ -28,7 +28,8 @@ _RETURNS = "it has to return its score; it is async, or a generator"
 def custom_metric(spec: str) -> AnswerMetric:
     """The metric of a function that is named `module:function`, found from the working directory as by `python -m`.
 
-    This imports and runs the user's own code, with all rights of this process: the recipe names it explicitly.
+    This imports and runs the user's own code, with all rights of this process: the recipe names it, and says that it is
+    trusted (eval.trust_code), as lorafit.recipe.checks sees to.
     It is called with (answer, expected, row) if it takes three arguments, else with (answer, expected), and returns a
     number, a bool or None (the row has no value). The figure has the function's name. It is called once for an answer
     to a row, so that figures and samples agree even if it asks a service or draws lots.

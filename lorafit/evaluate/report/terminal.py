@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lorafit.console import Console
 from lorafit.evaluate.report.page.words import visible
 from lorafit.evaluate.report.summary import DifferenceRow, Row, brief, difference_rows, figure_rows, verdict
 from lorafit.evaluate.results import Results, Sample
