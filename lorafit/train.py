@@ -47,6 +47,7 @@ from lorafit.plan import Plan, Schedule, dated, with_audit
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
+from lorafit.targets import check_expressions
 from lorafit.tokenizer import load_tokenizer
 from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage
 
@@ -492,6 +493,7 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     args = training_arguments(plan, run)  # from here on, several processes know each other
     base = load_base(plan, dequantized_base(plan, run))
+    check_expressions(plan.lora_kwargs or {}, (name for name, _ in base.named_modules()), "lora")
     with explained_experts(plan):
         trainer = Trainer(
             model=base,

@@ -18,6 +18,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
+from lorafit.bounds import opened
 from lorafit.errors import printable
 
 MAX_BYTES = 256 * 1024
@@ -431,7 +432,7 @@ class Disk:
         return os.path.isfile(file)
 
     def read(self, file: Path, most: int) -> bytes:
-        with file.open("rb") as stream:
+        with opened(file) as stream:
             return stream.read(most)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +17,12 @@ from lorafit.plan.meant import meant_hardware
 from lorafit.recipe import Mistake, Recipe, RecipeError
 from lorafit.rows import Row, read_rows
 from lorafit.rundir import RunDir, located
+from lorafit.template import light_environment
 from lorafit.validate.contents import check_contents, place_of_fault
 from lorafit.validate.evaluation import check_benchmarks, check_evaluation
 from lorafit.validate.findings import Findings, Options
 from lorafit.validate.fit import Estimates, check_fit
 from lorafit.validate.types import Checked, Fault
-
-_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""Marks of learned text, which transformers adds to Jinja."""
 
 
 @dataclass
@@ -82,7 +79,11 @@ class Checker:
                 found.wrong(("model", "name_or_path"), error)
         hardware = self.options.hardware or meant_hardware(recipe)
         context = Context(recipe, facts or ModelFacts(recipe.model.name_or_path, "hub", "nothing", {}, ()), hardware)
-        plan = examine(context, Path(file).stem, "nothing" if "data" in self.options.skip else "formats")
+        try:
+            plan = examine(context, Path(file).stem, "nothing" if "data" in self.options.skip else "formats")
+        except ModelError as error:  # a chat template without an end
+            found.wrong(("model", "name_or_path"), error)
+            return None, None
         if plan is not None and plan.data.chat_template is not None:
             _check_syntax(found, plan.data.chat_template)
         for mistake in context.mistakes:
@@ -121,10 +122,11 @@ class Checker:
 def _check_syntax(found: Findings, template: str) -> None:
     """Note a chat template that is no Jinja."""
     try:
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", template))
-    except jinja2.TemplateSyntaxError as error:
-        what = f"{found.recipe.model.chat_template}:{error.lineno}: no Jinja: {first_line(error.message)}"
-        found.wrong(("model", "chat_template"), UsageError(what))
+        light_environment().from_string(template)
+    except Exception as error:  # noqa: BLE001 - such as brackets 2000 deep
+        name = found.recipe.model.chat_template
+        place = f"{name}:{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else f"{name}"
+        found.wrong(("model", "chat_template"), UsageError(f"{place}: no Jinja: {first_line(error)}"))
 
 
 def _unreadable(file: str, error: RecipeError) -> Checked:

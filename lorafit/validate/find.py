@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.bounds import expand, opened
 from lorafit.errors import UsageError
 from lorafit.recipe import Recipe
 
@@ -35,7 +36,7 @@ def find(paths: Iterable[str]) -> Found:
         if os.path.isdir(path):
             inside = [os.path.normpath(file) for file in _inside(path)]
         elif not os.path.exists(path) and glob.has_magic(path):
-            inside = sorted(filter(_is_yaml, glob.glob(path, recursive=True)))
+            inside = sorted(filter(_is_yaml, expand(path, UsageError)))
         else:
             recipes.setdefault(_identity(path), path)
             continue
@@ -74,7 +75,7 @@ def _inside(folder: str) -> Iterator[str]:
 def _is_recipe(file: str) -> bool:
     """Whether a YAML file has one of a recipe's keys at its top. One without any keys is for the check to report."""
     try:
-        with Path(file).open("rb") as stream:
+        with opened(Path(file)) as stream:
             text = stream.read(_MOST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return True

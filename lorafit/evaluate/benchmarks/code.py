@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 from jinja2 import BaseLoader, StrictUndefined
-from jinja2.sandbox import SandboxedEnvironment
 
+from lorafit.bounds import Environment, read_bytes
 from lorafit.errors import DataError, UsageError, first_line
 from lorafit.evaluate.benchmarks.types import Benchmarks
 
@@ -30,7 +30,7 @@ def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
         return
     allow = "set eval.lm_eval.trust_code: true if you trust it"
     try:
-        text = file.read_bytes()
+        text = read_bytes(file)
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             tag = getattr(event, "tag", None)
             if tag and not re.fullmatch(r"!|tag:yaml\.org,2002:[a-z]+", tag):
@@ -83,8 +83,8 @@ def kept_templates(benchmarks: Benchmarks) -> Iterator[None]:
 
     before = utils.env
     if not benchmarks.trust_code:
-        utils.env = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
-        utils.env.filters.update(before.filters)
+        utils.env = Environment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+        utils.env.filters |= {name: own for name, own in before.filters.items() if name not in utils.env.filters}
     try:
         yield
     finally:
