@@ -188,7 +188,7 @@ def remembered(file: Path, what: str, make: Callable[[Path], T]) -> T:
     place = cache_folder() / "digests" / f"{_hash(str(real))}.json"
     try:
         known = dict(json.loads(place.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         known = {}
     if known.get("file") != before or known.get("sha256") != own_digest(known):
         known = {"file": before}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import DriftError, UsageError, first_line
+from lorafit.errors import DriftError, UsageError, first_line, printable
 from lorafit.files import (
     CARD,
     LOCK,
@@ -146,7 +146,7 @@ class RunDir:
             plan = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(f"{self.path}: not a run directory (it has no plan.json)") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{self.plan_file}: can't be read as a plan of this version: {error}") from None
         if not self.is_begun:
             raise UsageError(f"{self.path}: not a run directory of lorafit's (it has no {SEAL})")
@@ -216,7 +216,7 @@ class RunDir:
         try:
             before = dict(json.loads((last / BEGUN).read_text(encoding="utf-8")))
             files, step = dict(before["files"]), int(before["step"])
-        except (OSError, ValueError, TypeError, LookupError):
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return  # a damaged checkpoint, which is told as such
         now = self.begun_with()
         if changed := [name for name in sorted({*files, *now}) if files.get(name) != now.get(name)]:
@@ -372,7 +372,7 @@ class RunDir:
             return dict(json.loads(self.fingerprint.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{self.fingerprint}: can't be read as a fingerprint: {first_line(error)}") from None
 
     def write_base_files(self, fingerprint: dict[str, Any]) -> None:
@@ -423,9 +423,17 @@ def _seal_of(folder: Path) -> str | None:
 
 
 def located(path: str | Path) -> Path:
-    """A path as it was written if that is plain; what it means if it has a `~`, links, `.` or `..` in it."""
-    written = Path(path).expanduser()
-    real = written.resolve()
+    """A path as it was written if that is plain; what it means if it has a `~`, links, `.` or `..` in it.
+
+    Raises UsageError for what is none: with a NUL or a line break, or a link to itself.
+    """
+    try:
+        if any(character < " " for character in str(path)):
+            raise ValueError("it has a control character in it")
+        written = Path(path).expanduser()
+        real = written.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{printable(str(path))}: is no path that can be followed: {first_line(error)}") from None
     return written if written.name and written.absolute() == real else real
 
 

@@ -520,6 +520,8 @@ def explained_experts(plan: Plan) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if "not found in the base model" in str(error):
+            raise ModelError(f"{plan.model['name_or_path']}: has other modules than its files say: {error}") from error
         if "ParamWrapper" not in str(error):
             raise
         raise ModelError(

@@ -14,7 +14,7 @@ from typing import Any
 from lorafit.bounds import LARGEST_TEMPLATE, opened, read_bytes, read_text
 from lorafit.errors import ModelError, printable
 from lorafit.facts.layouts import is_tied, layout
-from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
+from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts, check_sizes
 from lorafit.files import is_inside
 
 
@@ -24,6 +24,7 @@ def from_folder(name: str, path: Path) -> ModelFacts:
         hint = " (an adapter: name its base model instead)" if (path / "adapter_config.json").is_file() else ""
         raise ModelError(f"{name}: the folder has no config.json{hint}")
     config = read_json(config_file)
+    check_sizes(name, config)
     weights = weight_files(path)
     for file in weights:
         if not file.is_file():

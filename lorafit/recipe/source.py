@@ -527,6 +527,8 @@ class _Files:
             before = data[: error.start]
             place = Position(shown, before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
             raise SourceMistakes(Mistake(place, "", "is not UTF-8 text")) from None
+        except IsADirectoryError:
+            raise SourceMistakes(Mistake(start, "", _no_folder(file))) from None
         except OSError as error:
             raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
         if len(data) > MAX_BYTES:
@@ -554,6 +556,15 @@ class _Files:
             if parent is not None:
                 base = parent if base is None else merge(base, parent)
         return merged if base is None else merge(base, merged)
+
+
+def _no_folder(folder: Path) -> str:
+    """What to give instead of a folder."""
+    recipe = folder / "recipe.yaml"
+    if (folder / "plan.json").is_file():
+        return f"is a run directory; give the recipe that it was trained from, such as the copy in it, {recipe}"
+    found = sorted(file.name for file in folder.glob("*.y*ml"))[:3]
+    return "is a folder; give a recipe, a YAML file" + (f" such as {folder / found[0]}" if found else "")
 
 
 def _readable(path: str) -> str:
