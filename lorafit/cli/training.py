@@ -33,7 +33,7 @@ def train(
     """Train as a recipe says, into its run directory."""
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other", 2)
-    written = config.read_bytes() if config.is_file() else b""
+    written = bytes_of(config)
     plan, lock = plan_locked(config, overrides, dry_run) if locked else (make_plan(config, overrides, dry_run), None)
     if dry_run:
         from lorafit.show import print_plan
@@ -51,7 +51,7 @@ def train(
 
             gate(Audit.from_dict(plan.audit), plan.data.audit)
         return
-    if not written or config.read_bytes() != written:
+    if not written or bytes_of(config) != written:
         fail(f"{config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2)
     from lorafit.rundir import RunDir, located
 
@@ -74,6 +74,17 @@ def train(
         show(result)
     else:
         typer.echo(f"{result['result']}")
+
+
+def bytes_of(config: Path) -> bytes:
+    """What is in a recipe's file; nothing where it is none."""
+    from lorafit.bounds import read_bytes
+    from lorafit.recipe.source import MAX_BYTES
+
+    try:
+        return read_bytes(config, MAX_BYTES)
+    except (OSError, ValueError):  # making the plan says why
+        return b""
 
 
 def plan_locked(config: Path, overrides: list[str] | None, count_rows: bool) -> tuple[Plan, str]:
