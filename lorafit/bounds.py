@@ -361,10 +361,9 @@ def opened(path: Path) -> BinaryIO:
 def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
     """All of a file. Raises OSError as `opened` does, and for a file of more bytes."""
     with opened(path) as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"has more than {most} bytes", str(path))
-    return content
+        if os.fstat(stream.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"has more than {most} bytes", str(path))
+        return stream.read()
 
 
 def read_text(path: Path, most: int = LARGEST_FILE) -> str:

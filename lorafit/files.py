@@ -29,6 +29,7 @@ from typing import Any
 
 import xxhash
 
+from lorafit.bounds import read_text
 from lorafit.errors import DoesNotFitError, DriftError, LorafitError, UsageError
 
 SEAL = "lorafit.json"
@@ -174,7 +175,7 @@ class Seal:
 def read_seal(folder: Path) -> Seal | None:
     """The seal of a folder; None if there is none that lorafit can have written."""
     try:
-        content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / SEAL))
         seal = Seal(content["lorafit"], content["files"])
         names = seal.files or {}
         inside = all(is_inside(name) and isinstance(digest, str | None) for name, digest in names.items())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import read_text
 from lorafit.errors import DriftError, UsageError, first_line, printable
 from lorafit.files import (
     CARD,
@@ -143,7 +144,7 @@ class RunDir:
     def load_plan(self) -> Plan:
         """Raises UsageError if this is no run."""
         try:
-            plan = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            plan = Plan.from_json(read_text(self.plan_file))
         except FileNotFoundError:
             raise UsageError(f"{self.path}: not a run directory (it has no plan.json)") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -155,7 +156,7 @@ class RunDir:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest as it is now; an empty one if there is none that can be read."""
         try:
-            return dict(json.loads(self.manifest.read_text(encoding="utf-8")))
+            return dict(json.loads(read_text(self.manifest)))
         except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
@@ -214,7 +215,7 @@ class RunDir:
         if last is None:
             return
         try:
-            before = dict(json.loads((last / BEGUN).read_text(encoding="utf-8")))
+            before = dict(json.loads(read_text(last / BEGUN)))
             files, step = dict(before["files"]), int(before["step"])
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return  # a damaged checkpoint, which is told as such
@@ -369,7 +370,7 @@ class RunDir:
         Raises UsageError for a file that is broken.
         """
         try:
-            return dict(json.loads(self.fingerprint.read_text(encoding="utf-8")))
+            return dict(json.loads(read_text(self.fingerprint)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:

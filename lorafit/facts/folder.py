@@ -35,14 +35,25 @@ def from_folder(name: str, path: Path) -> ModelFacts:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would load (an index may name some that are not there)."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
+    if whole.is_file():
+        return [whole]
+    others = folder / "pytorch_model.bin.index.json"
+    if not index.is_file():
+        _shards(others)  # which transformers follows
+        return []
+    return _shards(index)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises ModelError for one outside its folder."""
+    if not index.is_file():
+        return []
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index}: expected a weight_map of tensors to files")
     if odd := next((name for name in names.values() if not is_inside(name)), None):
         raise ModelError(f"{index}: {printable(odd)} is outside the model's folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def tensors_of(

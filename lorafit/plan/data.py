@@ -59,7 +59,7 @@ def read_chat_template(context: Context) -> str | None:
         return read_text(Path(path).expanduser(), LARGEST_TEMPLATE)
     except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, a NUL in the name; no home
         reason = error.strerror if isinstance(error, OSError) else error
-        context.wrong(("model", "chat_template"), f"{path}: can't be read: {first_line(reason)}")
+        context.wrong(("model", "chat_template"), f"can't be read: {path}: {first_line(reason)}")
         return None
 
 

@@ -263,6 +263,9 @@ class DatasetSection(Section):
     """How much may be wrong with the data before training is refused."""
 
 
+BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
+
+
 class TrainingSection(Section):
     max_length: PositiveInt = 2048
     """Tokens per row; see dataset.excess_length_strategy for longer rows."""
@@ -272,7 +275,7 @@ class TrainingSection(Section):
     """Passes over the training rows. Default: 3, or as many as max_steps needs."""
     max_steps: PositiveInt | None = None
     """Optimizer steps to stop after, instead of num_train_epochs."""
-    per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
+    per_device_train_batch_size: BatchSize | Literal["auto"] = "auto"
     """Rows in one forward pass on one device. `auto`: 8 on a CPU, 4 on a GPU, at most what
     global_batch_size allows."""
     gradient_accumulation_steps: PositiveInt | Literal["auto"] = "auto"
@@ -280,7 +283,7 @@ class TrainingSection(Section):
     global_batch_size: PositiveInt | None = None
     """Rows per optimizer step over all devices, when gradient_accumulation_steps is auto.
     Default: 16."""
-    per_device_eval_batch_size: PositiveInt | Literal["auto"] = "auto"
+    per_device_eval_batch_size: BatchSize | Literal["auto"] = "auto"
     """Rows in one evaluation pass on one device. `auto`: as in training."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""

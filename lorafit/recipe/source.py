@@ -528,7 +528,7 @@ class _Files:
             place = Position(shown, before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
             raise SourceMistakes(Mistake(place, "", "is not UTF-8 text")) from None
         except IsADirectoryError:
-            raise SourceMistakes(Mistake(start, "", _no_folder(file))) from None
+            raise SourceMistakes(Mistake(start, "", not_a_folder(file))) from None
         except OSError as error:
             raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
         if len(data) > MAX_BYTES:
@@ -558,7 +558,7 @@ class _Files:
         return merged if base is None else merge(base, merged)
 
 
-def _no_folder(folder: Path) -> str:
+def not_a_folder(folder: Path) -> str:
     """What to give instead of a folder."""
     recipe = folder / "recipe.yaml"
     if (folder / "plan.json").is_file():

@@ -127,8 +127,10 @@ def _as_row(file: str, number: int, value: Any, hint: str = "") -> Row:
 
 
 class _Lines:
-    """The lines of a text, as many characters for each row as one may have: set `taken` to 0 after each. Raises
-    DataError."""
+    """The lines of a text, with as many characters for each row as one may have: set `taken` to 0 after each.
+
+    Raises DataError.
+    """
 
     def __init__(self, file: str, text: TextIO) -> None:
         self.file, self.text = file, text

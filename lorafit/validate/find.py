@@ -12,6 +12,7 @@ from pathlib import Path
 from lorafit.bounds import expand, opened
 from lorafit.errors import UsageError
 from lorafit.recipe import Recipe
+from lorafit.recipe.source import not_a_folder
 
 ENDINGS = (".yaml", ".yml")
 NOT_SEARCHED = ("node_modules", "__pycache__", "venv")
@@ -41,6 +42,8 @@ def find(paths: Iterable[str]) -> Found:
             recipes.setdefault(_identity(path), path)
             continue
         chosen = [file for file in inside if _is_recipe(file)]
+        if not chosen and os.path.isfile(os.path.join(path, "plan.json")):
+            raise UsageError(f"{path}: {not_a_folder(Path(path))}")
         if not chosen:
             raise UsageError(f"{path}: there are no recipes ({len(inside)} YAML files)")
         for file in chosen:
