@@ -312,7 +312,7 @@ def test_a_row_of_parquet_has_a_longest_length(tmp_path: Path, monkeypatch: pyte
     assert len(list(read_rows(str(file)))) == 10
     # a value of megabytes that is kept once, and meant a million times
     pyarrow.parquet.write_table(pyarrow.table({"text": ["c" * 3_000_000] * 1000}), file, compression="zstd")
-    with pytest.raises(DataError, match=r"rows\.parquet: row 1: "):
+    with pytest.raises(DataError, match=r"rows\.parquet: row 1: .*unpacks"):
         list(read_rows(str(file)))
 
 

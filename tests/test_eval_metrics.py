@@ -413,7 +413,7 @@ def test_an_expression_that_takes_too_long_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(bounds, "LONGEST", 0.2)
     metric = make_metric({"regex": "(a+)+$"})
     assert metric.score(Judged(answer="aaa", expected="")) == 1
-    with pytest.raises(UsageError, match=r"'\(a\+\)\+\$' : an answer takes longer than 0.2 seconds"):
+    with pytest.raises(UsageError, match=r"'\(a\+\)\+\$': an answer takes longer than 0.2 seconds"):
         metric.score(Judged(answer="a" * 60 + "b", expected=""))
     assert metric.score(Judged(answer="b", expected="")) == 0
 
