@@ -28,7 +28,8 @@ from jinja2.filters import FILTERS, do_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LONGEST = 10.0
-"""Seconds that a template may take for a text, or an expression for what it is searched in."""
+"""Seconds of computing that a template may take for a text, or an expression for what it is searched in. Time in which
+a busy machine does something else, or a disk is waited for, does not count."""
 MOST_MEMORY = 1 << 30
 """Bytes that the process may grow by in that time."""
 LONGEST_TEXT = 1 << 25
@@ -78,7 +79,7 @@ class within:
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
             return
-        self.until = time.monotonic() + LONGEST
+        self.until = time.thread_time() + LONGEST
         self._open.append(self)
         if len(self._open) == 1:
             if signal.getsignal(signal.SIGALRM) is not _tick:
@@ -97,7 +98,7 @@ class within:
 
 
 def _tick(*_: object) -> None:
-    now, memory = time.monotonic(), _resident()
+    now, memory = time.thread_time(), _resident()
     for guard in within._open:
         if guard.before is None:
             guard.before = memory
