@@ -7,6 +7,7 @@ counted before it is made (`Environment`); files are read if they are files, and
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import glob
@@ -74,34 +75,51 @@ class within:
 
     def __init__(self, error: Callable[[str], Exception], what: str) -> None:
         self.error, self.what = error, what
-        self.before: int | None = None
+        self.until: float | None = None
+        self.before = 0
 
     def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-            return
-        self.until = time.thread_time() + LONGEST
-        self._open.append(self)
-        if len(self._open) == 1:
-            if signal.getsignal(signal.SIGALRM) is not _tick:
-                signal.signal(signal.SIGALRM, _tick)
-            tick = min(_TICK, LONGEST / 2)
-            # again and again: what is raised while Python destroys an object is lost
-            signal.setitimer(signal.ITIMER_REAL, tick, tick)
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+            self._open.append(self)
+            if not _ringing:
+                _ring()
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
         if self in self._open:
             self._open.remove(self)
-            if not self._open:
-                signal.setitimer(signal.ITIMER_REAL, 0)
         if isinstance(value, _TooMuch) and value.guard is self:
             raise self.error(f"{self.what} takes {value}; make it simpler") from None
 
 
+_ringing: list[bool] = []
+"""Holds one value while the alarm rings: it is left ringing from block to block, which costs them nothing."""
+
+
+def _ring() -> None:
+    _ringing.append(True)
+    signal.signal(signal.SIGALRM, _tick)
+    tick = min(_TICK, LONGEST / 2)
+    signal.setitimer(signal.ITIMER_REAL, tick, tick)  # again: what is raised while Python destroys an object is lost
+
+
+@atexit.register
+def _hush() -> None:
+    if _ringing:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _ringing.clear()
+
+
+os.register_at_fork(after_in_child=_ringing.clear)  # a child has no timer
+
+
 def _tick(*_: object) -> None:
+    if not within._open:
+        _hush()
+        return
     now, memory = time.thread_time(), _resident()
     for guard in within._open:
-        if guard.before is None:
-            guard.before = memory
+        if guard.until is None:
+            guard.until, guard.before = now + LONGEST, memory
         if now > guard.until:
             raise _TooMuch(guard, f"longer than {LONGEST:g} seconds")
         if memory - guard.before > MOST_MEMORY:
@@ -269,7 +287,7 @@ def _indented(text: Any, width: Any = 4, *_: Any, **__: Any) -> int:
 
 
 def _as_json(value: Any, *_: Any, indent: Any = None, **__: Any) -> int:
-    return _weight(value) * _length(indent or 0)
+    return _weight(value) * _length(indent) if indent else 0
 
 
 def _of_arguments(*_: Any, **__: Any) -> int:
