@@ -53,7 +53,7 @@ LIMIT_BYTES = 20 << 30
 SETTLED_NS = 2_000_000_000
 """How long a file must have been left alone for its digests to be remembered."""
 _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
-_CODE = ("rows", "data", "template.py", "audit.py", "plan/types.py")
+_CODE = ("rows", "data", "bounds.py", "template.py", "audit.py", "plan/types.py")
 _SHAPING = (
     "loss_on",
     "max_length",
@@ -188,7 +188,7 @@ def remembered(file: Path, what: str, make: Callable[[Path], T]) -> T:
     place = cache_folder() / "digests" / f"{_hash(str(real))}.json"
     try:
         known = dict(json.loads(place.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         known = {}
     if known.get("file") != before or known.get("sha256") != own_digest(known):
         known = {"file": before}

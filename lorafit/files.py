@@ -29,6 +29,7 @@ from typing import Any
 
 import xxhash
 
+from lorafit.bounds import read_text
 from lorafit.errors import DoesNotFitError, DriftError, LorafitError, UsageError
 from lorafit.progress import stage
 
@@ -179,17 +180,17 @@ class Seal:
 def read_seal(folder: Path) -> Seal | None:
     """The seal of a folder; None if there is none that lorafit can have written."""
     try:
-        content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / SEAL))
         seal = Seal(content["lorafit"], content["files"])
         names = seal.files or {}
-        inside = all(_is_inside(name) and isinstance(digest, str | None) for name, digest in names.items())
+        inside = all(is_inside(name) and isinstance(digest, str | None) for name, digest in names.items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return seal if inside and isinstance(seal.kind, str) else None
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a path in a seal leads to a file of its folder and nowhere else."""
+def is_inside(name: str) -> bool:
+    """Whether a path in a seal or an index leads to a file of its folder and nowhere else."""
     path = PurePosixPath(name)
     return path.parts != () and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 

@@ -27,6 +27,7 @@ from lorafit.fingerprint import changed_base, listed
 from lorafit.plan import Plan
 from lorafit.progress import Counted, counting, stage
 from lorafit.rundir import RunDir
+from lorafit.targets import check_adapter
 from lorafit.tokenizer import cannot_load, gguf, location
 from lorafit.written import expanded
 
@@ -126,6 +127,7 @@ def lora_config(plan: Plan) -> LoraConfig | None:
 
 def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """Put a saved adapter on its base, for inference. Raises ModelError."""
+    check_adapter(adapter, (name for name, _ in base.named_modules()))
     try:
         model = PeftModel.from_pretrained(base, str(adapter))
     except Exception as error:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import DriftError, UsageError, first_line
+from lorafit.bounds import read_text
+from lorafit.errors import DriftError, UsageError, first_line, printable
 from lorafit.files import (
     CARD,
     LOCK,
@@ -144,10 +145,10 @@ class RunDir:
     def load_plan(self) -> Plan:
         """Raises UsageError if this is no run."""
         try:
-            plan = Plan.from_json(self.plan_file.read_text(encoding="utf-8"))
+            plan = Plan.from_json(read_text(self.plan_file))
         except FileNotFoundError:
             raise UsageError(f"{self.path}: not a run directory (it has no plan.json)") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{self.plan_file}: can't be read as a plan of this version: {error}") from None
         if not self.is_begun:
             raise UsageError(f"{self.path}: not a run directory of lorafit's (it has no {SEAL})")
@@ -156,7 +157,7 @@ class RunDir:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest as it is now; an empty one if there is none that can be read."""
         try:
-            return dict(json.loads(self.manifest.read_text(encoding="utf-8")))
+            return dict(json.loads(read_text(self.manifest)))
         except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
@@ -215,9 +216,9 @@ class RunDir:
         if last is None:
             return
         try:
-            before = dict(json.loads((last / BEGUN).read_text(encoding="utf-8")))
+            before = dict(json.loads(read_text(last / BEGUN)))
             files, step = dict(before["files"]), int(before["step"])
-        except (OSError, ValueError, TypeError, LookupError):
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return  # a damaged checkpoint, which is told as such
         now = self.begun_with()
         if changed := [name for name in sorted({*files, *now}) if files.get(name) != now.get(name)]:
@@ -370,10 +371,10 @@ class RunDir:
         Raises UsageError for a file that is broken.
         """
         try:
-            return dict(json.loads(self.fingerprint.read_text(encoding="utf-8")))
+            return dict(json.loads(read_text(self.fingerprint)))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{self.fingerprint}: can't be read as a fingerprint: {first_line(error)}") from None
 
     def write_base_files(self, fingerprint: dict[str, Any]) -> None:
@@ -424,9 +425,17 @@ def _seal_of(folder: Path) -> str | None:
 
 
 def located(path: str | Path) -> Path:
-    """A path as it was written if that is plain; what it means if it has a `~`, links, `.` or `..` in it."""
-    written = expanded(path)
-    real = written.resolve()
+    """A path as it was written if that is plain; what it means if it has a `~`, links, `.` or `..` in it.
+
+    Raises UsageError for what is none: with a NUL or a line break, or a link to itself.
+    """
+    try:
+        if any(character < " " for character in str(path)):
+            raise ValueError("it has a control character in it")
+        written = expanded(path)
+        real = written.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{printable(str(path))}: is no path that can be followed: {first_line(error)}") from None
     return written if written.name and written.absolute() == real else real
 
 

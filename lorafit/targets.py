@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+from lorafit.bounds import within
+from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, Tensor
+from lorafit.facts.folder import read_json
 from lorafit.recipe import LoraSection
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
@@ -68,7 +74,9 @@ def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
         raise TargetError(("target_modules",), "leaves no module to train")
     for pattern in ("rank_pattern", "alpha_pattern"):
         for key in getattr(lora, pattern):
-            if not any(_pattern_matches(key, module) for module in chosen):
+            with within(partial(TargetError, (pattern, key)), "the expression"):
+                found = [module for module in chosen if pattern_matches(key, module)]
+            if not found:
                 raise TargetError((pattern, key), f"matches no target module{near(key, chosen)}")
     return Targets(tuple(chosen), _short_names(chosen, facts), reason)
 
@@ -125,10 +133,11 @@ def _by_preset(preset: str, linear: list[str]) -> list[str]:
 
 def _by_expression(expression: str, linear: list[str]) -> list[str]:
     try:
-        pattern = re.compile(expression)
-    except re.error as error:
+        with within(partial(TargetError, ("target_modules",)), "the expression"):
+            pattern = re.compile(expression)
+            chosen = [module for module in linear if pattern.fullmatch(module)]
+    except _NO_EXPRESSION as error:
         raise TargetError(("target_modules",), f"is neither a preset nor a regular expression: {error}") from None
-    chosen = [module for module in linear if pattern.fullmatch(module)]
     if not chosen:
         hint = near(expression, linear) if expression.isidentifier() else f" such as {linear[0]}" if linear else ""
         only = " (one name stands in a list: [q_proj])" if expression.isidentifier() else ""
@@ -157,25 +166,60 @@ def _short_names(chosen: list[str], facts: ModelFacts) -> tuple[str, ...]:
     return leaves if meant == set(chosen) else tuple(chosen)
 
 
-def _pattern_matches(key: str, module: str) -> bool:
+_NO_EXPRESSION = (re.error, OverflowError, RecursionError)
+"""What re.compile raises."""
+
+
+def pattern_matches(key: str, module: str) -> bool:
     """PEFT's rule for rank_pattern and alpha_pattern (peft/utils/other.py: get_pattern_key)."""
     try:
         return re.match(rf"(.*\.)?({key})$", module) is not None
-    except re.error:
+    except _NO_EXPRESSION:
         return False
 
 
 def is_skipped(module: str, skip: Iterable[str]) -> bool:
-    """Whether a module stays unquantized (transformers/quantizers/quantizers_utils.py: should_convert_module)."""
+    """Whether a module stays unquantized (transformers/quantizers/quantizers_utils.py: should_convert_module).
+
+    Raises UsageError for an expression that takes too long.
+    """
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     try:
-        return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in skip)
-    except re.error:
+        with within(UsageError, "quantization.llm_int8_skip_modules: an expression"):
+            return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in skip)
+    except _NO_EXPRESSION:
         return False
 
 
+def check_expressions(config: Mapping[str, Any], modules: Iterable[str], where: str) -> None:
+    """See that the expressions of an adapter's configuration end on a model's modules, as PEFT matches them.
+
+    Raises ModelError.
+    """
+    whole = [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    given = [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
+    keys = [key for patterns in given if isinstance(patterns, dict) for key in patterns]
+    layers = config.get("layers_pattern")
+    try:
+        with within(ModelError, f"{where}: an expression of the adapter"):
+            patterns = [re.compile(f"(?:{text})$") for text in whole]
+            patterns += [re.compile(rf"(.*\.)?({key})$") for key in keys]
+            names = layers if isinstance(layers, list) else [layers] if layers else []
+            patterns += [re.compile(rf".*\.{name}\.(\d+)\.") for name in names]
+            for module in modules:
+                for pattern in patterns:
+                    pattern.match(module)
+    except _NO_EXPRESSION as error:
+        raise ModelError(f"{where}: an expression of the adapter is none: {error}") from None
+
+
+def check_adapter(adapter: Path, modules: Iterable[str]) -> None:
+    """The same for an adapter's folder."""
+    check_expressions(read_json(adapter / "adapter_config.json"), modules, str(adapter))
+
+
 def rank_of(lora: LoraSection, module: str) -> int:
-    return next((r for key, r in lora.rank_pattern.items() if _pattern_matches(key, module)), lora.r)
+    return next((r for key, r in lora.rank_pattern.items() if pattern_matches(key, module)), lora.r)
 
 
 def trainable_parameters(lora: LoraSection | None, targets: Targets | None, facts: ModelFacts) -> int:

@@ -20,9 +20,9 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lorafit.errors import first_line
+from lorafit.bounds import Environment, within
+from lorafit.errors import ModelError, first_line
 
 _ANSWER = "lorafit-probe-answer"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -39,7 +39,7 @@ REASONING = (
 _EMPTY = re.compile("|".join(rf"\s*{re.escape(begin)}\s*{re.escape(end)}\s*" for begin, end in REASONING))
 _HEADER = re.compile(r"\s*(?:<\|start\|>assistant)?(?:<\|channel\|>final| to=user)<\|message\|>")
 _REST = re.compile("|".join(rf"\s*{re.escape(end)}\s*" for _, end in REASONING))
-_DEFAULTS = re.compile(r"(?:(?:\{%- if \w+ is not defined %\}\{%- set \w+ = .*? %\}\{%- endif %\})+\n)+")
+_DEFAULTS = re.compile(r"(?:(?:\{%- if \w+ is not defined %\}\{%- set \w+ = [^%]* %\}\{%- endif %\})+\n)+")
 
 
 def with_defaults(template: str, values: Mapping[str, Any]) -> str:
@@ -72,11 +72,16 @@ def syntax_error(template: str) -> str | None:
 
 
 def variables(template: str) -> set[str]:
-    """The names that a template takes from whoever renders it. Empty if it is no Jinja."""
-    try:
-        return jinja2.meta.find_undeclared_variables(light_environment().parse(template))
-    except jinja2.TemplateError:
-        return set()
+    """The names that a template takes from whoever renders it. Empty if it is no Jinja. Raises ModelError."""
+    with _within():
+        try:
+            return jinja2.meta.find_undeclared_variables(light_environment().parse(template))
+        except Exception:  # noqa: BLE001 - a template may fail in any way; training will say how
+            return set()
+
+
+def _within() -> within:
+    return within(ModelError, "the chat template: a question and an answer, or reading it,")
 
 
 def without_defaults(template: str) -> tuple[str, str]:
@@ -154,13 +159,14 @@ class _Generation(jinja2.ext.Extension):
 
 
 def inspect_template(template: str, special_tokens: dict[str, str | None]) -> TemplateFacts:
-    """Render a question and an answer, as training does, and look at what follows the answer."""
-    trained = training_version(template)
-    return TemplateFacts(
-        end_of_turn=_end_of_turn(trained or template, special_tokens),
-        marks_answers=GENERATION.search(template) is not None,
-        has_training_version=trained is not None,
-    )
+    """Render a question and an answer, as training does, and look at what follows the answer. Raises ModelError."""
+    with _within():
+        trained = training_version(template)
+        return TemplateFacts(
+            end_of_turn=_end_of_turn(trained or template, special_tokens),
+            marks_answers=GENERATION.search(template) is not None,
+            has_training_version=trained is not None,
+        )
 
 
 def _end_of_turn(template: str, special_tokens: dict[str, str | None]) -> str | None:
@@ -172,14 +178,16 @@ def _end_of_turn(template: str, special_tokens: dict[str, str | None]) -> str | 
 def thinking_switch(template: str, special_tokens: dict[str, str | None]) -> str | None:
     """The variable that must be false for answers without reasoning to follow right after the prompt for them.
 
-    None where they do so anyway, or no variable helps.
+    None where they do so anyway, or no variable helps. Raises ModelError.
     """
-    if _answers_at_once(template, special_tokens):
-        return None
-    switched = (name for name in THINKING_SWITCHES if re.search(rf"\b{name}\b", template))
-    return next(
-        (name for name in switched if _answers_at_once(with_defaults(template, {name: False}), special_tokens)), None
-    )
+    with _within():
+        if _answers_at_once(template, special_tokens):
+            return None
+        switched = (name for name in THINKING_SWITCHES if re.search(rf"\b{name}\b", template))
+        return next(
+            (name for name in switched if _answers_at_once(with_defaults(template, {name: False}), special_tokens)),
+            None,
+        )
 
 
 def _answers_at_once(template: str, special_tokens: dict[str, str | None]) -> bool:
@@ -208,11 +216,9 @@ def _rendered(template: str, special_tokens: dict[str, str | None], prompt: bool
     return None
 
 
-def light_environment(now: Callable[[], datetime] = datetime.now) -> ImmutableSandboxedEnvironment:
+def light_environment(now: Callable[[], datetime] = datetime.now) -> Environment:
     """Renders chat templates as transformers does."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

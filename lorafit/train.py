@@ -49,6 +49,7 @@ from lorafit.progress import Stage, stage
 from lorafit.quiet import hush_progress
 from lorafit.rundir import RunDir, located
 from lorafit.show import print_findings
+from lorafit.targets import check_expressions
 from lorafit.tokenizer import load_tokenizer
 from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage
 from lorafit.written import References, as_written, expanded
@@ -508,6 +509,7 @@ def build_trainer(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrained
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     args = training_arguments(plan, run)  # from here on, several processes know each other
     base = load_base(plan, dequantized_base(plan, run))
+    check_expressions(plan.lora_kwargs or {}, (name for name, _ in base.named_modules()), "lora")
     with explained_experts(plan), stage("putting the adapter on the model"):
         trainer = Trainer(
             model=base,
@@ -536,6 +538,8 @@ def explained_experts(plan: Plan) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if "not found in the base model" in str(error):
+            raise ModelError(f"{plan.model['name_or_path']}: has other modules than its files say: {error}") from error
         if "ParamWrapper" not in str(error):
             raise
         raise ModelError(

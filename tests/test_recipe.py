@@ -381,7 +381,7 @@ def test_a_mistake_in_an_aliased_value_is_where_the_value_is() -> None:
 def test_files_that_cannot_be_read(here: Path) -> None:
     (here / "folder").mkdir()
     (here / "loop").symlink_to("loop")
-    assert mistakes_of("folder") == ["folder: can't be read: Is a directory"]
+    assert mistakes_of("folder") == ["folder: is a folder; give a recipe, a YAML file"]
     assert mistakes_of("gone.yaml") == ["gone.yaml: can't be read: No such file or directory"]
     assert mistakes_of("loop") == ["loop: can't be read: Too many levels of symbolic links"]
     assert mistakes_of("a\0b.yaml") == ["a\\x00b.yaml: is not a path: embedded null byte"]

@@ -24,7 +24,7 @@ from lorafit.errors import (
 )
 from lorafit.evaluate.assemble import BASE
 from lorafit.evaluate.contenders import Contender, Loaded, adapter_named, base_of, loaded
-from lorafit.facts.folder import read_json
+from lorafit.facts.folder import read_json, weight_files
 from lorafit.files import check
 from lorafit.model import loading
 from lorafit.plan import Plan
@@ -85,6 +85,7 @@ def _model_room(options: ChatOptions, console: Console) -> Iterator[Room]:
     name = options.path
     _check_model(name)
     check(located(name))
+    weight_files(located(name))
     folders = {given: _adapter_folder(given, path, name) for given, path in options.adapters}
     names = {"model": BASE} | {given: given for given in folders}
     first = known(options.use or "model", names)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
@@ -57,7 +59,7 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         before = signal.signal(signal.SIGTERM, terminated)
         try:
-            with shown():
+            with shown(), _heard():
                 return command(*args, **kwargs)
         except Interrupted as error:
             fail(str(error), 128 + error.signal_number)
@@ -80,6 +82,34 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             signal.signal(signal.SIGTERM, before)
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Have a signal come again whose exception is lost, as one is that is raised while Python destroys an object."""
+    before = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        error = lost.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            _again(signal.SIGINT)
+        elif isinstance(error, Interrupted):
+            _again(error.signal_number)
+        elif isinstance(error, Exception):  # an alarm that is none rings until it is heard
+            before(lost)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _again(number: int) -> None:
+    """Send this process a signal in a moment: what is raised at once would be lost as well."""
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def terminated(number: int, _: Any) -> NoReturn:

@@ -35,11 +35,10 @@ def train(
     """Train as a recipe says, into its run directory."""
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other", 2)
-    written = config.read_bytes() if config.is_file() else b""
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
 
-    recipe = Recipe.load(config, overrides or ())
+    written, recipe = bytes_of(config), Recipe.load(config, overrides or ())
     lock: str | None = None
     if locked:
         plan, lock = plan_locked(recipe, config, dry_run)
@@ -65,7 +64,7 @@ def train(
 
             gate(Audit.from_dict(plan.audit), plan.data.audit)
         return
-    if not written or config.read_bytes() != written:
+    if not written or bytes_of(config) != written:
         fail(f"{config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2)
     from lorafit.rundir import RunDir, located
 
@@ -88,6 +87,17 @@ def train(
         show(result)
     else:
         typer.echo(f"{result['result']}")
+
+
+def bytes_of(config: Path) -> bytes:
+    """What is in a recipe's file; nothing where it is none."""
+    from lorafit.bounds import read_bytes
+    from lorafit.recipe.source import MAX_BYTES
+
+    try:
+        return read_bytes(config, MAX_BYTES)
+    except (OSError, ValueError):  # making the plan says why
+        return b""
 
 
 def plan_locked(recipe: Recipe, config: Path, count_rows: bool) -> tuple[Plan, str]:

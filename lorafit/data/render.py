@@ -12,9 +12,11 @@ from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from lorafit.errors import DataError, first_line
+from lorafit import bounds
+from lorafit.errors import DataError, ModelError, first_line
 from lorafit.rows import Example, Fault, Message
 from lorafit.template import (
     GENERATION,
@@ -27,6 +29,9 @@ from lorafit.template import (
     training_version,
     uses_date,
 )
+
+# What transformers compiles every chat template with, here and for whoever else asks a tokenizer.
+chat_template_utils.ImmutableSandboxedEnvironment = bounds.Environment
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _WORD = re.compile(r"\w+")
@@ -130,6 +135,10 @@ class Renderer:
         return found
 
     def _conversation(self, example: Example) -> Rendered:
+        with bounds.within(DataError, f"{example.place}: the chat template"):
+            return self._written(example)
+
+    def _written(self, example: Example) -> Rendered:
         template = self._template_for(example)
         tools = list(example.tools) if example.tools else None
         messages = [{key: value for key, value in m.items() if key != "train"} for m in example.messages]
@@ -262,14 +271,20 @@ class ChatTemplate:
         self.special = tuple(special)
         self.special_pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self.names = dict(tokenizer.special_tokens_map)
-        named: dict[str, str | None] = {key: str(value) for key, value in self.names.items()}
+        self.eos = str(tokenizer.eos_token) if tokenizer.eos_token else None
+        with bounds.within(ModelError, "the chat template: a question and an answer"):
+            self._look(template, date)
+
+    def _look(self, template: str, date: str | None) -> None:
+        """Find out how it treats answers, by rendering some."""
         self.marked = training_version(template) or (template if GENERATION.search(template) else None)
         self.wants_parts = False
         self.wants_parts = not self._shows_words() and self._shows_words(parts=True)
+        named: dict[str, str | None] = {key: str(value) for key, value in self.names.items()}
         end_of_turn = inspect_template(template, named).end_of_turn
         self.ends_turns = end_of_turn != ""
-        self.closing = {str(tokenizer.eos_token)} if tokenizer.eos_token else set()
-        self.closing.update(token for token in special if (end_of_turn or "").startswith(token))
+        self.closing = {self.eos} if self.eos else set()
+        self.closing.update(token for token in self.special if (end_of_turn or "").startswith(token))
         self.knows_tools = re.search(r"\btools\b", template) is not None
         self.masks = "turn by turn"
         if self.marked is not None:

@@ -26,6 +26,7 @@ from lorafit.loss import settle_head
 from lorafit.model import base_source, load_base, on_cpu
 from lorafit.plan import Plan
 from lorafit.rundir import RunDir, located, open_run
+from lorafit.targets import check_adapter
 from lorafit.tokenizer import cannot_load
 from lorafit.written import expanded
 
@@ -169,6 +170,7 @@ class Loaded:
         """Put an adapter on the base; it is not in use yet. Raises ModelError."""
         inner = f"adapter{len(self._names)}"  # PEFT's names may not be any
         self.use(BASE)
+        check_adapter(folder, (name for name, _ in self.model.named_modules()))
         try:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(folder), adapter_name=inner)

@@ -182,7 +182,7 @@ def _check(folder: Path, key: dict[str, Any]) -> None:
     try:
         before = json.loads((folder / _KEY).read_text(encoding="utf-8"))
         before = dict(before)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UsageError(f"{folder}: there is no interrupted evaluation to go on with; leave out --resume") from None
     now = json.loads(json.dumps(key))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]

@@ -15,6 +15,8 @@ from typing import Any
 
 import jinja2
 
+from lorafit.bounds import within
+from lorafit.errors import ModelError
 from lorafit.export import go_template
 from lorafit.template import in_parts, light_environment
 
@@ -54,7 +56,11 @@ def modelfile(
     The TEMPLATE is compared with the chat template on conversations with and without a system message, of one and of
     several turns, each ending where the model is to answer. If they differ it is left out, and the remark says why.
     """
-    jinja = _Jinja(chat_template, special_tokens, adds_bos)
+    with within(ModelError, "the chat template: for a Modelfile it"):
+        return _modelfile(_Jinja(chat_template, special_tokens, adds_bos), gguf_name, stops)
+
+
+def _modelfile(jinja: _Jinja, gguf_name: str, stops: list[str]) -> Modelfile:
     lines = [f"FROM ./{gguf_name}"]
     remark = None
     try:

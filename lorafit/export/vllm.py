@@ -19,6 +19,7 @@ from typing import Any
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import read_json
 from lorafit.facts import safetensors_header
+from lorafit.targets import check_expressions, pattern_matches
 from lorafit.written import REFERENCE
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -63,6 +64,7 @@ def check_vllm(adapter: Path) -> VllmReport:
         largest = max([int(config.get("r") or 0), *ranks.values()])
         if largest > MAX_LORA_RANKS[-1]:
             reasons.append(f"the rank {largest} is above {MAX_LORA_RANKS[-1]}, the largest that vLLM takes")
+        check_expressions(config, ranks, str(adapter / "adapter_config.json"))
         reasons += _scaled_otherwise(config, ranks)
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise ModelError(
@@ -149,7 +151,7 @@ def _scaled_otherwise(config: dict[str, Any], ranks: dict[str, int]) -> list[str
 def _by_pattern(config: dict[str, Any], module: str, alpha: float) -> float:
     """PEFT's rule: the first pattern that is the module's name, or its end after a dot, as a regular expression."""
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern_matches(pattern, module):
             return float(value)
     return alpha
 

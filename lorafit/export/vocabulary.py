@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import LARGEST_TEMPLATE, read_text
 from lorafit.errors import ModelError
 from lorafit.export.refuse import refused
 from lorafit.facts.folder import read_json as facts_json
@@ -112,7 +113,7 @@ def chat_template(folder: Path, settings: dict[str, Any] | None = None) -> str |
     """The chat template of a model folder, the one named default where there are several."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file, LARGEST_TEMPLATE)
     template = (read_json(folder / "tokenizer_config.json") if settings is None else settings).get("chat_template")
     if isinstance(template, list):
         template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)

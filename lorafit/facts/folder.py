@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import ModelError
+from lorafit.bounds import LARGEST_TEMPLATE, opened, read_bytes, read_text
+from lorafit.errors import ModelError, printable
 from lorafit.facts.layouts import is_tied, layout
-from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts
+from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts, check_sizes
+from lorafit.files import is_inside
 
 
 def from_folder(name: str, path: Path) -> ModelFacts:
@@ -21,6 +24,7 @@ def from_folder(name: str, path: Path) -> ModelFacts:
         hint = " (an adapter: name its base model instead)" if (path / "adapter_config.json").is_file() else ""
         raise ModelError(f"{name}: the folder has no config.json{hint}")
     config = read_json(config_file)
+    check_sizes(name, config)
     weights = weight_files(path)
     for file in weights:
         if not file.is_file():
@@ -31,12 +35,25 @@ def from_folder(name: str, path: Path) -> ModelFacts:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would load (an index may name some that are not there)."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
+    if whole.is_file():
+        return [whole]
+    others = folder / "pytorch_model.bin.index.json"
+    if not index.is_file():
+        _shards(others)  # which transformers follows
+        return []
+    return _shards(index)
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. Raises ModelError for one outside its folder."""
+    if not index.is_file():
+        return []
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index}: expected a weight_map of tensors to files")
-    return [folder / name for name in sorted(set(names.values()))]
+    if odd := next((name for name in names.values() if not is_inside(name)), None):
+        raise ModelError(f"{index}: {printable(odd)} is outside the model's folder")
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def tensors_of(
@@ -63,7 +80,7 @@ def safetensors_header(file: Path) -> Iterator[Tensor]:
 def stored_tensors(file: Path) -> list[tuple[Tensor, tuple[int, int]]]:
     """The same, each with where its bytes begin and end in the file."""
     try:
-        with file.open("rb") as stream:
+        with opened(file) as stream:
             size = file.stat().st_size
             if size < 8:
                 raise ValueError(f"it has {size} bytes")
@@ -125,8 +142,10 @@ def _as_loaded(config: dict[str, Any], tensors: list[Tensor]) -> Iterator[Tensor
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(read_text(file))
+    except OSError as error:
+        raise ModelError(f"{file}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file}: expected an object")
@@ -150,9 +169,9 @@ def tokenizer_facts(path: Path) -> TokenizerFacts | None:
         template = next((item.get("template") for item in named if item.get("name") == "default"), None)
     jinja = path / "chat_template.jinja"
     try:
-        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else template
+        template = read_text(jinja, LARGEST_TEMPLATE) if os.path.lexists(jinja) else template
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{jinja}: can't be read: {error}") from None
+        raise ModelError(f"{jinja}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     template = template if isinstance(template, str) else None
     return TokenizerFacts(token("eos_token"), token("pad_token"), token("bos_token"), template, _digest(path))
 
@@ -170,6 +189,9 @@ TOKENIZER_FILES = (
 """The files that shape a tokenizer."""
 
 
+_MOST_OF_A_TOKENIZER = 1 << 30
+
+
 def _digest(path: Path) -> str | None:
     """Of the tokenizer's files; None where the vocabulary is not there (yet)."""
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
@@ -179,5 +201,5 @@ def _digest(path: Path) -> str | None:
     files += [path / "config.json", *sorted(path.glob("*.py")), *sorted(path.glob("additional_chat_templates/*.jinja"))]
     digest = hashlib.sha256()
     for file in filter(Path.is_file, files):
-        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{file.name} {hashlib.sha256(read_bytes(file, _MOST_OF_A_TOKENIZER)).hexdigest()}\n".encode())
     return digest.hexdigest()

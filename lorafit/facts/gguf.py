@@ -9,9 +9,10 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lorafit.bounds import opened
 from lorafit.errors import ModelError
 from lorafit.facts.layouts import layout
-from lorafit.facts.types import ModelFacts, TokenizerFacts
+from lorafit.facts.types import ModelFacts, TokenizerFacts, check_sizes
 
 
 def from_gguf(name: str, path: Path) -> ModelFacts:
@@ -47,6 +48,8 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
         if f"{family}.{where}" in metadata:
             config[key] = metadata[f"{family}.{where}"]
 
+    check_sizes(name, config)
+
     def token(key: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
         return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else None
@@ -80,7 +83,7 @@ def gguf_header(path: Path) -> tuple[dict[str, Any], set[str]]:
     Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     size = path.stat().st_size
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         if stream.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         version, tensor_count, entry_count = _gguf_numbers(stream, "<IQQ")

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from lorafit.errors import ModelError
 from lorafit.facts.folder import read_json, tensors_of, tokenizer_facts, weight_files
 from lorafit.facts.layouts import layout
-from lorafit.facts.types import ModelFacts
+from lorafit.facts.types import ModelFacts, check_sizes
 
 
 class UnreachableError(ModelError):
@@ -71,6 +71,7 @@ def from_hub(name: str, revision: str | None) -> ModelFacts:
     _hub_file(name, "chat_template.jinja", revision)
     folder = found["config.json"].parent
     config = read_json(found["config.json"])
+    check_sizes(name, config)
     weights = weight_files(folder)
     if not all(file.is_file() for file in weights):  # not downloaded yet, or in part
         weights = []

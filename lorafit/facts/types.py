@@ -8,6 +8,8 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
+from lorafit.errors import ModelError
+
 Kind = Literal["folder", "gguf", "hub", "bundled"]
 
 
@@ -151,6 +153,33 @@ _OWN_LINEAR = ("falcon",)
 _LAST_LINEAR = {"olmo": "mlp.down_proj", "opt": "fc2"}
 """The last linear layer of families that may end without norm or head: transformers keeps a model's last module."""
 _NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio)")
+
+
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "n_layer": 10_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "n_routed_experts": 100_000,
+}
+_SIZES |= dict.fromkeys(
+    ("hidden_size", "n_embd", "vocab_size", "intermediate_size", "n_inner", "num_attention_heads", "n_head"), 2**31 - 1
+)
+_SIZES |= dict.fromkeys(
+    ("num_key_value_heads", "head_dim", "max_position_embeddings", "n_positions", "moe_intermediate_size"), 2**31 - 1
+)
+"""Sizes that a configuration may have, and the most that each can be."""
+_AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "hidden_size", "n_embd", "vocab_size")
+
+
+def check_sizes(name: str, config: dict[str, Any]) -> None:
+    """Raises ModelError for a size that no model has. What is no number, such as a list, is the family's own."""
+    for part in (config, text_config_of(config)):
+        for key, most in _SIZES.items():
+            value = part.get(key)
+            least = int(key in _AT_LEAST_ONE)
+            if isinstance(value, float) or (isinstance(value, int) and not least <= value <= most):
+                raise ModelError(f"{name}: the configuration can't be right: {key} is {str(value)[:30]}")
 
 
 def text_config_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import read_text
 from lorafit.errors import UsageError, first_line
 from lorafit.files import own_digest, write_text
 
@@ -47,7 +48,7 @@ class Lock:
     def read(path: Path) -> Lock:
         """Raises UsageError for a file that is missing or no lock of this version."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
         except FileNotFoundError:
             raise UsageError(f"{path}: there is no lock; `lorafit lock` writes it") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lorafit.errors import GateError, ModelError, first_line
 from lorafit.merge.quantized import RoundTrip
 from lorafit.model import loading
+from lorafit.targets import check_adapter
 from lorafit.tokenizer import cannot_load
 
 
@@ -43,6 +44,7 @@ def merge_in_memory(
         if round_trip is not None and name in round_trip.parameters:
             parameter.data = round_trip(name, parameter.data)
     model = model.float()
+    check_adapter(adapter, (name for name, _ in model.named_modules()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 from lorafit.errors import LorafitError, ModelError, first_line
 from lorafit.facts import safetensors_header
 from lorafit.merge.edits import ADAPTER, BiasEdit, Edit, Replacement, TokensEdit, edit_of
+from lorafit.targets import check_adapter
 
 
 class NotOneByOne(Exception):
@@ -199,6 +200,7 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
 
     Raises ModelError for an adapter that doesn't belong to the model, and NotOneByOne.
     """
+    check_adapter(adapter, (name for name, _ in model.named_modules()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lorafit.errors import DataError
+from lorafit.bounds import LARGEST_TEMPLATE, read_text
+from lorafit.errors import DataError, ModelError, first_line
 from lorafit.plan.context import Context
 from lorafit.plan.types import DataPlan, SourcePlan
 from lorafit.recipe import Recipe
@@ -55,9 +56,10 @@ def read_chat_template(context: Context) -> str | None:
             return None
         path = str(known[path])
     try:
-        return expanded(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
-        context.wrong(("model", "chat_template"), f"can't be read: {error}")
+        return read_text(expanded(path), LARGEST_TEMPLATE)
+    except (OSError, ValueError, RuntimeError) as error:  # not UTF-8, a NUL in the name; no home
+        reason = error.strerror if isinstance(error, OSError) else error
+        context.wrong(("model", "chat_template"), f"can't be read: {path}: {first_line(reason)}")
         return None
 
 
@@ -77,7 +79,12 @@ def plan_data(
     recipe = context.recipe
     template_kwargs = dict(recipe.model.chat_template_kwargs)
     if any(source.format not in ("text", "prompt_completion", None) for source in (*train, *validation)):
-        template_kwargs |= _conversations(context, chat_template, (*train, *validation) if looks else ())
+        try:
+            template_kwargs |= _conversations(context, chat_template, (*train, *validation) if looks else ())
+        except ModelError as error:  # it has no end
+            if chat_template is None:
+                raise
+            context.wrong(("model", "chat_template"), str(error))
     _padding(context)
     fraction = recipe.dataset.validation if isinstance(recipe.dataset.validation, float) else None
     tokenizer = context.facts.tokenizer

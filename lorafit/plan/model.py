@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorafit.errors import UsageError
 from lorafit.plan.context import Context
 from lorafit.targets import OUTPUT_HEADS, Targets, is_skipped, near, trainable_parameters
 
@@ -155,11 +156,14 @@ def _unquantized(context: Context, asked: tuple[str, ...] | None) -> list[str] |
         return None
     names = list(context.facts.quantizable)
     for index, name in enumerate(asked):
-        if names and name not in OUTPUT_HEADS and not any(is_skipped(module, [name]) for module in names):
-            context.wrong(
-                ("quantization", "llm_int8_skip_modules", index),
-                f"'{name}' matches no linear layer of the model{near(name, names)}",
-            )
+        where = ("quantization", "llm_int8_skip_modules", index)
+        try:
+            skipped = {module for module in context.facts.modules if is_skipped(module, [name])}
+        except UsageError as error:
+            context.wrong(where, str(error).partition(": ")[2])
+            continue
+        if names and name not in OUTPUT_HEADS and skipped.isdisjoint(names):
+            context.wrong(where, f"'{name}' matches no linear layer of the model{near(name, names)}")
     heads = [head for head in OUTPUT_HEADS if head in context.facts.modules] or ["lm_head"]
     reason = "the recipe's list, and the output head, from whose weight the loss is computed"
     return list(context.choose("quantization.llm_int8_skip_modules", list(dict.fromkeys((*asked, *heads))), reason))

@@ -16,12 +16,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, 
 from lorafit.recipe.source import Located, Mistake, Position, dotted
 from lorafit.written import References
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+MOST_WHOLE, MOST = 2**31 - 1, 1e30
+"""The largest numbers that a recipe may have: what libraries below compute with is not Python's."""
+PositiveInt = Annotated[int, Field(gt=0, le=MOST_WHOLE)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MOST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _path(text: str) -> str:
+    if any(character < " " or character == "\x7f" for character in text):
+        raise ValueError("a path without line breaks and other control characters")
+    return text
+
+
+PathText = Annotated[Text, AfterValidator(_path)]
 
 
 class Section(BaseModel):
@@ -83,7 +94,7 @@ TemplateVariable = Annotated[str, AfterValidator(_template_variable)]
 
 
 class ModelSection(Section):
-    name_or_path: Text
+    name_or_path: PathText
     """Hub id, local folder, or a `.gguf` file (which is dequantized). A folder is relative to the
     working directory."""
     revision: Text | None = None
@@ -95,7 +106,7 @@ class ModelSection(Section):
     """Attention kernel of transformers. `auto`: sdpa, or eager for the few models that have no sdpa."""
     trust_remote_code: bool = False
     """Whether to run Python code that the model's repository ships. Off: such a model is refused."""
-    chat_template: Text | None = None
+    chat_template: PathText | None = None
     """What replaces the tokenizer's chat template, in training and in what is saved: the path of a
     Jinja file, or the name of a template that TRL ships, such as `qwen3` (docs/data.md lists them)."""
     chat_template_kwargs: dict[TemplateVariable, TemplateValue] = Field(default_factory=dict)
@@ -121,10 +132,13 @@ class QuantizationSection(Section):
     """Modules to leave unquantized, 4-bit or 8-bit, besides the output head, which always stays so."""
 
 
+Alpha = Annotated[float, Field(gt=0, le=60_000)]  # below the largest float16
+
+
 class LoraSection(Section):
     r: PositiveInt = 16
     """Rank of the adapter."""
-    lora_alpha: PositiveFloat = 32
+    lora_alpha: Alpha = 32
     """Scale: the update is multiplied by lora_alpha / r (or / sqrt(r) with use_rslora)."""
     lora_dropout: Fraction = 0.05
     """Dropout on the adapter's input."""
@@ -140,7 +154,7 @@ class LoraSection(Section):
     """Indices of the layers that get an adapter. Default: all."""
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """Ranks of some modules that differ from r, by module name or regular expression."""
-    alpha_pattern: dict[str, PositiveFloat] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
     """Values of lora_alpha that differ for some modules, by module name or regular expression."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
@@ -160,7 +174,7 @@ class LoraSection(Section):
 
 
 class Source(Section):
-    path: Text
+    path: PathText
     """A .json, .jsonl, .csv or .parquet file (the first three also with .gz or .zst), a folder of
     them, a pattern such as `data/*.jsonl`, or a hub data set's id. Relative to the working directory."""
     format: RowFormat = "auto"
@@ -250,6 +264,9 @@ class DatasetSection(Section):
     """How much may be wrong with the data before training is refused."""
 
 
+BatchSize = Annotated[int, Field(gt=0, le=1_000_000)]
+
+
 class TrainingSection(Section):
     max_length: PositiveInt = 2048
     """Tokens per row; see dataset.excess_length_strategy for longer rows."""
@@ -259,7 +276,7 @@ class TrainingSection(Section):
     """Passes over the training rows. Default: 3, or as many as max_steps needs."""
     max_steps: PositiveInt | None = None
     """Optimizer steps to stop after, instead of num_train_epochs."""
-    per_device_train_batch_size: PositiveInt | Literal["auto"] = "auto"
+    per_device_train_batch_size: BatchSize | Literal["auto"] = "auto"
     """Rows in one forward pass on one device. `auto`: 8 on a CPU, 4 on a GPU, at most what
     global_batch_size allows."""
     gradient_accumulation_steps: PositiveInt | Literal["auto"] = "auto"
@@ -267,7 +284,7 @@ class TrainingSection(Section):
     global_batch_size: PositiveInt | None = None
     """Rows per optimizer step over all devices, when gradient_accumulation_steps is auto.
     Default: 16."""
-    per_device_eval_batch_size: PositiveInt | Literal["auto"] = "auto"
+    per_device_eval_batch_size: BatchSize | Literal["auto"] = "auto"
     """Rows in one evaluation pass on one device. `auto`: as in training."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
@@ -287,7 +304,7 @@ class TrainingSection(Section):
     """Arguments of the schedule, such as `min_lr_rate: 0.1` for cosine_with_min_lr."""
     warmup_ratio: Fraction | None = None
     """Share of the steps over which the learning rate rises. Default: 0.03."""
-    warmup_steps: Annotated[int, Field(ge=0)] | Fraction | None = None
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST_WHOLE)] | Fraction | None = None
     """Steps over which the learning rate rises, instead of warmup_ratio; below 1, a share of them."""
     optim: Literal[
         "auto",
@@ -319,13 +336,13 @@ class TrainingSection(Section):
     """Epsilon of the Adam optimizers."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are clipped to this norm; 0 turns clipping off."""
-    neftune_noise_alpha: PositiveFloat | None = None
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000)] | None = None
     """NEFTune: scale of the noise added to the embeddings in training."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass to save memory. `auto`: on a GPU."""
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     """Order of the training rows."""
-    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=128)] = 0
     """Processes that prepare batches beside the training process."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of the adapter's start, the order of rows, dropout, and the validation split."""
@@ -400,7 +417,7 @@ class EvalSet(Section):
 
     name: Name
     """As it stands in figures. `heldout` are the rows that the run kept out of training, unless a path is given."""
-    path: Text | None = None
+    path: PathText | None = None
     """As a source's path, on this machine. Only `heldout` needs none."""
     format: RowFormat = "auto"
     """Shape of the rows, as a source's."""
@@ -427,11 +444,11 @@ class EvalSet(Section):
 class LmEvalSection(Section):
     """Benchmarks of lm-evaluation-harness, on the model in memory. Needs `pip install 'lorafit[lm-eval]'`."""
 
-    tasks: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    tasks: Annotated[tuple[PathText, ...], Field(strict=False, min_length=1)]
     """Task names of lm-evaluation-harness, or YAML files of your own."""
-    include_path: Text | None = None
+    include_path: PathText | None = None
     """A folder with tasks of your own."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Solved examples before each question. Default: as the task says."""
     limit: PositiveInt | None = None
     """Documents of each task, from the first. Default: all."""
@@ -452,7 +469,7 @@ class JudgeSection(Section):
     """Pairs of answers that are compared, for each model and set."""
     prompt: Text | None = None
     """What the judge is asked, with {question}, {expected}, {first} and {second}. Default: lorafit's own."""
-    timeout: PositiveFloat = 60.0
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
     """Seconds for one reply."""
     max_tokens: PositiveInt = 256
     """Tokens that a reply may have."""
@@ -507,7 +524,7 @@ class Recipe(Section):
     """How the adapter is merged into the base, and what the result must hold."""
     eval: EvalSection = Field(default_factory=EvalSection)
     """What is measured after training, and what must hold of it."""
-    output_dir: Text | None = None
+    output_dir: PathText | None = None
     """The run directory. Default: runs/ and the recipe's file name. Relative to the working
     directory."""
 

@@ -19,6 +19,7 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
+from lorafit.bounds import opened
 from lorafit.errors import printable
 from lorafit.written import REFERENCE, References, value_of
 
@@ -447,7 +448,7 @@ class Disk:
         return os.path.isfile(file)
 
     def read(self, file: Path, most: int) -> bytes:
-        with file.open("rb") as stream:
+        with opened(file) as stream:
             return stream.read(most)
 
 
@@ -553,6 +554,8 @@ class _Files:
             before = data[: error.start]
             place = Position(shown, before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
             raise SourceMistakes(Mistake(place, "", "is not UTF-8 text")) from None
+        except IsADirectoryError:
+            raise SourceMistakes(Mistake(start, "", not_a_folder(file))) from None
         except OSError as error:
             raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
         if len(data) > MAX_BYTES:
@@ -589,6 +592,15 @@ class _Files:
             if parent is not None:
                 base = parent if base is None else layered(base, parent)
         return merged if base is None else layered(base, merged)
+
+
+def not_a_folder(folder: Path) -> str:
+    """What to give instead of a folder."""
+    recipe = folder / "recipe.yaml"
+    if (folder / "plan.json").is_file():
+        return f"is a run directory; give the recipe that it was trained from, such as the copy in it, {recipe}"
+    found = sorted(file.name for file in folder.glob("*.y*ml"))[:3]
+    return "is a folder; give a recipe, a YAML file" + (f" such as {folder / found[0]}" if found else "")
 
 
 def _readable(path: str) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lorafit.bounds import Environment, within
 from lorafit.errors import DataError, first_line
 from lorafit.rows.row import TEXT_KINDS, Fault, Row, brief, kind_of, names
 
@@ -184,10 +184,13 @@ def without_nulls(value: Any) -> Any:
 def check_template(template: str | Mapping[str, str]) -> None:
     """Raises ValueError with the reason, one line, for a template that isn't Jinja."""
     for column, source in _by_column(template).items():
-        try:
-            _compiled(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{column}: line {error.lineno}: {first_line(error.message)}") from None
+        with within(ValueError, f"{column}: the template"):
+            try:
+                _compiled(source)
+            except jinja2.TemplateSyntaxError as error:
+                raise ValueError(f"{column}: line {error.lineno}: {first_line(error.message)}") from None
+            except Exception as error:  # noqa: BLE001 - a number of 5000 digits, brackets 2000 deep, 30 loops in each other
+                raise ValueError(f"{column}: can't be compiled: {first_line(error)}") from None
 
 
 def _by_column(template: str | Mapping[str, str]) -> Mapping[str, str]:
@@ -206,10 +209,8 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printed
-    )
+def _environment() -> Environment:
+    environment = Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printed)
     environment.filters["tojson"] = _tojson
     return environment
 
@@ -222,10 +223,12 @@ def _compiled(source: str) -> jinja2.Template:
 def _render(row: Row, template: str | Mapping[str, str], key: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for column, source in _by_column(template).items():
-        try:
-            text = _compiled(source).render({**row.fields, "row": row.fields})
-        except Exception as error:  # noqa: BLE001 - a template may fail in any way
-            raise DataError(f"{row.place}: {key}.template ({column}): {first_line(error)}") from None
+        place = f"{row.place}: {key}.template ({column}): "
+        with within(DataError, f"{place}it"):
+            try:
+                text = _compiled(source).render({**row.fields, "row": row.fields})
+            except Exception as error:  # noqa: BLE001 - a template may fail in any way
+                raise DataError(f"{place}{first_line(error)}") from None
         made[column] = _parsed(column, text)
     return made
 

@@ -15,8 +15,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from lorafit import bounds
 from lorafit.errors import DataError, first_line
 from lorafit.files import file_digest
 from lorafit.progress import stage
@@ -38,20 +39,21 @@ def data_files(path: str) -> list[Path]:
     """The data files of a file's, a folder's or a glob's path, sorted. Raises DataError."""
     given = str(expanded(path))
     if os.path.isdir(given):
-        files = sorted(
-            file
-            for file in Path(given).rglob("*")
-            if kind_of(file.name) and file.is_file() and not _is_hidden(file.relative_to(given))
-        )
+        with bounds.within(DataError, f"{path}: the folder"):
+            files = sorted(
+                file
+                for file in Path(given).rglob("*")
+                if kind_of(file.name) and file.is_file() and not _is_hidden(file.relative_to(given))
+            )
         if not files:
             raise DataError(f"{path}: the folder holds no {_EXPECTED}")
         return files
     if os.path.exists(given):  # Path.exists raises for a name that is too long
-        if not kind_of(given):
+        if not kind_of(given) or not os.path.isfile(given):
             raise DataError(f"{path}: expected a {_EXPECTED}, a folder of them, or a glob")
         return [Path(given)]
     if glob.has_magic(given):
-        matches = glob.glob(given, recursive=True) if "\0" not in given else []
+        matches = bounds.expand(given, DataError)
         files = sorted({Path(match) for match in matches if kind_of(match) and os.path.isfile(match)})
         if not files:
             raise DataError(f"{path}: the glob matches no {_EXPECTED} (looked in {Path.cwd()})")
@@ -109,7 +111,7 @@ def _text(file: Path) -> Iterator[tuple[TextIO, Callable[[], int]]]:
     """
     if file.suffix in COMPRESSIONS and file.stat().st_size == 0:
         raise DataError(f"{file}: can't be unpacked, the file is damaged or cut off: it is empty")
-    with io.FileIO(file) as raw:
+    with bounds.opened(file) as raw:
         stream = io.BufferedReader(_unpacked(file, raw), _CHUNK // 4)
         if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{file}: is UTF-16 text; save it as UTF-8")
@@ -117,7 +119,7 @@ def _text(file: Path) -> Iterator[tuple[TextIO, Callable[[], int]]]:
             yield text, raw.tell
 
 
-def _unpacked(file: Path, raw: io.FileIO) -> Any:
+def _unpacked(file: Path, raw: BinaryIO) -> Any:
     if file.suffix == ".gz":
         return gzip.open(raw)
     if file.suffix == ".zst":
@@ -134,19 +136,66 @@ def _as_row(file: str, number: int, value: Any, hint: str = "") -> Row:
     return row
 
 
+class _Lines:
+    """The lines of a text, with as many characters for each row as one may have: set `taken` to 0 after each.
+
+    Raises DataError.
+    """
+
+    def __init__(self, file: str, text: TextIO) -> None:
+        self.file, self.text = file, text
+        self.number = self.taken = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.text.readline(bounds.LONGEST_ROW + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.taken += len(line)
+        if self.taken > bounds.LONGEST_ROW:
+            raise DataError(f"{self.file}:{self.number}: {_too_long()}")
+        return line
+
+
+def _too_long() -> str:
+    return f"the row is longer than {bounds.LONGEST_ROW} characters; split it, or leave it out"
+
+
+class _Twice(ValueError):
+    """An object has a key twice, of which Python would keep the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(f"the key {brief(next(name for name in names if names.count(name) > 1))} is there twice")
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _jsonl(file: str, text: TextIO) -> Iterator[Row]:
-    for number, line in enumerate(text, 1):
+    lines = _Lines(file, text)
+    for line in lines:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _JSON.decode(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}:{number}: not JSON: {_json_reason(error)}; each line is one row") from None
-        yield _as_row(file, number, value, "; a list of rows is .json" if isinstance(value, list) else "")
+            more = "" if isinstance(error, _Twice) else "; each line is one row"
+            raise DataError(f"{file}:{lines.number}: {_json_reason(error)}{more}") from None
+        lines.taken = 0
+        yield _as_row(file, lines.number, value, "; a list of rows is .json" if isinstance(value, list) else "")
 
 
 def _json_reason(error: Exception) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+    return reason if isinstance(error, _Twice) else f"not JSON: {reason}"
 
 
 def _json(file: str, text: TextIO) -> Iterator[Row]:
@@ -154,9 +203,10 @@ def _json(file: str, text: TextIO) -> Iterator[Row]:
     if window.next() == "[":
         yield from _json_list(file, window)
         return
-    value = window.value()
+    value = window.value(bounds.LARGEST_DOCUMENT)
     if window.next():
-        raise window.error("Extra data; one object per line is .jsonl" if isinstance(value, dict) else "Extra data")
+        what = "Extra data; one object per line is .jsonl" if isinstance(value, dict) else "Extra data"
+        raise window.error(f"not JSON: {what}")
     if not isinstance(value, dict):
         raise DataError(f"{file}: expected a list of rows, got {brief(value)}")
     lists = [item for item in value.values() if isinstance(item, list)]
@@ -174,13 +224,13 @@ def _json_list(file: str, window: _JsonWindow) -> Iterator[Row]:
         yield _as_row(file, number, window.value())
         follows = window.next()
         if follows not in (",", "]"):
-            raise window.error("Expecting ',' delimiter")
+            raise window.error("not JSON: Expecting ',' delimiter")
         if follows == "]":
             break
         window.skip()
     window.skip()
     if window.next():
-        raise window.error("Extra data")
+        raise window.error("not JSON: Extra data")
 
 
 class _JsonWindow:
@@ -190,7 +240,7 @@ class _JsonWindow:
     one costs time in proportion to its size.
     """
 
-    _decode = json.JSONDecoder().raw_decode
+    _decode = _JSON.raw_decode
     _space = re.compile(r"[ \t\r\n]*")
     _TOKEN = 16
     """An error this near to the window's end may come from a cut token (`-Infin`, `\\u00`)."""
@@ -205,20 +255,24 @@ class _JsonWindow:
         self.ended = False
 
     def next(self) -> str:
-        """The next character that isn't white space; empty at the end."""
+        """The next character that isn't white space; empty at the end. Raises DataError where there is no end to it."""
+        space = -self.at
         while True:
             match = self._space.match(self.text, self.at)
             self.at = match.end() if match else self.at
+            if space + self.at > bounds.LONGEST_ROW:
+                raise self.error(_too_long())
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
+            space += self.at
             self._read()
 
     def skip(self) -> None:
         """Go past the next character."""
         self.at += 1
 
-    def value(self) -> Any:
-        """The next value. Raises DataError with the line."""
+    def value(self, most: int | None = None) -> Any:
+        """The next value, of a row's most characters or some other number of them. Raises DataError with the line."""
         self.next()
         while True:
             try:
@@ -226,18 +280,21 @@ class _JsonWindow:
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - self._TOKEN
                 if self.ended or not cut:
-                    raise self.error(error.msg, error.pos) from None
+                    raise self.error(_json_reason(error), error.pos) from None
             except (ValueError, RecursionError) as error:
-                raise self.error(first_line(error)) from None
+                raise self.error(_json_reason(error)) from None
             else:
                 if end < len(self.text) or self.ended:  # a number at the window's end may go on
                     self.at = end
                     return value
+            if len(self.text) - self.at > (bounds.LONGEST_ROW if most is None else most):
+                too_long = f"the file is longer than {most} characters, and no list of rows; save it as .jsonl"
+                raise self.error(_too_long() if most is None else too_long)
             self._read()
 
     def error(self, reason: str, position: int | None = None) -> DataError:
         line = self.line + self.text.count("\n", 0, self.at if position is None else position)
-        return DataError(f"{self.file}:{line}: not JSON: {reason}")
+        return DataError(f"{self.file}:{line}: {reason}")
 
     def _read(self) -> None:
         self.line += self.text.count("\n", 0, self.at)
@@ -248,12 +305,14 @@ class _JsonWindow:
 
 def _csv(file: str, text: TextIO) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text, strict=True)
+    lines = _Lines(file, text)
+    reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     try:
         for cells in reader:
             if not cells:
                 continue
+            lines.taken = 0
             if header is None:
                 header = cells
                 _no_twins(f"{file}:{reader.line_num}", header)
@@ -280,7 +339,8 @@ def _parquet(file: Path) -> Iterator[Row]:
 
     try:
         with (
-            pyarrow.parquet.ParquetFile(file) as table,
+            bounds.opened(file) as stream,
+            pyarrow.parquet.ParquetFile(stream) as table,
             stage(f"reading {file.name}", table.metadata.num_rows, "rows") as reading,
         ):
             _no_twins(str(file), list(table.schema_arrow.names))
@@ -289,7 +349,12 @@ def _parquet(file: Path) -> Iterator[Row]:
                 facts = table.metadata.row_group(group)
                 fitting = _BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1)
                 size = min(max(fitting, 1), _BATCH_ROWS)
+                _look(file, table, group, number + 1)
                 for batch in table.iter_batches(batch_size=size, row_groups=[group]):
+                    for index in range(len(batch) if batch.nbytes > bounds.LONGEST_ROW else 0):
+                        if batch.slice(index, 1).nbytes > bounds.LONGEST_ROW:
+                            place = Row(str(file), number + index + 1, {}).place
+                            raise DataError(f"{place}: {_too_long()}")
                     columns = list(map(_cells, batch.columns))
                     for number, cells in enumerate(zip(*columns, strict=True), number + 1):  # noqa: B020
                         yield Row(str(file), number, dict(zip(batch.schema.names, cells, strict=True)))
@@ -298,6 +363,22 @@ def _parquet(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: not parquet: {first_line(error)}") from None
     except (ValueError, KeyError, OverflowError) as error:  # a date of the year 10000, a map with a key twice
         raise DataError(f"{file}: row {number + 1} or one soon after can't be read: {first_line(error)}") from None
+
+
+def _look(file: Path, table: Any, group: int, number: int) -> None:
+    """Read the first row of a group alone. Raises DataError where that unpacks to far more than its bytes."""
+    import pyarrow
+
+    facts = table.metadata.row_group(group)
+    packed = sum(facts.column(index).total_compressed_size for index in range(facts.num_columns))
+    before = pyarrow.total_allocated_bytes()
+    row = next(table.iter_batches(batch_size=1, row_groups=[group]), None)
+    if pyarrow.total_allocated_bytes() - before - packed > 8 * bounds.LONGEST_ROW:
+        raise DataError(f"{Row(str(file), number, {}).place}: it, or what is packed with it, {_TOO_MUCH}")
+    del row
+
+
+_TOO_MUCH = "unpacks to far more than a row may have; write the file with smaller pages, or leave it out"
 
 
 def _cells(column: Any) -> list[Any]:

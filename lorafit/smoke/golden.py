@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import read_text
 from lorafit.errors import GateError, UsageError, first_line
 from lorafit.files import write_text
 from lorafit.smoke import Report, Step
@@ -54,7 +55,7 @@ def record(report: Report, file: Path) -> None:
 def read_golden(file: Path) -> Golden:
     """Raises UsageError for what is no golden file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except FileNotFoundError:
         raise UsageError(f"{file}: no such golden file; make it with --record") from None
     except OSError as error:

@@ -77,7 +77,11 @@ class Checker:
                 found.wrong(("model", "name_or_path"), error)
         hardware = self.options.hardware or meant_hardware(recipe)
         context = Context(recipe, facts or ModelFacts(recipe.model.name_or_path, "hub", "nothing", {}, ()), hardware)
-        plan = examine(context, Path(file).stem, "nothing" if "data" in self.options.skip else "formats")
+        try:
+            plan = examine(context, Path(file).stem, "nothing" if "data" in self.options.skip else "formats")
+        except ModelError as error:  # a chat template without an end
+            found.wrong(("model", "name_or_path"), error)
+            return None, None
         for mistake in context.mistakes:
             if facts is not None or not mistake.path.startswith("lora."):  # modules can't be told without the model
                 found.faults.append(Fault(mistake, RecipeError.exit_code))

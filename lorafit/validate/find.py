@@ -6,12 +6,14 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
+from lorafit.bounds import expand, opened
 from lorafit.errors import UsageError
 from lorafit.recipe import Recipe
-from lorafit.recipe.source import MAX_BYTES
+from lorafit.recipe.source import MAX_BYTES, not_a_folder
 from lorafit.validate.types import Skipped
 
 ENDINGS = (".yaml", ".yml")
@@ -35,7 +37,7 @@ def find(paths: Iterable[str]) -> Found:
         if os.path.isdir(path):
             inside = list(_inside(path))
         elif not os.path.exists(path) and glob.has_magic(path):
-            inside = [(file, None) for file in sorted(filter(_is_yaml, glob.glob(path, recursive=True)))]
+            inside = [(file, None) for file in sorted(filter(_is_yaml, expand(path, UsageError)))]
         else:
             recipes.setdefault(_identity(path), path)
             continue
@@ -48,6 +50,8 @@ def find(paths: Iterable[str]) -> Found:
             elif is_recipe or reason is None:
                 why = Skipped(file, reason or "has none of a recipe's keys", is_recipe)
                 left_out.setdefault(_identity(file), why)
+        if not chosen and os.path.isfile(os.path.join(path, "plan.json")):
+            raise UsageError(f"{path}: {not_a_folder(Path(path))}")
         if not chosen:
             raise UsageError(f"{path}: there are no recipes ({len(inside)} YAML files)")
     return Found(tuple(recipes.values()), tuple(one for key, one in left_out.items() if key not in recipes))
@@ -91,7 +95,7 @@ def _inside(folder: str) -> Iterator[tuple[str, str | None]]:
 def _is_recipe(file: str) -> bool:
     """Whether a YAML file has one of a recipe's keys at its top. What can't be read so is for the check to report."""
     try:
-        with open(file, "rb") as stream:
+        with opened(Path(file)) as stream:
             text = stream.read(MAX_BYTES + 1)
         return len(text) > MAX_BYTES or not FILE_KEYS.isdisjoint(_top_keys(text.decode("utf-8-sig")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, OverflowError, RecursionError):

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 from jinja2 import BaseLoader, StrictUndefined
-from jinja2.sandbox import SandboxedEnvironment
 
+from lorafit.bounds import Environment, read_bytes, within
 from lorafit.errors import DataError, UsageError, first_line
 from lorafit.evaluate.benchmarks.types import Benchmarks
 from lorafit.written import expanded
@@ -25,20 +25,32 @@ def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
     runs no scripts since 4.0.
     """
     import lm_eval
+    import lm_eval.api.metrics  # takes seconds, and registers them
 
     file = expanded(file).resolve()
     if file in seen or file.is_relative_to(Path(lm_eval.__file__).resolve().parent):
         return
+    try:
+        with within(DataError, f"{file}: it"):
+            includes = _includes(file)
+    except RecursionError:
+        raise DataError(f"{file}: is nested too deeply") from None
+    for include in includes:
+        refuse_code(file.parent / str(include), seen | {file})
+
+
+def _includes(file: Path) -> list[Any]:
+    """What a file includes, if it would run no code."""
     allow = "set eval.trust_code: true if you trust it"
     try:
-        text = file.read_bytes()
+        text = read_bytes(file)
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             tag = getattr(event, "tag", None)
             if tag and not re.fullmatch(r"!|tag:yaml\.org,2002:[a-z]+", tag):
                 line = event.start_mark.line + 1 if event.start_mark else "?"
                 raise UsageError(f"{file}:{line}: {first_line(tag)} would run Python code; {allow}")
         config = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise DataError(f"{file}: can't be read: {first_line(error)}") from error
     for name in _metrics(config):
         raise UsageError(
@@ -46,14 +58,12 @@ def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
         )
     if "pandas" in _values_of(config, "dataset_path"):
         raise UsageError(f"{file}: dataset_path: pandas reads pickles, which may run any code; {allow}")
-    includes = config.get("include", []) if isinstance(config, dict) else []
-    for include in includes if isinstance(includes, list) else [includes]:
-        refuse_code(file.parent / str(include), seen | {file})
+    found = config.get("include", []) if isinstance(config, dict) else []
+    return found if isinstance(found, list) else [found]
 
 
 def _metrics(config: Any) -> Iterator[str]:
     """Metrics anywhere in a file that are not registered."""
-    import lm_eval.api.metrics  # noqa: F401 - registers them
     from lm_eval.api.registry import METRIC_REGISTRY
 
     if isinstance(config, list):
@@ -84,8 +94,8 @@ def kept_templates(benchmarks: Benchmarks) -> Iterator[None]:
 
     before = utils.env
     if not benchmarks.trust_code:
-        utils.env = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
-        utils.env.filters.update(before.filters)
+        utils.env = Environment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+        utils.env.filters |= {name: own for name, own in before.filters.items() if name not in utils.env.filters}
     try:
         yield
     finally:

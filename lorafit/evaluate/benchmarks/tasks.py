@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import within
 from lorafit.errors import DataError, LorafitError, UsageError, first_line
 from lorafit.evaluate.benchmarks.code import refuse_code
 from lorafit.evaluate.benchmarks.types import Benchmarks, Manager, Task
@@ -152,6 +153,9 @@ def _plain_yaml(file: Path) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        return dict(load_yaml(file, resolve_func=False))
+        with within(DataError, f"{file}: it"):
+            return dict(load_yaml(file, resolve_func=False))
+    except LorafitError:
+        raise
     except Exception as error:
         raise DataError(f"{file}: can't be read: {first_line(error)}") from error

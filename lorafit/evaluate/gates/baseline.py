@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from lorafit.bounds import read_text
 from lorafit.errors import UsageError, first_line, printable
 from lorafit.evaluate.results import RESULTS_VERSION, Figure, Gate, Results, Set
 from lorafit.files import check_file
@@ -21,7 +22,7 @@ def load_results(path: Path) -> Results:
     """An earlier results.json. Raises UsageError, and DriftError if it was edited."""
     check_file(path, "take another baseline")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: can't be read as results of an evaluation: {first_line(error)}") from None
     version = raw.get("results_version") if isinstance(raw, dict) else None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorafit.bounds import read_text, within
 from lorafit.errors import UsageError, first_line
 from lorafit.evaluate.metrics.types import PairScore, load_extra
 
@@ -80,7 +81,8 @@ def json_schema(path: str) -> PairScore:
 
     def score(answer: str, expected: str) -> float:
         try:
-            return float(validator.is_valid(parse(answer)))
+            with within(UsageError, f"metric json_schema: {path}: an answer"):
+                return float(validator.is_valid(parse(answer)))
         except (ValueError, RecursionError):
             return 0.0
         except _unresolvable() as error:
@@ -115,7 +117,7 @@ def _validator(path: Path) -> Any:
 
 def _read(path: Path) -> Any:
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(read_text(path))
     except OSError as error:
         raise UsageError(f"metric json_schema: {path} can't be read: {error.strerror}") from None
     except ValueError as error:

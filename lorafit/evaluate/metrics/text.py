@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import signal
 import string
-import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 
+from lorafit.bounds import within
 from lorafit.errors import UsageError, first_line
 from lorafit.evaluate.metrics.types import PairScore
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _GRAM = 4
-LONGEST_SEARCH = 10.0
-"""Seconds that an expression may take on an answer."""
 
 
 def normalize(text: str) -> str:
@@ -71,38 +66,19 @@ def contains_text(text: str) -> PairScore:
 def regex(pattern: str) -> PairScore:
     """Share of answers in which Python's re.search finds PATTERN.
 
-    Raises UsageError if it is none; the metric does if an answer takes it more than LONGEST_SEARCH seconds, as
-    `(a+)+$` may.
+    Raises UsageError if it is none; the metric does if an answer takes it too long, as `(a+)+$` may.
     """
     try:
-        compiled = re.compile(pattern)
+        with within(UsageError, f"metric regex: '{pattern}'"):
+            compiled = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"metric regex: '{pattern}' is no regular expression: {first_line(error)}") from None
 
     def score(answer: str, expected: str) -> float:
-        with _stopped_after(LONGEST_SEARCH, f"metric regex: '{pattern}' takes too long on an answer; make it simpler"):
+        with within(UsageError, f"metric regex: '{pattern}': an answer"):
             return float(compiled.search(answer) is not None)
 
     return score
-
-
-@contextlib.contextmanager
-def _stopped_after(seconds: float, message: str) -> Iterator[None]:
-    """Raise UsageError if the block takes longer; only in the main thread, where there are alarms."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise UsageError(message)
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def words(answer: str, expected: str) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from pathlib import Path
 from typing import get_args
 
-from lorafit.errors import LorafitError
+from lorafit.bounds import expand
+from lorafit.errors import LorafitError, UsageError
 from lorafit.facts import read_facts
 from lorafit.init.peers.convert import Conversion
 from lorafit.init.peers.dialect import (
@@ -221,6 +221,6 @@ def peft_default_targets(c: Conversion) -> None:
 def split_of_folder(path: str, split: str) -> str | None:
     """The files of a folder that the datasets library takes for a split, as a glob."""
     for pattern in (f"{split}.*", f"{split}[-_]*", f"*[-_]{split}.*"):
-        if glob.glob(os.path.join(path, pattern)):
+        if expand(os.path.join(path, pattern), UsageError):
             return str(Path(path) / pattern)
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
 from lorafit.recipe import RecipeError
 from lorafit.recipe.source import MAX_BYTES, Located, SourceMistakes, _compose, _Reader, parse_scalar
@@ -30,7 +31,7 @@ class _Dialect(_Reader):
 def read_peer(file: Path) -> Located:
     """The mapping in a file. Raises RecipeError with the places of what can't be read, and UsageError."""
     try:
-        data = file.read_bytes()
+        data = read_bytes(file)
     except OSError as error:
         raise UsageError(f"{file}: can't be read: {error.strerror or error}") from None
     if len(data) > MAX_BYTES:

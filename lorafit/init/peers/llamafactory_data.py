@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import read_text
 from lorafit.init.peers.convert import Conversion
 from lorafit.init.peers.dialect import count, names, text
 
@@ -49,8 +50,8 @@ def _info(c: Conversion, folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        info = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
         c.refuse("dataset_dir", f"{file} can't be read: {error}")
     if not isinstance(info, dict):
         c.refuse("dataset_dir", f"{file}: expected data sets by name")
