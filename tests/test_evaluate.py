@@ -29,7 +29,7 @@ from yaml import safe_dump
 
 from lorafit.cli import app
 from lorafit.data import IGNORED
-from lorafit.errors import DataError, DriftError, Interrupted, ModelError, UsageError
+from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelError, UsageError
 from lorafit.evaluate.assemble import speeds
 from lorafit.evaluate.make import evaluate
 from lorafit.evaluate.options import Named, Options
@@ -589,6 +589,47 @@ def test_a_recipe_evaluates_its_run_by_its_gates_of_now(run: RunDir, trained: Pa
     assert any(
         "has changed since the run was trained (lora)" in remark for remark in evaluated(recipe, overrides=()).remarks
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"data": "fewer"}, "heldout"),
+        ({"data": "another"}, "heldout"),
+        ({"compare": ("base",)}, "heldout.loss.adapter"),
+        ({"overrides": (*PLAIN, "eval.metrics=[words]")}, "heldout.exact_match.adapter"),
+        ({"overrides": (*PLAIN, "eval.sets=[]")}, "own"),
+        ({"overrides": (*PLAIN, "eval.sets=[{name: own, path: OWN, max_rows: 2}]")}, "own"),
+        ({"overrides": (*PLAIN, "eval.sets=[{name: own, path: OWN, columns: {output: instruction}}]")}, "own"),
+    ],
+)
+def test_a_baseline_of_something_else_is_told_before_a_model_is_loaded(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], what: str
+) -> None:
+    own = write_jsonl(tmp_path / "own.jsonl", [{"instruction": f"red {word}", "output": word} for word in WORDS])
+    rows = [conversation(f"{word} mat", "green") for word in WORDS]
+    data = {
+        "same": write_jsonl(tmp_path / "same.jsonl", rows),
+        "fewer": write_jsonl(tmp_path / "fewer.jsonl", rows[:-1]),
+        "another": write_jsonl(tmp_path / "another.jsonl", [*rows[:-1], conversation("blue mat", "green")]),
+    }
+    sets = (*PLAIN, f"eval.sets=[{{name: own, path: {own}}}]")
+    options: dict[str, Any] = {
+        "compare": ("base", "adapter"),
+        "max_new_tokens": 3,
+        "data": data["same"],
+        "overrides": sets,
+    }
+    evaluated(run, **options)
+    options["baseline"] = shutil.copy(run.eval / "results.json", tmp_path / "before.json")
+    options["baseline"] = Path(options["baseline"])
+    assert not evaluated(run, **options).failed
+    changed = options | changes
+    changed["data"] = data[changes["data"]] if "data" in changes else data["same"]
+    changed["overrides"] = tuple(one.replace("OWN", str(own)) for one in changed["overrides"])
+    monkeypatch.setattr("lorafit.evaluate.contenders.load_base", None)
+    with pytest.raises(GateError, match=rf"--baseline: .*\b{what}\b"):
+        evaluated(run, **changed)
 
 
 def test_an_earlier_evaluation_as_the_baseline(run: RunDir, tmp_path: Path) -> None:
