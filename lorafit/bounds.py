@@ -81,8 +81,8 @@ class within:
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
             self._open.append(self)
-            if not _ringing:
-                _ring()
+            if signal.getsignal(signal.SIGALRM) is not _tick or not signal.getitimer(signal.ITIMER_REAL)[1]:
+                _ring()  # also where code of others has taken the alarm
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None) -> None:
         if self in self._open:
@@ -91,22 +91,23 @@ class within:
             raise self.error(f"{self.what} takes {value}; make it simpler") from None
 
 
-_ringing: list[bool] = []
-"""Holds one value while the alarm rings: it is left ringing from block to block, which costs them nothing."""
+_ringing: list[Any] = []
+"""Whom the alarm rang for before: it is left ringing from block to block, which costs them nothing."""
 
 
 def _ring() -> None:
-    _ringing.append(True)
-    signal.signal(signal.SIGALRM, _tick)
+    before = signal.signal(signal.SIGALRM, _tick)
+    if before is not _tick:
+        _ringing[:] = [before]
     tick = min(_TICK, LONGEST / 2)
     signal.setitimer(signal.ITIMER_REAL, tick, tick)  # again: what is raised while Python destroys an object is lost
 
 
 @atexit.register
 def _hush() -> None:
-    if _ringing:
+    if _ringing and signal.getsignal(signal.SIGALRM) is _tick:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _ringing.clear()
+        signal.signal(signal.SIGALRM, _ringing.pop() or signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_ringing.clear)  # a child has no timer
@@ -140,8 +141,8 @@ def _resident() -> int:
 class Environment(ImmutableSandboxedEnvironment):
     """Jinja that can neither reach Python nor make more than LONGEST_TEXT at once.
 
-    It renders `within` limits: of
-    those around it, or its own."""
+    It renders `within` limits: of those around it, or its own.
+    """
 
     intercepted_binops = frozenset(("*", "**", "%"))
 

@@ -56,8 +56,9 @@ def _load_adapter(config: Path) -> str:
 
 
 def _base_of(plan: Plan) -> dict[str, str]:
-    """What a hub links to; a local base is nothing to link to."""
-    return {"base_model": plan.model["name_or_path"]} if plan.model["kind"] in ("hub", "bundled") else {}
+    """What a hub links to; a local base is nothing to link to, and neither is one that a variable names."""
+    name = plan.model["name_or_path"]
+    return {"base_model": name} if plan.model["kind"] in ("hub", "bundled") and "${" not in name else {}
 
 
 def _rows(plan: Plan, manifest: dict[str, Any]) -> list[tuple[str, str]]:

@@ -223,7 +223,10 @@ def _cached(asked: str, revision: str | None) -> Path | None:
     """The folder in which the hub's client keeps the base, if it does."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(asked, _CONFIG, revision=revision)
+    try:
+        config = try_to_load_from_cache(asked, _CONFIG, revision=revision)
+    except ValueError:  # no name on a hub, such as a folder that is gone
+        return None
     return Path(config).parent if isinstance(config, str) else None
 
 

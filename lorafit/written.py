@@ -8,9 +8,10 @@ one of a field's own words such as `bfloat16`, is no secret, and a record withou
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 """Control characters but for line breaks and tabs, marks of direction, separators, tags."""
+_verbatim = False
 _read: set[str] = set()
 """The references that this process has read."""
 
@@ -47,6 +49,8 @@ class Reference:
 
     @staticmethod
     def of(text: str, value: str) -> Reference:
+        import hashlib  # which --help does without
+
         return Reference(text, hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest())
 
 
@@ -141,15 +145,20 @@ def _swaps(references: Iterable[str]) -> list[tuple[str, str]]:
     """What to write for which text, the longest first."""
     found: dict[str, str] = {}
     for text in references:
-        for part in _parts(value_of(text) or ""):
-            found.setdefault(part, text)
+        match = REFERENCE.fullmatch(text)
+        is_secret = match is not None and _SECRET_NAME.search(match["name"]) is not None
+        for part in _parts(value_of(text) or "", is_secret):
+            for spelt in (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]):
+                found.setdefault(spelt, text)
     return sorted(found.items(), key=lambda item: -len(item[0]))
 
 
-def _parts(value: str) -> Iterator[str]:
+def _parts(value: str, is_secret: bool) -> Iterator[str]:
     """A value, and what of it may stand alone: the host and the path of a URL. Words such as `question` may not."""
+    if re.fullmatch(r"[\d.,eE+-]+", value):
+        return  # a number, of which there are many
     is_path = len(value) >= 4 and re.search(r"[/:@\\]", value)
-    if is_path or len(value) >= 20 or (len(value) >= 6 and re.search(r"[^a-z_]", value)):
+    if is_path or len(value) >= 20 or (len(value) >= 6 and (is_secret or re.search(r"[^a-z_]", value))):
         yield value
     if "://" in value:
         host, _, path = value.partition("://")[2].partition("/")
@@ -160,6 +169,8 @@ def _swapped(text: str, swaps: list[tuple[str, str]]) -> str:
     for before, after in swaps:
         if before in text:
             start, end = (r"(?<!\w)", r"(?!\w)") if len(before) < 12 else ("", "")  # it may be a part of other words
+            if before.startswith(("/", "~", ".")):  # a path is no part of another name: of a/b in a/b-c
+                end = r"(?![\w-]|\.\w)"
             text = re.sub(f"{start}{re.escape(before)}{end}", after.replace("\\", r"\\"), text)
     return text
 
@@ -174,8 +185,14 @@ def remember(references: References) -> None:
 
 def hidden(text: str) -> str:
     """Text for people: no value of a reference or of a variable that holds a key, and no password of a URL."""
-    held = (f"${{{name}}}" for name in os.environ if _SECRET_NAME.search(name))
+    keys = (name for name in os.environ if _SECRET_NAME.search(name))
+    held = (f"${{{name}}}" for name in keys if not os.environ[name].startswith(("/", "~", ".")))  # a file of keys
     return _PASSWORD.sub(lambda match: f"{match[1] or match[2]}…", _swapped(text, _swaps([*_read, *held])))
+
+
+def hidden_in(value: T) -> T:
+    """Nested values for a program, with `hidden` texts; numbers are no secrets."""
+    return value if _verbatim else _each(value, lambda text, _: hidden(text), keys=True)
 
 
 def visible(text: str) -> str:
@@ -183,8 +200,21 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(_escape, text)
 
 
+@contextlib.contextmanager
+def verbatim() -> Iterator[None]:
+    """What is printed in the block is data: rows, and paths for scripts. Only control characters are escaped."""
+    global _verbatim
+    before, _verbatim = _verbatim, True
+    try:
+        yield
+    finally:
+        _verbatim = before
+
+
 def shown(text: str, talk: bool) -> str:
     """Text as a user may see it; in talk, as on stderr, the home folder is `~`, and in data a path stays what it is."""
+    if _verbatim and not talk:
+        return visible(text)
     text = visible(hidden(text))
     return from_home(text) if talk else text
 
@@ -223,8 +253,8 @@ class Guarded:
 def guard_streams() -> None:
     """Guard stdout and stderr; what a terminal can't show is escaped."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed, as by cron
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-        if stream is not None and not isinstance(stream, Guarded):
+        if not isinstance(stream, Guarded):
             setattr(sys, name, Guarded(stream, talk=name == "stderr"))

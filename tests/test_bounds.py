@@ -6,6 +6,7 @@ import faulthandler
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -515,3 +516,30 @@ def test_an_interrupt_that_is_lost_comes_again() -> None:
         with pytest.raises(typer.Exit) as left:
             command()
         assert left.value.exit_code == code
+
+
+def test_code_that_takes_the_alarm_does_not_end_the_limit() -> None:
+    """As metrics of one's own do, which have a limit of their own."""
+    with bounds.within(UsageError, "it"):
+        pass
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(5)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    with pytest.raises(UsageError, match="it takes longer"), bounds.within(UsageError, "it"):
+        re.fullmatch("(a+)+b", "a" * 40)
+
+
+def test_the_alarm_goes_back_to_whom_it_was() -> None:
+    rang: list[int] = []
+    mine = signal.signal(signal.SIGALRM, lambda number, _: rang.append(number))
+    try:
+        with bounds.within(UsageError, "it"):
+            pass
+        end = time.monotonic() + 2
+        while signal.getsignal(signal.SIGALRM) is bounds._tick and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGALRM)
+        assert rang == [signal.SIGALRM]
+    finally:
+        signal.signal(signal.SIGALRM, mine)

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorafit.errors import UsageError
-from lorafit.evaluate.gates import Demand, judge, load_results, parse, regression_gates
+from lorafit.evaluate.gates import Demand, check_comparable, judge, load_results, parse, regression_gates
 from lorafit.evaluate.results import Figure, Gate, Metric, Model, Results, Set
 
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")
@@ -576,7 +576,8 @@ def test_other_rows_than_before_are_told() -> None:
 
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(UsageError, match=r"^--baseline: has none of this evaluation's figures, so there is nothing"):
-        regression_gates(results({"heldout.loss.adapter": 1.0}), results({"other.loss.adapter": 1.0}))
+        check_comparable({"heldout.loss.adapter"}, results({"other.loss.adapter": 1.0, "heldout.loss.base": 1.0}))
+    check_comparable({"heldout.loss.adapter"}, results({"heldout.loss.adapter": 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -599,9 +600,11 @@ def test_the_same_number_of_other_rows_fails() -> None:
     others = before.model_copy(update={"sets": {"a": before.sets["a"].model_copy(update={"sha256": "1"})}})
     assert [gate.gate.split()[0] for gate in regression_gates(now, others) if not gate.passed] == ["a"]
     assert all(gate.passed for gate in regression_gates(now, before))
+    nothing = before.model_copy(update={"sets": {}})
+    assert [gate.gate.split()[0] for gate in regression_gates(now, nothing) if not gate.passed] == ["a"]
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "true", '"1.0"'])
 @pytest.mark.parametrize("end", ["value", "low", "high"])
 def test_a_baseline_is_of_finite_numbers(value: str, end: str, tmp_path: Path) -> None:
     made, path = json.loads(results({"a.loss.adapter": (1.5, 1.0, 2.0)}).model_dump_json()), tmp_path / "results.json"

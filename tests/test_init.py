@@ -177,7 +177,7 @@ def test_only_a_file_is_overwritten(tmp_path: Path, tiny_model: Path, rows: Path
 
 
 def test_any_name_of_data_can_stand_in_a_recipe(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
-    odd = rows.rename(tmp_path / "two\nlines # 'x'.jsonl")
+    odd = rows.rename(tmp_path / "two  words: # 'x'.jsonl")
     file = tmp_path / "r.yaml"
     assert init(file, "--model", tiny_model, "--data", odd, "--cpu").exit_code == 0
     assert Recipe.load(file).dataset.train[0].path == str(odd)

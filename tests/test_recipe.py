@@ -853,6 +853,8 @@ RIVALS = [
     ("training: {max_steps: 5}", "training.num_train_epochs=2", {"max_steps": None, "num_train_epochs": 2}),
     ("training: {warmup_ratio: 0.1}", "training.warmup_steps=5", {"warmup_ratio": None, "warmup_steps": 5}),
     ("training: {warmup_steps: 5}", "training.warmup_ratio=0.1", {"warmup_ratio": 0.1, "warmup_steps": None}),
+    ("training: {warmup_ratio: 0.1}", "training.warmup_steps=0", {"warmup_ratio": None, "warmup_steps": 0}),
+    ("training: {warmup_ratio: 0.0}", "training.warmup_steps=5", {"warmup_ratio": None, "warmup_steps": 5}),
     (
         "training: {global_batch_size: 32}",
         "training.gradient_accumulation_steps=4",
@@ -924,6 +926,7 @@ def test_what_is_set_later_takes_the_place_of_its_rival(earlier: str, later: str
         ("", ("training.global_batch_size=32", "training.gradient_accumulation_steps=4")),
         ("lora: {}", ("quantization.load_in_4bit=true", "quantization.load_in_8bit=true")),
         ("training: {warmup_steps: 5, warmup_ratio: 0.1}", ("training.max_steps=5",)),
+        ("training: {max_steps: 4, num_train_epochs: 2}", ("training.max_steps=5",)),
     ],
 )
 def test_rivals_in_one_layer_stay_a_mistake(content: str, overrides: tuple[str, ...]) -> None:

@@ -187,6 +187,18 @@ FAULTS: dict[str, tuple[str, int, str]] = {
     "gate on a judge that is not asked": (gated("heldout.judge.adapter > 0.5"), 2, "there is no metric judge"),
     "gate on options that there are none of": (gated("heldout.accuracy.adapter > 0"), 2, "no figure"),
     "gate on a misspelt figure of the baseline": (gated("heldout.loss.adapter < baseline.heldout.los.adapter"), 2, ""),
+    "gate on a misspelt set beside benchmarks": (
+        gated("heldot.loss.adapter < 3").replace("  gates", "  lm_eval: {tasks: [own.yaml]}\n  gates"), 2, "heldout"
+    ),
+    "gate on a misspelt model of a benchmark": (
+        gated("own_task.acc.adaptr > 0").replace("  gates", "  lm_eval: {tasks: [own.yaml]}\n  gates"), 2, "adaptr"
+    ),
+    "function that is a class": (measured("own.metrics:Judge"), 2, "no function"),
+    "function that was taken away": (measured("own.metrics:gone"), 2, "has no function gone"),
+    "function in a list": (measured("own.metrics:listed"), 2, "no function"),
+    "schema without an end": (measured("json_schema: bomb.json"), 2, "bomb.json"),
+    "schema that is too deep": (measured("json_schema: deep.json"), 2, "deep.json"),
+    "function without arguments": (measured("own.metrics:nothing"), 2, "(answer, expected)"),
     "gate that says nothing of the model": (gated("1 < 2"), 2, "names no figure"),
     "metric that there is none of": (measured("exact_mach"), 2, "did you mean exact_match"),
     "metric quoted whole": (measured('"regex: ^[A-Z]+$"'), 2, "`regex: ^[A-Z]+$`"),
@@ -269,6 +281,17 @@ FAULTS: dict[str, tuple[str, int, str]] = {
 }  # fmt: skip
 
 
+OWN_TASK = """\
+task: own_task
+dataset_path: json
+dataset_kwargs: {data_files: {test: choices.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: instruction
+doc_to_choice: "{{ asked.of }}"
+doc_to_target: output
+metric_list: [{metric: acc}]
+"""
 METRICS = """
 from pathlib import Path
 Path("the code was run").touch()
@@ -280,6 +303,15 @@ from math import dist as distance
 class Judge:
     def __call__(self, answer, expected): return 1
 whole = Judge()
+nothing = lambda: 1
+for of_loop in [best]: pass
+(walrus := lambda answer, expected: 1)
+def setup():
+    global later_set
+    later_set = best
+gone = best
+del gone
+listed = [best]
 def one(answer): return 1
 def named(answer, expected, *, how): return 1
 async def later(answer, expected): return 1
@@ -305,6 +337,10 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
         "{% for one in messages %}{{ one.role }}{% generation %}{{ one.content }}{% endgeneration %}"
         "{% if loop.last %}{% break %}{% endif %}{% endfor %}"
     )
+    steps = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
+    (folder / "bomb.json").write_text(json.dumps({"$ref": "#/$defs/a0", "$defs": steps | {"a40": {}}}))
+    (folder / "deep.json").write_text('{"not":' * 900 + "{}" + "}" * 900)
+    (folder / "own.yaml").write_text(OWN_TASK)
     (folder / "schema.json").write_text('{"type": "object"}')
     (folder / "bad.json").write_text('{"type": "nothing"}')
     (folder / "own").mkdir()
@@ -325,6 +361,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture
 def written(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, in which `write` writes recipes."""
+    monkeypatch.setattr("lorafit.bounds.LONGEST", 0.5)
     monkeypatch.chdir(project)
     for file in project.glob("recipe*.yaml"):
         file.unlink()
@@ -369,7 +406,8 @@ SOUND = {
     "  gates: [heldout.loss.adapter < baseline.heldout.loss.adapter, own.accuracy.base > 0, chat.kl.adapter < 1]\n"
     "  judge: {base_url: 'https://judge.example/v1', model: own, api_key_env: NO_SUCH_VARIABLE}\n",
     "functions of one's own": f"{GOOD}eval:\n  trust_code: true\n  metrics: ['own.metrics:score', 'own.metrics:best', "
-    "'own.metrics:distance', 'own.metrics:whole', 'difflib:SequenceMatcher']\n  gates: [heldout.best.adapter > 0]\n",
+    "'own.metrics:distance', 'own.metrics:whole', 'own.metrics:of_loop', 'own.metrics:later_set', "
+    "'own.metrics:walrus']\n  gates: [heldout.best.adapter > 0]\n",
     "a schema": f"{GOOD}eval:\n  metrics: [json_schema: schema.json]\n  gates: [heldout.json_schema.merged > 0]\n",
     "gate on a task": f"{GOOD}eval:\n  lm_eval: {{tasks: [arc_easy]}}\n  gates: [arc_easy.acc.adapter > 0.3]\n",
     "room enough": f"{GOOD}hardware:\n  gpu: RTX 4090\n  vram: 8GiB\n",
@@ -571,6 +609,27 @@ def test_no_place_hides_a_recipe(files: dict[str, str], tmp_path: Path, monkeypa
     report = json.loads(run("configs", "--json").stdout)
     assert [one["file"] for one in report["recipes"] if not one["ok"]] == [f"configs/{bad}"]
     assert report["exit_code"] == 2
+
+
+@pytest.mark.parametrize("path", [".", "./configs", "configs/", "../{name}/configs", "{whole}"])
+def test_a_folder_is_searched_however_it_is_named(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    laid_out({"a/b/bad.yaml": BAD, ".hidden/bad.yaml": BAD})
+    report = json.loads(run(path.format(name=tmp_path.name, whole=tmp_path), "--json").stdout)
+    assert [os.path.basename(one["file"]) for one in report["recipes"]] == ["good.yaml", "bad.yaml"]
+    assert [one["is_recipe"] for one in report["skipped"]] == [True]
+
+
+def test_an_environment_beside_recipes_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are links that lead nowhere else, or to no recipes; a pipe is named."""
+    monkeypatch.chdir(tmp_path)
+    laid_out({"venv/lib/odd.yaml": "- a list\n", "venv/lib/broken.yml": "[", "venv/lib64": "-> lib"})
+    Path("data").mkdir()
+    Path("data/rows.jsonl").touch()
+    Path("configs/data").symlink_to("../data")
+    os.mkfifo("configs/pipe.yaml")
+    assert run("configs", "--strict").exit_code == 0
+    assert [one["file"] for one in json.loads(run("configs", "--json").stdout)["skipped"]] == ["configs/pipe.yaml"]
 
 
 def test_other_yaml_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -495,3 +497,46 @@ def test_a_first_recipe_has_no_home_folder(monkeypatch: pytest.MonkeyPatch, tiny
     monkeypatch.setenv("HOME", str(tiny_model.parent))
     code, said, _ = lorafit("init", "--model", str(tiny_model), "--data", str(rows), "--cpu", "--print")
     assert (code, "name_or_path: ~/tiny\n" in said) == (0, True), said
+
+
+def test_an_evaluation_after_a_merge_knows_a_base_that_a_variable_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: RecipeMaker, tiny_model: Path, rows: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASE_OF_MINE", str(tiny_model))
+    file = recipe()
+    file.write_text(file.read_text().replace(str(tiny_model), "${BASE_OF_MINE}"))
+    assert "${BASE_OF_MINE}" in file.read_text()
+    run = str(tmp_path / "runs/recipe")
+    for command in (("train", str(file)), ("merge", run), ("eval", run, "--data", str(rows), "--limit", "2")):
+        code, said, _ = lorafit(*command)
+        assert code == 0, said
+
+
+@pytest.mark.parametrize("value", ["3219776", 'ok": true', 'a"b/cd', "back\\slash", "correcthorse"])
+def test_json_is_json_whatever_a_key_is(value: str, monkeypatch: pytest.MonkeyPatch, recipe: RecipeMaker) -> None:
+    monkeypatch.setenv("SOME_KEY", value)
+    file = recipe()
+    for command in ("validate", "estimate-vram", "explain"):
+        code, said, err = lorafit(command, str(file), "--json")
+        assert code == 0
+        json.loads(said.removesuffix(err))
+    said = json.dumps({"x": f"before {value} after"})
+    assert value.isdecimal() or value not in json.loads(written.hidden(said))["x"]
+
+
+def test_a_path_is_no_part_of_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASE_OF_MINE", "/models/tiny")
+    written.remember({"model.name_or_path": written.Reference("${BASE_OF_MINE}", "")})
+    assert written.hidden("/models/tiny-run/adapter") == "/models/tiny-run/adapter"
+    assert (
+        written.hidden("/models/tiny/config.json: no, /models/tiny.")
+        == "${BASE_OF_MINE}/config.json: no, ${BASE_OF_MINE}."
+    )
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_failure(closed: str, recipe: RecipeMaker) -> None:
+    """As cron and services call programs."""
+    command = f"exec {sys.executable} -m lorafit validate {shlex.quote(str(recipe()))} {closed}"
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0

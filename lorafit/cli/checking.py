@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from lorafit.cli.common import AsJson, ForGpu, Here, Overrides, fail, hardware_for, reporting
 from lorafit.cli.complete import recipes
 from lorafit.errors import UsageError
+from lorafit.written import verbatim
 
 
 @reporting
@@ -50,6 +52,8 @@ def validate(
 
         hush()
     report = run_validate(paths, Options(tuple(overrides or ()), tuple(skip or ()), hardware, here, strict, deep))
-    typer.echo(FORMATS[format](report))
+    text = FORMATS[format](report)
+    with verbatim() if format in ("json", "sarif") else contextlib.nullcontext():  # hidden in the values already
+        typer.echo(text)
     if report.exit_code:
         raise typer.Exit(report.exit_code)

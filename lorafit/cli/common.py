@@ -20,6 +20,7 @@ import typer
 from lorafit.cli.complete import gpus, keys, recipes, runs
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
 from lorafit.progress import shown
+from lorafit.written import hidden_in, verbatim
 
 if TYPE_CHECKING:
     from lorafit.hardware import Hardware
@@ -57,7 +58,10 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        _signals.clear()
         before = signal.signal(signal.SIGTERM, terminated)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupted)
         try:
             with shown(), _heard():
                 return command(*args, **kwargs)
@@ -71,6 +75,8 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             sys.stderr.close()
             raise typer.Exit(0) from None
         except Exception as error:
+            if _signals:  # some library took what the handler raised for a failure of its own
+                fail("interrupted" if _signals[-1] == signal.SIGINT else "terminated", 128 + _signals[-1])
             if is_disk_full(error):
                 fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
             if is_out_of_memory(error):
@@ -80,8 +86,20 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
+            if signal.getsignal(signal.SIGINT) is interrupted:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
     return wrapped
+
+
+_signals: list[int] = []
+"""Signals that came while the command ran."""
+
+
+def interrupted(number: int, _: Any) -> NoReturn:
+    """SIGINT, as Python handles it."""
+    _signals.append(number)
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -114,6 +132,7 @@ def _again(number: int) -> None:
 
 def terminated(number: int, _: Any) -> NoReturn:
     """SIGTERM outside the steps of a training: what is being written is given up, whole."""
+    _signals.append(number)
     raise Interrupted("terminated; nothing is half written, and a run goes on from its last checkpoint", number)
 
 
@@ -179,4 +198,6 @@ def run_of(path: Path) -> RunDir:
 
 
 def show(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(hidden_in(value), indent=2, ensure_ascii=False)
+    with verbatim():
+        typer.echo(text)

@@ -12,6 +12,7 @@ import typer
 from lorafit.cli.common import AsJson, Config, Overrides, fail, make_plan, reporting, show
 from lorafit.errors import DataError
 from lorafit.progress import talk
+from lorafit.written import hidden_in, verbatim
 
 if TYPE_CHECKING:
     from lorafit.plan import Plan
@@ -83,10 +84,8 @@ def train(
     result = run.load_manifest().get("result", {}) | {"run": str(run.path), "result": str(run.result)}
     if os.environ.get("RANK", "0") != "0":
         return
-    if as_json:
-        show(result)
-    else:
-        typer.echo(f"{result['result']}")
+    with verbatim():
+        show(result) if as_json else typer.echo(f"{result['result']}")
 
 
 def bytes_of(config: Path) -> bytes:
@@ -132,6 +131,11 @@ def preview(
     from lorafit.show import print_preview
 
     report = run_preview(plan, row or list(range(1, rows + 1)), bool(row), validation, ids)
-    show(report) if as_json else print_preview(report)
+    seen = [row["segments"] for row in report["rows"]]  # which are what the model sees, whatever they hold
+    report = hidden_in(report)
+    for one, segments in zip(report["rows"], seen, strict=True):
+        one["segments"] = segments
+    with verbatim():
+        show(report) if as_json else print_preview(report)
     if report["breaches"]:
         fail("\n".join(report["breaches"]), DataError.exit_code)

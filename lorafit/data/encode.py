@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.audit import SourceAudit
 from lorafit.data.render import UNTRAINED, Rendered, Renderer, Span
-from lorafit.errors import DataError
+from lorafit.errors import DataError, ModelError, first_line
 from lorafit.rows import Example, Fault, Row, Shape, place_of, to_example
 
 IGNORED = -100
@@ -139,6 +139,16 @@ def _batches(rows: Iterable[Rendered]) -> Iterator[list[Rendered]]:
             yield batch
 
 
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **options: Any) -> Any:
+    """What a tokenizer makes of texts. Raises ModelError where an expression of its own has no end in sight."""
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+            raise
+        raise ModelError(f"the tokenizer of the model can't read a row: {first_line(error)}") from None
+
+
 class _Encoder:
     """Tokenizes batches of rendered rows and counts what an audit wants to know."""
 
@@ -156,13 +166,13 @@ class _Encoder:
 
     def encode(self, batch: list[Rendered]) -> Any:
         """Tokens and their character ranges."""
-        return self.tokenizer(
+        return tokenized(
+            self.tokenizer,
             [row.text for row in batch],
             add_special_tokens=batch[0].special,
             return_offsets_mapping=True,
             return_attention_mask=False,
             truncation=False,
-            verbose=False,
         )
 
     def _prompt(self, row: Rendered, ids: list[int], offsets: list[Span]) -> list[int]:
@@ -178,10 +188,10 @@ class _Encoder:
             if last is not None:
                 tail = text[offsets[last][1] :]
                 if tail not in self.tails:
-                    self.tails[tail] = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+                    self.tails[tail] = tokenized(self.tokenizer, tail, add_special_tokens=False)["input_ids"]
                 if ids[last + 1 : count] == self.tails[tail]:
                     return ids[:count]
-        found: list[int] = self.tokenizer(text, add_special_tokens=row.special, verbose=False)["input_ids"]
+        found: list[int] = tokenized(self.tokenizer, text, add_special_tokens=row.special)["input_ids"]
         return self._without_end(found, text) if row.special else found
 
     def rows(self, batch: list[Rendered], encoded: Any) -> list[TokenRow]:

@@ -18,6 +18,7 @@ from lorafit.hardware import Hardware
 from lorafit.recipe import RecipeError, load
 from lorafit.recipe.source import Disk, SourceMistakes, read_recipe
 from lorafit.validate.find import ENDINGS, find
+from lorafit.written import hidden_in
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -125,4 +126,4 @@ def markdown(found: Many) -> str:
 def as_json(found: Many) -> str:
     whole = {"revision": found.revision, "changed": [one.as_dict() for one in found.changed]}
     rest = {name: list(getattr(found, name)) for name in ("same", "new", "gone", "unreadable")}
-    return json.dumps(whole | rest, indent=2, ensure_ascii=False)
+    return json.dumps(hidden_in(whole | rest), indent=2, ensure_ascii=False)

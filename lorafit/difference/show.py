@@ -16,6 +16,7 @@ from lorafit.errors import printable
 from lorafit.explain.show import brief
 from lorafit.recipe.load import section_at
 from lorafit.vram.answer import gib
+from lorafit.written import hidden_in
 
 MOST_VALUE, MOST_ROWS = 160, 150
 """Characters of a value and rows of a table for a pull request, whose comments have room for 65,536 characters."""
@@ -70,7 +71,7 @@ def markdown(found: Difference) -> str:
 
 
 def as_json(found: Difference) -> str:
-    return json.dumps(found.as_dict(), indent=2, ensure_ascii=False)
+    return json.dumps(hidden_in(found.as_dict()), indent=2, ensure_ascii=False)
 
 
 FORMATS: dict[str, Callable[[Difference], str]] = {"text": text, "markdown": markdown, "json": as_json}

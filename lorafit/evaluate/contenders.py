@@ -124,7 +124,7 @@ def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
         raise ModelError(f"{folder}: is the merge of another adapter ({report.get('adapter')}), not of {run.adapter}")
     if str(base.get("checked", "")).startswith("no"):
         raise ModelError(f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path}")
-    if Path(str(base.get("name"))).name != Path(plan.model["name_or_path"]).name:
+    if expanded(str(base.get("name"))).name != expanded(plan.model["name_or_path"]).name:
         raise ModelError(
             f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path} "
             f"({plan.model['name_or_path']})"

@@ -10,7 +10,11 @@ from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
+from lorafit.bounds import read_bytes
 from lorafit.recipe.schema import EvalSection, MetricSpec
+
+LARGEST_MODULE = 1 << 20
+"""Bytes of a Python file that is looked into."""
 
 
 def judging_files(section: EvalSection) -> dict[str, Path]:
@@ -88,8 +92,8 @@ def module_specs(name: str) -> Iterator[ModuleSpec]:
 def _imported(file: Path, spec: ModuleSpec) -> Iterator[str]:
     """The names that a module's code imports, if it is any, and what stands beside them."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, RecursionError):
+        tree = ast.parse(read_bytes(file, LARGEST_MODULE))
+    except (OSError, SyntaxError, ValueError, RecursionError):
         return
     package = spec.name if spec.submodule_search_locations is not None else spec.name.rpartition(".")[0]
     for node in ast.walk(tree):

@@ -28,7 +28,15 @@ from lorafit.evaluate.extras import (
     look_at_benchmarks,
     run_benchmarks,
 )
-from lorafit.evaluate.gates import Demand, judge, load_results, no_longer_measured, parse, regression_gates
+from lorafit.evaluate.gates import (
+    Demand,
+    check_comparable,
+    judge,
+    load_results,
+    no_longer_measured,
+    parse,
+    regression_gates,
+)
 from lorafit.evaluate.gates.demand import BASELINE, no_figure
 from lorafit.evaluate.judging import task_files
 from lorafit.evaluate.lineup import Lineup, line_up
@@ -138,6 +146,8 @@ def prepare(options: Options, lineup: Lineup) -> Work:
     models = {contender.name: contender.kind for contender in lineup.contenders}
     known = list(expected_figures({name: info.metrics for name, info in infos.items()}, models, main))
     check_demands(demands, known, tasks, baseline)
+    if baseline and not tasks:
+        check_comparable(known, baseline)
     if baseline and (gone := dict(no_longer_measured(known, infos, tasks, baseline))):
         raise GateError("\n".join(f"--baseline: {line}" for line in gone.values()))
     return Work(lineup, main, sets, scored, choices, demands, baseline, remarks)
@@ -175,7 +185,9 @@ def check_demands(
 ) -> None:
     """Raises UsageError for a figure that there won't be. What is measured of a task is known once it has run."""
     for demand, where in demands:
-        of_tasks = [name for name in demand.figures() if name.split(".")[0] in tasks]
+        models = {name.rpartition(".")[2] for name in known}
+        parts = ((name, name.split(".")) for name in demand.figures())
+        of_tasks = [name for name, (task, *_, model) in parts if task in tasks and model in models]
         demand.check(where, [*known, *of_tasks], baseline)
 
 

@@ -5,9 +5,9 @@ A figure is named `SET.METRIC.MODEL`, such as `heldout.exact_match.adapter`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field
 
 RESULTS_VERSION: Literal[3] = 3
 FEWEST = 6
@@ -29,12 +29,15 @@ class Metric(Part):
     """None: neither, such as the length of an answer."""
 
 
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
 class Figure(Part):
-    value: FiniteFloat | None
+    value: Number | None
     """None where no row has it."""
-    low: FiniteFloat | None
+    low: Number | None
     """Lower end of the 95% bootstrap interval."""
-    high: FiniteFloat | None
+    high: Number | None
     """Upper end of it."""
     rows: int
     """Rows that it is taken over."""

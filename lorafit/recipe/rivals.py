@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from lorafit.recipe.source import Located, Position, dotted
 
-_OFF = (None, False, "auto")
 _PAIRS = (
     ("training.max_steps", "training.num_train_epochs"),
     ("training.warmup_steps", "training.warmup_ratio"),
@@ -44,10 +43,17 @@ def give_way(earlier: Located, later: Located) -> Located:
         new, old = _at(later, winner), _at(earlier, loser)
         if new is None or old is None or _at(later, loser) is not None:
             continue
-        wins = new.value in values if values else new.value not in _OFF
-        if wins and old.value not in _OFF:
+        before = _at(earlier, winner)
+        if values is None and before is not None and not _is_off(before.value):
+            continue  # both in one layer, which is a mistake; or they go together
+        wins = new.value in values if values else not _is_off(new.value)
+        if wins and not _is_off(old.value):
             earlier = _removed(earlier, loser, new.key or new.position)
     return earlier
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False or value == "auto"
 
 
 def _at(node: Located, path: _Path) -> Located | None:

@@ -21,7 +21,7 @@ from yaml.reader import ReaderError
 
 from lorafit.bounds import opened
 from lorafit.errors import printable
-from lorafit.written import REFERENCE, References, value_of
+from lorafit.written import REFERENCE, Reference, References, remember, value_of
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
@@ -269,6 +269,7 @@ class _Reader:
         text = self._text(node, path, node.value)
         reference = REFERENCE.fullmatch(text) if node.style != "'" else None
         if reference:
+            remember({dotted(path): Reference(text, "")})
             name, default = reference["name"], reference["default"]
             if name not in self.environment and default is None:
                 hint = f"give a default: ${{{shorten(name)}:-…}}"

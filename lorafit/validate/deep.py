@@ -38,7 +38,8 @@ def check_deep(found: Findings, file: str) -> None:
         rehearse(plan, tokenizer, data)
     except LorafitError as error:
         where = re.match(r"eval\.gates\.(\d+): ", str(error))
-        found.wrong(("eval", "gates", int(where[1])) if where else ("eval",), error)
+        what = type(error)(str(error).removeprefix(where[0])) if where else error
+        found.wrong(("eval", "gates", int(where[1])) if where else ("eval",), what)
     for place, one in _placed(data.audit, plan.data.audit):
         if one.is_breach:
             limited = one.rule in recipe.dataset.audit.model_fields_set

@@ -12,12 +12,14 @@ from lorafit.evaluate.assemble import BASE, expected_figures, set_metrics
 from lorafit.evaluate.gates import parse
 from lorafit.evaluate.gates.demand import BASELINE, no_figure
 from lorafit.evaluate.metrics import POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
+from lorafit.evaluate.metrics.known import JSON_DEFAULTS
 from lorafit.evaluate.options import RESERVED
 from lorafit.evaluate.results import Metric
 from lorafit.plan.context import Path
 from lorafit.plan.meant import is_installed, missing_packages
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSet
+from lorafit.recipe.source import dotted
 from lorafit.validate.contents import check_contents, first_rows
 from lorafit.validate.findings import Findings, Options
 
@@ -30,16 +32,16 @@ def refuse(recipe: Recipe, is_begun: bool) -> list[str]:
     Of a run that is begun, only what this machine lacks is looked for. Returns what it lacks for the evaluation alone,
     a sentence each. Raises RecipeError, DataError.
     """
-    found = Findings(recipe, Options())
+    found, lacking = Findings(recipe, Options()), Findings(recipe, Options())
     for path, message in missing_packages(recipe):
-        found.wrong(path, MissingError(message))
+        lacking.wrong(path, MissingError(message))
     if not is_begun:
         check_evaluation(found)
     notes = [*found.notes]
     if not is_begun:
         check_contents(found, first_rows)
-    if found.faults:
-        raise found.refusal()
+    if found.faults or lacking.faults:
+        raise found.refusal(lacking.faults)
     return notes
 
 
@@ -84,14 +86,21 @@ def _check_gate(found: Findings, path: Path, text: str) -> None:
     for name in parse(text).figures():
         figure = name.removeprefix(BASELINE)
         of_set, _, model = figure.split(".")
-        if section.lm_eval is not None and of_set not in sets:
-            continue  # a task's figures are known once it has run
         is_other = model not in RESERVED and not difflib.get_close_matches(model, models, 1, 0.7)
+        if section.lm_eval is not None and of_set not in sets:
+            meant = difflib.get_close_matches(of_set, [*sets, *section.lm_eval.tasks], 1, 0.8)
+            if (not meant or meant[0] in section.lm_eval.tasks) and (model in models or is_other):
+                continue  # a task's figures are known once it has run
         asked = models | ({model: "adapter"} if is_other else {})
         metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
         known = list(expected_figures(metrics, asked, own))
         if figure not in known:
             raise UsageError(no_figure(figure, known))
+        by_default = not (sets[of_set].metrics or section.metrics) if of_set in sets else False
+        if by_default and figure.split(".")[1] in JSON_DEFAULTS:
+            found.notes.append(f"{dotted(path)}: {figure}: is there if every expected answer is JSON")
+        if model == "merged":
+            found.notes.append(f"{dotted(path)}: {figure}: there is merged once the run is merged")
         if is_other:
             found.unchecked(path, UsageError(f"{figure}: there is {model} where eval is given --adapter {model}=PATH"))
         if of_set == HELD_OUT and sets[HELD_OUT].path is None and recipe.dataset.validation is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError
+from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError, UsageError
 from lorafit.hardware import Hardware
 from lorafit.plan.context import Path
 from lorafit.recipe import Recipe, RecipeError
@@ -49,13 +50,14 @@ class Findings:
         for line in str(error).splitlines():
             self.faults.append(Fault(self.recipe.mistake(path, line), error.exit_code))
 
-    def refusal(self) -> LorafitError:
-        """All faults as one error, of the lowest exit code among them."""
-        code = min(fault.exit_code for fault in self.faults)
+    def refusal(self, beside: Iterable[Fault] = ()) -> LorafitError:
+        """All faults as one error, of the lowest exit code among them; if there are none, of those beside them."""
+        every = [*self.faults, *beside]
+        code = min(fault.exit_code for fault in self.faults or every)
         if code == RecipeError.exit_code:
-            return RecipeError(fault.mistake for fault in self.faults)
-        kind = next(kind for kind in (DataError, ModelError, DoesNotFitError) if kind.exit_code == code)
-        return kind("\n".join(str(fault.mistake) for fault in self.faults))
+            return RecipeError(fault.mistake for fault in every)
+        kinds = {kind.exit_code: kind for kind in (DataError, ModelError, DoesNotFitError)}
+        return kinds.get(code, UsageError)("\n".join(str(fault.mistake) for fault in every))
 
     def unchecked(self, path: Path, error: LorafitError) -> None:
         """What can't be told on this machine."""

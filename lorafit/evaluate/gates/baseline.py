@@ -51,21 +51,30 @@ def no_longer_measured(
             continue
         if name not in sets:
             yield name, f"the set {name} was measured and is not any more; measure it, or take a new baseline"
-        elif name in baseline.sets and sets[name].sha256 != baseline.sets[name].sha256:
+        elif (then := baseline.sets.get(name)) is None or sets[name].sha256 != then.sha256:
             yield name, f"the set {name} had other rows; take a baseline of the same rows"
         elif figure not in known:
             yield figure, f"{figure} was measured and is not any more; measure it, or take a new baseline"
+
+
+def check_comparable(known: Collection[str], baseline: Results) -> None:
+    """Raises UsageError where a baseline has a value of none of an evaluation's main figures."""
+    for name, was in baseline.figures.items():
+        _, _, rest = name.partition(".")
+        metric, _, model = rest.partition(".")
+        its = baseline.models.get(model)
+        if name in known and metric in REGRESSED and was.value is not None and its is not None and its.kind != "base":
+            return
+    raise UsageError("--baseline: has none of this evaluation's figures, so there is nothing to compare")
 
 
 def regression_gates(current: Results, baseline: Results) -> list[Gate]:
     """A gate for each main figure of the baseline: still measured, on the same rows, and not worse.
 
     What is allowed is the root of the summed squares of the two half widths: they are of different runs of chance.
-    Raises UsageError if there is nothing to compare.
     """
     gone = dict(no_longer_measured(current.figures, current.sets, (), baseline))
     found = [_failed(name, why) for name, why in gone.items()]
-    compared = 0
     for set_name, info in current.sets.items():
         for metric in info.metrics:
             for model, its in current.models.items():
@@ -75,9 +84,6 @@ def regression_gates(current: Results, baseline: Results) -> list[Gate]:
                 if now is not None and before is not None and before.value is not None:
                     name = f"{set_name}.{metric.name}.{model}"
                     found.append(_regression(name, now, before, before.value, metric.better == "lower"))
-                    compared += 1
-    if not compared:
-        raise UsageError("--baseline: has none of this evaluation's figures, so there is nothing to compare")
     return found
 
 

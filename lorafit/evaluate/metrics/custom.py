@@ -12,15 +12,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError, first_line, printable
-from lorafit.evaluate.judging import module_specs
+from lorafit.evaluate.judging import LARGEST_MODULE, module_specs
 from lorafit.evaluate.metrics.types import AnswerMetric, Judged
 from lorafit.evaluate.results import Metric
 
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[A-Za-z_][A-Za-z0-9_]*")
 _SHOWN = 60
+_NOT_CALLED = (ast.Constant, ast.List, ast.Dict, ast.Set, ast.Tuple, ast.JoinedStr, ast.Compare)
 _TAKES = "it has to take (answer, expected) or (answer, expected, row)"
 _RETURNS = "it has to return its score; it is async, or a generator"
 
@@ -92,8 +95,10 @@ def check_function(spec: str) -> None:
     defined = _definition(origin, name, spec) if origin else None
     if defined is None:
         raise UsageError(f"metric {spec}: {module} has no function {name}")
-    if isinstance(defined, ast.Constant):
+    if isinstance(defined, _NOT_CALLED) or (isinstance(defined, ast.ClassDef) and not defined.bases):
         raise UsageError(f"metric {spec}: {name} is no function in {module}")
+    if isinstance(defined, ast.Lambda) and not any(_accepts(defined.args, count) for count in (2, 3)):
+        raise UsageError(f"metric {spec}: {_TAKES}")
     if isinstance(defined, ast.FunctionDef | ast.AsyncFunctionDef) and not defined.decorator_list:
         if isinstance(defined, ast.AsyncFunctionDef) or any(map(_yields, defined.body)):
             raise UsageError(f"metric {spec}: {_RETURNS}")
@@ -104,11 +109,13 @@ def check_function(spec: str) -> None:
 def _definition(file: str, name: str, spec: str) -> ast.AST | None:
     """What gives a module's global name its value, last; any node where that can't be told; None: nothing does."""
     try:
-        with open(file, "rb") as stream:
-            tree = ast.parse(stream.read())
+        tree = ast.parse(read_bytes(Path(file), LARGEST_MODULE))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        place = f"{file}:{error.lineno}" if isinstance(error, SyntaxError) else file
+        line = error.lineno if isinstance(error, SyntaxError) else None
+        place = f"{file}:{line}" if line else file
         raise UsageError(f"metric {spec}: {place}: can't be read as Python: {first_line(error)}") from None
+    if any(isinstance(node, ast.Global) and name in node.names for node in ast.walk(tree)):
+        return tree  # some function may set it
     found: ast.AST | None = None
     left: list[ast.stmt] = list(reversed(tree.body))
     while left:
@@ -121,8 +128,13 @@ def _definition(file: str, name: str, spec: str) -> ast.AST | None:
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             bound = (one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name))
-            found = (node.value or found) if name in bound else found
+            if name in bound and node.value is not None:  # of `a, b = ...` the value is not a's
+                found = node.value if all(isinstance(target, ast.Name) for target in targets) else node
+        elif isinstance(node, ast.Delete):
+            found = None if any(isinstance(one, ast.Name) and one.id == name for one in node.targets) else found
         else:
+            stored = (one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
+            found = node if name in stored else found  # of a loop, a `with` or a `:=`
             inside = (child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node)
             left += reversed(list(inside))
         if found is None and _writes_names(node):

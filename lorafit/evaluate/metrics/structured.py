@@ -92,7 +92,15 @@ def json_schema(path: str) -> PairScore:
 
 
 def _validator(path: Path) -> Any:
-    schema = _read(path)
+    schema, place = _read(path), f"metric json_schema: {path}"
+    try:
+        with within(UsageError, f"{place}: it"):
+            return _checked(path, schema)
+    except RecursionError:
+        raise UsageError(f"{place}: is nested too deeply, or a $ref leads to itself") from None
+
+
+def _checked(path: Path, schema: Any) -> Any:
     validators = load_extra("jsonschema.validators", "json_schema")
     registry = load_extra("jsonschema_specifications", "json_schema").REGISTRY
     dialect = schema.get("$schema", _DRAFT) if isinstance(schema, dict) else _DRAFT
@@ -110,8 +118,6 @@ def _validator(path: Path) -> Any:
         validator.is_valid(None)
     except _unresolvable() as error:
         raise _unresolved(path, error.ref) from None
-    except RecursionError:
-        raise UsageError(f"metric json_schema: {path}: a $ref leads to itself") from None
     return validator
 
 

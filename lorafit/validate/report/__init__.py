@@ -10,11 +10,12 @@ from lorafit.validate.report.junit import junit
 from lorafit.validate.report.sarif import sarif
 from lorafit.validate.report.text import text
 from lorafit.validate.types import Report
+from lorafit.written import hidden_in
 
 FORMATS: dict[str, Callable[[Report], str]] = {
     "text": text,
-    "json": lambda report: json.dumps(report.as_dict(), indent=2, ensure_ascii=False),
+    "json": lambda report: json.dumps(hidden_in(report.as_dict()), indent=2, ensure_ascii=False),
     "github": github,
     "junit": junit,
-    "sarif": lambda report: json.dumps(sarif(report), indent=2, ensure_ascii=False),
+    "sarif": lambda report: json.dumps(hidden_in(sarif(report)), indent=2, ensure_ascii=False),
 }
