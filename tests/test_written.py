@@ -538,5 +538,5 @@ def test_a_path_is_no_part_of_another_name(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", ">&- 2>&-"])
 def test_a_closed_stream_is_no_failure(closed: str, recipe: RecipeMaker) -> None:
     """As cron and services call programs."""
-    command = f"exec {sys.executable} -m lorafit validate {shlex.quote(str(recipe()))} {closed}"
+    command = f"exec {shlex.quote(sys.executable)} -m lorafit validate {shlex.quote(str(recipe()))} {closed}"
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
