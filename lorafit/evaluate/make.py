@@ -146,10 +146,10 @@ def prepare(options: Options, lineup: Lineup) -> Work:
     models = {contender.name: contender.kind for contender in lineup.contenders}
     known = list(expected_figures({name: info.metrics for name, info in infos.items()}, models, main))
     check_demands(demands, known, tasks, baseline)
-    if baseline and not tasks:
-        check_comparable(known, baseline)
     if baseline and (gone := dict(no_longer_measured(known, infos, tasks, baseline))):
         raise GateError("\n".join(f"--baseline: {line}" for line in gone.values()))
+    if baseline and not tasks:
+        check_comparable(known, baseline)
     return Work(lineup, main, sets, scored, choices, demands, baseline, remarks)
 
 
