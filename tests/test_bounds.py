@@ -518,7 +518,7 @@ def test_an_interrupt_that_is_lost_comes_again() -> None:
         assert left.value.exit_code == code
 
 
-def test_code_that_takes_the_alarm_does_not_end_the_limit() -> None:
+def test_code_that_takes_the_alarm_does_not_end_the_limit(short: None) -> None:
     """As metrics of one's own do, which have a limit of their own."""
     with bounds.within(UsageError, "it"):
         pass

