@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401 - reads where its cache is as it is imported: before a test takes the place away
 import jsonschema.validators  # noqa: F401 - which takes longer than the tests' limit on a slow machine
 import pytest
 import referencing.jsonschema  # noqa: F401
