@@ -42,7 +42,7 @@ LARGEST_DOCUMENT = 1 << 28
 LARGEST_FILE = 100_000_000
 """Bytes of a file that is read whole, such as a schema or a model's configuration."""
 LARGEST_TEMPLATE = 1 << 20
-"""The same of a chat template."""
+"""Bytes of a chat template's file."""
 _TICK = 0.1
 _FEW = 20
 _MOST = 1_000_000
@@ -387,5 +387,5 @@ def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
 
 
 def read_text(path: Path, most: int = LARGEST_FILE) -> str:
-    """The same as text. Raises OSError, and ValueError for what is not UTF-8 or no path."""
+    """Read all of a file as text. Raises OSError, and ValueError for what is not UTF-8 or no path."""
     return read_bytes(path, most).decode("utf-8")

@@ -208,7 +208,7 @@ _display: _Display | None = None
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[None]:
+def telling() -> Iterator[None]:
     """Tell of the stages of the block; of several processes, the first does."""
     global _display
     before, _display = _display, _Display(sys.stderr) if _is_first() else None
@@ -243,7 +243,7 @@ def talk() -> Console:
     return _display.console
 
 
-def within(partly: float) -> None:
+def partly_done(partly: float) -> None:
     """Note how much is done of what the innermost stage counts next: half a batch's rows after half of its steps."""
     if _display is not None and _display.own:
         _display.own[-1].partly = partly
@@ -280,7 +280,7 @@ def stage(
 def each(
     items: Iterable[T], what: str, total: float | None, unit: str = "rows", size: Callable[[T], float] | None = None
 ) -> Iterator[T]:
-    """The same items, each counted when the next is asked for; or as much of the total as it holds by `size`."""
+    """Yield the items, each counted when the next is asked for, as one or as much of the total as `size` says."""
     with stage(what, total, unit) as counted:
         for item in items:
             yield item

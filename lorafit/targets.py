@@ -214,7 +214,7 @@ def check_expressions(config: Mapping[str, Any], modules: Iterable[str], where: 
 
 
 def check_adapter(adapter: Path, modules: Iterable[str]) -> None:
-    """The same for an adapter's folder."""
+    """Check the expressions in the configuration of an adapter's folder. Raises as `check_expressions`."""
     check_expressions(read_json(adapter / "adapter_config.json"), modules, str(adapter))
 
 

@@ -56,7 +56,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What a log gets, of a display whose thread only looks when the test does."""
     monkeypatch.setattr(progress._Display, "_watch", lambda self: None)
     monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
-    with progress.shown():
+    with progress.telling():
         yield stream
 
 
@@ -118,7 +118,7 @@ def test_what_is_within_another_stage_is_told_with_it(log: io.StringIO, clock: C
         training.advance(3)
         with progress.stage("validating", 4, "batches") as validating:
             validating.advance()
-            progress.within(0.5)
+            progress.partly_done(0.5)
             clock.at(30)
     outer, inner = lines(log)[0].split("; ")
     assert "training: 7 of 10 steps (70%), about 30 s left" in outer, "the first four cost no time now"
@@ -183,7 +183,7 @@ def test_a_data_file_is_known_by_its_size(kind: str, log: io.StringIO, clock: Cl
 
 def test_only_the_first_process_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with progress.shown():
+    with progress.telling():
         assert progress._display is None
         assert progress.talk().quiet
         with progress.stage("anything", 3) as anything:
@@ -207,7 +207,7 @@ def test_bars_on_a_terminal_go_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "DRAWN", 0.01)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with progress.shown():
+    with progress.telling():
         for item in progress.each(range(4), "copying", 4, "files"):
             until(lambda count=item: f"{count} of 4 files" in terminal.getvalue())
             progress.talk().print(f"remark {item}", highlight=False)

@@ -19,7 +19,7 @@ import typer
 
 from lorafit.cli.complete import gpus, keys, recipes, runs
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
-from lorafit.progress import shown
+from lorafit.progress import telling
 from lorafit.written import hidden_in, verbatim
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, interrupted)
         try:
-            with shown(), _heard():
+            with telling(), _heard():
                 return command(*args, **kwargs)
         except Interrupted as error:
             fail(str(error), 128 + error.signal_number)

@@ -99,7 +99,7 @@ class Set(Part):
     answered: int
     """Rows for which answers were generated."""
     sha256: str | None = None
-    """Of what the rows were read from, and which of them they are; the same for every model. None: not known."""
+    """SHA-256 of what the rows were read from, and which of them they are; equal for every model. None: not known."""
     metrics: tuple[Metric, ...]
     """In the order in which they are shown."""
 

@@ -89,7 +89,7 @@ class EvalRows:
 
     @property
     def sha256(self) -> str:
-        """Of what the rows were read from, and how, and of which of them they are: whatever the model makes of them."""
+        """SHA-256 of what the rows were read from and how, and of their numbers: whatever the model makes of them."""
         read = [
             [
                 source.hub or _digest(source),

@@ -45,7 +45,7 @@ def _values(before: Any, after: Any, path: str = "") -> Iterator[str]:
 
 
 def _references(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
-    """Of what is still taken from the environment, what has another value there."""
+    """The values that are still taken from the environment, and are others there now."""
     before, after = one.get("references", {}), two["references"]
     for key in sorted(before.keys() & after.keys()):
         if before[key]["sha256"] != after[key]["sha256"]:

@@ -83,6 +83,7 @@ def _check_gate(found: Findings, path: Path, text: str) -> None:
     sets |= {name: EvalSet(name=name, role="forgetting") for name in section.forgetting}
     own = "trained" if recipe.lora is None else "adapter"
     models = {name: name for name in (BASE, own, *(["merged"] if recipe.lora else []))}
+    metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
     for name in parse(text).figures():
         figure = name.removeprefix(BASELINE)
         of_set, _, model = figure.split(".")
@@ -92,7 +93,6 @@ def _check_gate(found: Findings, path: Path, text: str) -> None:
             if (not meant or meant[0] in section.lm_eval.tasks) and (model in models or is_other):
                 continue  # a task's figures are known once it has run
         asked = models | ({model: "adapter"} if is_other else {})
-        metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
         known = list(expected_figures(metrics, asked, own))
         if figure not in known:
             raise UsageError(no_figure(figure, known))

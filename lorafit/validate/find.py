@@ -96,7 +96,7 @@ def _inside(folder: str) -> Iterator[tuple[str, str | None]]:
             if not file.lower().endswith(ENDINGS):
                 continue
             if not _is_yaml(file):
-                yield file, NO_FILE
+                yield file, reason or NO_FILE
                 continue
             own = (
                 "is hidden" if name.startswith(".") else "is a run's copy" if is_run and name == "recipe.yaml" else None

@@ -264,7 +264,10 @@ def _verdict(solve: Solver, question: Question, main: Estimate, device: Device, 
 
 
 def judged_by_trace(case: Case, main: Estimate, capacity: int) -> tuple[Estimate, str]:
-    """The same by a trace: a GPU's is made once, for the first that was asked for; a CPU's anew where it is short."""
+    """The estimate and the verdict by a trace.
+
+    A GPU's trace is made once, for the first that was asked for; a CPU's anew where memory is short.
+    """
     if main.device == "cuda":
         return main, fits(main, capacity)
     return judged(lambda limit: main if limit is None else traced(case, limit), capacity)

@@ -15,7 +15,7 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from lorafit.evaluate.engine.arithmetic import autocast, bare, has_plain_cache, ignores_padding, new_cache
 from lorafit.evaluate.engine.batches import batches, ones, padded, shrinking, token_budget
-from lorafit.progress import within
+from lorafit.progress import partly_done
 
 HARMLESS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "max_new_tokens"),
@@ -205,7 +205,7 @@ def _own_loop(model: Any, prompts: list[list[int]], limits: Limits) -> list[Answ
                 ended[row] = now
             elif ended[row] is None:
                 answers[row].append(token)
-        within(len(prompts) * (step + 1) / limits.most)
+        partly_done(len(prompts) * (step + 1) / limits.most)
         working = [place for place, row in enumerate(rows) if ended[row] is None]
         if not working or step == limits.most - 1:
             break
