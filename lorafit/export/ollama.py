@@ -17,7 +17,7 @@ import jinja2
 
 from lorafit.bounds import within
 from lorafit.errors import ModelError
-from lorafit.export import go_template
+from lorafit.export.go_template import quoted, render
 from lorafit.template import in_parts, light_environment
 
 Message = dict[str, Any]
@@ -207,25 +207,25 @@ def _candidates(jinja: _Jinja) -> Iterator[tuple[str, str | None]]:
         if common:
             inner = _turn("system", (around[0].removeprefix(common), around[1]))
             rest = head.removeprefix(common)
-            opening = go_template.quoted(common) + (_unless_system(rest) if rest else "")
+            opening = quoted(common) + (_unless_system(rest) if rest else "")
             yield _range(opening, f"{user}{assistant}{inner}", pieces.prompt), None
     if before == pieces.start + pieces.user[0]:
-        system = f"{{{{ $.System }}}}{go_template.quoted(after)}"
+        system = f"{{{{ $.System }}}}{quoted(after)}"
         for condition in ("(eq $i 1)", "(eq (len (slice $.Messages $i)) 1)"):
             told = f"{{{{ if and $.System {condition} }}}}{system}{{{{ end }}}}"
-            opener = go_template.quoted(pieces.user[0]) + told
+            opener = quoted(pieces.user[0]) + told
             turn = _turn("user", pieces.user, opener)
-            yield _range(go_template.quoted(pieces.start), f"{turn}{assistant}", pieces.prompt), None
+            yield _range(quoted(pieces.start), f"{turn}{assistant}", pieces.prompt), None
     # The system message stands before everything, in whatever form.
-    rest = go_template.quoted(after)
+    rest = quoted(after)
     question, answer = _if("user") + "{{ .Content }}", _if("assistant") + "{{ .Content }}"
     flat = (
-        f"{{{{ if .System }}}}{go_template.quoted(before)}{{{{ .System }}}}{rest}{{{{ else }}}}"
-        f"{go_template.quoted(pieces.start + pieces.user[0])}{{{{ end }}}}{{{{ range $i, $_ := .Messages }}}}"
+        f"{{{{ if .System }}}}{quoted(before)}{{{{ .System }}}}{rest}{{{{ else }}}}"
+        f"{quoted(pieces.start + pieces.user[0])}{{{{ end }}}}{{{{ range $i, $_ := .Messages }}}}"
         f"{question}{{{{ if not (eq (len (slice $.Messages $i)) 1) }}}}"
-        f"{go_template.quoted(pieces.user[1] + pieces.assistant[0])}{{{{ end }}}}{{{{ end }}}}"
-        f"{answer}{go_template.quoted(pieces.assistant[1] + pieces.user[0])}{{{{ end }}}}{{{{ end }}}}"
-        f"{go_template.quoted(pieces.prompt if not pieces.user[1] else pieces.user[1] + pieces.prompt)}"
+        f"{quoted(pieces.user[1] + pieces.assistant[0])}{{{{ end }}}}{{{{ end }}}}"
+        f"{answer}{quoted(pieces.assistant[1] + pieces.user[0])}{{{{ end }}}}{{{{ end }}}}"
+        f"{quoted(pieces.prompt if not pieces.user[1] else pieces.user[1] + pieces.prompt)}"
     )
     yield flat, None
 
@@ -283,12 +283,12 @@ def _if(role: str) -> str:
 
 
 def _turn(role: str, around: tuple[str, str], opener: str | None = None) -> str:
-    before = go_template.quoted(around[0]) if opener is None else opener
-    return f"{_if(role)}{before}{{{{ .Content }}}}{go_template.quoted(around[1])}{{{{ end }}}}"
+    before = quoted(around[0]) if opener is None else opener
+    return f"{_if(role)}{before}{{{{ .Content }}}}{quoted(around[1])}{{{{ end }}}}"
 
 
 def _unless_system(text: str) -> str:
-    return f"{{{{ if not .System }}}}{go_template.quoted(text)}{{{{ end }}}}"
+    return f"{{{{ if not .System }}}}{quoted(text)}{{{{ end }}}}"
 
 
 def _start(pieces: _Pieces) -> str:
@@ -296,7 +296,7 @@ def _start(pieces: _Pieces) -> str:
 
 
 def _range(start: str, turns: str, prompt: str) -> str:
-    return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{{{{ end }}}}{go_template.quoted(prompt)}"
+    return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{{{{ end }}}}{quoted(prompt)}"
 
 
 def _conversations(with_system: bool) -> Iterator[list[Message]]:
@@ -318,7 +318,7 @@ def _difference(jinja: _Jinja, template: str, system: str | None) -> str | None:
     for messages in _conversations(jinja.knows_system()):
         expected = jinja.need(messages)
         given = messages if system is None or messages[0]["role"] == "system" else [_system(system), *messages]
-        if go_template.render(template, _as_ollama(given)) != expected:
+        if render(template, _as_ollama(given)) != expected:
             kind = "with" if messages[0]["role"] == "system" else "without"
             return f"{len(messages)} messages {kind} a system message come out differently"
     return None

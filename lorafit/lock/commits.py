@@ -19,7 +19,7 @@ def commit_of(name: str, revision: str | None, kind: Kind) -> str:
         return revision
     unreachable = hub_unreachable()
     if unreachable is None:
-        return _asked(name, revision, kind)
+        return _commit_on_hub(name, revision, kind)
     reference = _cached(name, kind) / "refs" / (revision or "main")
     try:
         commit = reference.read_text(encoding="utf-8").strip()
@@ -33,7 +33,7 @@ def commit_of(name: str, revision: str | None, kind: Kind) -> str:
     )
 
 
-def _asked(name: str, revision: str | None, kind: Kind) -> str:
+def _commit_on_hub(name: str, revision: str | None, kind: Kind) -> str:
     from huggingface_hub import HfApi
 
     try:

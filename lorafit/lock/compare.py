@@ -16,11 +16,11 @@ def drift(locked: Lock, now: Lock) -> list[str]:
     return [
         *_values(one["recipe"]["values"], two["recipe"]["values"]),
         *_references(one["recipe"], two["recipe"]),
-        *_model(one["model"], two["model"]),
-        *_files("tokenizer ", one["tokenizer"], two["tokenizer"]),
+        *_changed_model(one["model"], two["model"]),
+        *_changed_files("tokenizer ", one["tokenizer"], two["tokenizer"]),
         *_template(one["chat_template"], two["chat_template"]),
-        *_data(one["data"], two["data"]),
-        *_files("eval: ", one["judging"], two["judging"]),
+        *_changed_data(one["data"], two["data"]),
+        *_changed_files("eval: ", one["judging"], two["judging"]),
         *(f"{name}: locked {before}, now {after}" for name, before, after in _pairs(one["versions"], two["versions"])),
     ]
 
@@ -56,15 +56,15 @@ def _shown(value: Any) -> str:
     return shorten(json.dumps(value, ensure_ascii=False))
 
 
-def _model(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
+def _changed_model(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
     if one.get("name") != two.get("name"):
         return  # the recipe's values say so
     if one.get("commit") != two.get("commit"):
         yield f"model: locked commit {one.get('commit')}, now {two.get('commit')}"
-    yield from _files("model: ", one.get("files") or {}, two.get("files") or {})
+    yield from _changed_files("model: ", one.get("files") or {}, two.get("files") or {})
 
 
-def _files(what: str, one: dict[str, str], two: dict[str, str]) -> Iterator[str]:
+def _changed_files(what: str, one: dict[str, str], two: dict[str, str]) -> Iterator[str]:
     for name, before, after in _pairs(one, two):
         how = "is gone" if after == "none" else "is new" if before == "none" else "its bytes changed"
         yield f"{what}{name}: {how}"
@@ -75,10 +75,10 @@ def _template(before: str | None, after: str | None) -> Iterator[str]:
         yield "chat template: its text changed"
 
 
-def _data(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
+def _changed_data(one: dict[str, Any], two: dict[str, Any]) -> Iterator[str]:
     for name in one:
         if name not in two:
             continue  # the recipe's values say so
         if one[name].get("commit") != two[name].get("commit"):
             yield f"{name}: locked commit {one[name].get('commit')}, now {two[name].get('commit')}"
-        yield from _files("", one[name].get("files") or {}, two[name].get("files") or {})
+        yield from _changed_files("", one[name].get("files") or {}, two[name].get("files") or {})

@@ -94,9 +94,9 @@ def _audited(case: Case) -> Tokens | None:
 def work_of(case: Case, tokens: Tokens) -> Work:
     facts, setup = case.facts, case.setup
     config = facts.text_config
-    heads = _number(config, "num_attention_heads", "n_head") or 1
-    hidden = _number(config, "hidden_size", "n_embd") or 0
-    window = _number(config, "sliding_window")
+    heads = _positive(config, "num_attention_heads", "n_head") or 1
+    hidden = _positive(config, "hidden_size", "n_embd") or 0
+    window = _positive(config, "sliding_window")
     head = head_parameters(facts)
     return Work(
         active_parameters=active_parameters(facts),
@@ -104,7 +104,7 @@ def work_of(case: Case, tokens: Tokens) -> Work:
         trains_base=setup.lora is None,
         tokens=tokens.per_epoch,
         layers=facts.layers or 0,
-        attention_width=heads * (_number(config, "head_dim") or hidden // heads),
+        attention_width=heads * (_positive(config, "head_dim") or hidden // heads),
         context=min(tokens.row, window or tokens.row, setup.length),
         epochs=tokens.epochs,
         checkpointing=setup.checkpointing != "none",
@@ -115,8 +115,8 @@ def work_of(case: Case, tokens: Tokens) -> Work:
 def active_parameters(facts: ModelFacts) -> int:
     """The weights that one token is multiplied by: of experts its own, of embeddings only a tied output head."""
     config = facts.text_config
-    experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts") or 1
-    chosen = _number(config, "num_experts_per_tok", "num_experts_per_token") or experts
+    experts = _positive(config, "num_local_experts", "num_experts", "n_routed_experts") or 1
+    chosen = _positive(config, "num_experts_per_tok", "num_experts_per_token") or experts
     total = 0.0
     for tensor in facts.tensors:
         if _EMBEDDING.search(tensor.name) or _HEAD.search(tensor.name):
@@ -155,5 +155,5 @@ def _pair(values: Range) -> list[float]:
     return [values.low, values.high]
 
 
-def _number(config: dict[str, Any], *keys: str) -> int | None:
+def _positive(config: dict[str, Any], *keys: str) -> int | None:
     return next((config[key] for key in keys if isinstance(config.get(key), int) and config[key] > 0), None)

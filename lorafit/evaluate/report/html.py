@@ -15,7 +15,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lorafit.evaluate.report.page import charts, content, words
+from lorafit.evaluate.report.page import charts, words
+from lorafit.evaluate.report.page.content import keys, memory_rows, merge_facts, merge_rows, sets_of, verdict
 from lorafit.evaluate.results import Answer, Results, Sample
 from lorafit.files import write_text
 
@@ -68,9 +69,9 @@ def write_html(
             # Markup that needs no escaping: our own, and JSON without any character of markup.
             data=Markup(as_json(_data(results, examples.kept))),
             results=results,
-            verdict=content.verdict(results),
-            keys=content.keys(results),
-            sets=content.sets_of(results),
+            verdict=verdict(results),
+            keys=keys(results),
+            sets=sets_of(results),
             curves=charts.learning_curves(metrics),
             examples=examples,
             memory=memory,
@@ -97,9 +98,9 @@ def _environment() -> Environment:
         "shown": SHOWN,
         "bar_width": charts.BAR_WIDTH,
         "bar_height": charts.BAR_HEIGHT,
-        "memory_rows": content.memory_rows,
-        "merge_rows": content.merge_rows,
-        "merge_facts": content.merge_facts,
+        "memory_rows": memory_rows,
+        "merge_rows": merge_rows,
+        "merge_facts": merge_facts,
         "flat": flat,
     }
     return environment

@@ -31,7 +31,7 @@ def as_markdown(results: Results) -> str:
             ("✅ passed" if gate.passed else "❌ **failed**", f"{_safe(gate.gate)}", _safe(gate.sentence))
             for gate in results.gates[:100]
         ]
-        lines += [*_table(("gate", "", "figures"), [(gate, mark, text) for mark, gate, text in rows]), ""]
+        lines += [*_markdown_table(("gate", "", "figures"), [(gate, mark, text) for mark, gate, text in rows]), ""]
     for name, info in results.sets.items():
         answered = f", {info.answered} answered" if info.answered else ""
         lines += [f"### {_safe(name)}", "", f"{info.rows} rows{answered}: {_safe(info.source)}", ""]
@@ -42,7 +42,7 @@ def as_markdown(results: Results) -> str:
             (_safe(row.label), *(f"{v} ({i})" if i else v for v, i in zip(row.values, row.intervals, strict=True)))
             for row in figure_rows(results, name, metrics)
         ]
-        lines += [*_table(("", *map(_safe, results.models)), figures), ""]
+        lines += [*_markdown_table(("", *map(_safe, results.models)), figures), ""]
         differences = [
             tuple(
                 map(
@@ -62,7 +62,7 @@ def as_markdown(results: Results) -> str:
         ]
         if differences:
             head = ("difference", "", "value", "95% interval", "won/tied/lost", "", "detectable")
-            lines += [*_table(head, differences), ""]
+            lines += [*_markdown_table(head, differences), ""]
     lines += [f"- {_safe(remark)}" for remark in results.remarks]
     lines = _bounded(lines)
     about = {"run": results.run, "created": results.created, "versions": results.versions, "hardware": results.hardware}
@@ -87,7 +87,7 @@ def _bounded(lines: list[str]) -> list[str]:
     return lines if kept == len(lines) else [*lines[:kept], "", "The rest is in results.json and report.html."]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+def _markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     columns = list(head)
     made = [columns, ["---"] * len(columns), *map(list, rows)]
     return [f"| {' | '.join(row)} |" for row in made]

@@ -19,7 +19,7 @@ T = TypeVar("T")
 NO_ADAPTER = "has no effect without an adapter"
 NO_EFFECT = "no effect on what is learned"
 AS_BY_DEFAULT = "as lorafit does it anyway"
-OFF, EMPTY = "off", "empty, so it is as by default"
+TURNED_OFF, EMPTY = "off", "empty, so it is as by default"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Conversion:
         if rule.fate in ("decides", "idle"):
             return rule.target or f"{NO_EFFECT}{f': {rule.remark}' if rule.remark else ''}"
         if rule.is_off(value):
-            return OFF
+            return TURNED_OFF
         if rule.fate == "refused":
             self.refuse(path, rule.remark)
         message = f"no equivalent ({rule.remark})" if rule.remark else "no equivalent"
@@ -162,7 +162,7 @@ class Conversion:
 
     def idle(self) -> tuple[str, ...]:
         """The keys for which nothing had to be written, with the reason, as lines by place."""
-        reasons = (NO_ADAPTER, NO_EFFECT, AS_BY_DEFAULT, OFF, EMPTY)
+        reasons = (NO_ADAPTER, NO_EFFECT, AS_BY_DEFAULT, TURNED_OFF, EMPTY)
         listed = {note.key for note in self.notes}
         found = [(self.line_of(key), key, fate) for key, fate in self.fates.items() if fate.startswith(reasons)]
         given = sorted((line, key, fate) for line, key, fate in found if line is not None and key not in listed)
