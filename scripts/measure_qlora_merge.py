@@ -20,23 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.console import Console
+from lorafit.engine.quiet import hush, hush_progress
 from lorafit.errors import LorafitError
-from lorafit.quiet import hush, hush_progress
 
 BEGIN, END = "<!-- qlora -->\n", "<!-- /qlora -->"
 
 
 def measured(run: Path, scratch: Path, console: Console) -> list[str]:
     """The table's lines."""
-    from lorafit.evaluate.engine.greedy import end_tokens, generate
-    from lorafit.evaluate.sets import as_question, held_out_rows
-    from lorafit.merge import Options
-    from lorafit.merge.exports import quantized_copy
-    from lorafit.merge.make import merge
-    from lorafit.merge.source import find_base, open_source
-    from lorafit.merge.verify import as_trained, load_merged, measure, rows_to_compare
-    from lorafit.model import load_adapter
-    from lorafit.tokenizer import load_tokenizer
+    from lorafit.engine.evaluate.greedy import end_tokens, generate
+    from lorafit.engine.evaluate.sets import as_question, held_out_rows
+    from lorafit.engine.merge.exports import quantized_copy
+    from lorafit.engine.merge.run import merge
+    from lorafit.engine.merge.source import find_base, open_source
+    from lorafit.engine.merge.verify import as_trained, load_merged, measure, rows_to_compare
+    from lorafit.engine.model import load_adapter
+    from lorafit.engine.tokenizer import load_tokenizer
+    from lorafit.options.merge import Options
 
     with open_source(run) as source:
         if source.plan is None or source.quantization is None:

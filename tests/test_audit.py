@@ -11,15 +11,15 @@ from conftest import CHATML, WORDS, RecipeMaker, Train, conversation, make_model
 from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
-import lorafit.train
-from lorafit.audit import RULES, Audit, gate
+import lorafit.engine.train
 from lorafit.cli import app
-from lorafit.data import prepare
+from lorafit.engine.data.prepare import prepare
+from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError
 from lorafit.plan import Plan, plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import AuditSection
-from lorafit.tokenizer import load_tokenizer
+from lorafit.rows.audit import RULES, Audit, gate
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 KNOWS_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHATML
@@ -222,7 +222,7 @@ def test_training_stops_before_weights_load(
     def load(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(lorafit.train, "load_base", load)
+    monkeypatch.setattr(lorafit.engine.train, "load_base", load)
     with pytest.raises(DataError, match=r"rows\.jsonl:6: .*empty_answers"):
         train(recipe(dataset={"train": [{"path": str(file)}]}))
     assert not (tmp_path / "runs" / "recipe").exists()

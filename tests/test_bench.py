@@ -17,21 +17,19 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from yaml import safe_dump
 
-from lorafit.bench import BenchOptions, Shape, parse_models, parse_numbers
-from lorafit.bench.make import bench
-from lorafit.bench.measure import Pass, draw_tokens, run_pass, tensor_bytes
-from lorafit.bench.models import Sides, contenders_of
-from lorafit.bench.report import BenchReport, median, ratios, timing
-from lorafit.bench.show import as_markdown, print_bench
+from lorafit.engine.bench.measure import Pass, Sides, contenders_of, draw_tokens, run_pass, tensor_bytes
+from lorafit.engine.bench.report import BenchReport, as_markdown, median, print_bench, ratios, timing
+from lorafit.engine.bench.run import bench
+from lorafit.engine.merge.run import merge
+from lorafit.engine.tokenizer import load_tokenizer
+from lorafit.engine.train import Start
+from lorafit.engine.train import train as run_training
 from lorafit.errors import ModelError, UsageError
-from lorafit.merge import Options
-from lorafit.merge.make import merge
+from lorafit.options.bench import BenchOptions, Shape, parse_models, parse_numbers
+from lorafit.options.merge import Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.rundir import RunDir
-from lorafit.tokenizer import load_tokenizer
-from lorafit.train import Start
-from lorafit.train import train as run_training
+from lorafit.run.directory import RunDir
 
 QUIET = Console(file=io.StringIO())
 NAMES = ["base", "adapter", "merged", "quantized"]
@@ -127,7 +125,7 @@ def test_all_models_get_the_same_tokens(merged: RunDir, monkeypatch: pytest.Monk
         seen.append(ids.clone())
         return run_pass(model, ids, *rest)
 
-    monkeypatch.setattr("lorafit.bench.make.run_pass", spy)
+    monkeypatch.setattr("lorafit.engine.bench.run.run_pass", spy)
     options = BenchOptions(merged.path, prompt_tokens=(6,), batch=(2,), new_tokens=1, rounds=1)
     first = bench(options)
     assert len(seen) == 8, "four models, warmed up and timed once"
@@ -291,8 +289,8 @@ def test_models_take_turns_if_they_fit_together(free: int, merged: RunDir, monke
         order.append("adapter" if wrapped else Path(model.config.name_or_path).name)
         return run_pass(model, *rest)
 
-    monkeypatch.setattr("lorafit.bench.models.available_memory", lambda: free)
-    monkeypatch.setattr("lorafit.bench.make.run_pass", spy)
+    monkeypatch.setattr("lorafit.engine.bench.measure.available_memory", lambda: free)
+    monkeypatch.setattr("lorafit.engine.bench.run.run_pass", spy)
     found = bench(BenchOptions(merged.path, NAMES[:3], (4,), 1, (1,), 2))
     pair, back = ["tiny", "adapter"], ["adapter", "tiny"]
     if free > 1 << 30:

@@ -139,8 +139,8 @@ def test_a_row_is_told_off_in_time(tmp_path: Path, recipe: RecipeMaker, tiny_mod
 def test_an_adapter_is_told_off_in_time(config: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from lorafit.evaluate.contenders import Loaded
-    from lorafit.model import load_adapter
+    from lorafit.engine.evaluate.models import Loaded
+    from lorafit.engine.model import load_adapter
 
     adapter = adapter_of(tiny_model, tmp_path / "a", **config)
     for method in ("stream", "full"):
@@ -157,10 +157,10 @@ def test_what_is_rendered_elsewhere_is_told_off_in_time(tmp_path: Path) -> None:
     from lm_eval import utils
     from transformers import AutoTokenizer
 
-    from lorafit.data import Renderer
-    from lorafit.evaluate.benchmarks.code import kept_templates
-    from lorafit.evaluate.benchmarks.types import Benchmarks
-    from lorafit.evaluate.metrics import Judged, make_metric
+    from lorafit.engine.data.render import Renderer
+    from lorafit.engine.evaluate.benchmarks import Benchmarks
+    from lorafit.engine.evaluate.tasks import kept_templates
+    from lorafit.evaluation.metrics import Judged, make_metric
     from lorafit.export.ollama import modelfile
 
     with pytest.raises(ModelError):

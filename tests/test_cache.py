@@ -18,17 +18,16 @@ import pytest
 from conftest import CHATML, RecipeMaker, conversation, write_jsonl
 from typer.testing import CliRunner
 
-import lorafit.cache
-import lorafit.data
-from lorafit.cache import _shared_folder, cache_folder, code_version, in_use, prune
+import lorafit.engine.data.prepare
+import lorafit.rows.cache
 from lorafit.cli import app
-from lorafit.data import Prepared, prepare
-from lorafit.data.mix import repeated, shared, split, weighted
+from lorafit.engine.data.prepare import Prepared, prepare, repeated, shared, split, weighted
+from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError
 from lorafit.files import SEAL, Seal, seal
 from lorafit.plan import Plan, plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.tokenizer import load_tokenizer
+from lorafit.rows.cache import _shared_folder, cache_folder, code_version, in_use, prune
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +56,13 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of the sources that were tokenized, as it happens."""
     done: list[str] = []
-    original = lorafit.data.tokenize_source
+    original = lorafit.engine.data.prepare.tokenize_source
 
     def spy(plan: Any, source: Any, *rest: Any) -> Any:
         done.append(source.path)
         return original(plan, source, *rest)
 
-    monkeypatch.setattr(lorafit.data, "tokenize_source", spy)
+    monkeypatch.setattr(lorafit.engine.data.prepare, "tokenize_source", spy)
     return done
 
 
@@ -104,8 +103,8 @@ def test_the_same_data_is_tokenized_once(
     def fail(*_: Any) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(lorafit.data, "tokenize_source", fail)
-    monkeypatch.setattr(lorafit.data, "make_set", fail)
+    monkeypatch.setattr(lorafit.engine.data.prepare, "tokenize_source", fail)
+    monkeypatch.setattr(lorafit.engine.data.prepare, "make_set", fail)
     again = prepared(path)
     assert again.train.to_dict() == first.train.to_dict()
     assert again.rows is not None
@@ -222,7 +221,7 @@ def test_another_day_in_a_template_that_writes_it(
     path = recipe(model={"chat_template": str(file)})
     plan = planned(path)
     for day in ("2026-01-31", "2026-02-01"):
-        data = lorafit.cache.dataclasses.replace(plan.data, date=day)
+        data = lorafit.rows.cache.dataclasses.replace(plan.data, date=day)
         tokenizer = load_tokenizer(plan)
         assert tokenizer.decode(prepare(data, tokenizer).train[0]["input_ids"]).startswith(day)
 
@@ -277,16 +276,16 @@ def test_another_version_of_a_library(
     before = texts(path)
     for package in ("lorafit", "tokenizers", "transformers", "trl", "jinja2"):
         code_version.cache_clear()
-        monkeypatch.setattr(lorafit.cache, "version", lambda name, p=package: "0.0.0" if name == p else "1.0.0")
+        monkeypatch.setattr(lorafit.rows.cache, "version", lambda name, p=package: "0.0.0" if name == p else "1.0.0")
         assert texts(path) == before
     assert len(tokenized) == 6
 
 
 def test_another_lorafit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "lorafit"
-    shutil.copytree(Path(lorafit.cache.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(lorafit.rows.cache.__file__).parents[1], copy, ignore=shutil.ignore_patterns("__pycache__"))
     here = code_version()
-    monkeypatch.setattr(lorafit.cache, "__file__", str(copy / "cache.py"))
+    monkeypatch.setattr(lorafit.rows.cache, "__file__", str(copy / "rows" / "cache.py"))
 
     def changed(file: Path) -> bool:
         code_version.cache_clear()
@@ -440,14 +439,14 @@ def test_a_failure_leaves_nothing(recipe: RecipeMaker, cache: Path, rows: Path) 
 
 def test_an_interruption_leaves_nothing(recipe: RecipeMaker, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe()
-    original = lorafit.data.tokenize_source
+    original = lorafit.engine.data.prepare.tokenize_source
 
     def interrupted(*given: Any) -> Iterator[Any]:
         yield from original(*given)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(lorafit.data, "tokenize_source", interrupted)
+        patch.setattr(lorafit.engine.data.prepare, "tokenize_source", interrupted)
         done = CliRunner().invoke(app, ["preview", str(path)])
     assert (done.exit_code, done.stderr) == (130, "interrupted\n")
     assert entries(cache) == []
@@ -463,11 +462,11 @@ def test_a_full_disk(recipe: RecipeMaker, cache: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         if full == "write_table":
-            patch.setattr(lorafit.data, "write_table", fail)
+            patch.setattr(lorafit.engine.data.prepare, "write_table", fail)
         elif full == "np.save":
             patch.setattr(np, "save", fail)
         else:
-            patch.setattr("lorafit.data.table.json.dumps", fail)
+            patch.setattr("lorafit.engine.data.table.json.dumps", fail)
         done = CliRunner().invoke(app, ["preview", str(path)])
     assert done.exit_code == 5
     assert len(done.stderr.strip().splitlines()) == 1
@@ -497,11 +496,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, recipe: RecipeMaker, ro
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from lorafit.cache import *\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from lorafit.rows.cache import *\n"
         "folder = cache_folder(); print(folder); assert folder is cache_folder()\n"
         "with in_use(entry('rows', 'key')): entry('rows', 'key').mkdir()"
     )
-    root = str(Path(lorafit.cache.__file__).parents[1])
+    root = str(Path(lorafit.rows.cache.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code, root],
         env={**os.environ, "TMPDIR": str(temporary)},
@@ -559,7 +558,7 @@ def test_what_another_process_uses_stays(cache: Path) -> None:
 
 def test_preparing_prunes(recipe: RecipeMaker, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe()
-    monkeypatch.setattr(lorafit.cache, "LIMIT_BYTES", 1)
+    monkeypatch.setattr(lorafit.rows.cache, "LIMIT_BYTES", 1)
     first = prepared(path)
     assert len(entries(cache)) == 2  # what is in use stays, however large
     second = prepared(path, "dataset.loss_on=all")
@@ -572,19 +571,19 @@ def test_preparing_prunes(recipe: RecipeMaker, cache: Path, monkeypatch: pytest.
 PREPARE = """
 import sys, time
 from pathlib import Path
-import lorafit.data
+import lorafit.engine.data.prepare
 from lorafit.tokenizer import load_tokenizer
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 
-original = lorafit.data.tokenize_source
+original = lorafit.engine.data.prepare.tokenize_source
 def slow(*given):
     with open(sys.argv[3], "a") as stream:
         stream.write("tokenized\\n")
     for batch in original(*given):
         time.sleep(1)
         yield batch
-lorafit.data.tokenize_source = slow
+lorafit.engine.data.prepare.tokenize_source = slow
 path = Path(sys.argv[1])
 plan = plan_recipe(Recipe.load(path), path)
 tokenizer = load_tokenizer(plan)
@@ -593,14 +592,14 @@ with ready.open("a") as stream:
     stream.write("x")
 while len(ready.read_text()) < 2:
     time.sleep(0.01)
-print(lorafit.data.prepare(plan.data, tokenizer).train["input_ids"][:])
+print(lorafit.engine.data.prepare.prepare(plan.data, tokenizer).train["input_ids"][:])
 """
 
 
 def test_two_processes_at_once(recipe: RecipeMaker, tmp_path: Path, cache: Path) -> None:
     path = recipe()
     command = [sys.executable, "-c", PREPARE, str(path), str(tmp_path / "ready"), str(tmp_path / "log")]
-    root = str(Path(lorafit.cache.__file__).parents[1])
+    root = str(Path(lorafit.rows.cache.__file__).parents[2])
     both = [
         subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
@@ -713,7 +712,7 @@ def test_repeated_and_shared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, int] = {}
     again = [(at, seen[key]) for at, key in enumerate(keys.tolist()) if seen.setdefault(key, at) != at]
     for size in (1 << 21, 7, 1):
-        monkeypatch.setattr("lorafit.data.mix._ROWS_AT_ONCE", size)
+        monkeypatch.setattr("lorafit.engine.data.prepare._ROWS_AT_ONCE", size)
         assert repeated(keys) == (len(again), *again[0])
     assert repeated(np.arange(5)) == (0, 0, 0)
     assert shared(np.array([9, 3, 1]), np.array([5, 1, 3, 1])) == (2, 1, 2)

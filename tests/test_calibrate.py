@@ -145,7 +145,7 @@ def test_short_memory_is_said_before_training_and_in_the_plan(
     returned: list[bool] = []
     monkeypatch.setattr("lorafit.vram.calibrate.available_memory", lambda: free)
     monkeypatch.setattr("lorafit.vram.calibrate._status", lambda name: 0)
-    monkeypatch.setattr("lorafit.train.return_memory", lambda: returned.append(True))
+    monkeypatch.setattr("lorafit.engine.train.return_memory", lambda: returned.append(True))
     path = recipe()
     plan = CliRunner().invoke(app, ["train", str(path), "--dry-run"], catch_exceptions=False)
     assert plan.exit_code == 0
@@ -189,7 +189,7 @@ def test_what_is_said_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_quantized_base_lets_go_of_its_file(recipe: RecipeMaker, tmp_path: Path) -> None:
-    from lorafit.model import load_base
+    from lorafit.engine.model import load_base
 
     own = make_model(tmp_path / "own")  # other tests' models may be mapped still
     path = recipe(model={"name_or_path": str(own)}, quantization={"load_in_4bit": True})
@@ -206,7 +206,7 @@ def test_checkpointing_on_a_cpu_returns_memory_at_once(
 ) -> None:
     """It is there to save memory, and its short-lived blocks would leave holes."""
     returned: list[bool] = []
-    monkeypatch.setattr("lorafit.train.return_memory", lambda: returned.append(True))
+    monkeypatch.setattr("lorafit.engine.train.return_memory", lambda: returned.append(True))
     train(recipe("usual"))
     assert not returned
     train(recipe("saving", training={"gradient_checkpointing": True}))

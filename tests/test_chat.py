@@ -24,15 +24,15 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lorafit.chat.room as module
-from lorafit.chat import ChatOptions, Turn, from_stdin, harmless
-from lorafit.chat.make import chat
-from lorafit.chat.room import _Stream
-from lorafit.data import prepare
+import lorafit.engine.chat.conversation as module
+from lorafit.engine.chat.conversation import _Stream
+from lorafit.engine.chat.run import chat
+from lorafit.engine.data.prepare import prepare
+from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.files import SEAL
-from lorafit.rundir import RunDir
-from lorafit.tokenizer import load_tokenizer
+from lorafit.options.chat import ChatOptions, Turn, from_stdin, harmless
+from lorafit.run.directory import RunDir
 
 NEW = 12
 """Tokens of the answers here."""
@@ -101,9 +101,9 @@ def trained(place: Path, base: Path, name: str, **sections: Any) -> RunDir:
     """A short run with a learning rate that changes every answer."""
     import yaml
 
+    from lorafit.engine.train import Start, train
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
-    from lorafit.train import Start, train
 
     words = WORDS.split()
     rows = [conversation(f"{words[i]} {words[-i]}", f"{name} {words[i]}") for i in range(12)]

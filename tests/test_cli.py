@@ -158,7 +158,7 @@ class TestMistakes:
         def full(*_: object) -> None:
             raise RuntimeError("writing failed") from OSError(28, "No space left on device")
 
-        monkeypatch.setattr("lorafit.rundir.RunDir.begin", full)
+        monkeypatch.setattr("lorafit.run.directory.RunDir.begin", full)
         code, _, err = lorafit("train", recipe())
         assert code == 5
         assert "the disk is full" in err
@@ -173,7 +173,7 @@ class TestMistakes:
         def big(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(f"lorafit.train.{where}", big)
+        monkeypatch.setattr(f"lorafit.engine.train.{where}", big)
         code, _, err = lorafit("train", recipe())
         assert code == 5
         assert "out of memory" in err
@@ -212,12 +212,12 @@ class TestMistakes:
 @pytest.mark.parametrize(
     ("command", "where"),
     [
-        ("train", "lorafit.model.AutoTokenizer.from_pretrained"),
-        ("train", "lorafit.model.AutoModelForCausalLM.from_pretrained"),
-        ("merge", "lorafit.model.PeftModel.from_pretrained"),
-        ("merge", "lorafit.merge.stream._edited"),
-        ("merge", "lorafit.merge.verify.load_merged"),
-        ("eval", "lorafit.evaluate.measure.likelihoods"),
+        ("train", "lorafit.engine.model.AutoTokenizer.from_pretrained"),
+        ("train", "lorafit.engine.model.AutoModelForCausalLM.from_pretrained"),
+        ("merge", "lorafit.engine.model.PeftModel.from_pretrained"),
+        ("merge", "lorafit.engine.merge.stream._edited"),
+        ("merge", "lorafit.engine.merge.verify.load_merged"),
+        ("eval", "lorafit.engine.evaluate.measure.likelihoods"),
     ],
 )
 def test_sigterm_outside_the_steps(

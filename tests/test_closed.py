@@ -142,7 +142,7 @@ USUAL: Choice = {name: values[0] for name, values in FACTORS.items()}
 
 def differences(choices: list[Choice], family: str) -> list[str]:
     """The combinations in which closed form and trace are apart."""
-    from lorafit.trace import estimate_by_trace
+    from lorafit.engine.trace.record import estimate_by_trace
 
     found, fragmented = [], []
     for choice in choices:
@@ -204,7 +204,7 @@ def test_one_thing_at_a_time(factor: str) -> None:
     ids=lambda changes: ", ".join(f"{name}={value}" for name, value in changes.items())[:60],
 )
 def test_other_settings_agree(changes: dict[str, Any]) -> None:
-    from lorafit.trace import estimate_by_trace
+    from lorafit.engine.trace.record import estimate_by_trace
 
     case = setup(shortened("meta-llama/Llama-3.1-8B"), **changes)
     closed, traced = estimate(case), estimate_by_trace(case)
@@ -214,7 +214,7 @@ def test_other_settings_agree(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
 def test_saved_modules_of_tied_embeddings_agree(saved: list[str]) -> None:
-    from lorafit.trace import estimate_by_trace
+    from lorafit.engine.trace.record import estimate_by_trace
 
     case = setup(shortened("meta-llama/Llama-3.2-1B"), lora=lora(modules_to_save=saved))
     assert estimate(case).allocated == pytest.approx(estimate_by_trace(case).allocated, rel=0.03)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from lorafit.errors import UsageError
+from lorafit.gpus import find_gpu
 from lorafit.vram.cost import Range, Work, cost, flops, flops_text, money_text, time_text
-from lorafit.vram.gpus import find_gpu
 
 FULL = Work(
     active_parameters=7_000_000_000,

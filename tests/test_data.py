@@ -17,13 +17,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 from trl import SFTConfig, SFTTrainer, get_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import lorafit.data.encode
-from lorafit.audit import SourceAudit, breaches, source_findings
-from lorafit.data import IGNORED, Lengths, Renderer, prepare, tokenize
+import lorafit.engine.data.encode
+from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
+from lorafit.engine.data.prepare import prepare
+from lorafit.engine.data.render import Renderer
 from lorafit.errors import DataError
 from lorafit.plan import DataPlan, SourcePlan
 from lorafit.recipe.schema import AuditSection
 from lorafit.rows import Example
+from lorafit.rows.audit import SourceAudit, breaches, source_findings
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 MARKED = (
@@ -663,7 +665,7 @@ def test_mixed_sources_keep_their_order(tokenizer: PreTrainedTokenizerBase, tmp_
 def test_rows_of_many_batches_keep_their_order(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lorafit.data.encode, "_BATCH_ROWS", 3)
+    monkeypatch.setattr(lorafit.engine.data.encode, "_BATCH_ROWS", 3)
     examples = [example([user("q"), assistant(f"n{n}")]) if n % 5 else Example("t", 1, text=f"n{n}") for n in range(23)]
     rows, _ = rows_of(tokenizer, *examples)
     assert len(rows) == 23

@@ -15,10 +15,10 @@ import pytest
 from conftest import RecipeMaker, Train
 from rich.console import Console
 
-from lorafit.evaluate.make import evaluate
-from lorafit.evaluate.options import Options as EvalOptions
+from lorafit.engine.evaluate.run import evaluate
 from lorafit.memory import GIB
-from lorafit.rundir import RunDir
+from lorafit.options.evaluate import Options as EvalOptions
+from lorafit.run.directory import RunDir
 from lorafit.vram.calibrate import calibrate
 
 QUIET = Console(file=io.StringIO())

@@ -14,9 +14,9 @@ import yaml
 from conftest import WORDS, write_jsonl
 from rich.console import Console
 
+from lorafit.engine.evaluate import tasks as tasks_module
+from lorafit.engine.evaluate.benchmarks import Benchmarks, TaskResult, check, run
 from lorafit.errors import DataError, UsageError
-from lorafit.evaluate.benchmarks import Benchmarks, TaskResult, check, run
-from lorafit.evaluate.benchmarks import tasks as tasks_module
 
 pytest.importorskip("lm_eval")
 

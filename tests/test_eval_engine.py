@@ -33,15 +33,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lorafit.evaluate.engine import batches as batches_module
-from lorafit.evaluate.engine import choices as choices_module
-from lorafit.evaluate.engine import greedy as greedy_module
-from lorafit.evaluate.engine import likelihood as likelihood_module
-from lorafit.evaluate.engine.arithmetic import ready
-from lorafit.evaluate.engine.batches import CPU_TOKENS, batches, padded, shrinking, token_budget
-from lorafit.evaluate.engine.choices import Choice, choices, whole_rows
-from lorafit.evaluate.engine.greedy import Generated, end_tokens, generate
-from lorafit.evaluate.engine.likelihood import divergences, likelihoods
+from lorafit.engine.evaluate import batches as batches_module
+from lorafit.engine.evaluate import choices as choices_module
+from lorafit.engine.evaluate import greedy as greedy_module
+from lorafit.engine.evaluate import likelihood as likelihood_module
+from lorafit.engine.evaluate.arithmetic import ready
+from lorafit.engine.evaluate.batches import CPU_TOKENS, batches, padded, shrinking, token_budget
+from lorafit.engine.evaluate.choices import Choice, choices, whole_rows
+from lorafit.engine.evaluate.greedy import Generated, end_tokens, generate
+from lorafit.engine.evaluate.likelihood import divergences, likelihoods
 
 VOCABULARY = 384
 PAD = 0

@@ -13,8 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorafit.errors import UsageError
-from lorafit.evaluate.gates import Demand, check_comparable, judge, load_results, parse, regression_gates
-from lorafit.evaluate.results import Figure, Gate, Metric, Model, Results, Set
+from lorafit.evaluation.gates import (
+    Demand,
+    check_comparable,
+    judge,
+    load_results,
+    parse,
+    regression_gates,
+)
+from lorafit.evaluation.results import Figure, Gate, Metric, Model, Results, Set
 
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")
 MATCH = Metric(name="exact_match", label="exact match", unit="share", better="higher")

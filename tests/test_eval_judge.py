@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorafit.errors import LorafitError, ModelError, UsageError
-from lorafit.evaluate.judge import Judge, Pair, Verdict, check, compare, position_bias
+from lorafit.evaluation.judge import Judge, Pair, Verdict, check, compare, position_bias
 
 KEY = "sk-secret-0123456789"
 Answering = Callable[[str, dict[str, Any]], Any]

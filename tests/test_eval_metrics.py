@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from lorafit import bounds
 from lorafit.errors import UsageError
-from lorafit.evaluate.metrics import METRICS, Judged, MetricSpec, default_metrics, make_metric, make_metrics
+from lorafit.evaluation.metrics import (
+    METRICS,
+    Judged,
+    MetricSpec,
+    default_metrics,
+    make_metric,
+    make_metrics,
+)
 
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -404,7 +411,7 @@ def test_table() -> None:
 
 
 def test_no_metric_has_the_name_of_another_figure() -> None:
-    from lorafit.evaluate.assemble import OWN
+    from lorafit.evaluation.figures import OWN
 
     for metric in OWN:
         assert metric.name not in METRICS

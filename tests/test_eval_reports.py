@@ -13,14 +13,11 @@ import pytest
 from rich.console import Console
 from test_report_html import example_results, example_samples
 
-import lorafit.evaluate
-from lorafit.evaluate.report.junit import as_junit
-from lorafit.evaluate.report.markdown import as_markdown
-from lorafit.evaluate.report.summary import verdict
-from lorafit.evaluate.report.terminal import print_results
-from lorafit.evaluate.results import Gate, Results
+import lorafit.engine.evaluate
+from lorafit.evaluation.report.text import as_junit, as_markdown, print_results, verdict
+from lorafit.evaluation.results import Gate, Results
 
-TEXTS = Path(lorafit.evaluate.__file__).parent / "texts"
+TEXTS = Path(lorafit.engine.evaluate.__file__).parent / "texts"
 HOSTILE = "a|b <script>x</script> [bold red]c[/] `d` \x1b[31m\x00 \u202e\n# e"
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorafit.evaluate import statistics
-from lorafit.evaluate.results import Difference
-from lorafit.evaluate.statistics import RESAMPLES, Bootstrap, Classes, Series, difference
+from lorafit.evaluation import statistics
+from lorafit.evaluation.results import Difference
+from lorafit.evaluation.statistics import RESAMPLES, Bootstrap, Classes, Series, difference
 
 Array = np.ndarray[Any, Any]
 ROWS = 80

@@ -28,22 +28,22 @@ from typer.testing import CliRunner
 from yaml import safe_dump
 
 from lorafit.cli import app
-from lorafit.data import IGNORED
+from lorafit.engine.data.encode import IGNORED
+from lorafit.engine.evaluate.run import evaluate
+from lorafit.engine.evaluate.sets import held_out_rows
+from lorafit.engine.merge.run import merge
+from lorafit.engine.train import Start
+from lorafit.engine.train import train as run_training
 from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelError, UsageError
-from lorafit.evaluate.assemble import speeds
-from lorafit.evaluate.make import evaluate
-from lorafit.evaluate.options import Named, Options
-from lorafit.evaluate.records import Records
-from lorafit.evaluate.results import Results, Sample
-from lorafit.evaluate.sets import held_out_rows
+from lorafit.evaluation.figures import speeds
+from lorafit.evaluation.records import Records
+from lorafit.evaluation.results import Results, Sample
 from lorafit.files import SEAL, seal
-from lorafit.merge import Options as MergeOptions
-from lorafit.merge.make import merge
+from lorafit.options.evaluate import Named, Options
+from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
-from lorafit.rundir import RunDir
-from lorafit.train import Start
-from lorafit.train import train as run_training
+from lorafit.run.directory import RunDir
 
 QUIET = Console(file=io.StringIO())
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,7 +395,7 @@ def test_a_model_that_overflows_has_no_figures_and_passes_nothing(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one word only: as activations may overflow where the weights are finite."""
-    monkeypatch.setattr("lorafit.evaluate.contenders._check_finite", lambda *_: None)
+    monkeypatch.setattr("lorafit.engine.evaluate.models._check_finite", lambda *_: None)
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
     token = tokenizer(" mat", add_special_tokens=False)["input_ids"][0]
     file = run.merged / "model.safetensors"
@@ -627,7 +627,7 @@ def test_a_baseline_of_something_else_is_told_before_a_model_is_loaded(
     changed = options | changes
     changed["data"] = data[changes["data"]] if "data" in changes else data["same"]
     changed["overrides"] = tuple(one.replace("OWN", str(own)) for one in changed["overrides"])
-    monkeypatch.setattr("lorafit.evaluate.contenders.load_base", None)
+    monkeypatch.setattr("lorafit.engine.evaluate.models.load_base", None)
     with pytest.raises(GateError, match=rf"--baseline: .*\b{what}\b"):
         evaluated(run, **changed)
 
@@ -654,7 +654,7 @@ def test_an_earlier_evaluation_as_the_baseline(run: RunDir, tmp_path: Path) -> N
 def test_an_interrupted_evaluation_goes_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done is not done again, and the result is that of an evaluation that was never stopped."""
     whole = evaluated(run, output=run.path.parent / "whole", limit=8, max_new_tokens=4)
-    import lorafit.evaluate.measure as module
+    import lorafit.engine.evaluate.measure as module
 
     real, calls = module.likelihoods, []
 

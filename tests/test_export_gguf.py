@@ -19,10 +19,9 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorafit.engine.merge.exports import compare_gguf
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError
-from lorafit.export import KINDS, export_gguf, parse_export
-from lorafit.export.check import compare_gguf
-from lorafit.export.gguf import write_gguf
+from lorafit.export.gguf import KINDS, export_gguf, parse_export, write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOL = ROOT / "models" / "SmolLM2-135M-Instruct"

@@ -8,9 +8,9 @@ from typing import Any
 import jinja2
 import pytest
 
-from lorafit.export import go_template
+from lorafit.export import ollama as go_template
 from lorafit.export.ollama import Modelfile, modelfile
-from lorafit.template import trl_templates
+from lorafit.facts.template import trl_templates
 
 SPECIAL: dict[str, str | None] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": None}
 

@@ -18,21 +18,21 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from lorafit.cli import app
+from lorafit.engine.evaluate.run import evaluate
+from lorafit.engine.merge.run import merge
+from lorafit.engine.merge.verify import Figures, Proof, Reference
+from lorafit.engine.preview import preview
+from lorafit.engine.train import Start
+from lorafit.engine.train import train as run_training
 from lorafit.errors import UsageError
-from lorafit.evaluate.make import evaluate
-from lorafit.evaluate.metrics.custom import custom_metric
-from lorafit.evaluate.metrics.types import Judged
-from lorafit.evaluate.options import Options as EvalOptions
+from lorafit.evaluation.metrics.custom import custom_metric
+from lorafit.evaluation.metrics.metric import Judged
 from lorafit.memory import GIB
-from lorafit.merge import Options as MergeOptions
-from lorafit.merge.make import merge
-from lorafit.merge.verify import Figures, Proof, Reference
+from lorafit.options.evaluate import Options as EvalOptions
+from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe
-from lorafit.preview import preview
 from lorafit.recipe import Recipe, RecipeError
-from lorafit.rundir import RunDir
-from lorafit.train import Start
-from lorafit.train import train as run_training
+from lorafit.run.directory import RunDir
 from lorafit.vram.calibrate import Meter, calibrate
 
 QUIET = Console(file=io.StringIO())

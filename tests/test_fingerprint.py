@@ -18,9 +18,11 @@ from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorafit import fingerprint
+from lorafit.engine.model import base_source
 from lorafit.errors import ModelError
-from lorafit.fingerprint import (
+from lorafit.run import fingerprint
+from lorafit.run.directory import RunDir
+from lorafit.run.fingerprint import (
     VERSION,
     changed_base,
     changed_source,
@@ -33,8 +35,6 @@ from lorafit.fingerprint import (
     run_fingerprint,
     summary,
 )
-from lorafit.model import base_source
-from lorafit.rundir import RunDir
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -238,7 +238,7 @@ def test_weights_are_read_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> N
     read = []
     original = fingerprint.tensor_digests
     monkeypatch.setattr(fingerprint, "tensor_digests", lambda file: [read.append(file), original(file)][1])
-    monkeypatch.setattr("lorafit.cache.SETTLED_NS", 0)
+    monkeypatch.setattr("lorafit.rows.cache.SETTLED_NS", 0)
     file = base / "model.safetensors"
     before = fingerprint_of(base)
     assert fingerprint_of(base) == before
@@ -248,7 +248,7 @@ def test_weights_are_read_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> N
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert differences(before, fingerprint_of(base)) == [f"tensor {Q_PROJ}"]
     assert len(read) == 2
-    monkeypatch.setattr("lorafit.cache.SETTLED_NS", 60_000_000_000)
+    monkeypatch.setattr("lorafit.rows.cache.SETTLED_NS", 60_000_000_000)
     file.touch()
     fingerprint_of(base)
     fingerprint_of(base)
@@ -349,6 +349,8 @@ def test_the_summary_has_one_hash_of_the_tensors(base: Path) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    probe = "import sys, lorafit.fingerprint; print(sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
+    probe = (
+        "import sys, lorafit.run.fingerprint; print(sorted({'torch', 'transformers', 'numpy'} & sys.modules.keys()))"
+    )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

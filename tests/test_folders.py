@@ -292,7 +292,7 @@ class TestOverwritingARun:
         shutil.copytree("runs/one", "older")
         (project / "older").rename(project / "runs/one/.replaced")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lorafit.train.build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            patch.setattr("lorafit.engine.train.build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGINT))
             assert run("train", "recipe.yaml", "--overwrite", "--set", "training.seed=5").exit_code == 130
         assert run("verify", "runs/one/.replaced").exit_code == 0
         assert not (project / "runs/one/.replaced/.replaced").exists()
@@ -348,7 +348,7 @@ class TestOverwritingARun:
 
 class TestReadersAndWriters:
     HOLD = (
-        "import sys, time\nfrom pathlib import Path\nfrom lorafit.rundir import RunDir\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lorafit.run.directory import RunDir\n"
         "from lorafit.files import writing\n"
         "run = RunDir(Path('runs/one').resolve())\n"
         "with {what}:\n    print('held', flush=True)\n    sys.stdin.read()\n"

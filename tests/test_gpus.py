@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lorafit.errors import UsageError
-from lorafit.vram.gpus import GPUS, Gpu, find_gpu, known_gpu, parse_device, parse_memory
+from lorafit.gpus import GPUS, Gpu, find_gpu, known_gpu, parse_device, parse_memory
 
 GIB = 1 << 30
 
@@ -180,7 +180,7 @@ def test_the_driver_s_name_and_memory_tell_the_card(name: str, mebibytes: int, e
 
 def test_it_is_light() -> None:
     code = (
-        "import sys, lorafit.vram.gpus, lorafit.vram.cost, lorafit.vram.plot;"
+        "import sys, lorafit.gpus, lorafit.vram.cost, lorafit.vram.plot;"
         "print({'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

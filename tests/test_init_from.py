@@ -14,9 +14,8 @@ from typer.testing import CliRunner
 
 from lorafit.cli import app
 from lorafit.errors import UsageError
-from lorafit.init.peers.convert import Conversion, Kind
-from lorafit.init.peers.kinds import KINDS, MAPPINGS, convert
-from lorafit.init.peers.rules import find
+from lorafit.init.peers import KINDS, MAPPINGS, convert
+from lorafit.init.peers.convert import Conversion, Kind, find
 from lorafit.init.write import recipe_of
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import section_at
@@ -909,7 +908,7 @@ def test_what_makes_no_valid_recipe_is_said_of_the_other_one(folder: Path) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_key_that_decides_something_is_looked_at(kind: Kind) -> None:
     """A key in the table that no code reads would be dropped in silence."""
-    import lorafit.init.peers.kinds as module
+    import lorafit.init.peers as module
 
     folder = Path(module.__file__).parent
     files = [

@@ -18,7 +18,7 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-from lorafit import loss
+from lorafit.engine import loss
 from lorafit.errors import ModelError
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from lorafit.errors import LorafitError
-from lorafit.hardware import Hardware
-from lorafit.plan.meant import elsewhere, meant_device, meant_hardware
+from lorafit.hardware import Hardware, elsewhere, meant_device, meant_hardware
 from lorafit.recipe import Recipe
 
 CPU = Hardware("cpu", "a plain CPU", 16 << 30, None, False)

@@ -22,8 +22,8 @@ from lorafit.memory.static import (
     weight_terms,
 )
 from lorafit.plan import Plan, make_plan
+from lorafit.plan.adapters import find_targets
 from lorafit.recipe import Recipe, TrainingSection
-from lorafit.targets import find_targets
 
 GPU = Hardware("cuda", "an A100", 80 << 30, (8, 0), True)
 CPU = Hardware("cpu", "a CPU", None, None, False)
@@ -157,7 +157,7 @@ SHARED_CODE_BOOK = 256 * 4
 )
 def test_whole_models_as_transformers_quantizes_them(model_folder: Path, quantization: dict[str, Any]) -> None:
     """The head stays as it is, also with a list of other modules to skip."""
-    from lorafit.model import load_base
+    from lorafit.engine.model import load_base
 
     facts = read_facts(str(model_folder))
     skip = {"llama": "down_proj", "gpt2": "c_fc"}[facts.model_type]

@@ -20,16 +20,16 @@ from typer.testing import CliRunner
 from yaml import safe_dump
 
 from lorafit.cli import app
+from lorafit.engine.merge.run import merge
+from lorafit.engine.merge.work import Work
+from lorafit.engine.train import Start
+from lorafit.engine.train import train as run_training
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.files import LOCK, SEAL
-from lorafit.merge import Addition, Options
-from lorafit.merge.make import merge
-from lorafit.merge.work import Work
+from lorafit.options.merge import Addition, Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.rundir import RunDir
-from lorafit.train import Start
-from lorafit.train import train as run_training
+from lorafit.run.directory import RunDir
 
 IDS = torch.arange(3, 40)[None]
 QUIET = Console(file=io.StringIO())
@@ -268,7 +268,7 @@ def test_a_saved_model_that_loads_differently_is_not_kept(run: RunDir, monkeypat
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorafit.merge.verify.AutoModelForCausalLM.from_pretrained", lossy)
+        patch.setattr("lorafit.engine.merge.verify.AutoModelForCausalLM.from_pretrained", lossy)
         with pytest.raises(GateError, match="not verified"):
             merged(run.path)
     assert not run.merged.exists()
@@ -509,8 +509,8 @@ def test_one_adapter_of_several(two: tuple[Any, Any], tmp_path: Path) -> None:
 
 def test_one_adapter_of_dora_is_for_the_base_of_the_training(tmp_path: Path, tiny_model: Path) -> None:
     """DoRA's deltas depend on the base, which was in 4 bits."""
-    from lorafit.merge.source import find_base, open_source
-    from lorafit.merge.verify import as_trained
+    from lorafit.engine.merge.source import find_base, open_source
+    from lorafit.engine.merge.verify import as_trained
 
     run = run_of(tmp_path, tiny_model, quantization={"load_in_4bit": True}, lora={"use_dora": True})
     made = merged(run, output=tmp_path / "made", as_adapter=True, rank=64)
@@ -593,17 +593,17 @@ def test_a_truncated_shard_is_refused(recipe: RecipeMaker, train: Train, tmp_pat
 
 def test_too_little_disk_is_known_before_anything_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(run.path)
-    monkeypatch.setattr("lorafit.merge.make.shutil.disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("lorafit.engine.merge.run.shutil.disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DoesNotFitError, match=r"of disk and 0.00 GB are free"):
         merged(run.path)
     assert not hidden(run.path)
 
 
 def test_too_little_memory_is_known_before_anything_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.merge.work.available_memory", lambda: 1000)
+    monkeypatch.setattr("lorafit.engine.merge.work.available_memory", lambda: 1000)
     with pytest.raises(DoesNotFitError, match="of memory"):
         merged(run.path)
-    monkeypatch.setattr("lorafit.merge.work.available_memory", lambda: 500 << 20)
+    monkeypatch.setattr("lorafit.engine.merge.work.available_memory", lambda: 500 << 20)
     report = report_of(merged(run.path))
     assert report["verification"]["level"] == "weights"
     assert "of memory" in report["verification"]["reason"]
@@ -743,7 +743,7 @@ def test_tied_embeddings_stay_tied_in_both_kinds_of_base_weights(tmp_path: Path)
 
 
 def test_a_logit_that_is_no_number_is_the_largest_difference() -> None:
-    from lorafit.merge.verify import Reference, Row, breaches
+    from lorafit.engine.merge.verify import Reference, Row, breaches
 
     class Broken:
         def eval(self) -> None: ...

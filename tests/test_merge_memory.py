@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from lorafit.merge import Options
-from lorafit.merge.make import merge
+from lorafit.engine.merge.run import merge
+from lorafit.options.merge import Options
 
 SLACK = 48 << 20
 """Bytes for what is not tensors: modules, buffers of the writer, the C library's heap."""
@@ -44,7 +44,7 @@ def anonymous() -> int:
 
 
 def measured(adapter: Path, output: Path, base: Path, answer: Any) -> None:
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
     torch.set_num_threads(2)
@@ -80,7 +80,7 @@ def test_the_peak_is_the_adapter_and_four_copies_of_a_tensor(kind: dict[str, Any
     held = sum(p.numel() * 4 for n, p in peft.named_parameters() if "lora_" in n or "modules_to_save" in n)
     del model, peft
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lorafit.merge.make"])
+    context.set_forkserver_preload(["lorafit.engine.merge.run"])
     answer = context.Queue()
     process = context.Process(target=measured, args=(tmp_path / "adapter", tmp_path / "merged", base, answer))
     process.start()

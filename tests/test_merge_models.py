@@ -23,16 +23,16 @@ from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from lorafit.engine.merge.edits import Combination
+from lorafit.engine.merge.folder import write_config
+from lorafit.engine.merge.quantized import RoundTrip
+from lorafit.engine.merge.skeleton import attach, empty_model, read_config, resized
+from lorafit.engine.merge.stream import Merged, stream
+from lorafit.engine.merge.task import Task
+from lorafit.engine.merge.tensors import Store, write_index
+from lorafit.engine.merge.verify import in_float32
+from lorafit.engine.merge.work import check_headers
 from lorafit.errors import ModelError
-from lorafit.merge.combine import Combination
-from lorafit.merge.folder import write_config
-from lorafit.merge.quantized import RoundTrip
-from lorafit.merge.skeleton import attach, empty_model, read_config, resized
-from lorafit.merge.stream import Merged, stream
-from lorafit.merge.task import Task
-from lorafit.merge.tensors import Store, write_index
-from lorafit.merge.verify import in_float32
-from lorafit.merge.work import check_headers
 
 VOCABULARY = 160
 IDS = torch.arange(3, 60)[None]
@@ -350,8 +350,8 @@ def test_rows_at_a_time_give_the_same_bytes(
     adapter = adapt(base, tmp_path / "adapter", BF16, **lora)
     whole = streamed(base, adapter, tmp_path / "whole")
     assert all(list(job.chunks()) == [None] for job in whole.task.jobs)
-    monkeypatch.setattr("lorafit.merge.task.CHUNK", limit)
-    monkeypatch.setattr("lorafit.merge.task.SMALL", limit)
+    monkeypatch.setattr("lorafit.engine.merge.task.CHUNK", limit)
+    monkeypatch.setattr("lorafit.engine.merge.task.SMALL", limit)
     parts = streamed(base, adapter, tmp_path / "parts")
     by_job = {job.parameter: [rows for rows in job.chunks() if rows] for job in parts.task.jobs}
     if case not in ("columns", "embeddings-dora"):
@@ -385,8 +385,8 @@ def test_combining_rows_at_a_time_gives_the_same_bytes(
         for seed, (name, rank, weight) in enumerate([("a", 4, 1.0), ("b", 2, -0.5)], 1)
     ]
     whole = weights(streamed(base, adapters, tmp_path / "whole").folder)
-    monkeypatch.setattr("lorafit.merge.task.CHUNK", 2 << 10)
-    monkeypatch.setattr("lorafit.merge.task.SMALL", 2 << 10)
+    monkeypatch.setattr("lorafit.engine.merge.task.CHUNK", 2 << 10)
+    monkeypatch.setattr("lorafit.engine.merge.task.SMALL", 2 << 10)
     parts = weights(streamed(base, adapters, tmp_path / "parts").folder)
     assert [key for key in whole if not same_bytes(whole[key], parts[key])] == []
 

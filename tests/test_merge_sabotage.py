@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lorafit.cli import app
+from lorafit.engine.merge.run import merge
 from lorafit.errors import Interrupted
 from lorafit.files import seal
-from lorafit.merge import Options
-from lorafit.merge.make import merge
+from lorafit.options.merge import Options
 
 KILLS = 20
 
@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def in_a_process(adapter: Path, output: Path) -> None:
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
     torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def in_a_process(adapter: Path, output: Path) -> None:
 def test_killed_at_any_moment(adapter: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     """Twenty times, at random: there is a whole output or none; what is left over is cleared by the next merge."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lorafit.merge.make"])
+    context.set_forkserver_preload(["lorafit.engine.merge.run"])
     output = tmp_path / "merged"
     began = time.monotonic()
     first = context.Process(target=in_a_process, args=(adapter, output))
@@ -148,9 +148,9 @@ def test_out_of_disk(writes: int, direct: bool, adapter: Path, tmp_path: Path, m
             raise OSError(errno.EINVAL, "Invalid argument")
         return opened(path, flags, *more, **others)
 
-    monkeypatch.setattr("lorafit.merge.writer.os.pwrite", full)
+    monkeypatch.setattr("lorafit.engine.merge.writer.os.pwrite", full)
     if not direct:
-        monkeypatch.setattr("lorafit.merge.writer.os.open", indirect)
+        monkeypatch.setattr("lorafit.engine.merge.writer.os.open", indirect)
     output = tmp_path / "merged"
     result = CliRunner().invoke(app, ["merge", str(adapter), "--output", str(output), "--verify", "weights"])
     assert result.exit_code == 5, result.output
@@ -164,7 +164,7 @@ def test_space_that_can_not_be_reserved_is_known_at_once(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lorafit.merge.writer.os.posix_fallocate", refuse)
+    monkeypatch.setattr("lorafit.engine.merge.writer.os.posix_fallocate", refuse)
     result = CliRunner().invoke(app, ["merge", str(adapter), "-o", str(tmp_path / "m"), "--verify", "weights"])
     assert result.exit_code == 5
     assert not list(tmp_path.iterdir())
@@ -195,10 +195,10 @@ def test_other_file_systems(
     def no_fallocate(*_: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr("lorafit.merge.writer.os.open", open_)
-    monkeypatch.setattr("lorafit.merge.writer.os.pwrite", pwrite_)
+    monkeypatch.setattr("lorafit.engine.merge.writer.os.open", open_)
+    monkeypatch.setattr("lorafit.engine.merge.writer.os.pwrite", pwrite_)
     if fault == "no fallocate":
-        monkeypatch.setattr("lorafit.merge.writer.os.posix_fallocate", no_fallocate)
+        monkeypatch.setattr("lorafit.engine.merge.writer.os.posix_fallocate", no_fallocate)
     assert contents(run(adapter, tmp_path / "merged")) == expected
 
 
@@ -210,7 +210,7 @@ def test_interrupted(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("lorafit.merge.stream._edited", stop)
+            patch.setattr("lorafit.engine.merge.stream._edited", stop)
             result = CliRunner().invoke(app, ["merge", str(adapter), "-o", str(tmp_path / "m"), "--verify", "weights"])
         assert result.exit_code == code
         assert not list(tmp_path.iterdir())

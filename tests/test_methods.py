@@ -12,9 +12,9 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lorafit import train as train_module
+from lorafit.engine import train as train_module
+from lorafit.engine.model import keep_gradients
 from lorafit.files import damage
-from lorafit.model import keep_gradients
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 METHODS: dict[str, dict[str, Any]] = {

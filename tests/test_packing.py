@@ -16,15 +16,16 @@ from conftest import WORDS, RecipeMaker, conversation, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MambaConfig, OPTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import lorafit.isolation
-from lorafit.data import IGNORED, prepare
+import lorafit.engine.isolation
+from lorafit.engine.data.encode import IGNORED
+from lorafit.engine.data.prepare import prepare
+from lorafit.engine.isolation import check_isolation
+from lorafit.engine.tokenizer import load_tokenizer
+from lorafit.engine.train import Trainer, build_trainer
 from lorafit.errors import ModelError
-from lorafit.isolation import check_isolation
 from lorafit.plan import NO_SDPA, plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.rundir import RunDir
-from lorafit.tokenizer import load_tokenizer
-from lorafit.train import Trainer, build_trainer
+from lorafit.run.directory import RunDir
 
 SIZES = {
     "vocab_size": 384,
@@ -246,4 +247,4 @@ def test_the_thresholds_are_above_rounding() -> None:
     ).to(torch.bfloat16)
     with pytest.raises(ModelError):
         check_isolation(as_trainer(model))
-    assert lorafit.isolation.FIRST != lorafit.isolation.SECOND
+    assert lorafit.engine.isolation.FIRST != lorafit.engine.isolation.SECOND

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import yaml
 
-from lorafit.audit import RULES
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, TokenizerFacts, layout
 from lorafit.hardware import Hardware
@@ -24,6 +23,7 @@ from lorafit.plan import NO_SDPA, Plan, make_plan, make_schedule, plan_recipe, v
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import sections
 from lorafit.recipe.schema import Source
+from lorafit.rows.audit import RULES
 
 CPU = Hardware("cpu", "a plain CPU", 16 << 30, None, False)
 CPU_BF16 = Hardware("cpu", "a CPU with AMX", 16 << 30, None, True)
@@ -53,7 +53,7 @@ def facts_of(tokenizer: TokenizerFacts | None = TOKENIZER, **config: Any) -> Mod
 
 @pytest.fixture(autouse=True)
 def trackers_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.plan.meant.is_installed", lambda module: module != "wandb")
+    monkeypatch.setattr("lorafit.hardware.is_installed", lambda module: module != "wandb")
 
 
 FACTS = facts_of()
@@ -655,9 +655,9 @@ def test_extends_is_consumed_by_the_loader(planner: Planner) -> None:
 
 
 def test_what_is_planned_is_what_the_libraries_take(planner: Planner) -> None:
-    from lorafit.model import lora_config, quantization_config
-    from lorafit.rundir import RunDir
-    from lorafit.train import training_arguments
+    from lorafit.engine.model import lora_config, quantization_config
+    from lorafit.engine.train import training_arguments
+    from lorafit.run.directory import RunDir
 
     values = {"per_device_train_batch_size": 3, "warmup_steps": 5, "seed": 7, "weight_decay": 0.5}
     plan = planner(CPU, training=values, quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"})

@@ -18,14 +18,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import lorafit.preview
+import lorafit.engine.preview
 from lorafit.cli import app
-from lorafit.data import IGNORED, pack, prepare
+from lorafit.engine.data.encode import IGNORED
+from lorafit.engine.data.prepare import pack, prepare
+from lorafit.engine.preview import lengths, segments
+from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.plan import plan_recipe
-from lorafit.preview import lengths, segments
 from lorafit.recipe import Recipe
-from lorafit.show import print_preview
-from lorafit.tokenizer import load_tokenizer
+from lorafit.run.summary import print_preview
 
 TERMINAL = {"force_terminal": True, "color_system": "truecolor", "width": 200}
 
@@ -206,7 +207,7 @@ def test_lengths_of_the_rows(recipe: RecipeMaker) -> None:
 def test_packing_is_as_full_as_it_says(
     recipe: RecipeMaker, rows: Path, monkeypatch: pytest.MonkeyPatch, rows_at_most: int
 ) -> None:
-    monkeypatch.setattr(lorafit.preview, "PACKED_ROWS", rows_at_most)
+    monkeypatch.setattr(lorafit.engine.preview, "PACKED_ROWS", rows_at_most)
     path = recipe(
         dataset={"train": [{"path": str(rows), "weight": 1.5}], "validation": 0.25}, training={"max_length": 64}
     )
@@ -380,7 +381,7 @@ def test_weights_are_not_loaded(recipe: RecipeMaker, monkeypatch: pytest.MonkeyP
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
-    monkeypatch.setattr("lorafit.model.load_base", load)
+    monkeypatch.setattr("lorafit.engine.model.load_base", load)
     assert report(recipe())["rows"]
 
 

@@ -27,16 +27,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lorafit.cli import app
-from lorafit.evaluate.make import evaluate
-from lorafit.evaluate.options import Options as EvalOptions
-from lorafit.fingerprint import differences, fingerprint_of
-from lorafit.merge import Options
-from lorafit.merge.make import merge
+from lorafit.engine.evaluate.run import evaluate
+from lorafit.engine.merge.run import merge
+from lorafit.engine.train import Start
+from lorafit.engine.train import train as run_training
+from lorafit.options.evaluate import Options as EvalOptions
+from lorafit.options.merge import Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.rundir import RunDir
-from lorafit.train import Start
-from lorafit.train import train as run_training
+from lorafit.run.directory import RunDir
+from lorafit.run.fingerprint import differences, fingerprint_of
 from lorafit.vram.calibrate import calibrate, foresee
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lorafit.evaluate.report.html import as_json, shares, write_html
-from lorafit.evaluate.report.page.charts import learning_curves, state_of
-from lorafit.evaluate.report.page.words import change, interval, quantity, visible
-from lorafit.evaluate.results import (
+from lorafit.evaluation.report.charts import learning_curves, state_of
+from lorafit.evaluation.report.html import as_json, shares, write_html
+from lorafit.evaluation.report.words import change, interval, quantity, visible
+from lorafit.evaluation.results import (
     Answer,
     Difference,
     Figure,
@@ -556,7 +556,7 @@ def test_long_texts_are_cut(tmp_path: Path) -> None:
 
 
 def test_many_long_texts_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.evaluate.report.html.MOST_TEXT", 10_000)
+    monkeypatch.setattr("lorafit.evaluation.report.html.MOST_TEXT", 10_000)
     text = write(tmp_path)
     assert 0 < len(data_of(text)["samples"]) < 60
     assert "left out here" in text

@@ -15,12 +15,13 @@ import pytest
 from conftest import RecipeMaker, Train, make_model, write_jsonl
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.audit import gate
-from lorafit.data import IGNORED, prepare
+from lorafit.engine.data.encode import IGNORED
+from lorafit.engine.data.prepare import prepare
+from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.tokenizer import load_tokenizer
+from lorafit.rows.audit import gate
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'

@@ -14,10 +14,10 @@ from conftest import CHATML, RecipeMaker, conversation, make_model, make_tokeniz
 from typer.testing import CliRunner
 
 from lorafit.cli import app
+from lorafit.engine.smoke.golden import read_golden
 from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
+from lorafit.options.smoke import SmokeOptions
 from lorafit.recipe import RecipeError
-from lorafit.smoke import SmokeOptions
-from lorafit.smoke.golden import read_golden
 
 Smoke = Callable[..., Any]
 
@@ -25,7 +25,7 @@ Smoke = Callable[..., Any]
 @pytest.fixture
 def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smoke:
     """Run a recipe file; afterwards nothing may be left of it."""
-    from lorafit.smoke.make import smoke as run
+    from lorafit.engine.smoke.run import smoke as run
 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -161,7 +161,7 @@ class TestFails:
         def stopped(*_: Any) -> None:
             raise Interrupted("a checkpoint was saved, go on with --resume", 15)
 
-        monkeypatch.setattr("lorafit.smoke.make.train", stopped)
+        monkeypatch.setattr("lorafit.engine.smoke.run.train", stopped)
         with pytest.raises(Interrupted, match="nothing was left behind"):
             smoke(recipe())
 

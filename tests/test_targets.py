@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 from lorafit.facts import ModelFacts, Tensor, layout, read_facts
 from lorafit.hardware import Hardware
 from lorafit.plan import make_plan
+from lorafit.plan.adapters import TargetError, find_targets, is_skipped, trainable_parameters
 from lorafit.recipe import DatasetSection, LoraSection, ModelSection, Recipe
-from lorafit.targets import TargetError, find_targets, is_skipped, trainable_parameters
 
 CPU = Hardware("cpu", "a CPU", None, None, False)
 CONFIG: dict[str, Any] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.template import in_parts, inspect_template, training_version
+from lorafit.facts.template import in_parts, inspect_template, training_version
 
 SPECIAL: dict[str, str | None] = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": None}
 CHATML = (

@@ -18,13 +18,14 @@ from conftest import make_tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template
 
-from lorafit.audit import SourceAudit
-from lorafit.data import IGNORED, Lengths, Renderer, tokenize
+from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
+from lorafit.engine.data.render import Renderer
+from lorafit.engine.evaluate.sets import said
+from lorafit.engine.tokenizer import settle_template
 from lorafit.errors import DataError
-from lorafit.evaluate.sets import said
+from lorafit.facts.template import template_families, thinking_switch, trl_templates
 from lorafit.rows import Example, Fault
-from lorafit.template import template_families, thinking_switch, trl_templates
-from lorafit.tokenizer import settle_template
+from lorafit.rows.audit import SourceAudit
 
 Messages = list[dict[str, Any]]
 TOOLS = (

@@ -14,15 +14,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lorafit.engine.trace import standins
+from lorafit.engine.trace.log import SHORT
+from lorafit.engine.trace.record import Trace, _traced, build, estimate_by_trace, trace
 from lorafit.facts import ModelFacts, layout, read_facts
 from lorafit.memory import Setup, Stack
 from lorafit.memory.closed import WORKSPACE, alive, highest
+from lorafit.memory.estimate import DRIVER
 from lorafit.memory.static import trained_bytes
 from lorafit.memory.tape import FREE
-from lorafit.memory.types import DRIVER
-from lorafit.trace import Trace, _traced, estimate_by_trace, standins, trace
-from lorafit.trace.log import SHORT
-from lorafit.trace.model import build
 
 NF4 = {
     "load_in_4bit": True,
@@ -118,9 +118,9 @@ def real_model(setup: Setup, folder: Path) -> Any:
     """The setup's model with random weights, as lorafit makes it."""
     from trl.trainer.utils import add_fused_lm_head
 
-    from lorafit.loss import score_supervised_positions
-    from lorafit.model import quantization_config
-    from lorafit.trace.model import configuration, prepare
+    from lorafit.engine.loss import score_supervised_positions
+    from lorafit.engine.model import quantization_config
+    from lorafit.engine.trace.record import configuration, prepare
 
     dtype = getattr(torch, setup.dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -145,7 +145,7 @@ class RealStep:
     """Training steps of a real model, one after the other."""
 
     def __init__(self, setup: Setup, folder: Path) -> None:
-        from lorafit.trace.steps import decay_groups
+        from lorafit.engine.trace.steps import decay_groups
 
         torch.manual_seed(0)
         self.setup = setup
@@ -238,8 +238,7 @@ def test_a_real_step_with_eager_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["adamw_torch", "sgd", "rmsprop", "adagrad", "adafactor"])
 def test_a_real_update(name: str, tmp_path: Path) -> None:
     """States, and the copies that torch's updates of many tensors at once make: on GPUs, and here if told to."""
-    from lorafit.trace.optimizers import make_optimizer
-    from lorafit.trace.steps import decay_groups
+    from lorafit.engine.trace.steps import decay_groups, make_optimizer
 
     setup = on_gpu(lora=None, dtype="float32", optimizer=name, stack=Stack())
     parameters = [torch.nn.Parameter(torch.randn(tensor.shape)) for tensor in setup.facts.tensors]

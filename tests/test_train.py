@@ -21,11 +21,19 @@ from conftest import RecipeMaker, Train, make_model, write_jsonl
 from safetensors.torch import load_file
 
 from lorafit import files
-from lorafit.callbacks import StopRequest
-from lorafit.errors import DataError, DoesNotFitError, DriftError, GateError, Interrupted, ModelError, UsageError
-from lorafit.fingerprint import model_fingerprint, summary
-from lorafit.rundir import RunDir
-from lorafit.train import dequantized_base
+from lorafit.engine.callbacks import StopRequest
+from lorafit.engine.train import dequantized_base
+from lorafit.errors import (
+    DataError,
+    DoesNotFitError,
+    DriftError,
+    GateError,
+    Interrupted,
+    ModelError,
+    UsageError,
+)
+from lorafit.run.directory import RunDir
+from lorafit.run.fingerprint import model_fingerprint, summary
 
 
 def digest(run: RunDir) -> str:
@@ -140,7 +148,7 @@ def test_a_run_that_was_stopped_after_its_last_step_trains_no_more(
     result = whole.load_manifest()["result"]
     path = recipe("killed", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr("lorafit.train.save_result", lambda *_: [][0])
+        patch.setattr("lorafit.engine.train.save_result", lambda *_: [][0])
         with pytest.raises(IndexError):
             train(path)
     killed = train(path, resume=True)
@@ -374,7 +382,7 @@ class TestStarting:
             monkeypatch.undo()
             before.append(digest(train(path)))
 
-        monkeypatch.setattr("lorafit.train.settle_device", meanwhile)
+        monkeypatch.setattr("lorafit.engine.train.settle_device", meanwhile)
         with pytest.raises(UsageError, match="the run is finished"):
             train(path)
         assert before == [digest(RunDir(path.parent / "runs" / "recipe"))]
@@ -561,7 +569,7 @@ def test_another_process_does_not_take_the_base_of_the_run_that_is_replaced(
     (run.base / "old").mkdir(parents=True)
     main = iter([lambda: shutil.rmtree(run.base), lambda: (run.base / "new").mkdir(parents=True)])
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("lorafit.train.wait_for_everyone", lambda: next(main)())
+    monkeypatch.setattr("lorafit.engine.train.wait_for_everyone", lambda: next(main)())
     base = dequantized_base(SimpleNamespace(model={"kind": "gguf"}), run)
     assert [entry.name for entry in base.iterdir()] == ["new"]
 

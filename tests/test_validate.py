@@ -20,8 +20,7 @@ from typer.testing import CliRunner, Result
 
 from lorafit.cli import app
 from lorafit.validate.check import Checker
-from lorafit.validate.findings import Options
-from lorafit.validate.types import Report
+from lorafit.validate.findings import Options, Report
 
 ROOT = Path(__file__).parent.parent
 HERE = "#!"
@@ -469,7 +468,7 @@ def test_an_evaluation_refuses_what_validation_finds(
 ) -> None:
     """With the same exit code, before a model is loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(written / "cache"))
-    monkeypatch.setattr("lorafit.evaluate.contenders.load_base", None)
+    monkeypatch.setattr("lorafit.engine.evaluate.models.load_base", None)
     text, code, _ = FAULTS[name]
     file = write(f"{text}output_dir: {trained}\n", tiny_model)
     ran = CliRunner().invoke(
@@ -804,7 +803,7 @@ def test_a_missing_tracker_stops_the_training_alone(
 def test_what_is_missing_names_what_to_install(
     asked: str, named: str, written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.plan.meant.is_installed", lambda module: module == "lm_eval")
+    monkeypatch.setattr("lorafit.hardware.is_installed", lambda module: module == "lm_eval")
     text = added("training", f"report_to: [{asked}]")
     if asked.startswith("flash"):
         text = (

@@ -12,7 +12,7 @@ from conftest import RecipeMaker, Train, make_model
 from typer.testing import CliRunner, Result
 
 from lorafit.cli import app
-from lorafit.rundir import RunDir
+from lorafit.run.directory import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from conftest import conversation, write_jsonl
     from rich.console import Console
 
+    from lorafit.engine.train import Start
+    from lorafit.engine.train import train as run_training
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
-    from lorafit.train import Start
-    from lorafit.train import train as run_training
 
     folder = tmp_path_factory.mktemp("verified")
     make_model(folder / "model")

@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 from lorafit.cli import app
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, known_models, layout
+from lorafit.gpus import GPUS
 from lorafit.memory import GIB, Band, Estimate, Term
-from lorafit.memory.types import PROCESS
+from lorafit.memory.estimate import PROCESS
 from lorafit.vram.advice import Change, reconciled
 from lorafit.vram.answer import SHARDINGS, gib, judged_by_trace
-from lorafit.vram.gpus import GPUS
+from lorafit.vram.cost import active_parameters
 from lorafit.vram.sweep import parse_sweeps
-from lorafit.vram.workload import active_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -485,7 +485,7 @@ def test_a_picture(tmp_path: Path) -> None:
 
 
 def test_the_trace_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lorafit.trace
+    import lorafit.engine.trace.record
     from lorafit.memory import estimate
 
     asked = []
@@ -494,7 +494,7 @@ def test_the_trace_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(capacity)
         return replace(estimate(setup), method="trace")
 
-    monkeypatch.setattr(lorafit.trace, "estimate_by_trace", by_trace, raising=False)
+    monkeypatch.setattr(lorafit.engine.trace.record, "estimate_by_trace", by_trace, raising=False)
     code, out, _ = run("--model", SMALL, "--trace", "--vram", "8GiB", "--json")
     assert code == 0
     assert json.loads(out)["method"] == "trace"
@@ -518,7 +518,7 @@ def test_what_torch_can_give_back_is_tight(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_trace_needs_no_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lorafit.trace
+    import lorafit.engine.trace.record
 
     def unknown(*_: Any) -> Estimate:
         raise ModelError("the activations are not known in closed form; use --trace")
@@ -527,7 +527,7 @@ def test_a_trace_needs_no_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
         return Estimate((Term("all", 4 * GIB, ""),), "", 4 * GIB, "trace", ASSUMED)
 
     monkeypatch.setattr("lorafit.vram.answer.estimate", unknown)
-    monkeypatch.setattr(lorafit.trace, "estimate_by_trace", by_trace, raising=False)
+    monkeypatch.setattr(lorafit.engine.trace.record, "estimate_by_trace", by_trace, raising=False)
     code, _, err = run("--model", SMALL)
     assert (code, err) == (4, "the activations are not known in closed form; use --trace\n")
     [asked] = small("--trace", "--vram", "2GiB")["asked"]

@@ -24,7 +24,7 @@ from test_eval_judge import serving
 from lorafit import written
 from lorafit.cli import main
 from lorafit.console import Console
-from lorafit.train import add_callbacks
+from lorafit.engine.train import add_callbacks
 
 
 def lorafit(*arguments: str) -> tuple[int, str, str]:
@@ -114,7 +114,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
         for name, value in values.items():
             patch.setenv(name, str(value))
         world = World(place, home, {}, {})
-        patch.setattr("lorafit.train.add_callbacks", tracked)
+        patch.setattr("lorafit.engine.train.add_callbacks", tracked)
         world.run("lock", "lock", "a.yaml")
         world.run("train", "train", "a.yaml", "--locked")
         world.run("eval", "eval", "~/runs/one", "--locked")
@@ -233,7 +233,7 @@ def test_a_run_goes_on_with_what_it_began_with(world: World, monkeypatch: pytest
     run = world.place / "runs/four"
     changed = ("train", "b.yaml", "--set", "output_dir=runs/four")
     with monkeypatch.context() as patch:
-        patch.setattr("lorafit.train.save_result", interrupt)
+        patch.setattr("lorafit.engine.train.save_result", interrupt)
         assert lorafit(*changed)[0] == 130
     assert run.is_dir()
     monkeypatch.setenv("JUDGE_URL", "http://127.0.0.1:9/OTHERKEY/v1")

@@ -36,7 +36,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check recipes: keys, values, target modules, data, memory. Every fault at its line, in a moment."""
-    from lorafit.validate.report import FORMATS
+    from lorafit.validate.reports import FORMATS
 
     if as_json and format not in (None, "json"):
         fail(f"--json and --format {format} exclude each other", UsageError.exit_code)
@@ -44,11 +44,11 @@ def validate(
     if format not in FORMATS:
         fail(f"--format {format}: not one of {', '.join(FORMATS)}", UsageError.exit_code)
     hardware = hardware_for(gpu, here)
+    from lorafit.validate.check import validate as run_validate
     from lorafit.validate.findings import Options
-    from lorafit.validate.run import validate as run_validate
 
     if deep:
-        from lorafit.quiet import hush
+        from lorafit.engine.quiet import hush
 
         hush()
     report = run_validate(paths, Options(tuple(overrides or ()), tuple(skip or ()), hardware, here, strict, deep))

@@ -18,14 +18,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from lorafit.cli.complete import gpus, keys, recipes, runs
-from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
+from lorafit.errors import (
+    DoesNotFitError,
+    Interrupted,
+    LorafitError,
+    UsageError,
+    is_out_of_memory,
+)
 from lorafit.progress import telling
 from lorafit.written import hidden_in, verbatim
 
 if TYPE_CHECKING:
     from lorafit.hardware import Hardware
     from lorafit.plan import Plan
-    from lorafit.rundir import RunDir
+    from lorafit.run.directory import RunDir
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.", autocompletion=recipes)]
 RunPath = Annotated[
@@ -175,9 +181,8 @@ def hardware_for(gpu: str | None, here: bool = False) -> Hardware | None:
     """What --gpu and --here ask to plan for; None: what a recipe is meant for. Raises UsageError."""
     if gpu is not None and here:
         raise UsageError("--gpu and --here exclude each other")
-    from lorafit.hardware import detect
-    from lorafit.plan.meant import hardware_of
-    from lorafit.vram.gpus import find_gpu
+    from lorafit.gpus import find_gpu
+    from lorafit.hardware import detect, hardware_of
 
     return hardware_of(find_gpu(gpu)) if gpu is not None else detect() if here else None
 
@@ -192,7 +197,7 @@ def check_locked(path: Path) -> None:
 def run_of(path: Path) -> RunDir:
     """A run by its directory or its recipe. Raises RecipeError."""
     from lorafit.recipe import Recipe
-    from lorafit.rundir import RunDir, located
+    from lorafit.run.directory import RunDir, located
 
     return RunDir(located(Recipe.load(path).output_dir or f"runs/{path.stem}" if path.is_file() else path))
 

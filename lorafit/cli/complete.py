@@ -179,7 +179,7 @@ def _first_sentence(text: str | None) -> str:
 @quietly
 def gpus(incomplete: str) -> Candidates:
     """Names of known GPUs, however they are capitalized."""
-    from lorafit.vram.gpus import GPUS
+    from lorafit.gpus import GPUS
 
     return [gpu.name for gpu in GPUS if gpu.name.startswith(incomplete)]
 

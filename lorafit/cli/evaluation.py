@@ -63,7 +63,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Compare base, adapter and merged model on the same rows, with intervals, gates and reports."""
-    from lorafit.evaluate.options import Options, parse_adapter, parse_compare
+    from lorafit.options.evaluate import Options, parse_adapter, parse_compare
 
     options = Options(
         path,
@@ -85,12 +85,12 @@ def evaluate(
 
     run_of(path).refuse_busy(shared=True)
     refuse_busy(options.destination(run_of(path)))
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.evaluate.make import evaluate as run_evaluation
-    from lorafit.evaluate.report.terminal import print_results
-    from lorafit.evaluate.write import read_samples
+    from lorafit.engine.evaluate.run import evaluate as run_evaluation
+    from lorafit.evaluation.report.text import print_results
+    from lorafit.evaluation.report.write import read_samples
 
     results, folder = run_evaluation(options)
     if as_json:
@@ -122,17 +122,17 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Talk to a model in the terminal, and switch between base and adapters on the fly."""
-    from lorafit.evaluate.options import parse_adapter
+    from lorafit.options.evaluate import parse_adapter
 
     adapters = tuple((one.name, one.path) for one in map(parse_adapter, adapter or ()))
-    from lorafit.chat import ChatOptions, from_stdin
+    from lorafit.options.chat import ChatOptions, from_stdin
 
     prompts = tuple(prompt or ()) or from_stdin(sys.stdin)
     if as_json and not prompts:
         fail("--json prints answers to --prompt, or to what comes on stdin", UsageError.exit_code)
     options = ChatOptions(path, adapters, prompts, system, max_new_tokens, temperature, seed, use)
     options.check()
-    from lorafit.rundir import RunDir, located
+    from lorafit.run.directory import RunDir, located
 
     RunDir(located(path)).refuse_busy(shared=True)
 
@@ -141,10 +141,10 @@ def chat(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.chat.make import chat as run_chat
+    from lorafit.engine.chat.run import chat as run_chat
 
     turns = run_chat(options, talk(), input, write)
     if as_json:
@@ -169,7 +169,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast base, adapter, merged and quantized model answer, and how much memory each takes."""
-    from lorafit.bench import BenchOptions, parse_models, parse_numbers
+    from lorafit.options.bench import BenchOptions, parse_models, parse_numbers
 
     options = BenchOptions(
         run,
@@ -183,11 +183,11 @@ def bench(
     )
     options.check()
     run_of(run).refuse_busy(shared=True)
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.bench.make import bench as run_bench
-    from lorafit.bench.show import print_bench
+    from lorafit.engine.bench.report import print_bench
+    from lorafit.engine.bench.run import bench as run_bench
 
     report = run_bench(options)
     show(report.as_dict()) if as_json else print_bench(report)

@@ -12,8 +12,8 @@ from lorafit.errors import DriftError, UsageError
 from lorafit.progress import talk
 
 if TYPE_CHECKING:
-    from lorafit.verify.hashes import Check
-    from lorafit.verify.retrain import Repeated
+    from lorafit.engine.verify import Repeated
+    from lorafit.run.hashes import Check
 
 
 @reporting
@@ -56,17 +56,17 @@ def verify(
     """Compute a run's hashes once more, and see that it trains again as it did."""
     if tolerance is not None and retrain is None:
         fail("--tolerance is for the figures of --retrain", UsageError.exit_code)
-    from lorafit.rundir import RunDir, located
-    from lorafit.verify.hashes import verify as check_hashes
+    from lorafit.run.directory import RunDir, located
+    from lorafit.run.hashes import verify as check_hashes
 
     run = RunDir(located(path))
     checks = check_hashes(run)
     repeated = None
     if retrain is not None:
-        from lorafit.quiet import hush
+        from lorafit.engine.quiet import hush
 
         hush()
-        from lorafit.verify.retrain import retrain as train_again
+        from lorafit.engine.verify import retrain as train_again
 
         repeated = train_again(run, retrain, tolerance, talk())
     if as_json:

@@ -111,7 +111,7 @@ def estimate_vram(
     if as_json:
         show(reply.as_dict())
     else:
-        from lorafit.vram.show import print_reply
+        from lorafit.vram.text import print_reply
 
         print_reply(reply, list_gpus)
     if reply.failures:
@@ -120,7 +120,7 @@ def estimate_vram(
 
 def show_calibration(runs: list[Path], as_json: bool) -> None:
     from lorafit.vram.calibrate import calibrate
-    from lorafit.vram.show import print_calibration
+    from lorafit.vram.text import print_calibration
 
     found = calibrate(runs)
     show(found.as_dict()) if as_json else print_calibration(found)

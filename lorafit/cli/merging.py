@@ -92,12 +92,12 @@ def merge(
     if check_vllm:
         show_vllm(run, as_json)
         return
-    from lorafit.merge import Options
-    from lorafit.merge.options import (
+    from lorafit.options.merge import (
         BaseWeights,
         Combine,
         Dtype,
         Method,
+        Options,
         Quantize,
         Verify,
         named_limits,
@@ -143,10 +143,10 @@ def merge(
     run_of(run).refuse_busy(shared=True)
     refuse_busy(options.destination())
     options.claim([options.path])
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.merge.make import merge as run_merge
+    from lorafit.engine.merge.run import merge as run_merge
 
     destination = run_merge(options, talk())
     if as_json:
@@ -161,7 +161,7 @@ def show_vllm(path: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from lorafit.export.vllm import check_vllm
-    from lorafit.rundir import RunDir
+    from lorafit.run.directory import RunDir
 
     adapter = RunDir(path).adapter if RunDir(path).is_run else path
     report = check_vllm(adapter)

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import AsJson, Config, ForGpu, Here, Overrides, fail, hardware_for, reporting, show
+from lorafit.cli.common import (
+    AsJson,
+    Config,
+    ForGpu,
+    Here,
+    Overrides,
+    fail,
+    hardware_for,
+    reporting,
+    show,
+)
 from lorafit.cli.complete import recipes
 from lorafit.errors import DriftError, UsageError
 from lorafit.progress import talk
@@ -28,10 +38,10 @@ def explain(
 ) -> None:
     """Show every value of a recipe, who set it where, and what it was set over."""
     asked = hardware_for(gpu, here)
-    from lorafit.explain.make import explain as run_explain
-    from lorafit.explain.planned import planned
-    from lorafit.explain.show import as_dict, text
-    from lorafit.plan.meant import meant_hardware
+    from lorafit.explain import as_dict, text
+    from lorafit.explain import explain as run_explain
+    from lorafit.hardware import meant_hardware
+    from lorafit.outcome import planned
     from lorafit.recipe import Recipe
 
     recipe = Recipe.load(config, overrides or ())
@@ -69,7 +79,7 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Compare two recipes by meaning, and say what follows from the change; exits with 7 if they differ."""
-    from lorafit.difference.show import FORMATS
+    from lorafit.diff.text import FORMATS
 
     if format not in FORMATS:
         fail(f"--format {format}: not one of {', '.join(FORMATS)}", UsageError.exit_code)
@@ -77,8 +87,8 @@ def diff(
         fail(
             f"expected two recipes, got {len(paths)}; to compare with a revision, give --against", UsageError.exit_code
         )
-    from lorafit.difference.make import difference
-    from lorafit.difference.many import compare_all, shown
+    from lorafit.diff.compare import difference
+    from lorafit.diff.pull_request import compare_all, shown
 
     hardware = hardware_for(gpu)
     if against is not None:

@@ -12,7 +12,7 @@ from lorafit.cli.common import AsJson, Config, Overrides, fail, reporting, show
 from lorafit.errors import GateError
 
 if TYPE_CHECKING:
-    from lorafit.smoke import Report
+    from lorafit.options.smoke import Report
 
 
 @reporting
@@ -34,17 +34,17 @@ def smoke(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe's whole pipeline for a few steps with a tiny random model, on the CPU."""
-    from lorafit.smoke import SmokeOptions
+    from lorafit.options.smoke import SmokeOptions
 
     options = SmokeOptions(config, tuple(overrides or ()), steps, record, check, golden, tolerance)
     options.validate()
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is there
     try:
-        from lorafit.smoke.make import smoke as run_smoke
+        from lorafit.engine.smoke.run import smoke as run_smoke
 
         report = run_smoke(options)
     finally:

@@ -15,7 +15,7 @@ from lorafit.progress import talk
 from lorafit.written import from_home
 
 if TYPE_CHECKING:
-    from lorafit.init.make import Wish
+    from lorafit.init.propose import Wish
 
 
 @reporting
@@ -65,7 +65,7 @@ def init(
     if kind is not None:
         fail("--kind says whose recipe --from is; give both", UsageError.exit_code)
     wish = wished(model, data, validation, gpu, vram, cpu, name or file.stem)
-    from lorafit.init.make import first_recipe
+    from lorafit.init.propose import first_recipe
 
     made = first_recipe(wish)
     console = talk()
@@ -78,8 +78,8 @@ def wished(
     model: str | None, data: str | None, validation: str | None, gpu: str | None, vram: str | None, cpu: bool, name: str
 ) -> Wish:
     """The options; on a terminal the missing ones are asked for. Raises UsageError."""
-    from lorafit.init.make import Wish
-    from lorafit.vram.gpus import parse_device
+    from lorafit.gpus import parse_device
+    from lorafit.init.propose import Wish
 
     missing = [
         option
@@ -102,8 +102,8 @@ def wished(
 
 def here() -> str:
     """This machine, as an answer to the question for the GPU."""
+    from lorafit.gpus import known_gpu
     from lorafit.hardware import detect
-    from lorafit.vram.gpus import known_gpu
 
     hardware = detect()
     if hardware.device == "cpu":
@@ -157,8 +157,8 @@ def deliver(text: str, file: Path, to_stdout: bool, beside: dict[Path, str]) -> 
 def doubts(recipe: object) -> list[str]:
     """What a plan for the machine that the recipe is meant for finds wrong."""
     from lorafit.facts import read_facts
-    from lorafit.plan.make import make_plan
-    from lorafit.plan.meant import meant_hardware
+    from lorafit.hardware import meant_hardware
+    from lorafit.plan.resolve import make_plan
     from lorafit.recipe import Recipe
 
     assert isinstance(recipe, Recipe)
@@ -181,7 +181,7 @@ def convert_other(
     force: bool,
 ) -> None:
     """Convert another tool's recipe, and list what has no equivalent."""
-    from lorafit.init.peers.kinds import PEERS, convert
+    from lorafit.init.peers import PEERS, convert
     from lorafit.recipe import RecipeError
 
     found, conversion = convert(source, file, kind)

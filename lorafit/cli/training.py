@@ -50,7 +50,7 @@ def train(
     for line in refuse(recipe, resume):
         talk().print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if dry_run:
-        from lorafit.show import print_plan
+        from lorafit.run.summary import print_plan
         from lorafit.vram.calibrate import foresee, shortage
 
         show(json.loads(plan.to_json())) if as_json else print_plan(plan)
@@ -61,21 +61,21 @@ def train(
             if short_of:
                 talk().print(short_of, style="yellow", highlight=False, markup=False, soft_wrap=True)
         if plan.audit:
-            from lorafit.audit import Audit, gate
+            from lorafit.rows.audit import Audit, gate
 
             gate(Audit.from_dict(plan.audit), plan.data.audit)
         return
     if not written or bytes_of(config) != written:
         fail(f"{config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2)
-    from lorafit.rundir import RunDir, located
+    from lorafit.run.directory import RunDir, located
 
     if os.environ.get("RANK", "0") == "0":
         RunDir(located(plan.output_dir)).refuse_busy()
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.train import Start
-    from lorafit.train import train as run_training
+    from lorafit.engine.train import Start
+    from lorafit.engine.train import train as run_training
 
     console = talk()
     for remark in plan.remarks:
@@ -101,8 +101,7 @@ def bytes_of(config: Path) -> bytes:
 
 def plan_locked(recipe: Recipe, config: Path, count_rows: bool) -> tuple[Plan, str]:
     """The plan with the locked commits, and the lock. Raises DriftError."""
-    from lorafit.lock import held_lock
-    from lorafit.lock.state import pinned
+    from lorafit.lock import held_lock, pinned
     from lorafit.plan import dated, plan_recipe
 
     lock = held_lock(config, recipe)
@@ -124,11 +123,11 @@ def preview(
 ) -> None:
     """Show the data as the model will see it, and audit it; exits with 3 if training would be refused."""
     plan = make_plan(config, overrides)
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.preview import preview as run_preview
-    from lorafit.show import print_preview
+    from lorafit.engine.preview import preview as run_preview
+    from lorafit.run.summary import print_preview
 
     report = run_preview(plan, row or list(range(1, rows + 1)), bool(row), validation, ids)
     seen = [row["segments"] for row in report["rows"]]  # which are what the model sees, whatever they hold

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lorafit.errors import ModelError
-from lorafit.export.refuse import refused
+from lorafit.export.vocabulary import refused
 from lorafit.export.weights import Rows, Tensor, is_readable, same_numbers
 
 Value = bool | int | float | str

@@ -1,20 +1,17 @@
-"""A merged model folder as one GGUF file, without llama.cpp.
-
-Written by the package gguf (llama.cpp's own, on PyPI), tensor by tensor: memory is a few rows, not the model. Only what
-is known exactly is written: the Llama, Mistral, Qwen2 and Qwen3 families with byte-level or SentencePiece BPE
-tokenizers. Everything else is refused with a ModelError that names it.
-"""
+"""A merged model folder as one GGUF file: by lorafit, or by the user's own llama.cpp for what lorafit doesn't write."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafit.errors import ModelError
-from lorafit.export import KINDS
+from lorafit.errors import ModelError, UsageError, printable
 from lorafit.export.families import Layout, Placed, make_layout
 from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary
 from lorafit.export.weights import Rows, read_tensors
@@ -23,6 +20,117 @@ from lorafit.progress import each
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
+
+KINDS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+"""Kinds of GGUF files that lorafit writes itself."""
+LLAMA_CPP_KINDS = (
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
+    *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"),
+    *("iq4_nl", "iq4_xs", "tq1_0", "tq2_0"),
+)
+"""Kinds that only llama.cpp writes."""
+
+
+def parse_export(text: str, llama_cpp: Path | None = None) -> str:
+    """The kind in a command-line value such as `gguf:f16`. Raises UsageError.
+
+    Kinds that only llama.cpp writes, such as q4_k_m, are accepted only with `llama_cpp`, the folder of one.
+    """
+    form, _, kind = text.strip().lower().partition(":")
+    if form != "gguf" or not kind:
+        raise UsageError(f"--export {text}: expected gguf:KIND, with KIND one of {', '.join(KINDS)}")
+    _check(kind, llama_cpp, f"--export {text}")
+    return kind
+
+
+def export_gguf(folder: Path, destination: Path, kind: str, llama_cpp: Path | None = None) -> str:
+    """Write a merged model folder as a GGUF file; returns which program wrote it, "lorafit" or "llama.cpp".
+
+    llama.cpp writes it if its folder is given. Raises UsageError, ModelError, DoesNotFitError; nothing is left then.
+    """
+    _check(kind, llama_cpp, f"gguf:{kind}")
+    if llama_cpp is not None:
+        convert(folder, destination, kind, llama_cpp)
+        return "llama.cpp"
+
+    write_gguf(folder, destination, kind)
+    return "lorafit"
+
+
+def _check(kind: str, llama_cpp: Path | None, where: str) -> None:
+    if kind in KINDS or (kind in LLAMA_CPP_KINDS and llama_cpp is not None):
+        return
+    if kind in LLAMA_CPP_KINDS:
+        raise UsageError(
+            f"{where}: only llama.cpp writes {kind}; give its folder with --llama-cpp DIR, or choose {', '.join(KINDS)}"
+        )
+    raise UsageError(f"{where}: unknown kind {kind!r}; choose {', '.join(KINDS)}, or with --llama-cpp such as q4_k_m")
+
+
+_CONVERTED = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
+"""What convert_hf_to_gguf.py writes by itself (--outtype)."""
+
+
+def convert(folder: Path, destination: Path, kind: str, llama_cpp: Path) -> None:
+    """Run llama.cpp's convert_hf_to_gguf.py, and llama-quantize for kinds that it leaves to that program.
+
+    The script runs with this Python. llama-quantize is looked for in `llama_cpp`, its build/bin and bin, and PATH. The
+    16-bit file between the two is deleted. Nothing is left if a program fails. Raises ModelError in one line with
+    the last line of what the program said.
+    """
+    script = llama_cpp / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise ModelError(
+            f"{llama_cpp}: there is no convert_hf_to_gguf.py; --llama-cpp is the folder of a llama.cpp clone"
+        )
+    direct = kind in _CONVERTED
+    quantize = None if direct else _find_quantize(llama_cpp)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with beside(destination) as partial:
+        if quantize is None:
+            _convert(script, folder, partial, kind)
+            return
+        between = partial.with_suffix(".16bit")
+        config = read_json(folder / "config.json")
+        half = "bf16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "f16"
+        try:
+            _convert(script, folder, between, half)
+            _run([str(quantize), str(between), str(partial), kind.upper()], partial)
+        finally:
+            between.unlink(missing_ok=True)
+
+
+def _convert(script: Path, folder: Path, file: Path, kind: str) -> None:
+    _run([sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", kind], file)
+
+
+def _find_quantize(llama_cpp: Path) -> Path:
+    for place in (llama_cpp, llama_cpp / "build" / "bin", llama_cpp / "bin"):
+        found = shutil.which("llama-quantize", path=str(place))
+        if found:
+            return Path(found)
+    found = shutil.which("llama-quantize")
+    if found:
+        return Path(found)
+    raise ModelError(
+        f"{llama_cpp}: there is no llama-quantize in it, in its build/bin or bin, or in PATH; "
+        "build it: cmake -B build && cmake --build build --target llama-quantize"
+    )
+
+
+def _run(command: list[str], made: Path) -> None:
+    name = Path(command[1] if command[0] == sys.executable else command[0]).name
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise ModelError(f"{name}: can't be run: {error.strerror}") from error
+    if done.returncode != 0:
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        said = printable(lines[-1]) if lines else f"exit code {done.returncode}"
+        raise ModelError(f"{name} failed: {said}")
+    if not made.is_file():
+        raise ModelError(f"{name} ended without writing its file")
+
 
 NATIVE_KINDS = KINDS
 """What this writer can write."""

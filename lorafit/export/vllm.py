@@ -19,7 +19,7 @@ from typing import Any
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import read_json
 from lorafit.facts import safetensors_header
-from lorafit.targets import check_expressions, pattern_matches
+from lorafit.plan.adapters import check_expressions, pattern_matches
 from lorafit.written import REFERENCE
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

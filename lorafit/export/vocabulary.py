@@ -1,9 +1,4 @@
-"""What a GGUF file says of a tokenizer, from tokenizer.json and its companions (no transformers).
-
-Two kinds are known: byte-level BPE (GGUF's "gpt2") and SentencePiece's BPE with byte fallback (GGUF's "llama").
-llama.cpp has no normalization to NFC and puts the space before the first word after every control token; a file that
-llama.cpp's own converter makes is no different in that.
-"""
+"""How what can't be written exactly is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +9,13 @@ from typing import Any
 
 from lorafit.bounds import LARGEST_TEMPLATE, read_text
 from lorafit.errors import ModelError
-from lorafit.export.refuse import refused
 from lorafit.facts.folder import read_json as facts_json
+
+
+def refused(folder: Path, what: str) -> ModelError:
+    """An error for what our own writer of GGUF files doesn't know, with the way out."""
+    return ModelError(f"{folder}: {what}, which lorafit can't write as GGUF exactly; use --llama-cpp DIR")
+
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """GGUF's token types."""

@@ -14,7 +14,7 @@ from typing import Any
 from lorafit.bounds import LARGEST_TEMPLATE, opened, read_bytes, read_text
 from lorafit.errors import ModelError, printable
 from lorafit.facts.layouts import is_tied, layout
-from lorafit.facts.types import ModelFacts, Tensor, TokenizerFacts, check_sizes
+from lorafit.facts.model import ModelFacts, Tensor, TokenizerFacts, check_sizes
 from lorafit.files import is_inside
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from lorafit.bounds import opened
 from lorafit.errors import ModelError
 from lorafit.facts.layouts import layout
-from lorafit.facts.types import ModelFacts, TokenizerFacts, check_sizes
+from lorafit.facts.model import ModelFacts, TokenizerFacts, check_sizes
 
 
 def from_gguf(name: str, path: Path) -> ModelFacts:

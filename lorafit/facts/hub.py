@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from lorafit.errors import ModelError
 from lorafit.facts.folder import read_json, tensors_of, tokenizer_facts, weight_files
 from lorafit.facts.layouts import layout
-from lorafit.facts.types import ModelFacts, check_sizes
+from lorafit.facts.model import ModelFacts, check_sizes
 
 
 class UnreachableError(ModelError):

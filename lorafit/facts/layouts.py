@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from lorafit.errors import ModelError
-from lorafit.facts.types import Tensor, text_config_of
+from lorafit.facts.model import Tensor, text_config_of
 
 
 def layout(config: dict[str, Any]) -> list[Tensor]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lorafit.memory.from_plan import setup_of
-from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack
-from lorafit.memory.types import GIB, MIB, Band, Estimate, Term, fits
+from lorafit.memory.estimate import GIB, MIB, Band, Estimate, Term, fits
+from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack, setup_of
 
 __all__ = [
     "GIB",

@@ -19,7 +19,7 @@ from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
 from lorafit.memory.static import BYTES, lora_section, quantized_tensors, width_of
 from lorafit.memory.tape import Parameter, Value
-from lorafit.targets import find_targets, rank_of
+from lorafit.plan.adapters import find_targets, rank_of
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

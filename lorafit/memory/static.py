@@ -7,10 +7,10 @@ from dataclasses import replace
 from math import prod
 
 from lorafit.facts import Tensor
+from lorafit.memory.estimate import Term
 from lorafit.memory.setup import Setup
-from lorafit.memory.types import Term
+from lorafit.plan.adapters import MAGNITUDE, find_targets, is_skipped, trained_tensors
 from lorafit.recipe import LoraSection
-from lorafit.targets import MAGNITUDE, find_targets, is_skipped, trained_tensors
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK = 64

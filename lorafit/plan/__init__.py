@@ -7,9 +7,9 @@ what is shown before a run is what runs. No torch, no transformers.
 
 from __future__ import annotations
 
-from lorafit.plan.make import dated, make_plan, plan_recipe, with_audit
 from lorafit.plan.model import NO_SDPA
-from lorafit.plan.types import (
+from lorafit.plan.resolve import dated, make_plan, plan_recipe, with_audit
+from lorafit.plan.values import (
     Choice,
     DataPlan,
     Plan,

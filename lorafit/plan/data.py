@@ -10,12 +10,7 @@ from typing import Any
 
 from lorafit.bounds import LARGEST_TEMPLATE, read_text
 from lorafit.errors import DataError, ModelError, first_line
-from lorafit.plan.context import Context
-from lorafit.plan.types import DataPlan, SourcePlan
-from lorafit.recipe import Recipe
-from lorafit.rows import Fault, read_rows, to_example
-from lorafit.targets import near
-from lorafit.template import (
+from lorafit.facts.template import (
     TemplateFacts,
     has_reasoning,
     inspect_template,
@@ -25,6 +20,10 @@ from lorafit.template import (
     variables,
     with_defaults,
 )
+from lorafit.plan.adapters import near
+from lorafit.plan.values import Context, DataPlan, SourcePlan
+from lorafit.recipe import Recipe
+from lorafit.rows import Fault, read_rows, to_example
 from lorafit.written import expanded
 
 _ROWS = 1000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.plan.context import Context
-from lorafit.targets import OUTPUT_HEADS, Targets, is_skipped, near, trainable_parameters
+from lorafit.plan.adapters import OUTPUT_HEADS, Targets, is_skipped, near, trainable_parameters
+from lorafit.plan.values import Context
 
 NO_SDPA = frozenset(
     (

@@ -7,8 +7,7 @@ import itertools
 from typing import Literal
 
 from lorafit.errors import DataError, printable
-from lorafit.plan.context import Context
-from lorafit.plan.types import SourcePlan
+from lorafit.plan.values import Context, SourcePlan
 from lorafit.progress import stage
 from lorafit.recipe import Source
 from lorafit.rows import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lorafit.plan.context import Context
 from lorafit.plan.model import mixed_dtype
+from lorafit.plan.values import Context
 
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 DEFAULT_EPOCHS = 3.0

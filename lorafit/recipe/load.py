@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lorafit.errors import LorafitError
-from lorafit.recipe.checks import cross_check
+from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
 from lorafit.recipe.source import (
     Draft,

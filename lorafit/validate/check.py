@@ -1,24 +1,82 @@
-"""One recipe, checked as far as files, tensor names and arithmetic can tell."""
+"""The story of `lorafit validate`: find recipes, and check each as far as files, names and arithmetic can tell."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafit.errors import DataError, MissingError, ModelError, UsageError
+from lorafit.errors import DataError, DoesNotFitError, MissingError, ModelError, UsageError
 from lorafit.facts import ModelFacts, UnreachableError, read_facts
+from lorafit.hardware import meant_device, meant_hardware, missing_packages
+from lorafit.memory import Estimate, Setup, estimate, setup_of
 from lorafit.plan import Plan
-from lorafit.plan.context import Context
-from lorafit.plan.make import examine
-from lorafit.plan.meant import meant_hardware, missing_packages
+from lorafit.plan.adapters import near
+from lorafit.plan.resolve import examine
+from lorafit.plan.values import Context, KeyPath
+from lorafit.progress import each
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.rows import Row
-from lorafit.rundir import RunDir, located
+from lorafit.run.directory import RunDir, located
 from lorafit.validate.contents import check_contents, first_rows, place_of_fault
 from lorafit.validate.evaluation import check_evaluation
-from lorafit.validate.findings import Findings, Options
-from lorafit.validate.fit import Estimates, check_fit
-from lorafit.validate.types import Checked, Fault
+from lorafit.validate.find import find
+from lorafit.validate.findings import PARTS, Checked, Fault, Findings, Options, Report
+from lorafit.vram.answer import gib, judged
+
+
+@dataclass
+class Estimates:
+    """Estimates by closed form. Recipes that differ in nothing that takes memory share one."""
+
+    _known: dict[str, tuple[Estimate, str]] = field(default_factory=dict)
+
+    def judge(self, setup: Setup, capacity: int) -> tuple[Estimate, str]:
+        """The estimate and the verdict. Raises ModelError where only a trace can tell."""
+        bare = dataclasses.replace(setup, facts=dataclasses.replace(setup.facts, config={}, tensors=(), tokenizer=None))
+        key = f"{capacity} {bare}"
+        if key not in self._known:
+            self._known[key] = judged(lambda limit: estimate(setup, limit), capacity)
+        return self._known[key]
+
+
+def check_fit(found: Findings, plan: Plan, facts: ModelFacts, estimates: Estimates) -> None:
+    """Note the sizes of the model and the adapter, and a fault if the stated memory is too small."""
+    found.facts |= {
+        "model": plan.model["name_or_path"],
+        "parameters": plan.model["parameters"],
+        "trainable_parameters": plan.trainable_parameters,
+        "rows_per_step": plan.rows_per_step,
+    }
+    stated = found.recipe.hardware
+    if stated is None or meant_device(found.recipe) is None or "memory" in found.options.skip:
+        return
+    path = ("hardware", "gpu" if stated.vram is None else "vram")
+    if not facts.tensors:
+        found.unchecked(
+            path, ModelError(f"memory was not checked: the tensors of {facts.name} are not known without its files")
+        )
+        return
+    try:
+        _judge(found, setup_of(plan, facts), path, estimates)
+    except ModelError as error:
+        found.unchecked(path, error)
+
+
+def _judge(found: Findings, setup: Setup, path: KeyPath, estimates: Estimates) -> None:
+    """Raises ModelError where only a trace can tell."""
+    device = meant_device(found.recipe)
+    assert device is not None
+    known, verdict = estimates.judge(setup, device.memory_bytes)
+    found.facts |= {"peak_memory_bytes": known.total, "device": device.name, "fits": verdict}
+    size = f"takes {gib(known.total)} GiB, from {gib(known.least)} to {gib(known.most)}"
+    where = f"{device.name} ({gib(device.memory_bytes)} GiB)"
+    if verdict == "does not fit":
+        hint = "`lorafit estimate-vram` says what makes it smaller"
+        found.wrong(path, DoesNotFitError(f"{size}, and does not fit in {where}; {hint}"))
+    elif verdict == "tight":
+        found.unchecked(path, DoesNotFitError(f"not certain to fit in {where}: {size}"))
 
 
 @dataclass
@@ -47,7 +105,7 @@ class Checker:
         if plan is not None and facts is not None:
             check_fit(found, plan, facts, self._estimates)
             if self.options.deep and not found.faults:
-                from lorafit.validate.deep import check_deep
+                from lorafit.engine.deep import check_deep
 
                 check_deep(found, file)
         return Checked(file, "recipe", tuple(dict.fromkeys(found.faults)), tuple(found.notes), found.facts)
@@ -115,3 +173,16 @@ def _unreadable(file: str, error: RecipeError) -> Checked:
     is_part = missing >= {"model", "dataset"}
     mistakes = [one for one in error.mistakes if not (is_part and one.path in ("model", "dataset"))]
     return Checked(file, "part" if is_part else "recipe", tuple(Fault(one, error.exit_code) for one in mistakes))
+
+
+def validate(paths: Iterable[str], options: Options) -> Report:
+    """Check every recipe that the paths name. Raises UsageError for a path without recipes, or an unknown part."""
+    for part in options.skip:
+        if part not in PARTS:
+            raise UsageError(f"--skip {part}: no such part{near(part, PARTS)}")
+    found = find(paths)
+    checker = Checker(options)
+    wrong = [one for one in found.skipped if one.is_recipe and options.strict]
+    checked = [*map(checker.check, each(found.recipes, "validating", len(found.recipes), "recipes"))]
+    checked += (one.as_fault() for one in wrong)
+    return Report(tuple(checked), tuple(one for one in found.skipped if one not in wrong))

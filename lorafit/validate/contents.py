@@ -6,11 +6,11 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from lorafit.errors import DataError
-from lorafit.plan.context import Path
+from lorafit.plan.values import KeyPath
 from lorafit.recipe import Source
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to_example
@@ -29,7 +29,7 @@ Rows = Callable[[str, int], tuple[Row, ...]]
 class _Asked:
     """Rows that the recipe names, and where."""
 
-    path: Path
+    path: KeyPath
     file: str
     source: Source | EvalSet
 
@@ -58,7 +58,7 @@ def check_contents(found: Findings, rows: Rows) -> None:
             found.wrong(place_of_fault(found, (*asked.path, "path"), error, rows), error)
 
 
-def place_of_fault(found: Findings, path: Path, error: DataError, rows: Rows) -> Path:
+def place_of_fault(found: Findings, path: KeyPath, error: DataError, rows: Rows) -> KeyPath:
     """Where what is wrong with a source's rows was most likely written: a column's name or template, the format, or
     the path."""
     source = next((asked.source for asked in _asked(found) if asked.path == path[:-1]), None)
@@ -130,7 +130,7 @@ def _check_hub(found: Findings, asked: _Asked) -> None:
     """What isn't here may be on the hub, if it can be a name there."""
     path = (*asked.path, "path")
     if not _HUB_NAME.fullmatch(asked.file):
-        found.wrong(path, DataError(f"{asked.file}: no such file or folder (looked in {FilePath.cwd()})"))
+        found.wrong(path, DataError(f"{asked.file}: no such file or folder (looked in {Path.cwd()})"))
         return
     what = f"{asked.file} is not here, so it is a hub data set, read when training begins"
     found.unchecked(path, DataError(f"was not checked: {what}"))

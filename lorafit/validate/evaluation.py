@@ -8,15 +8,14 @@ import os
 from collections.abc import Callable, Iterator
 
 from lorafit.errors import LorafitError, MissingError, UsageError
-from lorafit.evaluate.assemble import BASE, expected_figures, set_metrics
-from lorafit.evaluate.gates import parse
-from lorafit.evaluate.gates.demand import BASELINE, no_figure
-from lorafit.evaluate.metrics import POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
-from lorafit.evaluate.metrics.known import JSON_DEFAULTS
-from lorafit.evaluate.options import RESERVED
-from lorafit.evaluate.results import Metric
-from lorafit.plan.context import Path
-from lorafit.plan.meant import is_installed, missing_packages
+from lorafit.evaluation.figures import BASE, expected_figures, set_metrics
+from lorafit.evaluation.gates import BASELINE, no_figure, parse
+from lorafit.evaluation.metrics import POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
+from lorafit.evaluation.metrics.known import JSON_DEFAULTS
+from lorafit.evaluation.results import Metric
+from lorafit.hardware import is_installed, missing_packages
+from lorafit.options.evaluate import RESERVED
+from lorafit.plan.values import KeyPath
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSet
 from lorafit.recipe.source import dotted
@@ -60,7 +59,7 @@ def check_evaluation(found: Findings) -> None:
         _check_judge(found)
 
 
-def _try(found: Findings, path: Path, check: Callable[[], None]) -> None:
+def _try(found: Findings, path: KeyPath, check: Callable[[], None]) -> None:
     try:
         check()
     except MissingError as error:
@@ -69,14 +68,14 @@ def _try(found: Findings, path: Path, check: Callable[[], None]) -> None:
         found.wrong(path, error)
 
 
-def _metrics(recipe: Recipe) -> Iterator[tuple[Path, tuple[MetricSpec, ...]]]:
+def _metrics(recipe: Recipe) -> Iterator[tuple[KeyPath, tuple[MetricSpec, ...]]]:
     """Every list of metrics, and where it stands."""
     yield ("eval", "metrics"), recipe.eval.metrics or ()
     for number, one in enumerate(recipe.eval.sets):
         yield ("eval", "sets", number, "metrics"), one.metrics or ()
 
 
-def _check_gate(found: Findings, path: Path, text: str) -> None:
+def _check_gate(found: Findings, path: KeyPath, text: str) -> None:
     """Raises UsageError for a figure that no evaluation by this recipe has."""
     recipe, section = found.recipe, found.recipe.eval
     sets = {HELD_OUT: EvalSet(name=HELD_OUT)} | {one.name: one for one in section.sets}
@@ -117,8 +116,7 @@ def _measured(recipe: Recipe, one: EvalSet) -> tuple[str, Iterator[Metric] | Non
 
 def _check_judge(found: Findings) -> None:
     """Note what can't be asked, and a key that is not here."""
-    from lorafit.evaluate.judge.endpoint import endpoint_of
-    from lorafit.evaluate.judge.types import Judge
+    from lorafit.evaluation.judge import Judge, endpoint_of
 
     assert found.recipe.eval.judge is not None
     values = found.recipe.eval.judge.model_dump()

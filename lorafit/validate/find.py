@@ -15,7 +15,7 @@ from lorafit.bounds import expand, opened
 from lorafit.errors import UsageError
 from lorafit.recipe import Recipe
 from lorafit.recipe.source import MAX_BYTES, not_a_folder
-from lorafit.validate.types import Skipped
+from lorafit.validate.findings import Skipped
 
 ENDINGS = (".yaml", ".yml")
 NOT_SEARCHED = ("node_modules", "__pycache__", "venv")

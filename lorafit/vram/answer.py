@@ -12,13 +12,12 @@ from typing import Any, Literal, get_args
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, read_facts
-from lorafit.hardware import Hardware, available_memory
+from lorafit.gpus import GIB, GPUS, Device, Gpu
+from lorafit.hardware import Hardware, available_memory, hardware_of, meant_hardware
 from lorafit.memory import Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
-from lorafit.plan.meant import hardware_of, meant_hardware
 from lorafit.progress import each, stage
 from lorafit.recipe import Recipe
-from lorafit.vram.gpus import GIB, GPUS, Device, Gpu
 
 Method = Literal["lora", "qlora", "full"]
 METHODS: dict[str, dict[str, Any]] = {
@@ -275,10 +274,10 @@ def judged_by_trace(case: Case, main: Estimate, capacity: int) -> tuple[Estimate
 
 def traced(case: Case, capacity: int | None) -> Estimate:
     """By running the real modules without data. Raises ModelError."""
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.trace import estimate_by_trace
+    from lorafit.engine.trace.record import estimate_by_trace
 
     with stage("tracing a training step"):
         return estimate_by_trace(case.setup, capacity)

@@ -57,11 +57,11 @@ def plan_for(file: Path, folder: Path) -> Any:
 
 
 def lorafit_prepares(file: Path, folder: Path) -> dict[str, Any]:
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.data import prepare
-    from lorafit.tokenizer import load_tokenizer
+    from lorafit.engine.data.prepare import prepare
+    from lorafit.engine.tokenizer import load_tokenizer
 
     plan = plan_for(file, folder)
     tokenizer = load_tokenizer(plan)
@@ -109,12 +109,12 @@ class Watch(threading.Thread):
 
 def without_audit(file: Path, folder: Path) -> dict[str, Any]:
     """The same without what only the audit needs: looking into contents, hashing rows, comparing them."""
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    import lorafit.data
-    from lorafit.data.encode import _Encoder
-    from lorafit.data.render import Renderer
+    import lorafit.engine.data.prepare
+    from lorafit.engine.data.encode import _Encoder
+    from lorafit.engine.data.render import Renderer
 
     def nothing(*_: Any) -> Any:
         return None
@@ -125,14 +125,14 @@ def without_audit(file: Path, folder: Path) -> dict[str, Any]:
 
     Renderer._remarks = lambda *_: {}  # type: ignore[method-assign]
     _Encoder._check_start = nothing  # type: ignore[method-assign]
-    lorafit.data.encode.hashlib.blake2b = lambda *_, **__: Unhashed()  # type: ignore[assignment,misc]
-    lorafit.data.duplicates = lorafit.data.leaked = nothing  # type: ignore[assignment]
+    lorafit.engine.data.encode.hashlib.blake2b = lambda *_, **__: Unhashed()  # type: ignore[assignment,misc]
+    lorafit.engine.data.prepare.duplicates = lorafit.engine.data.prepare.leaked = nothing  # type: ignore[assignment]
     return lorafit_prepares(file, folder)
 
 
 def trl_prepares(file: Path, folder: Path) -> dict[str, Any]:
     """What SFTTrainer does with the same rows as messages, from reading the file to labels."""
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
     import datasets

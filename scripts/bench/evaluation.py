@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", default="1,4,8,16,32,64")
     arguments = parser.parse_args()
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -84,11 +84,11 @@ def prepare(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Any],
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.utils import add_fused_lm_head
 
-    from lorafit.data import IGNORED
-    from lorafit.evaluate.engine.choices import Choice, choices
-    from lorafit.evaluate.engine.greedy import generate
-    from lorafit.evaluate.engine.likelihood import likelihoods
-    from lorafit.loss import settle_head
+    from lorafit.engine.data.encode import IGNORED
+    from lorafit.engine.evaluate.choices import Choice, choices
+    from lorafit.engine.evaluate.greedy import generate
+    from lorafit.engine.evaluate.likelihood import likelihoods
+    from lorafit.engine.loss import settle_head
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()

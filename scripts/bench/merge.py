@@ -118,11 +118,11 @@ class Meter(threading.Thread):
 def with_lorafit(base: Path, adapter: Path, output: Path, verify: str) -> str:
     from rich.console import Console
 
-    from lorafit.quiet import hush
+    from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.merge import Options
-    from lorafit.merge.make import merge
+    from lorafit.engine.merge.run import merge
+    from lorafit.options.merge import Options
 
     meter = Meter()
     merge(Options(adapter, output, base=str(base), verify=verify, overwrite=True), Console(stderr=True))  # type: ignore[arg-type]

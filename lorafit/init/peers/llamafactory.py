@@ -1,21 +1,244 @@
-"""LLaMA-Factory's recipes: what several keys decide together, and its own defaults."""
+"""LLaMA-Factory's recipes: its keys, its data sets by name, what several keys decide together, and its own defaults."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+from lorafit.bounds import read_text
 from lorafit.init.peers.common import (
+    NOT_LEARNED,
+    TRANSFORMERS,
     chat_template,
+    evaluation,
+    held_out,
     logging,
     optimizer,
+    quiet_evaluation,
     sampling,
     schedule,
     scheduler,
     trackers,
     warmup,
 )
-from lorafit.init.peers.convert import Conversion
-from lorafit.init.peers.dialect import flag, names, text, whole
-from lorafit.init.peers.evaluation import evaluation, held_out, quiet_evaluation
-from lorafit.init.peers.llamafactory_data import sources
+from lorafit.init.peers.convert import (
+    Conversion,
+    Rules,
+    above_zero,
+    becomes,
+    count,
+    decides,
+    flag,
+    idle,
+    lost,
+    names,
+    number,
+    refused,
+    table,
+    text,
+    whole,
+)
+
+INFO = "dataset_info.json"
+_TAGS = {
+    "role_tag": {"role", "from"},
+    "content_tag": {"content", "value"},
+    "user_tag": {"user", "human"},
+    "assistant_tag": {"assistant", "gpt", "model"},
+    "observation_tag": {"tool", "observation", "function", "ipython"},
+    "function_tag": {"function_call"},
+    "system_tag": {"system"},
+}
+_COLUMNS = (
+    *("prompt", "query", "response", "history", "messages", "system", "tools"),
+    *("images", "videos", "audios", "kto_tag"),
+)
+_READ = ("file_name", "hf_hub_url", "formatting", "columns", "tags", "subset", "split", "num_samples", "ranking")
+
+
+def sources(c: Conversion) -> None:
+    """The training rows, and those of eval_dataset."""
+    folder = Path(c.get("dataset_dir", text, "data"))
+    if not folder.is_absolute() and not folder.is_dir() and (c.file.parent / folder).is_dir():
+        folder = c.file.parent / folder
+    if not c.given("dataset"):
+        c.refuse("dataset", "there is none, so there is nothing to train on")
+    info = _info(c, folder)
+    most = c.get("max_samples", count, 0)
+    for key, target in (("dataset", "dataset.train"), ("eval_dataset", "dataset.validation")):
+        if c.given(key):
+            asked: list[str] = c.get(key, names, [])
+            found = [_source(c, key, name, folder, info) for name in asked]
+            c.put(target, [one | ({"max_rows": most} if most else {}) for one in found], key)
+    if c.given("eval_dataset") and c.given("val_size"):
+        c.fates["val_size"] = "no effect on what is learned: eval_dataset are the validation rows"
+
+
+def _info(c: Conversion, folder: Path) -> dict[str, Any]:
+    file = folder / INFO
+    if not file.is_file():
+        return {}
+    try:
+        info = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        c.refuse("dataset_dir", f"{file} can't be read: {error}")
+    if not isinstance(info, dict):
+        c.refuse("dataset_dir", f"{file}: expected data sets by name")
+    return info
+
+
+def _source(c: Conversion, key: str, name: str, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+    if str(folder) == "ONLINE":
+        return {"path": name} | _shape(c, key, name, {})
+    entry = info.get(name)
+    if not isinstance(entry, dict):
+        where = "is not in" if info else "is looked up in"
+        hint = "" if info else ", which is not here"
+        c.note(key, f"'{name}' {where} {folder / INFO}{hint}; check the path and the format")
+        return {"path": str(folder / f"{name}.json"), "format": "auto"}
+    if entry.get("ranking") or _columns(entry).get("kto_tag"):
+        c.refuse(key, f"'{name}' holds preferences, and lorafit trains on answers only")
+    return _place(c, key, name, folder, entry) | _shape(c, key, name, entry)
+
+
+def _place(c: Conversion, key: str, name: str, folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    for strange in sorted({*entry} - {*_READ}):
+        if strange not in ("ms_hub_url", "om_hub_url") or not (entry.get("hf_hub_url") or entry.get("file_name")):
+            c.note(key, f"'{name}' in {INFO}: {strange}: no equivalent")
+    place: dict[str, Any]
+    if entry.get("hf_hub_url"):
+        place = {"path": str(entry["hf_hub_url"])}
+        place |= {ours: entry[theirs] for theirs, ours in (("subset", "name"), ("split", "split")) if entry.get(theirs)}
+    else:
+        place = {"path": str(folder / str(entry.get("file_name") or f"{name}.json"))}
+    if entry.get("num_samples"):
+        place["max_rows"] = entry["num_samples"]
+    return place
+
+
+def _shape(c: Conversion, key: str, name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    columns = _columns(entry)
+    for strange in sorted({*columns} - {*_COLUMNS}):
+        c.note(key, f"'{name}' in {INFO}: columns.{strange}: no equivalent")
+    for media in ("images", "videos", "audios"):
+        if columns.get(media):
+            c.refuse(key, f"'{name}' has {media}, and lorafit trains on text only")
+    if entry.get("formatting", "alpaca") == "sharegpt":
+        return _turns(c, key, name, columns, entry.get("tags") or {})
+    return _alpaca(columns)
+
+
+def _columns(entry: dict[str, Any]) -> dict[str, Any]:
+    columns = entry.get("columns")
+    return columns if isinstance(columns, dict) else {}
+
+
+def _turns(c: Conversion, key: str, name: str, columns: dict[str, str], tags: dict[str, str]) -> dict[str, Any]:
+    for tag, known in _TAGS.items():
+        if tag in tags and tags[tag] not in known:
+            c.note(key, f"'{name}' in {INFO}: {tag}: '{tags[tag]}' is not known to lorafit; rename it in the rows")
+    column = columns.get("messages", "conversations")
+    kind = "messages" if column == "messages" else "sharegpt"
+    needed = "messages" if kind == "messages" else "conversations"
+    mapped = {} if column == needed else {needed: column}
+    mapped |= {own: columns[own] for own in ("system", "tools") if columns.get(own) and columns[own] != own}
+    return {"format": kind} | ({"columns": mapped} if mapped else {})
+
+
+def _alpaca(columns: dict[str, str]) -> dict[str, Any]:
+    """Instruction and input are joined by one line break, where lorafit's own alpaca has an empty line."""
+    prompt, query = columns.get("prompt", "instruction"), columns.get("query", "input")
+    mapped = {
+        own: columns[theirs]
+        for theirs, own in (("response", "output"), ("history", "history"), ("system", "system"), ("tools", "tools"))
+        if columns.get(theirs) and columns[theirs] != own
+    }
+    joined = f"{{{{ row['{prompt}'] }}}}{{% if row['{query}'] | default('') %}}\n{{{{ row['{query}'] }}}}{{% endif %}}"
+    shape: dict[str, Any] = {"format": "alpaca", "template": {"instruction": joined, "input": "{{ '' }}"}}
+    return shape | ({"columns": mapped} if mapped else {})
+
+
+TITLE = "LLaMA-Factory"
+MARKS = ("stage", "finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_rank", "lora_target", "val_size")
+"""Keys by which a recipe is known to be LLaMA-Factory's."""
+
+_OTHER_METHOD = "lorafit trains with LoRA, QLoRA, or all weights"
+_NO_IMAGES = "for images, videos and audio only"
+
+RULES: Rules = table(
+    becomes("model_name_or_path", "model.name_or_path", text),
+    becomes("model_revision", "model.revision", text),
+    becomes("trust_remote_code", "model.trust_remote_code", flag),
+    decides("flash_attn", "model.attn_implementation"),
+    decides("template", "model.chat_template"),
+    decides("stage", "", "sft is what lorafit does"),
+    decides("finetuning_type", "lora"),
+    decides("quantization_bit quantization_method", "quantization"),
+    decides("quantization_type", "quantization.bnb_4bit_quant_type"),
+    decides("double_quantization", "quantization.bnb_4bit_use_double_quant"),
+    becomes("lora_rank", "lora.r", count),
+    becomes("lora_alpha", "lora.lora_alpha", number),
+    becomes("lora_dropout", "lora.lora_dropout", number),
+    decides("lora_target", "lora.target_modules"),
+    becomes("additional_target", "lora.modules_to_save", names),
+    becomes("use_rslora", "lora.use_rslora", flag),
+    becomes("use_dora", "lora.use_dora", flag),
+    becomes("loraplus_lr_ratio", "lora.loraplus_lr_ratio", above_zero),
+    decides("pissa_init pissa_iter", "lora.init_lora_weights"),
+    decides("dataset dataset_dir", "dataset.train"),
+    decides("eval_dataset val_size", "dataset.validation"),
+    decides("max_samples", "dataset.train"),
+    decides("enable_thinking", "model.chat_template_kwargs"),
+    decides("train_on_prompt mask_history", "dataset.loss_on"),
+    becomes("cutoff_len", "training.max_length", count),
+    decides("packing neat_packing", "training.packing"),
+    decides("disable_gradient_checkpointing", "training.gradient_checkpointing"),
+    idle("gradient_checkpointing activation_checkpointing", "disable_gradient_checkpointing decides it"),
+    becomes("early_stopping_steps", "training.early_stopping_patience", whole),
+    decides("disable_shuffling", "training.train_sampling_strategy"),
+    decides("pure_bf16", "model.dtype"),
+    decides("use_swanlab", "training.report_to"),
+    TRANSFORMERS,
+    idle(
+        "cache_dir use_fast_tokenizer low_cpu_mem_usage use_unsloth use_unsloth_gc enable_liger_kernel pissa_convert "
+        "use_reentrant_gc infer_backend infer_dtype offload_folder use_kv_cache print_param_status buffer_size "
+        "overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path "
+        "plot_loss compute_accuracy include_effective_tokens_per_second create_new_adapter eval_num_beams "
+        "eval_on_each_dataset predict_with_generate ray_* placement_strategy resources_per_worker upcast_lmhead_output "
+        "quantization_device_map loraplus_lr_embedding export_* adapter_folder flash_attn_* use_v1_kernels",
+        NOT_LEARNED,
+    ),
+    idle("hf_hub_token ms_hub_token om_hub_token", "secrets come from the environment"),
+    idle(
+        "freeze_vision_tower freeze_multi_modal_projector freeze_language_model media_dir image_* video_*", _NO_IMAGES
+    ),
+    idle("crop_to_patches use_audio_in_video audio_sampling_rate", _NO_IMAGES),
+    refused("adapter_name_or_path", "training would start from something else than the base model"),
+    refused("use_galore use_apollo use_badam use_llama_pro use_muon use_dft_loss use_asft_loss", _OTHER_METHOD),
+    refused("use_adam_mini use_mca use_eaft_loss train_from_scratch mixture_of_depths", _OTHER_METHOD),
+    idle(
+        "galore_* apollo_* badam_* freeze_* oft_* pref_* dpo_* kto_* ppo_* ref_model* reward_model*", "of other methods"
+    ),
+    idle("simpo_gamma ld_alpha module_dropout", "of other methods"),
+    idle(
+        "do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty", "for answering only"
+    ),
+    idle("length_penalty skip_special_tokens sortish_sampler", "for answering only"),
+    lost(
+        "resize_vocab add_tokens add_special_tokens new_special_tokens_config", "lorafit adds no tokens to a vocabulary"
+    ),
+    lost("rope_scaling shift_attn moe_aux_loss_coef upcast_layernorm split_special_tokens fp8 fp8_*", ""),
+    lost("streaming", "set dataset.streaming: true and training.max_steps"),
+    lost("mix_strategy interleave_probs", "sources are mixed by their weight", "concat"),
+    lost("tool_format", "the chat template writes tools"),
+    lost("default_system", "the chat template decides it", chosen=("",)),
+    lost("preserve_thinking", "the chat template decides it"),
+    lost("ignore_pad_token_for_loss", "padding is never learned", True),
+    lost("generation_max_length generation_num_beams", "see the eval section"),
+    lost("swanlab_*", "a tracker's own settings come from its environment variables"),
+)
+
 
 TEMPLATES = {
     "qwen": "qwen2_5",

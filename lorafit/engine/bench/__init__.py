@@ -1,0 +1,1 @@
+"""Speed and memory of a run's models: merged against unmerged, and quantized."""

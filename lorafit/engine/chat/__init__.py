@@ -1,0 +1,1 @@
+"""Talking to a run's models, or to any model, in the terminal."""

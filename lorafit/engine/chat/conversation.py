@@ -1,0 +1,333 @@
+"""A conversation in the terminal: what was said, which model answers, the commands, and one answer, streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from lorafit.console import Console
+from lorafit.engine.data.render import ChatTemplate
+from lorafit.engine.evaluate.arithmetic import autocast
+from lorafit.engine.evaluate.models import Loaded
+from lorafit.errors import DataError, DoesNotFitError, LorafitError, UsageError, first_line, is_out_of_memory
+from lorafit.evaluation.figures import BASE
+from lorafit.options.chat import ChatOptions, Turn, Write, harmless
+from lorafit.plan.adapters import near
+from lorafit.rows import Message
+
+
+@dataclass(frozen=True)
+class Room:
+    """The models, in memory, and the form that a conversation takes for them.
+
+    Attributes:
+        names: of the models as people see them -> as `loaded` does.
+        first: who answers first.
+        template: None: each prompt is continued as plain text.
+    """
+
+    loaded: Loaded
+    names: dict[str, str]
+    first: str
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+
+    def tokens(self, messages: list[Message]) -> list[int]:
+        """The conversation up to the answer that is asked for, in tokens as a server has them. Raises DataError."""
+        try:
+            for message in messages:
+                message["content"].encode()
+        except UnicodeEncodeError:
+            raise DataError("the prompt is no text: it has bytes in it that are no UTF-8") from None
+        if self.template is None:
+            return self._plain(str(messages[-1]["content"]))
+        return list(self.tokenizer(self.text(messages), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def text(self, messages: list[Message]) -> str:
+        """What `tokens` are of, where there is a template. Raises DataError if that refuses the conversation."""
+        assert self.template is not None
+        try:
+            return self.template.ask(messages)
+        except Exception as error:  # noqa: BLE001 - a template may fail in any way
+            raise DataError(f"the chat template refuses the conversation: {first_line(error)}") from None
+
+    def _plain(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if start is not None and ids[:2] == [start, start]:
+            ids = ids[1:]
+        return ids[:-1] if ids[1:] and ids[-1] == end and not text.endswith(str(self.tokenizer.eos_token)) else ids
+
+    def ends(self, model: Any) -> list[int]:
+        """The tokens at which an answer ends."""
+        known = model.generation_config.eos_token_id
+        closing = self.tokenizer.convert_tokens_to_ids(sorted(self.template.closing)) if self.template else []
+        ids = [*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id, *closing]
+        return sorted({token for token in ids if token is not None})
+
+    def answer(self, name: str, messages: list[Message], options: ChatOptions, seed: int, show: Write) -> Turn:
+        """One model's answer to a conversation, shown as it comes. Where people type, Ctrl-C stops it.
+
+        Raises DataError, DoesNotFitError, and UsageError for a conversation that is too long.
+        """
+        ids = self.tokens(messages)
+        if not ids:
+            raise UsageError("the prompt is empty")
+        model = self.loaded.use(self.names[name])
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if len(ids) >= most:
+            hint = "" if options.prompts else "; /reset begins a new one"
+            raise UsageError(
+                f"the conversation is {len(ids)} tokens long, and the model takes {most} with the answer{hint}"
+            )
+        ends = self.ends(model)
+        stream = _Stream(self.tokenizer, show)
+        draw = {"do_sample": True, "temperature": options.temperature, "top_p": 1.0, "top_k": 0}
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        inputs = torch.tensor([ids], device=model.device)
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        with _stoppable(not options.prompts) as stop, autocast(model), _memory_errors(name):
+            model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=int(min(options.max_new_tokens, most - len(ids))),
+                eos_token_id=ends or None,
+                pad_token_id=self.tokenizer.pad_token_id or 0,  # nothing is padded
+                use_cache=True,
+                streamer=stream,
+                stopping_criteria=[stop],
+                **(draw if options.temperature else greedy),
+            )
+        seconds = time.perf_counter() - began
+        ended: Literal["end", "stopped", "length"] = "stopped" if stop.asked else "length"
+        if stream.ids and stream.ids[-1] in ends:
+            ended = "end"
+        return Turn(str(messages[-1]["content"]), stream.text, name, len(stream.ids), seconds, ended)
+
+
+class _Stream(BaseStreamer):
+    """Shows tokens as text as soon as it is known what they say.
+
+    Everything is decoded anew with each token: what a token says may depend on those before it. Bytes that begin a
+    character decode to U+FFFD, which is held back until more is known.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Write) -> None:
+        self.tokenizer = tokenizer
+        self.show = show
+        self.ids: list[int] = []
+        self.text = ""
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            self.ids += value.flatten().tolist()
+            self._show(self._decoded().rstrip("\ufffd"))
+        self._is_prompt = False
+
+    def end(self) -> None:
+        self._show(self._decoded())
+
+    def _decoded(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _show(self, text: str) -> None:
+        new = text[len(self.text) :]
+        if new:
+            self.text += new
+            self.show(new)
+
+
+class _Stop(StoppingCriteria):
+    """Ends an answer once that is asked for."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.asked, device=input_ids.device, dtype=torch.bool)
+
+
+@contextlib.contextmanager
+def _stoppable(by_hand: bool) -> Iterator[_Stop]:
+    """Ctrl-C asks for a stop while the block runs; a second one is a KeyboardInterrupt."""
+    stop = _Stop()
+    if not by_hand:
+        yield stop
+        return
+
+    def ask(*_: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _memory_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise DoesNotFitError(f"{name}: the answer does not fit into memory: {first_line(error)}") from error
+        raise
+
+
+HELP = """\
+/adapter NAME    answer with this model from now on, in the same conversation; without a NAME: which there are
+/base            answer with the base
+/compare TEXT    the answers of all models to TEXT, or to the last prompt; they are not kept
+/system TEXT     change the system message, and keep what was said; without a TEXT: none
+/reset           forget what was said
+/quit            leave, as Ctrl-D does
+//…              a prompt that begins with a slash
+Ctrl-C stops an answer."""
+
+
+@dataclass
+class Conversation:
+    """What was said, who answers, and what the commands do.
+
+    Attributes:
+        messages: the prompts and answers that the next answer is given to, without the system message.
+        turns: every answer that was given, kept or not.
+    """
+
+    room: Room
+    options: ChatOptions
+    console: Console
+    write: Write
+    messages: list[Message] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.using = self.room.first
+        self.system = ""
+        self.set_system((self.options.system or "").strip())
+
+    def say(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def run(self, read: Callable[[str], str]) -> None:
+        """Read prompts and commands until there is an end to it."""
+        self.say(f"{', '.join(self.room.names)}; /help tells what there is to do", "dim")
+        interrupted = False
+        while True:
+            try:
+                line = read(f"{self.using}> ")
+            except EOFError:
+                self.write("\n")
+                return
+            except KeyboardInterrupt:
+                self.write("\n")
+                if interrupted:
+                    return
+                interrupted = True
+                self.say("Ctrl-C once more leaves, as /quit and Ctrl-D do", "dim")
+                continue
+            interrupted = False
+            try:
+                if self.take(line):
+                    return
+            except LorafitError as error:
+                self.say(str(error), "red")
+
+    def take(self, line: str) -> bool:
+        """Answer a line or do what it commands; whether it is the end. Raises LorafitError."""
+        if line.startswith("/") and not line.startswith("//"):
+            word, _, rest = line.partition(" ")
+            return self.command(word.rstrip(), rest.strip())
+        if line.strip():
+            self.ask(line.removeprefix("/") if line.startswith("//") else line)
+        return False
+
+    def command(self, word: str, rest: str) -> bool:
+        commands: dict[str, Callable[[str], None]] = {
+            "/adapter": self.switch,
+            "/base": lambda _: self.switch(BASE),
+            "/compare": self.compare,
+            "/system": self.set_system,
+            "/reset": lambda _: self.messages.clear(),
+            "/help": lambda _: self.say(HELP),
+        }
+        if word == "/quit":
+            return True
+        if word not in commands:
+            raise UsageError(f"{word}: is no command{near(word, [*commands, '/quit'])}")
+        commands[word](rest)
+        return False
+
+    def switch(self, name: str) -> None:
+        """Let another model answer; without a name, say which there are."""
+        if name:
+            self.using = known(name, self.room.names)
+        else:
+            self.say("\n".join(f"{'*' if one == self.using else ' '} {one}" for one in self.room.names))
+
+    def set_system(self, text: str) -> None:
+        """Have a system message from now on. Raises UsageError, and DataError if the template refuses it."""
+        if text and self.room.template is None:
+            raise UsageError("there is no chat template, so there is no place for a system message")
+        if text and text.split()[0] not in self.room.text([_message("system", text), _message("user", "x")]):
+            self.say("the chat template leaves out the system message", "yellow")
+        self.system = text
+
+    def ask(self, prompt: str) -> Turn:
+        """Have a prompt answered, and keep both. Raises LorafitError, and keeps neither."""
+        said: list[Message] = [*self.messages, _message("user", prompt)]
+        turn = self._answer(self.using, said)
+        self.messages = [*said, _message("assistant", turn.answer.strip())]
+        return turn
+
+    def compare(self, prompt: str) -> None:
+        """Have a prompt, or the last one, answered by every model, and keep nothing."""
+        said: list[Message] = [*self.messages, _message("user", prompt)] if prompt else self.messages[:-1]
+        if not said:
+            raise UsageError("/compare: there is no prompt yet; give one after it")
+        seed = self._seed
+        for name in self.room.names:
+            self.say(f"{name}:", "bold")
+            if self._answer(name, said, seed).ended == "stopped":
+                return
+
+    @property
+    def _seed(self) -> int:
+        return self.options.seed + len(self.turns)
+
+    def _answer(self, name: str, said: list[Message], seed: int | None = None) -> Turn:
+        system: list[Message] = [_message("system", self.system)] if self.system else []
+        seed = self._seed if seed is None else seed
+        turn = self.room.answer(name, [*system, *said], self.options, seed, lambda text: self.write(harmless(text)))
+        if not turn.answer.endswith("\n"):
+            self.write("\n")
+        self.turns.append(turn)
+        how = {"end": "", "length": f", cut off at {turn.tokens} tokens", "stopped": ", stopped"}[turn.ended]
+        rate = turn.tokens / max(turn.seconds, 1e-9)
+        self.say(f"{turn.tokens} tokens, {rate:.1f} tokens/s{how}", "dim")
+        return turn
+
+
+def known(name: str, names: Iterable[str]) -> str:
+    """The name, if there is such a model. Raises UsageError."""
+    if name not in names:
+        raise UsageError(f"there is no model {name!r}{near(name, names)}")
+    return name
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

@@ -1,0 +1,376 @@
+"""Data sources -> audited, tokenized rows with labels, in the shape that TRL's trainer takes.
+
+rows (lorafit.rows) -> render (text and spans) -> encode (tokens and labels) -> table (Arrow, cached)
+-> mix (split, weights, order) -> packs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from datasets import Dataset, IterableDataset, arrow_dataset, concatenate_datasets, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from lorafit.engine.data.encode import Lengths, TokenRow, Tokens, read_examples, tokenize
+from lorafit.engine.data.render import Renderer
+from lorafit.engine.data.table import TRAINED, Numbers, read_table, write_table
+from lorafit.errors import DataError, first_line
+from lorafit.facts import spare_retries
+from lorafit.plan.values import DataPlan, SourcePlan, validation_rows
+from lorafit.progress import counting, each, stage
+from lorafit.rows import Row, detect_format, digest, place_of, read_rows
+from lorafit.rows.audit import Audit, Finding, PartAudit, SourceAudit
+from lorafit.rows.cache import entry, kept, prune, rows_key, set_key
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows that can be trained on, and what the data is.
+
+    Attributes:
+        train: `input_ids` and `labels`, unpadded; packed if the plan says so. A stream if it says so.
+        validation: the same, never packed, with all columns of a tokenized source.
+        rows: the training rows before packing, with all columns; None for a stream.
+        lengths: of each of them, in tokens.
+        streamed: for a stream, what is counted while it is trained on.
+    """
+
+    train: Dataset | IterableDataset
+    validation: Dataset | None
+    audit: Audit
+    rows: Dataset | None = None
+    lengths: Tokens | None = None
+    streamed: list[SourceAudit] = field(default_factory=list)
+
+    def final_audit(self) -> Audit:
+        """The audit after training: of a stream, what was seen of it."""
+        if not self.streamed:
+            return self.audit
+        totals = (
+            sum(getattr(source, name) for source in self.streamed) for name in ("rows", "tokens", "supervised_tokens")
+        )
+        return dataclasses.replace(self.audit, train=tuple(self.streamed), training_rows=PartAudit(*totals))
+
+
+def prepare(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Read, render, tokenize, count, split and mix; from the cache where nothing has changed.
+
+    Raises DataError for what can't be read. Faults that have a limit are counted: see `lorafit.rows.audit.gate`.
+    """
+    plan = with_digests(plan, tokenizer)
+    if plan.streaming:
+        from lorafit.engine.data.stream import prepare_stream
+
+        return prepare_stream(plan, tokenizer)
+    renderer = Renderer(tokenizer, plan.loss_on, plan.date)
+    train = [source_table(plan, source, renderer) for source in plan.train]
+    held_out = [source_table(plan, source, renderer) for source in plan.validation]
+    folder = entry("sets", str(set_key(plan)))
+    made = kept(
+        folder,
+        lambda partial: make_set(plan, train, held_out, partial),
+        lambda whole: read_set(plan, train, held_out, whole),
+    )
+    prune({folder, *(table.folder for table in (*train, *held_out))})
+    return made
+
+
+def with_digests(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> DataPlan:
+    """The plan with hashes of everything that shapes the data, where the light half could not have them."""
+
+    def settled(source: SourcePlan) -> SourcePlan:
+        known = source.sha256 or (digest(source.path) if source.hub is None else hub_rows(source)._fingerprint)
+        return dataclasses.replace(source, sha256=known)
+
+    own = plan.tokenizer_sha256
+    if own is None:
+        parts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+        own = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+    return dataclasses.replace(
+        plan,
+        train=plan.train if plan.streaming else tuple(map(settled, plan.train)),
+        validation=tuple(map(settled, plan.validation)),
+        tokenizer_sha256=own,
+    )
+
+
+# --- sources --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A tokenized source."""
+
+    folder: Path
+    rows: Dataset
+    numbers: Numbers
+    audit: SourceAudit
+
+
+def source_table(plan: DataPlan, source: SourcePlan, renderer: Renderer) -> SourceTable:
+    """A source's rows as tokens: from the cache, or made and put there."""
+    folder = entry("rows", str(rows_key(plan, source)))
+
+    def make(partial: Path) -> None:
+        audit = SourceAudit(source.path)
+        batches = tokenize_source(plan, source, renderer, audit)
+        write_table(partial, each(batches, f"tokenizing {source.path}", source.rows, size=len), audit)
+        if source.hub is None and digest(source.path) != source.sha256:
+            raise DataError(f"{source.path}: was changed while it was being read; start again")
+
+    return kept(folder, make, lambda whole: SourceTable(folder, *read_table(whole)))
+
+
+def tokenize_source(
+    plan: DataPlan, source: SourcePlan, renderer: Renderer, audit: SourceAudit
+) -> Iterator[list[TokenRow]]:
+    """A source's rows as tokens, in batches. Raises DataError if it has no rows."""
+    rows = itertools.islice(rows_of(source, plan.streaming), source.max_rows)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{source.path}: there are no rows")
+    format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
+    examples = read_examples(itertools.chain([first], rows), source.shape(format), audit)
+    lengths = Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop", plan.vocab_size)
+    yield from tokenize(examples, renderer, lengths, audit)
+
+
+def rows_of(source: SourcePlan, streaming: bool = False) -> Iterator[Row]:
+    """The rows of a source, in order. Raises DataError."""
+    if source.hub is None:
+        return read_rows(source.path)
+    return (Row(source.path, number, dict(fields)) for number, fields in enumerate(hub_rows(source, streaming), 1))
+
+
+def hub_rows(source: SourcePlan, streaming: bool = False) -> Dataset | IterableDataset:
+    """A hub data set, from the client's cache where it is there. Raises DataError."""
+    hub = source.hub or {}
+    spare_retries()
+    try:
+        return load_dataset(source.path, hub["name"], split=hub["split"], revision=hub["revision"], streaming=streaming)
+    except Exception as error:  # noqa: BLE001 - the client raises dozens of types
+        raise DataError(
+            f"{source.path}: no such local file, and the hub did not give it as a data set: {first_line(error)}"
+        ) from None
+
+
+# --- the set of all sources -----------------------------------------------------------------------
+
+
+def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTable], folder: Path) -> None:
+    """Split, mix, compare and pack, and write what came of it."""
+    rows, other = together(train), together(held_out)
+    for tables, part in ((train, rows), (held_out, other)):
+        if tables and not len(part):
+            raise no_row_left(plan, [table.audit for table in tables])
+    numbers = numbers_of(train)
+    training, validation = split_rows(plan, numbers)
+    others = numbers
+    if held_out:
+        validation, others = np.arange(len(other)), numbers_of(held_out)
+    else:
+        other = rows
+    order = mixed(plan, train, training)
+    np.save(folder / "training.npy", order)
+    np.save(folder / "validation.npy", validation)
+    packs = None
+    if plan.packing:
+        shuffled = np.random.default_rng(plan.seed).permutation(order) if plan.shuffle else order
+        packs = len(pack(rows.select(shuffled), plan.max_length, folder / "packed.arrow"))
+    audit = Audit(
+        train=tuple(table.audit for table in train),
+        validation=tuple(table.audit for table in held_out),
+        training_rows=part_audit(numbers[order], packs),
+        validation_rows=part_audit(others[validation]) if len(validation) else None,
+        duplicates=duplicates(rows, numbers, training),
+        unweighted_rows=len(training),
+        leaked=leaked(rows, numbers, training, other, others, validation),
+    )
+    (folder / "audit.json").write_text(json.dumps(audit.as_dict()), encoding="utf-8")
+
+
+def read_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTable], folder: Path) -> Prepared:
+    """What `make_set` wrote, with the sources' rows in place. Raises ValueError for a damaged folder."""
+    audit = Audit.from_dict(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
+    rows = together(train)
+    validation = np.load(folder / "validation.npy")
+    other = (together(held_out) if held_out else rows).select(validation) if len(validation) else None
+    training = np.load(folder / "training.npy")
+    chosen = rows.select(training)
+    trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(TRAINED)
+    part = audit.training_rows
+    if len(chosen) != part.rows or len(trained) != (part.packs if plan.packing else part.rows):
+        raise ValueError(f"{folder}: has other rows than its audit says")
+    return Prepared(trained, other, audit, chosen, numbers_of(train)["length"][training])
+
+
+def together(tables: list[SourceTable]) -> Dataset:
+    return concatenate_datasets([table.rows for table in tables]) if tables else Dataset.from_dict({})
+
+
+def numbers_of(tables: list[SourceTable]) -> Numbers:
+    return tables[0].numbers if len(tables) == 1 else np.concatenate([table.numbers for table in tables])
+
+
+def prepare_held_out(
+    plan: DataPlan, renderer: Renderer
+) -> tuple[Dataset | None, tuple[SourceAudit, ...], PartAudit | None]:
+    """The rows of the validation sources alone, for training rows that are streamed."""
+    if not plan.validation:
+        return None, (), None
+    tables = [source_table(plan, source, renderer) for source in plan.validation]
+    rows = together(tables)
+    if not len(rows):
+        raise no_row_left(plan, [table.audit for table in tables])
+    return rows, tuple(table.audit for table in tables), part_audit(numbers_of(tables))
+
+
+def split_rows(plan: DataPlan, numbers: Numbers) -> tuple[Indices, Indices]:
+    """Training and held-out indices. Raises DataError where a fraction leaves one of them empty."""
+    if plan.validation_fraction is None:
+        return np.arange(len(numbers)), np.arange(0)
+    count = validation_rows(len(numbers), plan.validation_fraction)
+    training, validation = split(numbers["key"], count, plan.seed)
+    if not len(training) or not len(validation):
+        raise DataError(
+            f"dataset.validation: {len(numbers)} row{'s' * (len(numbers) > 1)} can't be split into training and "
+            "validation rows that differ"
+        )
+    return training, validation
+
+
+def mixed(plan: DataPlan, tables: list[SourceTable], training: Indices) -> Indices:
+    """The training indices, each source's as often as its weight says. Raises DataError if none is left."""
+    bounds = np.cumsum([0, *(len(table.rows) for table in tables)])
+    parts = [
+        weighted(training[(training >= begin) & (training < end)], source.weight, plan.seed + number)
+        for number, (source, begin, end) in enumerate(zip(plan.train, bounds[:-1], bounds[1:], strict=True))
+    ]
+    if not sum(map(len, parts)):
+        raise DataError("dataset.train: the weights leave no row to train on")
+    return np.concatenate(parts)
+
+
+def pack(rows: Dataset, max_length: int, file: Path | None = None) -> Dataset:
+    """Rows of at most `max_length` tokens with several examples each: TRL's best fit, a thousand rows at a time."""
+    from trl import pack_dataset  # takes seconds, and only packing needs it
+
+    where = {"cache_file_name": str(file)} if file else {"keep_in_memory": True}
+    with stage("packing rows"), counting((arrow_dataset, "hf_tqdm")):
+        return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
+
+
+def part_audit(numbers: Numbers, packs: int | None = None) -> PartAudit:
+    tokens, learned = (int(numbers[name].sum(dtype=np.int64)) for name in ("length", "learned"))
+    return PartAudit(len(numbers), tokens, learned, packs)
+
+
+def duplicates(rows: Dataset, numbers: Numbers, training: Indices) -> Finding | None:
+    count, row, earlier = repeated(numbers["key"][training])
+    if not count:
+        return None
+    return Finding(count, f"{place(rows, training[row])}: repeats {place(rows, training[earlier])}")
+
+
+def leaked(
+    rows: Dataset, numbers: Numbers, training: Indices, other: Dataset, others: Numbers, validation: Indices
+) -> Finding | None:
+    if not len(validation):
+        return None
+    count, row, known = shared(others["key"][validation], numbers["key"][training])
+    if not count:
+        return None
+    line = f"{place(other, validation[row])}: is a training row as well, {place(rows, training[known])}"
+    return Finding(count, line)
+
+
+def place(rows: Dataset, index: int) -> str:
+    """Where a tokenized row comes from."""
+    row = rows.select_columns(["file", "number"])[int(index)]
+    return place_of(row["file"], row["number"])
+
+
+def no_row_left(plan: DataPlan, audits: list[SourceAudit]) -> DataError:
+    """Why nothing is left of some sources, with the first row that was left out."""
+    reasons = dict.fromkeys(reason for audit in audits for reason in audit.dropped)
+    found = [audit.found[reason].first for audit in audits for reason in audit.dropped if reason in audit.found]
+    where = f"{found[0]};" if found else f"{audits[0].path}:"
+    return DataError(f"{where} no row is left to learn from ({', '.join(reasons)}; max_length {plan.max_length})")
+
+
+Indices: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Keys: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+_ROWS_AT_ONCE = 1 << 18
+
+
+def split(keys: Keys, count: int, seed: int) -> tuple[Indices, Indices]:
+    """Training and validation indices, in order. `count` rows are held out, taken at random.
+
+    Rows with equal keys stay together, so that no validation row is a training row as well; where
+    that does not come out even, fewer than `count` are held out (but always some).
+    """
+    _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    held = np.zeros(len(sizes), dtype=bool)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    missing = count
+    for index in order:
+        if sizes[index] <= missing:
+            held[index] = True
+            missing -= sizes[index]
+        if not missing:
+            break
+    if not held.any() and len(sizes) > 1:
+        held[order[int(np.argmin(sizes[order]))]] = True
+    chosen = held[group]
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def weighted(indices: Indices, weight: float, seed: int) -> Indices:
+    """The indices as often as the weight says: all of them for each whole, and a random part for the rest."""
+    whole = int(weight)
+    parts = [indices] * whole
+    rest = round(weight * len(indices)) - whole * len(indices)
+    if rest:
+        parts.append(np.sort(np.random.default_rng(seed).choice(indices, rest, replace=False)))
+    return np.concatenate(parts) if parts else indices[:0]
+
+
+def repeated(keys: Keys) -> tuple[int, int, int]:
+    """How many rows repeat an earlier one, the first that does, and the one that it repeats."""
+    count = 0
+    first: tuple[int, int] | None = None
+    for part, places in _parts(keys):
+        _, where, group = np.unique(part, return_index=True, return_inverse=True)
+        again = np.ones(len(part), dtype=bool)
+        again[where] = False
+        count += int(again.sum())
+        if again.any():
+            one = int(np.argmax(again))
+            found = int(places[one]), int(places[where[group[one]]])
+            first = min(first, found) if first else found
+    return (count, *first) if first else (0, 0, 0)
+
+
+def shared(keys: Keys, others: Keys) -> tuple[int, int, int]:
+    """How many rows are among the others too, the first that is, and the one that it equals."""
+    mask = np.isin(keys, others)
+    if not mask.any():
+        return 0, 0, 0
+    first = int(np.argmax(mask))
+    return int(mask.sum()), first, int(np.argmax(others == keys[first]))
+
+
+def _parts(keys: Keys) -> Any:
+    """The keys in parts that hold all equal ones, so that sorting needs little memory."""
+    parts = 1 + len(keys) // _ROWS_AT_ONCE
+    for part in range(parts):
+        places = np.flatnonzero(keys % parts == part)
+        yield keys[places], places

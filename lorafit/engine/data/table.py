@@ -1,0 +1,73 @@
+"""Tokenized sources as Arrow files, written batch by batch and read by mapping them into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from lorafit.engine.data.encode import TokenRow
+from lorafit.rows.audit import SourceAudit, source_from_dict
+
+Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+"""A key, the learned tokens and the length of each row: what is compared, split and counted without reading tokens."""
+NUMBERS = np.dtype([("key", "<i8"), ("learned", "<i4"), ("length", "<i4")])
+TRAINED = ["input_ids", "labels"]
+"""The columns that the trainer takes; the others are for people and for the audit."""
+_TOKENS = pa.list_(pa.int32())
+_SCHEMA = pa.schema(
+    {
+        "input_ids": _TOKENS,
+        "labels": _TOKENS,
+        "question": pa.string(),
+        "file": pa.string(),
+        "number": pa.int64(),
+        "answer": pa.string(),
+        "asked": pa.int32(),
+        "prompt": _TOKENS,
+    }
+)
+
+
+def write_table(folder: Path, batches: Iterable[list[TokenRow]], audit: SourceAudit) -> None:
+    """Write rows.arrow, numbers.bin and audit.json; `audit` is what the batches counted, complete when they end."""
+    with (
+        pa.OSFile(str(folder / "rows.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, _SCHEMA) as writer,
+        (folder / "numbers.bin").open("wb") as numbers,
+    ):
+        for batch in filter(None, batches):
+            writer.write_batch(_record_batch(batch))
+            numbers.write(np.array([(row.key, row.learned, len(row.input_ids)) for row in batch], NUMBERS).tobytes())
+    (folder / "audit.json").write_text(json.dumps(dataclasses.asdict(audit)), encoding="utf-8")
+
+
+def read_table(folder: Path) -> tuple[Dataset, Numbers, SourceAudit]:
+    """What `write_table` wrote. The tokens stay on the disk. Raises ValueError for a damaged file."""
+    audit = source_from_dict(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
+    rows = Dataset.from_file(str(folder / "rows.arrow"))
+    file = folder / "numbers.bin"
+    numbers: Numbers = np.memmap(file, NUMBERS, "r") if file.stat().st_size else np.empty(0, NUMBERS)
+    if not len(rows) == len(numbers) == audit.rows:
+        raise ValueError(f"{folder}: has {len(rows)} rows and {len(numbers)} numbers instead of {audit.rows}")
+    return rows, numbers, audit
+
+
+def _record_batch(batch: list[TokenRow]) -> pa.RecordBatch:
+    lengths = [len(row.input_ids) for row in batch]
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+
+    def tokens(name: str) -> pa.Array:
+        return pa.ListArray.from_arrays(offsets, np.concatenate([getattr(row, name) for row in batch]))
+
+    def plain(name: str) -> pa.Array:
+        return pa.array([getattr(row, name) for row in batch], _SCHEMA.field(name).type)
+
+    columns = [plain(name) for name in _SCHEMA.names[2:]]
+    return pa.record_batch([tokens("input_ids"), tokens("labels"), *columns], schema=_SCHEMA)

@@ -1,0 +1,1 @@
+"""Models run on rows in batches, into records."""

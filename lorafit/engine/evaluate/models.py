@@ -1,0 +1,372 @@
+"""The models that are compared: which they are, that they belong together, and one base for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from peft import PeftModel
+
+from lorafit.engine.evaluate.arithmetic import autocast, ready
+from lorafit.engine.loss import settle_head
+from lorafit.engine.model import base_source, load_base, on_cpu
+from lorafit.engine.tokenizer import cannot_load
+from lorafit.errors import ModelError, UsageError
+from lorafit.evaluation.figures import BASE
+from lorafit.facts import weight_files
+from lorafit.facts.folder import read_json
+from lorafit.files import check, check_own, file_digest
+from lorafit.options.evaluate import Options, name_of
+from lorafit.plan import Plan
+from lorafit.plan.adapters import check_adapter
+from lorafit.recipe import Recipe
+from lorafit.run.directory import RunDir, located, open_run
+from lorafit.run.fingerprint import differences, listed
+from lorafit.written import References, expanded, require
+
+LoadedModel: TypeAlias = Any
+"""A PreTrainedModel, or a PeftModel around one."""
+Kind = Literal["base", "adapter", "trained", "merged"]
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model that is compared.
+
+    Attributes:
+        name: in figures.
+        path: the adapter's or model's folder; of a base, what its recipe names.
+        plan: of the run whose base it is or is on: how that base is loaded.
+        run: where that base is, if the run keeps one.
+        sha256: of the weights of an adapter or a model; None for a base, which its run knows by fingerprint.
+    """
+
+    name: str
+    kind: Kind
+    path: str
+    plan: Plan
+    run: RunDir
+    sha256: str | None = None
+
+    @property
+    def quantization(self) -> str | None:
+        """Such as nf4 or int8."""
+        kwargs = self.plan.quantization_kwargs
+        if kwargs is None or self.kind in ("trained", "merged"):
+            return None
+        return str(kwargs.get("bnb_4bit_quant_type")) if kwargs.get("load_in_4bit") else "int8"
+
+    @property
+    def loads(self) -> str:
+        """What has to be in memory for it: equal for models that share a base."""
+        if self.kind in ("trained", "merged"):
+            return f"{self.kind} {self.path}"
+        name, kwargs = self.plan.model["name_or_path"], self.plan.model_kwargs
+        base = str(self.run.base) if self.run.base.is_dir() else name
+        return json.dumps([base, kwargs, self.plan.quantization_kwargs], sort_keys=True)
+
+
+def base_of(run: RunDir, plan: Plan) -> Contender:
+    return Contender(BASE, "base", plan.model["name_or_path"], plan, run)
+
+
+def result_of(run: RunDir, plan: Plan, name: str | None = None) -> Contender:
+    """What a run trained: its adapter, or its model if it trained in full."""
+    kind: Kind = "trained" if plan.lora_kwargs is None else "adapter"
+    folder = run.model if kind == "trained" else run.adapter
+    return Contender(name or kind, kind, str(folder), plan, run, _digest(folder))
+
+
+def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
+    """An adapter from anywhere, on a run's base. Raises UsageError if there is none, ModelError if it is of another."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UsageError(f"{folder}: has no adapter_config.json, so it is no adapter")
+    check(folder)
+    named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
+    ours = {expanded(plan.model["name_or_path"]).name.lower(), run.base.name}
+    if named and expanded(named).name.lower() not in ours:
+        raise ModelError(f"{folder}: is for the base {named}, and {run.path} is on {plan.model['name_or_path']}")
+    return Contender(name, "adapter", str(folder), plan, run, _digest(folder))
+
+
+def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextlib.ExitStack) -> Contender:
+    """An adapter folder, or the adapter of another run (held by the stack), on a run's own base.
+
+    Raises UsageError, ModelError.
+    """
+    path = located(path)
+    if not RunDir(path).is_run:
+        return adapter_at(name, path, run, plan)
+    other, its = held.enter_context(open_run(path))
+    check_same_base(run, other)
+    if its.lora_kwargs is None:
+        raise UsageError(f"--adapter {name}={path}: the run trained in full and has no adapter")
+    return Contender(name, "adapter", str(other.adapter), plan, run, _digest(other.adapter))
+
+
+def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
+    """A run's merged model. Raises UsageError, or ModelError if it is that of another adapter or base."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder}: there is no merged model; make it with `lorafit merge {run.path}`")
+    if not (folder / "merge_report.json").is_file():
+        raise ModelError(f"{folder}: has no merge_report.json, so whose merge it is can't be told")
+    check_own(folder, "merge again") if folder == run.merged else check(folder)
+    report = read_json(folder / "merge_report.json")
+    base, recorded = report.get("base") or {}, report.get("adapter_sha256")
+    if recorded not in (None, _digest(run.adapter)):
+        raise ModelError(f"{folder}: is the merge of another adapter ({report.get('adapter')}), not of {run.adapter}")
+    if str(base.get("checked", "")).startswith("no"):
+        raise ModelError(f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path}")
+    if expanded(str(base.get("name"))).name != expanded(plan.model["name_or_path"]).name:
+        raise ModelError(
+            f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path} "
+            f"({plan.model['name_or_path']})"
+        )
+    return Contender(name, "merged", str(folder), plan, run, _digest(folder))
+
+
+def check_same_base(first: RunDir, other: RunDir) -> None:
+    """Models can share rows and tokens if they are of one base. Raises ModelError."""
+    changed = differences(first.base_files() or {}, other.base_files() or {})
+    if changed:
+        raise ModelError(
+            f"{other.path}: was trained on another base than {first.path} (differs in {listed(changed, 3)}); evaluate "
+            "it by itself, and compare with --baseline"
+        )
+
+
+def _digest(folder: Path) -> str:
+    """Of an adapter, or of a model: of its weight files' names, sizes and hashes."""
+    files = [folder / "adapter_model.safetensors"]
+    if not files[0].is_file():
+        files = weight_files(folder)
+    if len(files) == 1:
+        return file_digest(files[0])
+    import hashlib
+
+    return hashlib.sha256("".join(f"{file.name} {file_digest(file)}\n" for file in files).encode()).hexdigest()
+
+
+class Loaded:
+    """One model in memory and the adapters on it, of which one, or none, is in use at a time.
+
+    PEFT leaves trained biases in the base when an adapter is turned off; here they are swapped as well.
+    """
+
+    def __init__(self, base: LoadedModel) -> None:
+        self.model: LoadedModel = base
+        self._names: dict[str, str] = {}
+        self._biases = {BASE: _biases(base)}
+        self._used = BASE
+
+    def add(self, name: str, folder: Path) -> None:
+        """Put an adapter on the base; it is not in use yet. Raises ModelError."""
+        inner = f"adapter{len(self._names)}"  # PEFT's names may not be any
+        self.use(BASE)
+        check_adapter(folder, (name for name, _ in self.model.named_modules()))
+        try:
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(folder), adapter_name=inner)
+            else:
+                self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=inner)
+        except Exception as error:
+            raise cannot_load("adapter", str(folder), error) from error
+        _check_finite(self.model, str(folder), f".{inner}.")
+        self.model.eval()
+        self._names[name] = inner
+        self._biases[name] = _biases(self.model)
+        self._used = name
+        self.use(name)
+        with autocast(self.model):
+            settle_head(self.model.get_base_model())
+        self.use(BASE)
+
+    def use(self, name: str) -> LoadedModel:
+        """The model as `base` or as an adapter by its name."""
+        if name != self._used and isinstance(self.model, PeftModel):
+            if name == BASE:
+                self.model.base_model.disable_adapter_layers()
+            else:
+                self.model.base_model.enable_adapter_layers()
+                self.model.set_adapter(self._names[name])
+                self.model.requires_grad_(False)
+            self._set_biases(name)
+        elif name == BASE and isinstance(self.model, PeftModel):
+            self.model.base_model.disable_adapter_layers()
+        self._used = name
+        return self.model
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """The base alone, until the block ends."""
+        before = self._used
+        self.use(BASE)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    @torch.no_grad()
+    def _set_biases(self, name: str) -> None:
+        for parameter, value in zip(_bias_parameters(self.model), self._biases[name], strict=True):
+            parameter.copy_(value)
+
+
+def _check_finite(model: LoadedModel, path: str, part: str = "") -> None:
+    """Raises ModelError for a weight that holds a number that is not finite."""
+    for name, parameter in model.named_parameters():
+        if (
+            (part in f"{name}." or name.endswith(".bias"))
+            and parameter.is_floating_point()
+            and not parameter.isfinite().all()
+        ):
+            raise ModelError(f"{path}: {name} holds numbers that are not finite; it is broken")
+
+
+def _bias_parameters(model: LoadedModel) -> list[torch.nn.Parameter]:
+    """The base's biases, which are the same with adapters on it."""
+    found = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if name.endswith(".bias") and ".lora_" not in name and ".modules_to_save." not in name
+    ]
+    return [p for _, p in found]
+
+
+def _biases(model: LoadedModel) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in _bias_parameters(model)]
+
+
+@contextlib.contextmanager
+def loaded(contenders: list[Contender]) -> Iterator[Loaded]:
+    """Contenders that share what `loads` says, in memory until the block ends. Raises ModelError, DoesNotFitError."""
+    first = contenders[0]
+    plan = first.plan
+    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
+        plan = on_cpu(plan)
+    if first.kind in ("trained", "merged"):
+        plan = dataclasses.replace(plan, quantization_kwargs=None)
+        model = load_base(plan, located(first.path))
+        _check_finite(model, first.path)
+        made = Loaded(ready(model, plan))
+    else:
+        made = Loaded(ready(load_base(plan, base_source(plan, first.run)), plan))
+        for contender in contenders:
+            if contender.kind == "adapter":
+                made.add(contender.name, Path(contender.path))
+    try:
+        yield made
+    finally:
+        del made
+        gc.collect()
+
+
+def groups(contenders: list[Contender]) -> list[list[Contender]]:
+    """Contenders by what has to be in memory for them, in order."""
+    found: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        found.setdefault(contender.loads, []).append(contender)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The run, the eval section in force, what both take from the environment, and the models, the base first."""
+
+    run: RunDir
+    plan: Plan
+    section: dict[str, Any]
+    references: References
+    contenders: list[Contender]
+    remarks: list[str]
+
+
+@contextlib.contextmanager
+def line_up(options: Options) -> Iterator[Lineup]:
+    """Open what was named, and hold it until the block ends. Raises RecipeError, UsageError, ModelError."""
+    path, recipe = options.path, None
+    if path.is_file():
+        recipe = Recipe.load(path, options.overrides)
+        path = Path(recipe.output_dir or f"runs/{path.stem}")
+    with contextlib.ExitStack() as stack:
+        run, plan = stack.enter_context(open_run(path))
+        remarks = []
+        if recipe is None:
+            recipe = _recipe_of(plan, run, options.overrides)
+        else:
+            changed = _changed(recipe, plan)
+            if changed:
+                remarks.append(
+                    f"{options.path}: has changed since the run was trained ({', '.join(changed)}); what is evaluated "
+                    "is the run as it was trained"
+                )
+        section = recipe.eval.model_dump(mode="json")
+        given = {"limit": options.limit, "max_new_tokens": options.max_new_tokens}
+        section |= {name: value for name, value in given.items() if value is not None}
+        references = {**plan.references, **recipe.references}
+        yield Lineup(run, plan, section, references, _contenders(options, run, plan, stack), remarks)
+
+
+def _recipe_of(plan: Plan, run: RunDir, overrides: tuple[str, ...]) -> Recipe:
+    """A recipe with the run's eval section, so that it is checked, and overrides are, as any recipe is."""
+    values: dict[str, Any] = {
+        "model": {"name_or_path": plan.model["name_or_path"]},
+        "lora": {},
+        "dataset": {"train": [{"path": plan.data.train[0].path}]},
+        "eval": plan.eval,
+    }
+    require(plan.references, "eval.")
+    return Recipe.restored(values, str(run.plan_file), overrides, plan.references)
+
+
+def _changed(recipe: Recipe, plan: Plan) -> list[str]:
+    """The sections in which a recipe is no longer what a run was trained by."""
+    now, then = recipe.resolved(), plan.recipe
+    later = ("eval", "merge", "output_dir")
+    return [name for name in now if name not in later and now[name] != then.get(name)]
+
+
+def _contenders(options: Options, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> list[Contender]:
+    own = result_of(run, plan)
+    asked = options.compare
+    if asked is None:
+        asked = (BASE, own.kind, *(("merged",) if (run.merged / "config.json").is_file() else ()))
+    found: list[Contender] = []
+    for name in asked:
+        taken = [*(contender.name for contender in found), *(adapter.name for adapter in options.adapters)]
+        if name == BASE:
+            found.append(base_of(run, plan))
+        elif name == own.kind or name in ("adapter", "trained"):
+            if name != own.kind:
+                raise UsageError(f"--compare {name}: {run.path} has no {name}; what it trained is called {own.kind}")
+            found.append(own)
+        elif name == "merged":
+            found.append(merged_at("merged", run.merged, run, plan))
+        else:
+            found.append(_at(Path(name), name_of(name, taken), run, plan, stack))
+    found += [adapter_named(adapter.name, adapter.path, run, plan, stack) for adapter in options.adapters]
+    return sorted(found, key=lambda contender: contender.kind != BASE)
+
+
+def _at(path: Path, name: str, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> Contender:
+    """What a path in --compare is: a run, a merged model, or an adapter."""
+    if RunDir(path).is_run:
+        other, its = stack.enter_context(open_run(path))
+        check_same_base(run, other)
+        return result_of(other, its, name)
+    if (path / "adapter_config.json").is_file():
+        return adapter_at(name, path, run, plan)
+    if (path / "config.json").is_file():
+        return merged_at(name, path, run, plan)
+    raise UsageError(
+        f"--compare {path}: is no run, merged model or adapter; expected base, adapter, merged, or the path of one"
+    )

@@ -1,0 +1,178 @@
+"""Loading base models and tokenizers, and putting adapters on them. Quantization lives here only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    modeling_gguf_pytorch_utils,
+)
+
+from lorafit.engine.tokenizer import cannot_load, gguf, location
+from lorafit.errors import LorafitError, ModelError
+from lorafit.files import check, staged
+from lorafit.plan import Plan
+from lorafit.plan.adapters import check_adapter
+from lorafit.progress import Counted, counting, stage
+from lorafit.run.directory import RunDir
+from lorafit.run.fingerprint import changed_base, listed
+from lorafit.written import expanded
+
+
+def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
+    """The base as the plan has it: type, attention, quantization. Raises ModelError, DoesNotFitError.
+
+    DriftError for a folder that lorafit wrote and that has changed since.
+
+    Args:
+        source: a folder to load from instead of the plan's model, such as a dequantized GGUF file.
+    """
+    name = str(source or plan.model["name_or_path"])
+    kwargs: dict[str, Any] = {
+        **plan.model_kwargs,
+        "dtype": getattr(torch, plan.model_kwargs["dtype"]),
+    }
+    if source is not None:
+        kwargs["revision"] = None
+    if plan.quantization_kwargs is not None:
+        kwargs["quantization_config"] = quantization_config(plan.quantization_kwargs)
+        kwargs["device_map"] = {"": _device(plan)}
+    if source is None:  # else it was checked as it was found
+        check(expanded(name))
+    try:
+        with loading(name):
+            model = AutoModelForCausalLM.from_pretrained(*location(name), **gguf(name), **kwargs)
+    except LorafitError:
+        raise
+    except Exception as error:
+        raise cannot_load("model", name, error) from error
+    model.config.use_cache = False
+    keep_gradients(model)
+    if plan.quantization_kwargs is not None and _device(plan) == "cpu":
+        let_go_of_the_file(model)
+    return model
+
+
+@contextlib.contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Tell how far transformers is in reading a model's weights."""
+    with stage(f"loading {name}"), counting((modeling_gguf_pytorch_utils, "tqdm")):
+        before = transformers.logging.set_tqdm_hook(lambda _, args, kwargs: Counted(*args, **kwargs))
+        try:
+            yield
+        finally:
+            transformers.logging.set_tqdm_hook(before)
+
+
+def let_go_of_the_file(model: PreTrainedModel) -> None:
+    """Copy what isn't quantized: on a CPU it lies in the mapped file, all of which stays resident for its sake."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):
+            parameter.data = parameter.data.clone()
+
+
+def keep_gradients(model: PreTrainedModel) -> None:
+    """Have 4-bit layers compute the same in and outside of training.
+
+    On CPUs with AVX512-BF16, bitsandbytes (nn/modules.py: Linear4bit.forward) repacks the weights at the first pass
+    outside of training, such as an evaluation: from then on it computes in bfloat16, and no gradient passes the layer.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def on_cpu(plan: Plan) -> Plan:
+    """The plan for its model on the CPU, with attention that runs there."""
+    kwargs = dict(plan.model_kwargs)
+    if kwargs["attn_implementation"].startswith("flash"):
+        kwargs["attn_implementation"] = None  # transformers takes sdpa, or eager where that won't do
+    hardware = dataclasses.replace(plan.hardware, device="cpu")
+    return dataclasses.replace(plan, model_kwargs=kwargs, hardware=hardware)
+
+
+def quantization_config(kwargs: dict[str, Any]) -> BitsAndBytesConfig:
+    values = dict(kwargs)
+    if "bnb_4bit_compute_dtype" in values:
+        values["bnb_4bit_compute_dtype"] = getattr(torch, values["bnb_4bit_compute_dtype"])
+    return BitsAndBytesConfig(**values)
+
+
+def lora_config(plan: Plan) -> LoraConfig | None:
+    """PEFT's configuration, or None for training in full."""
+    if plan.lora_kwargs is None:
+        return None
+    values = dict(plan.lora_kwargs)
+    if values["init_lora_weights"] == "loftq":
+        values["init_lora_weights"] = True  # put in after the base is quantized, see lorafit.engine.train
+    if values["init_lora_weights"] == "eva":
+        from peft import EvaConfig
+
+        values["eva_config"] = EvaConfig(rho=1.0)  # equal ranks, so that the adapter has the planned size
+    return LoraConfig(**values)
+
+
+def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """Put a saved adapter on its base, for inference. Raises ModelError."""
+    check_adapter(adapter, (name for name, _ in base.named_modules()))
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter))
+    except Exception as error:
+        raise cannot_load("adapter", str(adapter), error) from error
+    model.eval()
+    return model
+
+
+def base_source(plan: Plan, run: RunDir) -> Path | None:
+    """Where a run's base is, if not where its recipe says: a GGUF file's dequantized weights.
+
+    Raises ModelError if what stands there is no longer what was trained on.
+    """
+    changed = changed_base(plan, run)
+    where = run.base if run.base.is_dir() else None
+    if changed:
+        raise ModelError(
+            f"{where or plan.model['name_or_path']}: is not the base that {run.path} was trained on (changed: "
+            f"{listed(changed)}); bring it back"
+        )
+    return where
+
+
+def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
+    """Write a GGUF file's weights and tokenizer as an ordinary model folder. Raises ModelError.
+
+    transformers dequantizes while loading, but leaves the model marked as GGUF-quantized; without
+    that mark it saves, and loads again, like any other.
+    """
+    try:
+        with loading(file):
+            model = AutoModelForCausalLM.from_pretrained(*location(file), **gguf(file), dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(*location(file), **gguf(file))
+    except Exception as error:
+        raise cannot_load("model", file, error) from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.config.name_or_path = ""
+    with stage(f"writing {destination}"), staged(destination, "base") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _device(plan: Plan) -> str | int:
+    if plan.hardware.device == "cpu":
+        return "cpu"
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,297 @@
+"""A smoke run: plan as asked, make a tiny model, train as `lorafit train` does, and look at what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from transformers import PreTrainedTokenizerBase
+
+from lorafit.console import Console
+from lorafit.engine.smoke.golden import (
+    RESOLVED,
+    Golden,
+    changes,
+    check_tokenizer,
+    differences,
+    golden_of,
+    named,
+    read_golden,
+    record,
+)
+from lorafit.engine.smoke.model import real_tokenizer, stand_in, write_tiny_model
+from lorafit.engine.smoke.settings import Size, afford, smoke_recipe
+from lorafit.engine.train import Start, train
+from lorafit.errors import GateError, Interrupted, UsageError
+from lorafit.facts import ModelFacts, read_facts
+from lorafit.hardware import detect_cpu, meant_hardware
+from lorafit.options.smoke import (
+    DEFAULT_STEPS,
+    DEFAULT_TOLERANCE,
+    Replaced,
+    Report,
+    SmokeOptions,
+    Step,
+)
+from lorafit.plan import Plan, make_plan
+from lorafit.progress import stage
+from lorafit.recipe import Recipe
+from lorafit.run.manifest import versions
+from lorafit.written import at_keys
+
+DATE = "2024-01-01"
+"""For chat templates that write the day."""
+TOUCHES_NO_RESULT = ("merge", "eval", "hardware", "output_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiny:
+    """What was trained, and on what."""
+
+    plan: Plan
+    facts: ModelFacts
+    sizes: dict[str, int]
+    size: Size
+    replaced: tuple[Replaced, ...]
+    tokenizer: PreTrainedTokenizerBase
+    stand_in: bool
+
+
+def smoke(options: SmokeOptions) -> Report:
+    """Run a recipe's pipeline with a tiny model, and record or check the result if asked to.
+
+    Raises LorafitError for what is wrong with the recipe, its data, or a golden file; GateError where a loss is not
+    finite or another kind of tokenizer was recorded. The report's failures are those of a run that went through.
+    """
+    options.validate()
+    golden = read_golden(options.golden_file) if options.check else None
+    began = time.monotonic()
+    recipe = Recipe.load(options.config, options.overrides)
+    meant = _meant(recipe, options.config)
+    with _folder() as folder:
+        with stage("making a tiny model"):
+            tiny = _made(recipe, *meant, _steps(options, golden), folder)
+        kind = "stand-in" if tiny.stand_in else "real"
+        if golden is not None:
+            check_tokenizer(golden, kind, options.golden_file)
+        watch = Watch()
+        with watch.watching():
+            run = train(tiny.plan, options.config.read_bytes(), Start(), Console(stderr=True, quiet=True))
+        metrics = run.metrics_until(tiny.plan.training_kwargs["max_steps"])
+    report = Report(
+        model=recipe.model.name_or_path,
+        tiny=tiny.sizes,
+        tokenizer=kind,
+        tokenizer_note=_tokenizer_note(meant[1], tiny),
+        rows=tiny.size.rows,
+        rows_per_step=tiny.size.batch * tiny.size.accumulation,
+        steps=tuple(_read_steps(metrics, watch)),
+        validation_loss=next((entry["eval_loss"] for entry in reversed(metrics) if "eval_loss" in entry), None),
+        replaced=tiny.replaced,
+        inputs=_inputs(recipe, meant[0], tiny),
+        seconds=0.0,
+        failures=tuple(_unchanged(watch, tiny.plan)),
+    )
+    if golden is not None:
+        report = _checked(report, golden, options)
+    if options.record and not report.failures:
+        record(report, options.golden_file)
+        report = dataclasses.replace(report, golden=str(options.golden_file))
+    return dataclasses.replace(report, seconds=round(time.monotonic() - began, 1))
+
+
+def _steps(options: SmokeOptions, golden: Golden | None) -> int:
+    if golden is None:
+        return options.steps or DEFAULT_STEPS
+    if options.steps not in (None, len(golden.steps)):
+        raise UsageError(f"--steps {options.steps}: {options.golden_file} has {len(golden.steps)}; leave out --steps")
+    return len(golden.steps)
+
+
+def _meant(recipe: Recipe, config: Path) -> tuple[Plan, ModelFacts]:
+    """The plan for the real model and the hardware that the recipe is meant for, which shows its mistakes."""
+    facts = read_facts(recipe.model.name_or_path, recipe.model.revision)
+    hardware = dataclasses.replace(meant_hardware(recipe), world_size=1)
+    return make_plan(recipe, facts, hardware, config.stem, count_rows=False), facts
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A temporary folder, which is gone afterwards whatever happens."""
+    with tempfile.TemporaryDirectory(prefix="lorafit-smoke-", ignore_cleanup_errors=True) as name:
+        try:
+            yield Path(name)
+        except Interrupted as error:
+            raise Interrupted("interrupted; nothing was left behind", error.signal_number) from None
+
+
+def _made(recipe: Recipe, meant: Plan, facts: ModelFacts, steps: int, folder: Path) -> _Tiny:
+    """The tiny model and the plan to train it."""
+    own = real_tokenizer(facts, recipe.model.revision)
+    tokenizer = own or stand_in(meant.data.chat_template)
+    tiny, sizes = write_tiny_model(facts, tokenizer, recipe, folder / "model")
+    size = afford(meant, tiny, steps)
+    changed, replaced = smoke_recipe(recipe, meant, facts, tiny, steps, size, str(folder / "run"), own is None)
+    plan = make_plan(changed, tiny, detect_cpu(), "smoke", count_rows=False)
+    if plan.data.date is not None:
+        plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, date=DATE))
+    return _Tiny(plan, tiny, sizes, size, replaced, tokenizer, own is None)
+
+
+# --- what came of it ------------------------------------------------------------------------------
+
+
+def _read_steps(metrics: list[dict[str, Any]], watch: Watch) -> Iterator[Step]:
+    seen = 0
+    entries = [entry for entry in metrics if "loss" in entry]
+    for entry, moved in zip(entries, watch.moved, strict=True):
+        tokens = int(entry.get("num_tokens", seen))
+        step = Step(
+            entry["step"], entry["loss"], entry["grad_norm"], entry["learning_rate"], tokens - seen, round(moved, 9)
+        )
+        if not all(map(math.isfinite, (step.loss, step.grad_norm, step.moved))):
+            raise GateError(f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}: not finite")
+        seen = tokens
+        yield step
+
+
+def _unchanged(watch: Watch, plan: Plan) -> Iterator[str]:
+    """What was to be trained and never moved. In full training, only the language model's part is."""
+    still = [
+        (name.removeprefix("base_model.model."), reached)
+        for name, reached in watch.still()
+        if plan.lora_kwargs is not None or not any(part in name for part in ("vision", "visual", "audio"))
+    ]
+    for reached, why in (
+        (False, "no gradient ever reached it"),
+        (True, "its updates are too small to change it; is training.learning_rate meant to be so low?"),
+    ):
+        names = [name for name, was in still if was is reached]
+        if names:
+            yield f"{named(names)}: did not change in training: {why}"
+
+
+def _checked(report: Report, golden: Golden, options: SmokeOptions) -> Report:
+    now = golden_of(report)
+    tolerance = options.tolerance if options.tolerance is not None else DEFAULT_TOLERANCE
+    changed = changes(golden, now)
+    why = (
+        f"; changed since the recording: {named(changed)}" if changed else "; nothing that it follows from has changed"
+    )
+    failures = [f"{options.golden_file}: {line}{why}" for line in differences(golden, now, tolerance)]
+    return dataclasses.replace(
+        report, failures=(*report.failures, *failures), changed=tuple(changed), golden=str(options.golden_file)
+    )
+
+
+def _tokenizer_note(facts: ModelFacts, tiny: _Tiny) -> str:
+    if not tiny.stand_in:
+        return "the model's own"
+    return (
+        f"A STAND-IN: the tokenizer of {facts.name} can't be had here ({facts.source}), so the rows were rendered and "
+        "tokenized with another one; download it for a check of the template"
+    )
+
+
+def _inputs(recipe: Recipe, meant: Plan, tiny: _Tiny) -> dict[str, Any]:
+    """What the losses follow from, without paths of this machine."""
+    values = at_keys(recipe.resolved(), recipe.references)
+    resolved = {key: value for key, value in values.items() if key not in TOUCHES_NO_RESULT}
+    given = at_keys(recipe.model_dump(mode="json", exclude_defaults=True), recipe.references)
+    flat = dict(_flat({key: value for key, value in given.items() if key in resolved}))
+    template = tiny.tokenizer.chat_template
+    parts = [tiny.tokenizer.backend_tokenizer.to_str(), str(tiny.tokenizer.special_tokens_map)]
+    plan = tiny.plan.data
+    return {
+        "recipe": {**flat, RESOLVED: _digest(json.dumps(dict(_flat(resolved)), sort_keys=True))},
+        "replaced": {one.key: str(one.used) for one in tiny.replaced},
+        "data": {source.key: source.sha256 for source in (*plan.train, *plan.validation)},
+        "tokenizer": {
+            "vocabulary": _digest("\0".join(parts)),
+            "chat template": _digest(str(plan.chat_template or template)),
+        },
+        "model": tiny.sizes | {"architecture": tiny.facts.model_type},
+        "versions": versions(),
+    }
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list) and value:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in pairs:
+            yield from _flat(child, f"{path}.{key}" if path else str(key))
+    else:
+        away = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+        yield path, Path(value).name if away else value
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Watch:
+    """What happened to the trained tensors.
+
+    Attributes:
+        moved: after each step, the distance of all of them from where they began.
+    """
+
+    def __init__(self) -> None:
+        self.moved: list[float] = []
+        self._names: dict[int, str] = {}
+        self._start: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._reached: set[int] = set()
+
+    @contextmanager
+    def watching(self) -> Iterator[Watch]:
+        """Watch every optimizer of this process until the block ends."""
+        hooks = [
+            register_module_forward_pre_hook(self._learn_names),
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def still(self) -> list[tuple[str, bool]]:
+        """The tensors that are as they began, each with whether a gradient ever reached it."""
+        return [
+            (
+                self._names.get(id(parameter), f"a tensor of shape {tuple(parameter.shape)}"),
+                id(parameter) in self._reached,
+            )
+            for parameter, start in self._start
+            if torch.equal(parameter.detach(), start)
+        ]
+
+    def _learn_names(self, module: nn.Module, _: Any) -> None:
+        if not module.training or self._start:
+            return
+        named = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+        if len(named) > len(self._names):  # the outermost module comes first
+            self._names = named
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        if not self._start:
+            self._start = [(p, p.detach().clone()) for p in trained]
+        self._reached |= {id(p) for p in trained if p.grad is not None and bool(p.grad.any())}
+
+    def _after(self, *_: Any) -> None:
+        squares = ((p.detach().double() - start.double()).square().sum().item() for p, start in self._start)
+        self.moved.append(math.sqrt(sum(squares)))

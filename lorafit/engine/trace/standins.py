@@ -1,0 +1,349 @@
+"""What CUDA kernels keep and borrow, said on `meta` tensors, where torch would take other paths.
+
+Each stand-in makes the tensors that the kernel makes, in its order, and saves for the backward pass
+what the kernel saves. Sources are named at each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import bitsandbytes.functional
+import bitsandbytes.nn
+import torch
+from torch.nn import functional
+from transformers import masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from trl.kernels import chunked_logprob
+
+from lorafit.engine.trace.log import Recorder
+from lorafit.memory.setup import Setup
+
+Tensor = torch.Tensor
+FLASH = "lorafit_fused_attention"
+
+
+@contextlib.contextmanager
+def standing_in(setup: Setup, recorder: Recorder, model: Any) -> Iterator[Autocast]:
+    """Within, operations on meta tensors keep and borrow what they do on the setup's device."""
+    cuda = setup.device == "cuda"
+    with contextlib.ExitStack() as stack:
+
+        def put(target: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, value))
+
+        # masks: what depends on values is decided by the setup
+        put(masking_utils, "fast_all", lambda mask: not setup.masked)
+        packed_indices = masking_utils.find_packed_sequence_indices
+        put(masking_utils, "is_tracing", lambda *_: True)
+        put(masking_utils, "find_packed_sequence_indices", lambda ids: packed_indices(ids) if setup.packed else None)
+        put(masking_utils, "_ignore_causal_mask_sdpa", _ignores_mask(setup))
+        # attention
+        attend = _Attention(setup, recorder)
+        put(functional, "scaled_dot_product_attention", attend.sdpa)
+        ALL_ATTENTION_FUNCTIONS.register(FLASH, attend.flash)
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, lambda **_: None)
+        # loss
+        put(chunked_logprob, "_forward_tile", lambda *_, **__: None)
+        put(chunked_logprob, "_backward_tile", lambda *_, **__: None)
+        put(chunked_logprob, "_addmm_fp32", lambda *_: None)
+        if cuda:
+            put(functional, "dropout", _dropout)
+        if setup.quantization is not None and setup.quantization.get("load_in_4bit"):
+            put(torch.ops.bitsandbytes.gemm_4bit, "default", _gemm_4bit(setup, recorder))
+            put(bitsandbytes.functional, "dequantize_4bit", _dequantize_4bit)
+        if setup.quantization is not None and setup.quantization.get("load_in_8bit"):
+            put(bitsandbytes.nn.Linear8bitLt, "forward", lambda module, x: _Int8.apply(x, module.weight, recorder))
+        autocast = Autocast(getattr(torch, setup.stack.autocast or setup.dtype))
+        put(torch, "is_autocast_enabled", lambda *_: autocast.on and bool(setup.stack.autocast))
+        put(torch, "get_autocast_dtype", lambda *_: autocast.dtype)
+        if setup.stack.autocast:
+            for target, name in ((functional, "linear"), (torch, "matmul"), (torch, "bmm")):
+                put(target, name, autocast.casting(getattr(target, name)))
+        for target, name, value in fuse(model, setup.stack.kernels):
+            put(target, name, value)
+        yield autocast
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+class _FusedDropout(torch.autograd.Function):
+    """CUDA's dropout keeps a mask of one byte (aten/native/cuda/Dropout.cu: fused_dropout_cuda); a CPU's one of its
+    input's type."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        mask = torch.empty_like(x, dtype=torch.bool)
+        ctx.save_for_backward(mask)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        return torch.empty_like(gradient)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or p == 0:
+        return input
+    result: Tensor = _FusedDropout.apply(input)
+    return result
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def _ignores_mask(setup: Setup) -> Callable[..., bool]:
+    def ignores(padding_mask: Any, q_length: int, *_: Any, local_attention_size: int | None = None, **__: Any) -> bool:
+        window = local_attention_size is not None and q_length >= local_attention_size
+        return padding_mask is None and not window
+
+    return ignores
+
+
+class _Kernel(torch.autograd.Function):
+    """Flash and memory-efficient attention: q, k, v, the output and the log-sum-exp are kept.
+
+    Shapes: (batch, heads, length, head_dim) whatever the strides. In the backward pass both accumulate the query's
+    gradient in float32 (flash-attention: csrc/flash_attn/flash_api.cpp: mha_bwd, dq_accum, softmax_d; torch:
+    aten/native/transformers/cuda/attention_backward.cu, the kernel's workspace). Flash expands the gradients of
+    shared keys and values to the queries' heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, recorder: Recorder) -> Tensor:
+        batch, heads, length, _ = q.shape
+        out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+        lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.recorder = recorder
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_kept = ctx.saved_tensors
+        batch, heads, length, dim = q.shape
+        rounded = math.ceil(length / 128) * 128
+        dq, dk, dv = (x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in (q, k, v))
+        accumulated = batch * heads * rounded * dim * 4
+        sums = batch * heads * rounded * 4
+        expanded = [batch * length * heads * dim * q.element_size()] * 2 if k.shape[1] != heads else []
+        ctx.recorder.hidden(sums, accumulated, *expanded)
+        return dq, dk, dv, None, None
+
+
+class _Attention:
+    def __init__(self, setup: Setup, recorder: Recorder) -> None:
+        self.setup = setup
+        self.recorder = recorder
+        self.half = getattr(torch, setup.stack.autocast or "bfloat16")
+
+    def sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """torch's choice for half precision on CUDA: flash without a mask, memory-efficient with one.
+
+        A boolean mask becomes one of the query's type in every call, kept for the backward pass
+        (aten/native/transformers/attention.cpp: convert_boolean_attn_mask).
+        """
+        if self.setup.stack.autocast:  # one of autocast's operations in 16 bits
+            query, key, value = (x.to(self.half) for x in (query, key, value))
+        bias = None
+        if attn_mask is not None:
+            bias = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        result: Tensor = _Kernel.apply(query, key, value, bias, self.recorder)
+        return result
+
+    def flash(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """flash-attn's function: in 16 bits, keys and values shared by their queries."""
+        if query.dtype == torch.float32:
+            query, key, value = (x.to(self.half) for x in (query, key, value))
+        out: Tensor = _Kernel.apply(query, key, value, None, self.recorder)
+        return out.transpose(1, 2), None
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------
+
+FUSED_ROWS = 1536
+"""From more rows than this on, bitsandbytes dequantizes the weight (backends/cuda/ops.py: _gemm_4bit_custom_max_m)."""
+
+
+def _gemm_4bit(setup: Setup, recorder: Recorder) -> Callable[..., Tensor]:
+    def gemm(
+        a: Tensor,
+        b: Tensor,
+        shape: Any,
+        absmax: Tensor,
+        blocksize: int,
+        quant_type: str,
+        bias: Tensor | None = None,
+        absmax_8bit: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        rows = a.numel() // a.shape[-1]
+        out = shape[0]
+        if rows > FUSED_ROWS or setup.device == "cpu":
+            constants = [] if absmax_8bit is None else [absmax_8bit.numel() * 4] * 2
+            recorder.hidden(*constants, shape[0] * shape[1] * a.element_size(), rows * out * a.element_size())
+        return a.new_empty((*a.shape[:-1], out))
+
+    return gemm
+
+
+def _dequantize_4bit(b: Tensor, state: Any, *_: Any, **__: Any) -> Tensor:
+    """The weight, and for a moment its float32 constants if they are quantized too."""
+    if state.nested:
+        absmax = torch.empty_like(state.absmax, dtype=torch.float32)
+        absmax = absmax + state.offset
+    return b.new_empty(tuple(state.shape), dtype=state.dtype)
+
+
+class _Int8(torch.autograd.Function):
+    """A product in 8 bits, without outliers: the input is quantized and kept as it was
+    (bitsandbytes/autograd/_functions.py: MatMul8bitLt)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recorder: Recorder) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        half = x if x.dtype == torch.float16 else torch.empty_like(x, dtype=torch.float16)
+        quantized = torch.empty_like(x, dtype=torch.int8)
+        recorder.hidden(rows * weight.shape[0] * 4)
+        result = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        ctx.save_for_backward(x, weight)
+        del half, quantized
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        whole = torch.empty_like(weight, dtype=x.dtype)
+        result = torch.empty_like(x)
+        del whole
+        return result, None, None
+
+
+# --- fused kernels --------------------------------------------------------------------------------
+
+
+class _FusedNorm(torch.autograd.Function):
+    """A fused RMS norm keeps its input as it is and one number a row (Liger, Unsloth, foak)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        _x, weight, _ = ctx.saved_tensors
+        return gradients[0], torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+class _FusedProduct(torch.autograd.Function):
+    """silu(gate) * up in one kernel: both inputs are kept, their gradients take their place."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return gate, up
+
+
+def _rotate_in_place(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return q, k
+
+
+def fuse(model: Any, kernels: frozenset[str]) -> Iterator[tuple[Any, str, Any]]:
+    """What to put where, so that fused kernels take the place of a model's modules and functions."""
+    for module in model.modules():
+        name = type(module).__name__
+        source = sys.modules[type(module).__module__]
+        if "rope" in kernels and hasattr(source, "apply_rotary_pos_emb"):
+            yield source, "apply_rotary_pos_emb", _rotate_in_place
+        if "rms_norm" in kernels and name.endswith("RMSNorm"):
+            yield module, "forward", functools.partial(_fused_norm, module)
+        if "swiglu" in kernels and name.endswith("MLP"):
+            yield module, "forward", functools.partial(_fused_mlp, module)
+
+
+def _fused_norm(module: Any, x: Tensor) -> Tensor:
+    result: Tensor = _FusedNorm.apply(x, module.weight)
+    return result
+
+
+def _fused_mlp(module: Any, x: Tensor) -> Tensor:
+    result: Tensor = module.down_proj(_FusedProduct.apply(module.gate_proj(x), module.up_proj(x)))
+    return result
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+class Autocast:
+    """torch.autocast, which meta tensors don't take part in: matrix products in 16 bits, and the copies of weights
+    that are kept until the forward pass ends (aten/autocast_mode.cpp: cached_cast)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.on = False
+        self.caching = True
+        self.cache: dict[int, Tensor] = {}
+
+    @contextlib.contextmanager
+    def enabled(self) -> Iterator[None]:
+        before, self.on = self.on, True
+        try:
+            yield
+        finally:
+            self.on = before
+            if not before:
+                self.cache.clear()
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """In a backward pass, only recomputed layers take products; their copies of weights end with them."""
+        before, self.on, self.caching = self.on, True, False
+        try:
+            yield
+        finally:
+            self.on, self.caching = before, True
+
+    def cast(self, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == self.dtype:
+            return x
+        if self.caching and x.requires_grad and x.is_leaf and x.dtype == torch.float32 and x._base is None:
+            if id(x) not in self.cache:
+                self.cache[id(x)] = x.to(self.dtype)
+            return self.cache[id(x)]
+        return x.to(self.dtype)
+
+    def casting(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def cast_first(*args: Any, **kwargs: Any) -> Tensor:
+            if self.on:
+                args = tuple(self.cast(arg) for arg in args)
+                kwargs = {key: self.cast(value) for key, value in kwargs.items()}
+            return function(*args, **kwargs)
+
+        return cast_first

@@ -1,0 +1,230 @@
+"""The recording itself: a short model's passes in segments, and the optimizer's step on every tensor."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Adafactor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lorafit.engine.trace.log import Recorder, template_of
+from lorafit.engine.trace.loss import compute_loss
+from lorafit.engine.trace.standins import Autocast
+from lorafit.memory.setup import Setup
+from lorafit.memory.static import MIN_8BIT_SIZE, OPTIMIZER_STATES, PAGED_SIZE, STATE_BLOCK
+
+Groups = list[dict[str, Any]]
+
+
+def make_optimizer(
+    name: str, groups: Groups, device: str, embeddings: frozenset[int] = frozenset()
+) -> torch.optim.Optimizer:
+    """The optimizer that transformers makes for a name (transformers/trainer_optimizer.py).
+
+    `embeddings` are the ids of parameters whose states stay in float32 (transformers/trainer.py: create_optimizer).
+    """
+    foreach = device == "cuda"  # torch's default there; a CPU updates one tensor after the other
+    if name == "adamw_torch":
+        return torch.optim.AdamW(groups, foreach=foreach)
+    if name == "adamw_torch_fused":
+        return _Kept(groups, states=2, like_parameter=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=1e-3, foreach=foreach)
+    if name == "adagrad":
+        return torch.optim.Adagrad(groups, foreach=foreach)
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, foreach=foreach)
+    if name == "adafactor":
+        return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
+    eight_bit, paged = name.endswith("8bit"), name.startswith("paged")
+    return _Kept(groups, OPTIMIZER_STATES[name], eight_bit=eight_bit, paged=paged, embeddings=embeddings)
+
+
+class _Kept(torch.optim.Optimizer):
+    """An optimizer whose update is one kernel: only its states take memory.
+
+    Paged states are in managed memory, which torch's allocator does not count.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        states: int,
+        like_parameter: bool = False,
+        eight_bit: bool = False,
+        paged: bool = False,
+        embeddings: frozenset[int] = frozenset(),
+    ) -> None:
+        super().__init__(groups, {})
+        self.states, self.like_parameter, self.eight_bit, self.paged = states, like_parameter, eight_bit, paged
+        self.embeddings = embeddings
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self._parameters():
+            if parameter not in self.state:
+                self.state[parameter] = dict(enumerate(self._made(parameter)))
+
+    def _parameters(self) -> Iterable[torch.Tensor]:
+        return (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    def _made(self, parameter: torch.Tensor) -> Iterable[torch.Tensor]:
+        paged = self.paged and parameter.numel() >= PAGED_SIZE
+        for _ in range(self.states):
+            if self.like_parameter:
+                yield torch.zeros_like(parameter)
+            elif self.eight_bit and parameter.numel() >= MIN_8BIT_SIZE and id(parameter) not in self.embeddings:
+                if not paged:
+                    yield torch.zeros_like(parameter, dtype=torch.uint8)
+                yield parameter.new_zeros(math.ceil(parameter.numel() / STATE_BLOCK), dtype=torch.float32)
+            elif not paged:
+                yield torch.zeros_like(parameter, dtype=torch.float32)
+        if self.like_parameter:
+            yield parameter.new_zeros((), dtype=torch.float32)
+
+
+Tensor = torch.Tensor
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+"""Where a parameter's name has its layer."""
+
+
+def record_weights(model: nn.Module, recorder: Recorder) -> None:
+    """Every parameter, buffer and quantization constant as allocated, layer by layer, then the adapter's."""
+    adapter: list[tuple[int | None, Tensor]] = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found = LAYER.search(name)
+        layer = int(found[1]) if found else None
+        if "lora_" in name or "modules_to_save" in name:
+            adapter.append((layer, tensor))
+            continue
+        recorder.begin("weights", layer)
+        recorder.see(tensor)
+        state = getattr(tensor, "quant_state", None)
+        for constant in _constants(state):
+            recorder.see(constant)
+    for layer, tensor in adapter:
+        recorder.begin("adapter", layer)
+        recorder.see(tensor)
+
+
+def _constants(state: Any) -> list[Tensor]:
+    """A 4-bit weight's constants; the code books and the offset too."""
+    if state is None:
+        return []
+    found = [state.absmax, state.code]
+    if state.nested:
+        found += [state.offset, state.state2.absmax, state.state2.code]
+    return found
+
+
+def record_pass(model: nn.Module, setup: Setup, recorder: Recorder, autocast: Autocast, number: int) -> None:
+    """One forward and backward pass; gradients are added to those of the passes before."""
+    recorder.begin(f"forward {number}")
+    with autocast.enabled():
+        loss, kept = compute_loss(model, setup)
+    recorder.begin(f"backward {number}")
+    with autocast.recomputing():
+        loss.backward()
+    del kept
+
+
+def record_evaluation(model: nn.Module, setup: Setup, recorder: Recorder, autocast: Autocast) -> None:
+    """One forward pass of an evaluation's batch. `setup` is the evaluation's: its rows and its mask."""
+    recorder.begin("evaluation")
+    model.eval()
+    with torch.no_grad(), autocast.enabled():
+        compute_loss(model, setup)
+    model.train()
+
+
+def mark_layers(layers: list[nn.Module], recorder: Recorder) -> None:
+    """Begin a segment at each decoder layer, forward and backward.
+
+    In the backward pass a layer begins when the gradient of its output is known. What follows the last layer in
+    either direction gets a phase of its own, called "head" and "embeddings".
+    """
+
+    def wrap(layer: nn.Module, index: int) -> None:
+        forward = layer.forward
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            phase = recorder.phase
+            recorder.begin(phase, index)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            backward = phase.replace("forward", "backward")
+            if index == 0 and hidden.requires_grad:
+                hidden.register_hook(lambda _: recorder.begin(backward + " embeddings"))
+            result = forward(*args, **kwargs)
+            hidden = result if isinstance(result, torch.Tensor) else result[0]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: recorder.begin(backward, index))
+            if index == len(layers) - 1:
+                recorder.begin(phase + " head")
+            return result
+
+        layer.forward = marked
+
+    for index, layer in enumerate(layers):
+        wrap(layer, index)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, empty if transformers' base class for layers is not found."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module and isinstance(module[0], GradientCheckpointingLayer):
+            return list(module)
+    return []
+
+
+def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers: int | None) -> None:
+    """Clipping and two steps of the optimizer on all parameters of the whole model.
+
+    `layers` is the whole model's depth; None if `model` is the whole.
+    """
+    trained = _trained(model, layers)
+    parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for _, shape, dtype in trained]
+    embeddings = frozenset(id(p) for p, (name, *_) in zip(parameters, trained, strict=True) if "embed" in name)
+    gradients = [torch.empty_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    recorder.begin("known")
+    for tensor in (*parameters, *gradients):
+        recorder.see(tensor)
+    with recorder:
+        recorder.begin("states")  # some optimizers make them at once
+        optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device, embeddings)
+        for number in (1, 2):
+            recorder.begin(f"clipping {number}")
+            if setup.stack.clip_gradients:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            recorder.begin(f"optimizer {number}")
+            optimizer.step()
+        recorder.begin("after")
+
+
+def decay_groups(parameters: list[nn.Parameter]) -> Groups:
+    """Matrices with weight decay, vectors without, as transformers' Trainer groups them."""
+    groups: Groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _trained(model: nn.Module, layers: int | None) -> list[tuple[str, torch.Size, torch.dtype]]:
+    """Names, shapes and types of the trained parameters in the model's order, the middle layer's repeated."""
+    before: list[tuple[str, torch.Size, torch.dtype]] = []
+    after: list[tuple[str, torch.Size, torch.dtype]] = []
+    found: dict[int, list[tuple[str, torch.Size, torch.dtype]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            match = LAYER.search(name)
+            part = found.setdefault(int(match[1]), []) if match else after if found else before
+            part.append((name, parameter.shape, parameter.dtype))
+    order = sorted(found) if layers is None else [template_of(index, layers) for index in range(layers)]
+    return [*before, *(parameter for index in order for parameter in found.get(index, [])), *after]

@@ -1,1 +1,0 @@
-"""Models run on rows in batches: log-likelihoods, divergences, options, greedy answers."""

@@ -1,0 +1,445 @@
+"""The evaluation as one HTML page that needs nothing else: report.html."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lorafit.evaluation.report import charts, words
+from lorafit.evaluation.report.charts import Bar, State, bar, extent, state_of
+from lorafit.evaluation.report.words import change, count, in_bytes, interval, number, quantity, size
+from lorafit.evaluation.results import Answer, Difference, Metric, Results, Sample
+from lorafit.evaluation.results import Set as SetInfo
+from lorafit.files import write_text
+
+MOST_CHARACTERS = 20_000
+"""Of one text; the rest of it is in samples.jsonl."""
+MOST_TEXT = 24_000_000
+"""Characters of all texts; a browser shows a page of that size at once."""
+SHOWN = 50
+"""Examples on a page of the table, and in the HTML itself for readers without JavaScript."""
+SHOWN_CHARACTERS = 1_000
+"""Of a text in the HTML itself."""
+
+
+@dataclass
+class Examples:
+    """The samples that the page holds, and how many it does not."""
+
+    kept: list[Sample] = field(default_factory=list)
+    left_out: int = 0
+    characters: int = 0
+
+
+def write_html(
+    folder: Path,
+    results: Results,
+    samples: Iterable[Sample],
+    metrics: list[dict[str, Any]],
+    memory: dict[str, Any] | None,
+    merge: dict[str, Any] | None,
+    most_samples: int = 1000,
+) -> None:
+    """Write folder/report.html.
+
+    Args:
+        metrics: the lines of the run's metrics.jsonl.
+        memory: `memory` of the run's manifest.
+        merge: the content of merge_report.json.
+        most_samples: that the page holds, over all sets; a set gets its share of them, from its first row on.
+    """
+    page = resources.files("lorafit.evaluation.report").joinpath("page")
+    style, script = (page.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    examples = take(samples, shares(results, most_samples))
+    html = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            policy=_policy(style, script),
+            style=Markup(style),
+            script=Markup(script),
+            # Markup that needs no escaping: our own, and JSON without any character of markup.
+            data=Markup(as_json(_data(results, examples.kept))),
+            results=results,
+            verdict=verdict(results),
+            keys=keys(results),
+            sets=sets_of(results),
+            curves=charts.learning_curves(metrics),
+            examples=examples,
+            memory=memory,
+            merge=merge,
+        )
+    )
+    # Surrogates are escaped where they are shown and in the data; this is for any that are left, such as in a path.
+    write_text(folder / "report.html", html.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lorafit.evaluation.report", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=words.visible,
+    )
+    environment.filters |= {"moment": words.moment, "quantity": words.quantity, "change": words.change}
+    environment.globals |= {
+        "count": words.count,
+        "shortened": shortened,
+        "shown": SHOWN,
+        "bar_width": charts.BAR_WIDTH,
+        "bar_height": charts.BAR_HEIGHT,
+        "memory_rows": memory_rows,
+        "merge_rows": merge_rows,
+        "merge_facts": merge_facts,
+        "flat": flat,
+    }
+    return environment
+
+
+def _policy(style: str, script: str) -> str:
+    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    return (
+        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'".format(
+            *hashes
+        )
+    )
+
+
+def shares(results: Results, most: int) -> dict[str, int]:
+    """How many samples of each set the page holds: as many of each where they don't all fit."""
+    left, found = max(most, 0), {}
+    by_size = sorted(results.sets, key=lambda name: max(results.sets[name].rows, results.sets[name].answered))
+    for index, name in enumerate(by_size):
+        found[name] = min(max(results.sets[name].rows, results.sets[name].answered), left // (len(by_size) - index))
+        left -= found[name]
+    return found
+
+
+def take(samples: Iterable[Sample], most: Mapping[str, int]) -> Examples:
+    """The first samples of each set, with texts of bounded length."""
+    left = dict(most)
+    examples = Examples()
+    for sample in samples:
+        texts = [sample.prompt, sample.expected, *(answer.text or "" for answer in sample.answers.values())]
+        length = sum(min(len(text), MOST_CHARACTERS) for text in texts)
+        if left.get(sample.set, 0) > 0 and examples.characters + length <= MOST_TEXT:
+            left[sample.set] -= 1
+            examples.characters += length
+            examples.kept.append(sample if max(map(len, texts)) <= MOST_CHARACTERS else _cut(sample))
+        else:
+            examples.left_out += 1
+    return examples
+
+
+def _cut(sample: Sample) -> Sample:
+    answers = {
+        name: answer.model_copy(update={"text": answer.text and _cut_text(answer.text)})
+        for name, answer in sample.answers.items()
+    }
+    return sample.model_copy(
+        update={"prompt": _cut_text(sample.prompt), "expected": _cut_text(sample.expected), "answers": answers}
+    )
+
+
+def _cut_text(text: str) -> str:
+    over = len(text) - MOST_CHARACTERS
+    return text if over <= 0 else f"{text[:MOST_CHARACTERS]}\n[{over:,} more characters are in samples.jsonl]"
+
+
+def shortened(text: str) -> str:
+    """A text of the table as it stands in the HTML itself."""
+    over = len(text) - SHOWN_CHARACTERS
+    return text if over <= 0 else f"{text[:SHOWN_CHARACTERS]} … ({over:,} more characters are shown with JavaScript)"
+
+
+def _data(results: Results, samples: Iterable[Sample]) -> dict[str, Any]:
+    metrics = {name: [metric.model_dump() for metric in info.metrics] for name, info in results.sets.items()}
+    return {
+        "models": list(results.models),
+        "pairs": list(dict.fromkeys((one.model, one.against) for one in results.differences)),
+        "metrics": metrics,
+        "shown": SHOWN,
+        "samples": [
+            [
+                sample.set,
+                sample.row,
+                sample.place,
+                sample.prompt,
+                sample.expected,
+                {name: _answer(answer) for name, answer in sample.answers.items()},
+            ]
+            for sample in samples
+        ],
+    }
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    found = {"text": answer.text, "ended": answer.ended, "chosen": answer.chosen}
+    scores = {name: value for name, value in answer.scores.items() if math.isfinite(value)}
+    return {name: value for name, value in found.items() if value is not None} | {"scores": scores}
+
+
+def as_json(data: Any) -> str:
+    """JSON that may stand in a script element: no `<`, `>`, `&`, U+2028, U+2029 or lone surrogate but as an escape."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def flat(data: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Nested settings as lines: `eval.max_new_tokens`, `64`."""
+    found: list[tuple[str, str]] = []
+    for name, value in data.items():
+        if isinstance(value, dict) and value:
+            found += flat(value, f"{above}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            found.append((f"{above}{name}", text))
+    return found
+
+
+MOST_KEYS = 4
+"""Differences in the head of the page."""
+UNTOLD = ("token_accuracy", "ended", "repetition", "agreement")
+"""Shares that say little alone."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A main difference, for the head of the page."""
+
+    label: str
+    against: str
+    before: str
+    after: str
+    change: str
+    interval: str
+    rows: str
+    state: State
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: str
+    interval: str
+    rows: str
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    label: str
+    name: str
+    note: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    label: str
+    bar: Bar | None
+    value: str
+    interval: str
+    state: str
+    wins: int
+    ties: int
+    losses: int
+    detectable: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    model: str
+    against: str
+    rows: tuple[DifferenceRow, ...]
+
+
+@dataclass(frozen=True)
+class SetContent:
+    name: str
+    role: str
+    source: str
+    rows: str
+    figures: tuple[FigureRow, ...]
+    pairs: tuple[Pair, ...]
+
+
+def sets_of(results: Results) -> list[SetContent]:
+    return [_set(results, name, info) for name, info in results.sets.items()]
+
+
+def _set(results: Results, name: str, info: SetInfo) -> SetContent:
+    answered = "all answered" if info.answered == info.rows else f"{info.answered:,} of them answered"
+    rows = f"{count(info.rows, 'row')}, {answered}" if info.answered else count(info.rows, "row")
+    figures = tuple(_figure_row(results, name, info, metric) for metric in info.metrics)
+    return SetContent(name, info.role, info.source, rows, figures, tuple(_pairs(results, name, info)))
+
+
+def _figure_row(results: Results, name: str, info: SetInfo, metric: Metric) -> FigureRow:
+    figures = [results.figure(name, metric.name, model) for model in results.models]
+    values = [figure.value for figure in figures if figure is not None and figure.value is not None]
+    shown = [quantity(value, metric.unit) for value in values]
+    best = quantity((max if metric.better == "higher" else min)(values), metric.unit) if values else ""
+    # By what is shown: of two figures that read alike, none is marked as the better one.
+    told_apart = metric.better is not None and len(set(shown)) > 1
+    cells = tuple(
+        Cell(
+            quantity(figure.value, metric.unit),
+            interval(figure.low, figure.high, metric.unit),
+            "" if figure.rows in (info.rows, info.answered) else count(figure.rows, "row"),
+            told_apart and figure.value is not None and quantity(figure.value, metric.unit) == best,
+        )
+        if figure
+        else Cell(quantity(None, metric.unit), "", "", False)
+        for figure in figures
+    )
+    note = {"higher": "higher is better", "lower": "lower is better", None: ""}[metric.better]
+    unit = metric.unit if metric.unit in ("nats", "bits", "tokens") else ""
+    return FigureRow(metric.label, metric.name, ", ".join(part for part in (unit, note) if part), cells)
+
+
+def _pairs(results: Results, name: str, info: SetInfo) -> Iterator[Pair]:
+    metrics = {metric.name: metric for metric in info.metrics}
+    differences = [one for one in results.differences if one.set == name and one.metric in metrics]
+    extents = {metric: extent(one for one in differences if one.metric == metric) for metric in metrics}
+    for model, against in dict.fromkeys((one.model, one.against) for one in differences):
+        found = {one.metric: one for one in differences if (one.model, one.against) == (model, against)}
+        rows = (_difference_row(found[key], metrics[key], extents[key]) for key in metrics if key in found)
+        yield Pair(model, against, tuple(rows))
+
+
+def _difference_row(one: Difference, metric: Metric, most: float) -> DifferenceRow:
+    return DifferenceRow(
+        metric.label,
+        bar(one, metric, most),
+        change(one.value, metric.unit),
+        interval(one.low, one.high, metric.unit, signed=True),
+        state_of(one, metric),
+        one.wins,
+        one.ties,
+        one.losses,
+        size(one.detectable, metric.unit),
+    )
+
+
+def verdict(results: Results) -> str:
+    failed, gates = len(results.failed), len(results.gates)
+    if not gates:
+        return "No gates were set"
+    if failed:
+        return f"{failed} of {count(gates, 'gate')} failed"
+    return "The gate passed" if gates == 1 else f"All {gates} gates passed"
+
+
+def keys(results: Results) -> list[Key]:
+    """The main difference of every set, against the first model, which is the base; those of tasks first."""
+    models = list(results.models)
+    found = []
+    for role in ("task", "benchmark", "forgetting"):
+        for name, info in results.sets.items():
+            key = _key(results, name, info, models) if info.role == role else None
+            if key:
+                found.append(key)
+    return found[:MOST_KEYS]
+
+
+def _key(results: Results, name: str, info: SetInfo, models: list[str]) -> Key | None:
+    here = [one for one in results.differences if one.set == name and one.value is not None]
+    pair = next(((one.model, one.against) for one in here if models and one.against == models[0]), None)
+    pair = pair or next(((one.model, one.against) for one in here), None)
+    by_metric = {one.metric: one for one in here if (one.model, one.against) == pair}
+    telling = sorted((metric for metric in info.metrics if metric.better and metric.name in by_metric), key=_telling)
+    if not telling:
+        return None
+    metric, one = telling[0], by_metric[telling[0].name]
+    before, after = (results.figure(name, metric.name, model) for model in (one.against, one.model))
+    return Key(
+        label=f"{name}: {metric.label}",
+        against=f"{one.model} against {one.against}",
+        before=quantity(before.value if before else None, metric.unit),
+        after=quantity(after.value if after else None, metric.unit),
+        change=change(one.value, metric.unit),
+        interval=interval(one.low, one.high, metric.unit, signed=True),
+        rows=count(one.wins + one.ties + one.losses, "row"),
+        state=state_of(one, metric),
+    )
+
+
+def _telling(metric: Metric) -> bool:
+    """False for shares of right answers, which say more to people than likelihoods; they sort first."""
+    return metric.unit != "share" or metric.better != "higher" or metric.name in UNTOLD
+
+
+def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, how much, note) of a manifest's `memory`."""
+    predicted, measured = memory.get("predicted") or {}, memory.get("measured") or {}
+    rows = [
+        (f"predicted, {kind}", in_bytes(predicted[kind]), str(predicted.get("method", "")))
+        for kind in predicted
+        if _is_number(predicted[kind])
+    ]
+    for kind, value in measured.items():
+        # On the CPU the whole process is measured, with libraries that the prediction leaves out.
+        basis = predicted.get(kind)
+        note = f"{100 * (value / basis - 1):+.1f}% of the predicted" if _is_number(basis) and basis else ""
+        rows.append((f"measured, {kind}", in_bytes(value), note.replace("-", "−")))
+    if _is_number(memory.get("baseline")):
+        rows.append(("before the training", in_bytes(memory["baseline"]), "what the process held already"))
+    return rows
+
+
+MERGE_FIGURES = (
+    ("kl", "mean KL from the adapter", "max_kl", "at most"),
+    ("kl_max", "largest KL of a token", None, ""),
+    ("top1", "same most likely token", "min_top1", "at least"),
+    ("loss", "loss", None, ""),
+    ("loss_increase", "loss above the adapter's", "max_loss_increase", "at most"),
+    ("logit_difference", "largest difference of a logit", "max_logit_difference", "at most"),
+)
+
+
+def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(figure, value, limit) of a merge report's verification."""
+    verification = merge.get("verification") or {}
+    figures, limits = verification.get("figures") or {}, verification.get("limits") or {}
+    rows = []
+    for name, label, limit, word in MERGE_FIGURES:
+        if _is_number(figures.get(name)):
+            unit = "share" if name == "top1" else "nats"
+            demanded = limits.get(limit) if limit else None
+            shown = f"{word} {quantity(demanded, unit)}" if _is_number(demanded) else ""
+            rows.append((label, quantity(figures[name], unit), shown))
+    return rows
+
+
+def merge_facts(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
+    targets = merge.get("targets") or []
+    method, base = merge.get("method") or {}, merge.get("base_weights") or {}
+    changes = [target.get("relative") for target in targets if _is_number(target.get("relative"))]
+    verification = merge.get("verification") or {}
+    facts = [
+        ("base weights", f"{base.get('used')}: {base.get('reason')}" if base.get("used") else ""),
+        ("method", f"{method.get('used')}: {method.get('reason')}" if method.get("used") else ""),
+        ("matrices merged", f"{merge['merged']:,}" if _is_number(merge.get("merged")) else ""),
+        ("relative change of a matrix", f"{number(min(changes), 4)} to {number(max(changes), 4)}" if changes else ""),
+        ("type and size", f"{merge.get('dtype')}, {in_bytes(merge.get('bytes'))}" if merge.get("dtype") else ""),
+        ("checked on", str(verification.get("rows") or "")),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,375 @@
+"""An evaluation as text: for a terminal, for a pull request, and its gates as JUnit XML; and what all reports say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from lorafit.console import Console, print_line, print_table, table
+from lorafit.evaluation.report.words import change, interval, quantity, visible
+from lorafit.evaluation.results import Difference, Metric, Results, Sample
+from lorafit.evaluation.results import Set as SetInfo
+
+BRIEF = {
+    "task": (
+        "loss",
+        "perplexity",
+        "token_accuracy",
+        "exact_match",
+        "accuracy",
+        "macro_f1",
+        "json_valid",
+        "ended",
+        "agreement",
+        "judge",
+    ),
+    "forgetting": ("bits_per_byte", "kl"),
+}
+"""Metrics that a terminal and a pull request show first; others that a recipe asks for come after them."""
+UNTOLD = (
+    "exact_match_normalized",
+    "token_f1",
+    "json_match",
+    "repetition",
+    "length",
+    "bits_per_byte",
+    "loss",
+    "perplexity",
+)
+"""Metrics that are measured anyway, and left to results.json and report.html where BRIEF does not have them."""
+
+
+MOST_METRICS = 2
+"""Metrics in the verdict of those that gates ask for; the tables have the others."""
+
+
+def verdict(results: Results) -> str:
+    """The main differences, whether they are more than noise, and the gates."""
+    parts = []
+    for main in _main(results):
+        metric = metric_of(results, main)
+        before, after = (results.figures[f"{main.set}.{main.metric}.{m}"].value for m in (main.against, main.model))
+        ends = interval(main.low, main.high, metric.unit, signed=True)
+        sure = "more than noise" if main.is_clear else _unclear(main)
+        shown = f"{quantity(before, metric.unit)} → {quantity(after, metric.unit)}"
+        count = results.figures[f"{main.set}.{main.metric}.{main.model}"].rows
+        parts.append(
+            f"{metric.label} of {main.model} against {main.against}: {shown}, {change(main.value, metric.unit)} "
+            f"({f'95% interval {ends}; ' if ends else ''}{sure}; {count} row{'s' * (count != 1)})"
+        )
+    if results.gates:
+        failed = len(results.failed)
+        parts.append(
+            f"{failed} of {len(results.gates)} gates failed" if failed else f"{len(results.gates)} gates passed"
+        )
+    return ". ".join(parts) or "nothing to compare"
+
+
+def _unclear(one: Difference) -> str:
+    """Why a difference says nothing: `is_clear` asks for more than an interval that leaves out zero."""
+    has_zero = one.low is not None and one.high is not None and one.low <= 0 <= one.high
+    return "within noise" if has_zero else "too few rows to tell"
+
+
+def _main(results: Results) -> list[Difference]:
+    """Differences of the first task set in what the gates ask for (else exact match or accuracy) and in the loss."""
+    tasks = [name for name, info in results.sets.items() if info.role != "forgetting"]
+    for name in tasks:
+        known = {one.metric: one for one in reversed(results.differences) if one.set == name and one.value is not None}
+        gated = re.compile(rf"(?<![\w.-]){re.escape(name)}\.(\w+)\.")
+        asked = [metric for gate in results.gates for metric in gated.findall(gate.gate)]
+        usual = [metric for metric in ("exact_match", "accuracy") if metric in known][:1]
+        chosen = [metric for metric in dict.fromkeys(asked) if metric in known and metric != "loss"] or usual
+        if found := [known[metric] for metric in (*chosen[:MOST_METRICS], "loss") if metric in known]:
+            return found
+    return []
+
+
+def metric_of(results: Results, difference: Difference) -> Metric:
+    return next(metric for metric in results.sets[difference.set].metrics if metric.name == difference.metric)
+
+
+def brief(info: SetInfo) -> list[Metric]:
+    """The metrics of a set that are shown where there is little room."""
+    first = BRIEF.get(info.role, ())
+    own = [metric for metric in info.metrics if metric.name not in (*first, *UNTOLD)]
+    return [metric for metric in info.metrics if metric.name in first] + (own if info.role != "forgetting" else [])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric of all models: values and intervals by model, `–` and nothing where there is none."""
+
+    label: str
+    values: tuple[str, ...]
+    intervals: tuple[str, ...]
+
+
+def figure_rows(results: Results, name: str, metrics: list[Metric]) -> Iterator[Row]:
+    for metric in metrics:
+        found = [results.figure(name, metric.name, model) for model in results.models]
+        if any(figure is not None and figure.value is not None for figure in found):
+            yield Row(
+                metric.label,
+                tuple(quantity(figure.value if figure else None, metric.unit) for figure in found),
+                tuple(interval(figure.low, figure.high, metric.unit) if figure else "" for figure in found),
+            )
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """A difference as text."""
+
+    model: str
+    against: str
+    label: str
+    value: str
+    interval: str
+    rows: str
+    """Won, tied and lost."""
+    says: str
+    detectable: str
+
+
+def difference_rows(results: Results, name: str, metrics: list[Metric]) -> Iterator[DifferenceRow]:
+    known = {metric.name: metric for metric in metrics}
+    for one in results.differences:
+        metric = known.get(one.metric)
+        if one.set != name or metric is None or one.value is None:
+            continue
+        better = one.value * (1 if metric.better != "lower" else -1) > 0
+        direction = "" if metric.better is None else "better" if better else "worse"
+        yield DifferenceRow(
+            one.model,
+            one.against,
+            metric.label,
+            change(one.value, metric.unit),
+            interval(one.low, one.high, metric.unit, signed=True),
+            f"{one.wins}/{one.ties}/{one.losses}",
+            (direction or "differs") if one.is_clear else "same" if one.is_same else _unclear(one),
+            quantity(one.detectable, metric.unit),
+        )
+
+
+MOST_TEXT = 300
+"""Characters of a name, a path or a sentence."""
+MOST_BYTES = 36_000
+"""Of what stands before the settings; a comment on a pull request may have 65,536 characters."""
+MOST_SETTINGS = 20_000
+"""Characters of the settings."""
+_FORGETTING = (
+    "Text that has nothing to do with the task: what the model predicts worse than before, it forgot. KL is how far "
+    "its predictions are from the base's."
+)
+
+
+def as_markdown(results: Results) -> str:
+    """The report, of bounded size; everything that comes from names and data is escaped."""
+    lines = [f"## Evaluation of {_safe(results.name)}", "", f"**{_safe(verdict(results), 2000)}**", ""]
+    if results.gates:
+        rows = [
+            ("✅ passed" if gate.passed else "❌ **failed**", f"{_safe(gate.gate)}", _safe(gate.sentence))
+            for gate in results.gates[:100]
+        ]
+        lines += [*_markdown_table(("gate", "", "figures"), [(gate, mark, text) for mark, gate, text in rows]), ""]
+    for name, info in results.sets.items():
+        answered = f", {info.answered} answered" if info.answered else ""
+        lines += [f"### {_safe(name)}", "", f"{info.rows} rows{answered}: {_safe(info.source)}", ""]
+        if info.role == "forgetting":
+            lines += [_FORGETTING, ""]
+        metrics = brief(info)
+        figures = [
+            (_safe(row.label), *(f"{v} ({i})" if i else v for v, i in zip(row.values, row.intervals, strict=True)))
+            for row in figure_rows(results, name, metrics)
+        ]
+        lines += [*_markdown_table(("", *map(_safe, results.models)), figures), ""]
+        differences = [
+            tuple(
+                map(
+                    _safe,
+                    (
+                        f"{one.model} − {one.against}",
+                        one.label,
+                        one.value,
+                        one.interval,
+                        one.rows,
+                        one.says,
+                        one.detectable,
+                    ),
+                )
+            )
+            for one in difference_rows(results, name, metrics)
+        ]
+        if differences:
+            head = ("difference", "", "value", "95% interval", "won/tied/lost", "", "detectable")
+            lines += [*_markdown_table(head, differences), ""]
+    lines += [f"- {_safe(remark)}" for remark in results.remarks]
+    lines = _bounded(lines)
+    about = {"run": results.run, "created": results.created, "versions": results.versions, "hardware": results.hardware}
+    text = json.dumps(about | {"settings": results.settings}, indent=1, ensure_ascii=True).replace("```", "` ` `")
+    lines += [
+        "",
+        "<details><summary>Versions, hardware and settings</summary>",
+        "",
+        "```json",
+        text[:MOST_SETTINGS],
+        "```",
+        "",
+    ]
+    lines += ["</details>"]
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def _bounded(lines: list[str]) -> list[str]:
+    """The lines that MOST_BYTES have room for; a table may lose its last rows, and a line says so."""
+    ends = itertools.accumulate(len(line.encode("utf-8", "backslashreplace")) + 1 for line in lines)
+    kept = sum(end <= MOST_BYTES for end in ends)
+    return lines if kept == len(lines) else [*lines[:kept], "", "The rest is in results.json and report.html."]
+
+
+def _markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    columns = list(head)
+    made = [columns, ["---"] * len(columns), *map(list, rows)]
+    return [f"| {' | '.join(row)} |" for row in made]
+
+
+def _safe(text: str, most: int = MOST_TEXT) -> str:
+    """Text that is nothing but text in a cell of a table."""
+    text = " ".join(str(visible(text)).split())
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#@!])", r"\\\1", text)
+
+
+def print_results(results: Results, samples: list[Sample], console: Console | None = None) -> None:
+    """Figures, differences and gates on stdout, and the answers to some rows."""
+    console = console or Console()
+    for name, info in results.sets.items():
+        answered = f", {info.answered} answered" if info.answered and info.answered != info.rows else ""
+        role = "" if info.role == "task" else f" · {info.role}"
+        _say(console, f"{name}{role}: {info.rows} rows{answered} ({info.source})", style="bold")
+        metrics = brief(info)
+        print_table(console, *_figures(results, list(figure_rows(results, name, metrics))))
+        rows = list(difference_rows(results, name, metrics))
+        for pair in dict.fromkeys((one.model, one.against) for one in rows):
+            if pair[1] == results.first and pair[0] in {one.model for one in rows if one.against != results.first}:
+                continue  # what differs from the run's own result is of more interest; the reports have both
+            own = [one for one in rows if (one.model, one.against) == pair]
+            print_table(console, *_differences(f"{pair[0]} − {pair[1]}", own))
+    for speed in results.speed:
+        _say(
+            console,
+            f"{speed.model}, {speed.set}: {speed.tokens_per_second:,.1f} tokens/s; an answer after "
+            f"{speed.latency_median:.2f} s in its batch (95%: {speed.latency_p95:.2f} s)",
+        )
+    for remark in results.remarks:
+        _say(console, remark, style="yellow")
+    for gate in results.gates:
+        mark, style = ("✓ passed", "green") if gate.passed else ("✗ FAILED", "bold red")
+        _say(console, f"{mark}  {gate.gate}", style=style)
+        _say(console, f"          {gate.sentence}")
+    _say(console, verdict(results), style="bold")
+    for sample in samples:
+        _print_sample(sample, console)
+
+
+def _print_sample(sample: Sample, console: Console) -> None:
+    width = max(map(len, ("expected", *sample.answers)))
+    lines = [("prompt", "", sample.prompt), ("expected", "", sample.expected)]
+    for name, answer in sample.answers.items():
+        if answer.text is not None or answer.chosen is not None:
+            text = answer.text if answer.text is not None else str(answer.chosen)
+            lines.append((name, "=" if text == sample.expected else "≠", text))
+    console.print()
+    for name, mark, text in lines:
+        line = Text(f"{name:{width}} ", style="bold")
+        line.append(f"{mark:1} ", style="green" if mark == "=" else "red")
+        line.append(visible(text), style="not bold")
+        console.print(line, soft_wrap=True)
+
+
+def _figures(results: Results, rows: list[Row]) -> Iterator[Table]:
+    """With intervals, without them, and with a line for each model."""
+    for with_ends in (True, False):
+        form = _table("", *results.models)
+        for row in rows:
+            cells = zip(row.values, row.intervals, strict=True)
+            shown = [f"{value}  ({ends})" if with_ends and ends else value for value, ends in cells]
+            form.add_row(row.label, *map(Text, shown))
+        yield form
+    for with_ends in (True, False):
+        form = _table("", "value", *["95% interval"] * with_ends)
+        for row in rows:
+            for model, value, ends in zip(results.models, row.values, row.intervals, strict=True):
+                form.add_row(Text(f"{row.label}, {model}"), *map(Text, (value, *[ends] * with_ends)))
+        yield form
+
+
+def _differences(title: str, rows: list[DifferenceRow]) -> Iterator[Table]:
+    """With fewer and fewer columns: what was found stays longest."""
+    columns = {
+        "": [one.says for one in rows],
+        "difference": [one.value for one in rows],
+        "95% interval": [one.interval for one in rows],
+        "won/tied/lost": [one.rows for one in rows],
+        "detectable": [one.detectable for one in rows],
+    }
+    for kept in range(len(columns), 1, -1):
+        names = [*list(columns)[1:kept], ""]
+        form = _table(title, *names)
+        for index, one in enumerate(rows):
+            form.add_row(Text(one.label), *(Text(columns[name][index]) for name in names))
+        yield form
+
+
+def _table(*columns: str) -> Table:
+    made = table(*map(Text, columns))
+    for column in made.columns[1:]:
+        column.no_wrap = True
+    return made
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    print_line(console, visible(text), style)
+
+
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 does not allow."""
+
+
+def as_junit(results: Results) -> str:
+    """A test suite with a case for each gate, and the figures as properties."""
+    suite = ElementTree.Element(
+        "testsuite",
+        name=_text(f"lorafit eval {results.name}"),
+        tests=str(len(results.gates)),
+        failures=str(len(results.failed)),
+        errors="0",
+        timestamp=_text(results.created),
+        time=f"{sum(model.seconds for model in results.models.values()):.3f}",
+    )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, figure in results.figures.items():
+        ElementTree.SubElement(properties, "property", name=_text(name), value=str(figure.value))
+    for gate in results.gates:
+        case = ElementTree.SubElement(suite, "testcase", classname=_text(gate.where), name=_text(gate.gate))
+        if gate.passed:
+            ElementTree.SubElement(case, "system-out").text = _text(gate.sentence)
+        else:
+            failure = ElementTree.SubElement(case, "failure", message=_text(gate.sentence), type="gate")
+            failure.text = _text(f"{gate.gate}: {gate.sentence}")
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _text(text: str) -> str:
+    return _FORBIDDEN.sub("\ufffd", text)

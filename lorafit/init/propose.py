@@ -1,0 +1,375 @@
+"""A first recipe for a model, its data and a GPU: every value chosen for a reason, which stands beside it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lorafit.errors import DataError, DoesNotFitError, ModelError, UsageError
+from lorafit.facts import ModelFacts, known_models, read_facts
+from lorafit.gpus import find_gpu, parse_memory
+from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume, hardware_of
+from lorafit.init.write import Document, Line
+from lorafit.memory import Estimate
+from lorafit.plan.adapters import near
+from lorafit.rows import (
+    Fault,
+    Format,
+    Row,
+    Shape,
+    data_files,
+    detect_format,
+    is_local,
+    read_rows,
+    to_example,
+)
+from lorafit.vram.answer import Method, Solver, Subject, gib
+
+FIRST_ROWS = 200
+MOST_ROWS = 50_000
+"""Rows that are counted; beyond it only their being many matters."""
+BYTES_A_TOKEN = 3
+"""Fewer than most tokenizers put into one, so that rows are rather thought too long than too short."""
+TOKENS_A_TURN = 8
+"""What a chat template adds around a turn."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was seen of a data set.
+
+    Attributes:
+        format: None where the rows aren't here.
+        why: how the format is known.
+        rows: their number; MOST_ROWS for as many or more, None where they aren't here.
+        longest: rough tokens of the longest of the first rows.
+        average: rough tokens of a row.
+        faulty: what is wrong with the first row that can't be learned, of those that were looked at.
+    """
+
+    format: Format | None
+    why: str
+    rows: int | None = None
+    longest: int | None = None
+    average: float | None = None
+    faulty: str | None = None
+
+
+def look(path: str) -> Sample:
+    """What a source's rows are like. Raises DataError for rows that can't be read."""
+    if not is_local(path):
+        return Sample(None, "on the hub: not looked at")
+    rows = read_rows(path)
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    if not first:
+        raise DataError(f"{path}: there are no rows")
+    format, why = detect_format(first[0], {})
+    lengths, faults = [], []
+    for row in first:
+        try:
+            lengths.append(_tokens(row, Shape(format)))
+        except Fault as error:
+            faults.append(str(error))
+    lengths = lengths or [0]
+    count = len(first) + sum(1 for _ in itertools.islice(rows, MOST_ROWS - len(first)))
+    return Sample(format, why, count, max(lengths), sum(lengths) / len(lengths), next(iter(faults), None))
+
+
+def _tokens(row: Row, shape: Shape) -> int:
+    """Raises DataError, and Fault for a row that the audit would leave out or refuse."""
+    example = to_example(row, shape)
+    said = [*(message["content"] for message in example.messages), example.prompt, example.completion, example.text]
+    size = sum(map(_bytes, said)) + _bytes(str(example.tools) if example.tools else None)
+    return size // BYTES_A_TOKEN + TOKENS_A_TURN * (len(example.messages) + 1)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogateescape"))
+    if isinstance(value, (list, dict)):
+        return len(str(value))
+    return 0
+
+
+ROWS_A_STEP = 16
+BATCHES = (4, 2, 1)
+SHORTEST = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the memory decides.
+
+    Attributes:
+        estimate: None on a CPU.
+        passed: what was tried before, with its GiB, and did not surely fit.
+    """
+
+    method: Method
+    batch: int
+    checkpointing: bool
+    max_length: int
+    estimate: Estimate | None = None
+    passed: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return (
+            f"training.max_length={self.max_length}",
+            f"training.per_device_train_batch_size={self.batch}",
+            f"training.global_batch_size={ROWS_A_STEP}",
+            f"training.gradient_checkpointing={str(self.checkpointing).lower()}",
+        )
+
+    @property
+    def words(self) -> str:
+        method = "LoRA in 16 bits" if self.method == "lora" else "QLoRA"
+        checkpointing = ", gradient checkpointing" if self.checkpointing else ""
+        return f"{method}, {self.batch} x {self.max_length} tokens at once{checkpointing}"
+
+
+def fitting(model: str, hardware: Hardware, capacity: int, max_length: int, others: tuple[str, ...]) -> Settings:
+    """The first of the candidates that surely fits. Raises ModelError, and DoesNotFitError where none does.
+
+    Args:
+        others: the recipe's other values that matter to memory, as overrides.
+    """
+    solve = Solver()
+    passed: list[str] = []
+    for one in candidates(max_length):
+        subject = Subject(None, model, one.method, (*one.overrides, *others), hardware)
+        estimate, verdict = solve.judged(subject, capacity)
+        if verdict == "fits":
+            return Settings(one.method, one.batch, one.checkpointing, one.max_length, estimate, tuple(passed))
+        passed.append(f"{one.words}: {gib(estimate.total)} GiB, {verdict}")
+    raise DoesNotFitError(
+        f"{model}: does not fit in {gib(capacity)} GiB, even with {passed[-1]}; "
+        "choose a smaller model or a GPU with more memory"
+    )
+
+
+def candidates(max_length: int) -> Iterator[Settings]:
+    """From the least lossy to the smallest."""
+    for method in ("lora", "qlora"):
+        for checkpointing, batches in ((False, BATCHES[:1]), (True, BATCHES)):
+            for batch in batches:
+                if method == "lora" or checkpointing:
+                    yield Settings(method, batch, checkpointing, max_length)
+    length = max_length // 2
+    while length >= SHORTEST:
+        yield Settings("qlora", 1, True, length)
+        length //= 2
+
+
+def on_cpu(max_length: int) -> Settings:
+    return Settings("lora", BATCHES[0], False, max_length)
+
+
+FEW_ROWS = 50
+"""Rows below which a tenth of them says nothing."""
+SMALL = 2_000
+DEFAULT_LENGTH = 2_048
+SHORTEST_ROW = 256
+LARGE_MODEL = 30_000_000_000
+PACKED_BELOW = 0.5
+"""Share of max_length that rows fill on average, below which they are packed."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for: a model, data, and one of gpu, vram and cpu.
+
+    Attributes:
+        validation: a path, or a fraction as text.
+        name: of the run.
+    """
+
+    model: str
+    data: str
+    name: str
+    validation: str | None = None
+    gpu: str | None = None
+    vram: str | None = None
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class First:
+    """A first recipe, and what should be said of it."""
+
+    document: Document
+    remarks: tuple[str, ...]
+
+
+def first_recipe(wish: Wish) -> First:
+    """Choose everything. Raises UsageError, DataError, ModelError and DoesNotFitError."""
+    hardware, capacity = _meant(wish)
+    facts = _facts(wish.model)
+    sample = look(wish.data)
+    held_out, held_out_why = _validation(wish, sample)
+    length, length_why = _max_length(sample, facts)
+    packing = capacity is not None and _worth_packing(sample, length)
+    if capacity is None:
+        settings = on_cpu(length)
+    else:
+        others = (f"training.packing={str(packing).lower()}", *["dataset.validation=0.1"] * (held_out is not None))
+        settings = fitting(wish.model, hardware, capacity, length, others)
+    if settings.max_length < length:
+        length_why = f"the longest that fits; longer rows are cut ({length} would hold the longest seen)"
+    lines = (
+        _model(wish, settings)
+        | _dataset(wish, sample, held_out, held_out_why)
+        | _training(facts, sample, settings, length_why, packing)
+        | _hardware(wish)
+        | {"output_dir": Line(f"runs/{wish.name}")}
+    )
+    memory = _memory(wish, settings)
+    head = (f"{_title(wish, settings)} Made by `lorafit init`.", memory)
+    faulty = (f"{sample.faulty}; `lorafit preview` counts such rows",) if sample.faulty else ()
+    return First(Document(lines, head), (*settings.passed, memory, *faulty))
+
+
+def _facts(model: str) -> ModelFacts:
+    try:
+        return read_facts(model)
+    except ModelError as error:
+        raise ModelError(f"{error}{near(model, list(known_models()))}") from None
+
+
+def _meant(wish: Wish) -> tuple[Hardware, int | None]:
+    """What the recipe is for, and its memory; None on a CPU."""
+    if wish.cpu:
+        return detect_cpu(), None
+    if wish.gpu is not None:
+        gpu = find_gpu(wish.gpu)
+        return hardware_of(gpu), parse_memory(wish.vram) if wish.vram else gpu.memory_bytes
+    assert wish.vram is not None
+    return detect_gpu_or_assume(), parse_memory(wish.vram)
+
+
+def _validation(wish: Wish, sample: Sample) -> tuple[float | list[dict[str, Any]] | None, str]:
+    """The held-out rows, and why. Raises UsageError and DataError."""
+    if wish.validation is None:
+        if sample.rows is not None and sample.rows < FEW_ROWS:
+            return None, ""
+        return 0.1, "a tenth is held out: shows when the model only learns the rows by heart"
+    try:
+        share = float(wish.validation)
+    except ValueError:
+        if is_local(wish.validation):
+            data_files(wish.validation)
+        seen = look(wish.validation)
+        return [{"path": wish.validation, "format": seen.format or "auto"}], "rows of their own"
+    if not 0 < share < 1:
+        raise UsageError(f"--validation {wish.validation}: expected a path, or a fraction between 0 and 1 such as 0.1")
+    return share, "the share of rows that is held out"
+
+
+def _max_length(sample: Sample, facts: ModelFacts) -> tuple[int, str]:
+    limit = facts.max_position_embeddings
+    if sample.longest is None:
+        chosen, why = DEFAULT_LENGTH, "the rows were not looked at"
+    else:
+        chosen = max(SHORTEST_ROW, 1 << (sample.longest - 1).bit_length())
+        why = f"the longest of the first rows has roughly {sample.longest} tokens"
+    if limit is not None and chosen > limit:
+        return limit, f"the model's context; {why}"
+    return chosen, why
+
+
+def _worth_packing(sample: Sample, length: int) -> bool:
+    many = sample.rows is not None and sample.rows >= SMALL
+    return many and sample.average is not None and sample.average < PACKED_BELOW * length
+
+
+def _model(wish: Wish, settings: Settings) -> dict[str, Line]:
+    lines = {"model.name_or_path": Line(wish.model)}
+    if wish.cpu:
+        lines["model.dtype"] = Line("float32", "CPUs rarely have bfloat16; the same result on every machine")
+    if settings.method == "qlora":
+        lines["quantization.load_in_4bit"] = Line(True, "QLoRA: in 16 bits the base does not fit")
+    return lines | {
+        "lora.r": Line(16, "enough for most tasks; more for much new knowledge"),
+        "lora.lora_alpha": Line(32, "twice r, the common convention"),
+        "lora.lora_dropout": Line(0.05),
+        "lora.target_modules": Line("all-linear", "better than attention alone, at modest cost"),
+    }
+
+
+def _dataset(wish: Wish, sample: Sample, held_out: Any, held_out_why: str) -> dict[str, Line]:
+    known = Line(sample.format or "auto", sample.why)
+    lines = {"dataset.train": Line([{"path": wish.data, "format": known}])}
+    if held_out is not None:
+        lines["dataset.validation"] = Line(held_out, held_out_why)
+    if sample.format == "text":
+        lines["dataset.loss_on"] = Line("all", "plain text has no answers")
+    else:
+        lines["dataset.loss_on"] = Line("assistant", "only the answers are learned")
+    return lines
+
+
+def _training(facts: ModelFacts, sample: Sample, settings: Settings, length_why: str, packing: bool) -> dict[str, Line]:
+    epochs, why = _epochs(sample)
+    large = facts.parameters > LARGE_MODEL
+    lines = {
+        "training.max_length": Line(settings.max_length, length_why),
+        "training.packing": Line(packing, "rows are short: several in one" if packing else ""),
+        "training.num_train_epochs": Line(epochs, why),
+        "training.per_device_train_batch_size": Line(settings.batch, "rows in memory at once"),
+        "training.global_batch_size": Line(ROWS_A_STEP, "rows a step, on any number of GPUs"),
+        "training.learning_rate": Line(
+            1e-4 if large else 2e-4, "large models want less" if large else "usual for LoRA"
+        ),
+        "training.lr_scheduler_type": Line("cosine"),
+        "training.warmup_ratio": Line(0.03),
+        "training.gradient_checkpointing": Line(
+            settings.checkpointing,
+            "saves memory for a third more time" if settings.checkpointing else "not needed here, and slower",
+        ),
+        "training.seed": Line(42),
+    }
+    if settings.method == "qlora":
+        lines["training.max_grad_norm"] = Line(0.3, "a 4-bit base gives a spikier gradient")
+    return lines if packing else {key: line for key, line in lines.items() if key != "training.packing"}
+
+
+def _epochs(sample: Sample) -> tuple[int, str]:
+    if sample.rows is None:
+        return 2, "how many rows there are is not known here"
+    rows = f"{sample.rows} rows" if sample.rows < MOST_ROWS else f"{MOST_ROWS} rows or more"
+    if sample.rows < SMALL:
+        return 3 if sample.rows < SMALL // 2 else 2, f"{rows}: few are learned in 2 or 3 passes; more overfit"
+    return (2, f"{rows}: rarely better with more") if sample.rows < MOST_ROWS else (1, f"{rows}: one pass is plenty")
+
+
+def _hardware(wish: Wish) -> dict[str, Line]:
+    """What the recipe is for."""
+    if wish.cpu:
+        return {"hardware.device": Line("cpu")}
+    asked = {"hardware.gpu": wish.gpu and find_gpu(wish.gpu).name, "hardware.vram": wish.vram}
+    given = {key: Line(value) for key, value in asked.items() if value}
+    first = next(iter(given))
+    return given | {first: Line(given[first].value, "what it has to fit; checked by validate and by CI")}
+
+
+def _place(wish: Wish) -> str:
+    if wish.cpu:
+        return "a CPU"
+    return find_gpu(wish.gpu).name if wish.gpu else f"a GPU of {wish.vram}"
+
+
+def _title(wish: Wish, settings: Settings) -> str:
+    method = "QLoRA" if settings.method == "qlora" else "LoRA"
+    return f"{method} of {wish.model} on {wish.data}, for {_place(wish)}."
+
+
+def _memory(wish: Wish, settings: Settings) -> str:
+    known = settings.estimate
+    if known is None:
+        return "Memory: `lorafit estimate-vram` says what it takes, and how much is free."
+    return (
+        f"Memory: about {gib(known.total)} GiB on the GPU, from {gib(known.least)} to {gib(known.most)} "
+        f"(estimated; {_place(wish)})."
+    )

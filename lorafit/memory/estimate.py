@@ -1,0 +1,181 @@
+"""An estimate as a value, and how far estimates were off on measured runs, by what the runs have in common."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+from lorafit.memory.setup import Setup
+
+MIB = 1 << 20
+GIB = 1 << 30
+CONTEXT = (300 * MIB, 900 * MIB, 1500 * MIB)
+"""Bytes that CUDA takes for its context and the loaded kernels: least, the middle, most.
+
+About 300 MiB with lazily loaded kernels (CUDA 11.7 on), 600 to 700 on a B200 with CUDA 13, 1.3 to 1.5 GB on an
+RTX 5070 Ti with Triton and bitsandbytes loaded.
+"""
+DRIVER = 0.01
+"""Share of what a driver reports that torch never sees: 0.6% of an H100, 1.1% of an A100 80GB, 2.3% of a T4."""
+NCCL = (300 * MIB, 500 * MIB, 1600 * MIB)
+"""Bytes that NCCL takes for one communicator between several GPUs: a planning guess from reports of 0.3 to 1.6 GB."""
+
+PROCESS = (480 * MIB, 600 * MIB, 850 * MIB)
+"""Bytes that a training process on a CPU has resident beside its tensors: Python, torch and the other libraries, the
+tokenizer, rows. Measured: 570 to 750 MiB."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the memory: bytes, how many and why, and where that is known from."""
+
+    name: str
+    bytes: int
+    why: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Band:
+    """How far estimates of this kind were off: relative to measured runs, and how many of them there were.
+
+    Attributes:
+        error: such as 0.03; an assumption where `rows` is 0.
+        rows: measured runs with the same features.
+        features: what the runs share with this one; what no run covers.
+    """
+
+    error: float
+    rows: int
+    features: str
+
+    @property
+    def status(self) -> str:
+        return f"validated, {self.rows} rows" if self.rows else "unvalidated"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The memory of one training process at its peak, in bytes.
+
+    Attributes:
+        terms: what is allocated at the peak; their sum is `allocated`.
+        moment: when that is, such as "backward pass of a layer".
+        reserved: what the allocator holds at most, fragmentation included: torch's on a GPU (where it gives cached
+            memory back for want of room, what it holds afterwards), the C library's on a CPU.
+        paged: optimizer states in managed memory: on the GPU while there is room, in main memory otherwise.
+        method: "closed form" or "trace".
+        notes: what the estimate assumes, a sentence each.
+        timeline: (event, allocated, reserved) of a trace.
+        phases: (index of the first event, name) of a trace.
+        device: "cuda" or "cpu".
+        gpus: that take part.
+        served: whether the allocator can serve every request at the capacity that was asked for.
+    """
+
+    terms: tuple[Term, ...]
+    moment: str
+    reserved: int
+    method: str
+    band: Band
+    paged: int = 0
+    notes: tuple[str, ...] = ()
+    timeline: tuple[tuple[int, int, int], ...] = field(default=(), repr=False)
+    phases: tuple[tuple[int, str], ...] = field(default=(), repr=False)
+    device: str = "cuda"
+    gpus: int = 1
+    served: bool = True
+
+    @property
+    def allocated(self) -> int:
+        return sum(term.bytes for term in self.terms)
+
+    @property
+    def beside(self) -> tuple[int, int, int]:
+        """What stands beside the allocator, in bytes: least, usual, most."""
+        if self.device == "cpu":
+            return PROCESS
+        low, usual, high = CONTEXT
+        return (low + NCCL[0], usual + NCCL[1], high + NCCL[2]) if self.gpus > 1 else (low, usual, high)
+
+    @property
+    def total(self) -> int:
+        """What is used in all: reserved and `beside`, which is CUDA's context and NCCL, or the process on a CPU."""
+        return self.reserved + self.beside[1]
+
+    @property
+    def least(self) -> int:
+        return round(self.reserved * (1 - self.band.error)) + self.beside[0]
+
+    @property
+    def most(self) -> int:
+        return round(self.reserved * (1 + self.band.error)) + self.beside[2]
+
+
+def fits(estimate: Estimate, capacity: int) -> str:
+    """Whether a device with so many bytes will do: "fits", "tight" (within the error) or "does not fit"."""
+    if estimate.most <= capacity:
+        return "fits"
+    return "tight" if estimate.least <= capacity else "does not fit"
+
+
+GROUPED = ("method", "logits", "gpus")
+"""What decides about the size of an error: what is trained, whether whole logits exist, one GPU or shards."""
+LEAST = 0.03
+"""No band is narrower: a few runs say little about the next."""
+UNCOVERED = 0.08
+"""Assumed where no measured run is alike."""
+
+CPU = Band(0.12, 11, "of a model of 135M parameters on a CPU (docs/vram.md)")
+"""scripts/bench/memory.py measures them; the largest error was 11.2%."""
+
+
+def band_of(setup: Setup, method: str) -> Band:
+    """A method's band on the measured runs most like a setup, and what no measured run has."""
+    found = _recorded()
+    having = features_of(setup)
+    group = next((g for g in found["groups"] if all(g[name] == having[name] for name in GROUPED)), None)
+    missing = [f"{name} {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
+    alike = ", ".join(having[name] for name in GROUPED)
+    if setup.device == "cpu":
+        unlike = setup.world > 1 or having["method"] == "8-bit lora"
+        if unlike:
+            what = "several processes" if setup.world > 1 else having["method"]
+            return Band(UNCOVERED, 0, f"no run on a CPU with {what} has been measured")
+        other = f"; none of the family {having['family']}" * (having["family"] != "llama")
+        return replace(CPU, features=CPU.features + other)
+    if group is None or method not in group["error"]:
+        return Band(UNCOVERED, 0, f"no run with {alike} has been measured")
+    error = max(LEAST, group["error"][method], 0.05 if missing else 0.0)
+    lacking = f"; no measured run has {', '.join(missing)}" if missing else ""
+    return Band(error, group["rows"], f"with the same method, logits and GPUs ({alike}){lacking}")
+
+
+def features_of(setup: Setup) -> dict[str, str]:
+    """What a setup has in common with others."""
+    loss = setup.stack.loss
+    sharded = setup.sharding not in ("none", "ddp")
+    kind = "lora" if setup.lora else "full training"
+    if setup.quantization:
+        kind = "8-bit lora" if setup.quantization.get("load_in_8bit") else "4-bit lora"
+    return {
+        "method": kind,
+        "logits": "no whole logits" if loss in ("fused", "compact", "liger") else "whole logits",
+        "gpus": setup.sharding if sharded else "one GPU each",
+        "checkpointing": "off" if setup.checkpointing == "none" else "on",
+        "attention": setup.attention,
+        "optimizer": setup.optimizer.replace("_fused", ""),
+        "packing": "packed" if setup.packed else "plain rows",
+        "dora": "dora" if (setup.lora or {}).get("use_dora") else "plain",
+        "family": setup.facts.model_type,
+    }
+
+
+@functools.cache
+def _recorded() -> dict[str, Any]:
+    text = resources.files("lorafit.memory").joinpath("validated.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found

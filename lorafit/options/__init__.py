@@ -1,0 +1,1 @@
+"""What the command line asks of the heavy commands, checked before anything is loaded. No torch."""

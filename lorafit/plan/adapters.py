@@ -1,0 +1,339 @@
+"""Adapters: which modules get one, checked against the model's real names, its exact size, and what PEFT is told."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lorafit.bounds import within
+from lorafit.errors import ModelError, UsageError
+from lorafit.facts import ModelFacts, Tensor
+from lorafit.facts.folder import read_json
+from lorafit.plan.values import Context
+from lorafit.recipe import LoraSection
+
+OUTPUT_HEADS = ("lm_head", "embed_out")
+MAGNITUDE = "lora_magnitude_vector"
+PRESETS = ("all-linear", "attention", "mlp", "qv")
+_ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
+_QV = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin"}
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+class TargetError(ValueError):
+    """Targets that don't match; `path` is where in the recipe's lora section."""
+
+    def __init__(self, path: tuple[str | int, ...], message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The adapted modules.
+
+    Attributes:
+        modules: full module paths, in the model's order.
+        names: what PEFT is given: short names if they mean exactly these modules, else full paths.
+    """
+
+    modules: tuple[str, ...]
+    names: tuple[str, ...]
+    reason: str
+
+
+def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
+    """Expand and check the target modules. Raises TargetError."""
+    linear = list(facts.linear)
+    if isinstance(lora.target_modules, tuple):
+        chosen = _by_names(lora.target_modules, linear)
+        reason = "the list in the recipe, each name found"
+    elif lora.target_modules in PRESETS:
+        chosen = _by_preset(lora.target_modules, linear)
+        reason = f"{lora.target_modules} of the {len(linear)} linear layers, without the output head"
+    else:
+        chosen = _by_expression(lora.target_modules, linear)
+        reason = "the modules whose whole path matches the expression"
+    saved = {module for module in chosen if _is_saved(module, lora)}
+    if saved:
+        _refuse_both(lora)
+        chosen = [module for module in chosen if module not in saved]
+        reason += f", without the {len(saved)} that modules_to_save trains in full"
+    for index, name in enumerate(lora.exclude_modules or ()):
+        remaining = [module for module in chosen if not _is_named(module, name)]
+        if remaining == chosen:
+            raise TargetError(("exclude_modules", index), f"matches no target module{near(name, chosen)}")
+        chosen = remaining
+    if lora.layers_to_transform is not None:
+        chosen = _in_layers(lora.layers_to_transform, chosen)
+    if not chosen:
+        raise TargetError(("target_modules",), "leaves no module to train")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(lora, pattern):
+            with within(partial(TargetError, (pattern, key)), "the expression"):
+                found = [module for module in chosen if pattern_matches(key, module)]
+            if not found:
+                raise TargetError((pattern, key), f"matches no target module{near(key, chosen)}")
+    return Targets(tuple(chosen), _short_names(chosen, facts), reason)
+
+
+def _is_named(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _is_saved(module: str, lora: LoraSection) -> bool:
+    """Whether modules_to_save trains a module in full, so that PEFT puts no adapter on it or below it.
+
+    PEFT's rule (peft/utils/other.py: _set_trainable) is the end of a path, not only a whole name.
+    """
+    parts = module.split(".")
+    paths = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(path.endswith(name) for path in paths for name in lora.modules_to_save or ())
+
+
+def _refuse_both(lora: LoraSection) -> None:
+    for index, name in enumerate(lora.target_modules if isinstance(lora.target_modules, tuple) else ()):
+        if _is_saved(name, lora):
+            raise TargetError(
+                ("target_modules", index), f"'{name}' is trained in full by modules_to_save; remove it from one of them"
+            )
+
+
+def near(name: str, modules: Iterable[str]) -> str:
+    leaves = sorted({module.rpartition(".")[2] for module in modules})
+    near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(leaves)}"
+
+
+def _by_names(names: tuple[str, ...], linear: list[str]) -> list[str]:
+    for index, name in enumerate(names):
+        if not any(_is_named(module, name) for module in linear):
+            raise TargetError(
+                ("target_modules", index), f"'{name}' matches no linear layer of the model{near(name, linear)}"
+            )
+    return [module for module in linear if any(_is_named(module, name) for name in names)]
+
+
+def _by_preset(preset: str, linear: list[str]) -> list[str]:
+    rules: dict[str, Callable[[str], bool]] = {
+        "all-linear": lambda module: True,
+        "attention": lambda module: _ATTENTION.search(module) is not None,
+        "mlp": lambda module: _ATTENTION.search(module) is None and _LAYER.search(module) is not None,
+        "qv": lambda module: module.rpartition(".")[2] in _QV,
+    }
+    chosen = [module for module in linear if rules[preset](module)]
+    if not chosen:
+        raise TargetError(("target_modules",), f"the model has no layers of the kind {preset}{near(preset, linear)}")
+    return chosen
+
+
+def _by_expression(expression: str, linear: list[str]) -> list[str]:
+    try:
+        with within(partial(TargetError, ("target_modules",)), "the expression"):
+            pattern = re.compile(expression)
+            chosen = [module for module in linear if pattern.fullmatch(module)]
+    except _NO_EXPRESSION as error:
+        raise TargetError(("target_modules",), f"is neither a preset nor a regular expression: {error}") from None
+    if not chosen:
+        hint = near(expression, linear) if expression.isidentifier() else f" such as {linear[0]}" if linear else ""
+        only = " (one name stands in a list: [q_proj])" if expression.isidentifier() else ""
+        raise TargetError(
+            ("target_modules",), f"matches the whole path of no linear layer{only}{hint}; presets: {', '.join(PRESETS)}"
+        )
+    return chosen
+
+
+def _in_layers(layers: tuple[int, ...], modules: list[str]) -> list[str]:
+    have = {int(match[1]) for module in modules if (match := _LAYER.search(module))}
+    for index, layer in enumerate(layers):
+        if layer not in have:
+            raise TargetError(
+                ("layers_to_transform", index),
+                f"there is no layer {layer}; layers run from 0 to {max(have, default=0)}",
+            )
+    return [m for m in modules if (match := _LAYER.search(m)) and int(match[1]) in layers]
+
+
+def _short_names(chosen: list[str], facts: ModelFacts) -> tuple[str, ...]:
+    """Short names if, in the whole model (its vision tower, say), they name the chosen modules only."""
+    leaves = tuple(dict.fromkeys(module.rpartition(".")[2] for module in chosen))
+    loaded = [module for module in facts.modules if ".experts." not in f"{module}."]  # experts are fused
+    meant = {module for module in loaded if any(_is_named(module, leaf) for leaf in leaves)}
+    return leaves if meant == set(chosen) else tuple(chosen)
+
+
+_NO_EXPRESSION = (re.error, OverflowError, RecursionError)
+"""What re.compile raises."""
+
+
+def pattern_matches(key: str, module: str) -> bool:
+    """PEFT's rule for rank_pattern and alpha_pattern (peft/utils/other.py: get_pattern_key)."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", module) is not None
+    except _NO_EXPRESSION:
+        return False
+
+
+def is_skipped(module: str, skip: Iterable[str]) -> bool:
+    """Whether a module stays unquantized (transformers/quantizers/quantizers_utils.py: should_convert_module).
+
+    Raises UsageError for an expression that takes too long.
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    try:
+        with within(UsageError, "quantization.llm_int8_skip_modules: an expression"):
+            return any(re.match(rf"(?:{key}){boundary}", module) or module.endswith(key) for key in skip)
+    except _NO_EXPRESSION:
+        return False
+
+
+def check_expressions(config: Mapping[str, Any], modules: Iterable[str], where: str) -> None:
+    """See that the expressions of an adapter's configuration end on a model's modules, as PEFT matches them.
+
+    Raises ModelError.
+    """
+    whole = [config[key] for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    given = [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
+    keys = [key for patterns in given if isinstance(patterns, dict) for key in patterns]
+    layers = config.get("layers_pattern")
+    try:
+        with within(ModelError, f"{where}: an expression of the adapter"):
+            patterns = [re.compile(f"(?:{text})$") for text in whole]
+            patterns += [re.compile(rf"(.*\.)?({key})$") for key in keys]
+            names = layers if isinstance(layers, list) else [layers] if layers else []
+            patterns += [re.compile(rf".*\.{name}\.(\d+)\.") for name in names]
+            for module in modules:
+                for pattern in patterns:
+                    pattern.match(module)
+    except _NO_EXPRESSION as error:
+        raise ModelError(f"{where}: an expression of the adapter is none: {error}") from None
+
+
+def check_adapter(adapter: Path, modules: Iterable[str]) -> None:
+    """Check the expressions in the configuration of an adapter's folder. Raises as `check_expressions`."""
+    check_expressions(read_json(adapter / "adapter_config.json"), modules, str(adapter))
+
+
+def rank_of(lora: LoraSection, module: str) -> int:
+    return next((r for key, r in lora.rank_pattern.items() if pattern_matches(key, module)), lora.r)
+
+
+def trainable_parameters(lora: LoraSection | None, targets: Targets | None, facts: ModelFacts) -> int:
+    """Trainable parameters by formula. Without an adapter, every parameter."""
+    if lora is None or targets is None:
+        return facts.parameters
+    return sum(tensor.size for tensor in trained_tensors(lora, targets, facts))
+
+
+def trained_tensors(lora: LoraSection, targets: Targets, facts: ModelFacts) -> Iterator[Tensor]:
+    """Every tensor that an adapter trains: A (r x in) and B (out x r) of each adapted matrix, and what is asked beside.
+
+    DoRA adds its magnitudes (one per output); `bias` adds existing biases; modules_to_save add a
+    whole copy of each module.
+    """
+    for module in targets.modules:
+        out_features, in_features = facts.linear[module].shape
+        rank = rank_of(lora, module)
+        yield Tensor(f"{module}.lora_A.weight", (rank, in_features))
+        yield Tensor(f"{module}.lora_B.weight", (out_features, rank))
+        if lora.use_dora:
+            yield Tensor(f"{module}.{MAGNITUDE}.weight", (out_features,))
+    adapted = set(targets.modules)
+    for tensor in (*facts.tensors, *_tied_head(facts)):
+        module, _, leaf = tensor.name.rpartition(".")
+        if (
+            _is_saved(module, lora)
+            or (leaf == "bias" and lora.bias == "all")
+            or (leaf == "bias" and lora.bias == "lora_only" and module in adapted)
+        ):
+            yield tensor
+
+
+def _tied_head(facts: ModelFacts) -> tuple[Tensor, ...]:
+    """The output head of a model that keeps it in the embeddings, as modules_to_save copies it."""
+    if any(module.endswith(OUTPUT_HEADS) for module in facts.modules):
+        return ()
+    embeddings = (t for t in facts.tensors if t.name.endswith(("embed_tokens.weight", "wte.weight")))
+    return tuple(Tensor("lm_head.weight", tensor.shape) for tensor in embeddings)[:1]
+
+
+def check_modules_to_save(lora: LoraSection, facts: ModelFacts) -> None:
+    """Raises TargetError for a module that the model does not have."""
+    modules = {*facts.modules, *(tensor.name.rpartition(".")[0] for tensor in _tied_head(facts))}
+    for index, name in enumerate(lora.modules_to_save or ()):
+        if not any(_is_named(module, name) for module in modules):
+            raise TargetError(("modules_to_save", index), f"'{name}' is no module of the model{near(name, modules)}")
+
+
+def adapter_targets(context: Context) -> Targets | None:
+    """The modules that are adapted; None for training in full, and where only the model can tell."""
+    lora, facts = context.recipe.lora, context.facts
+    if lora is None:
+        return None
+    if not facts.tensors:
+        if lora.target_modules in ("attention", "mlp", "qv"):
+            context.wrong(
+                ("lora", "target_modules"),
+                f"can't be expanded for a {facts.model_type} model without its safetensors headers; use all-linear",
+            )
+        if isinstance(lora.target_modules, str) and lora.layers_to_transform is not None:
+            context.wrong(("lora", "layers_to_transform"), "needs a list of target_modules for this model")
+        context.remarks.append(
+            f"The layers of a {facts.model_type} model are not known without its safetensors headers: "
+            "target_modules are checked when the model loads."
+        )
+        return None
+    try:
+        targets = find_targets(lora, facts)
+        check_modules_to_save(lora, facts)
+    except TargetError as error:
+        context.wrong(("lora", *error.path), str(error))
+        return None
+    if lora.init_lora_weights == "loftq" and context.hardware.device == "cpu":
+        context.wrong(("lora", "init_lora_weights"), "PEFT computes loftq on a GPU, and this is a CPU; use true")
+    if facts.is_moe:
+        context.remarks.append("Experts are fused parameters in transformers 5, so they get no adapter.")
+    context.choose("lora.target_modules", list(targets.names), f"{targets.reason} ({len(targets.modules)} modules)")
+    return targets
+
+
+def lora_kwargs(lora: LoraSection | None, targets: Targets | None) -> dict[str, Any] | None:
+    """For LoraConfig; None for training in full."""
+    if lora is None:
+        return None
+    names: Any = list(targets.names) if targets else lora.target_modules
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": list(names) if isinstance(names, tuple) else names,
+        "exclude_modules": _list(lora.exclude_modules),
+        "modules_to_save": _list(lora.modules_to_save),
+        "layers_to_transform": _list(lora.layers_to_transform),
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+        "bias": lora.bias,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "init_lora_weights": lora.init_lora_weights,
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def adapter_dtype(context: Context, dtype: str) -> str:
+    """The type of the trained adapter's weights."""
+    if context.recipe.lora is None:
+        return dtype
+    if context.recipe.quantization and dtype == "bfloat16":
+        reason = "as QLoRA does it (arXiv:2305.14314); DoRA's magnitudes stay float32"
+        return context.choose("adapter dtype", "bfloat16", reason)
+    return context.choose("adapter dtype", "float32", "small updates get lost in 16 bits")
+
+
+def _list(values: Any) -> list[Any] | None:
+    return None if values is None else list(values)

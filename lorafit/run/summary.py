@@ -1,0 +1,162 @@
+"""Plans, audits and evaluations as people read them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from rich.markup import escape
+from rich.text import Text
+
+from lorafit.console import Console, print_line, print_table, table
+from lorafit.plan import Plan
+from lorafit.rows.audit import RULES, Audit, Limits, findings
+
+_HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
+"""Line breaks, spaces, and what joins letters and emoji."""
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """The plan as a table on stdout."""
+    console = console or Console()
+    plan = plan.as_written()
+    model, hardware = plan.model, plan.hardware
+    parameters, trainable = model["parameters"], model["trainable_parameters"]
+    share = f" ({trainable / parameters:.2%})" if parameters else ""
+    lines = [
+        ("run", plan.output_dir),
+        ("model", f"{model['name_or_path']} ({model['model_type']}, from {model['source']})"),
+        ("machine", f"{hardware.name} ({hardware.device})" + f" x {hardware.world_size}" * (hardware.world_size > 1)),
+        ("parameters", f"{parameters:,}" if parameters else "not known before the model loads"),
+        ("trained", f"{trainable:,}{share}" if trainable else "not known before the model loads"),
+    ]
+    for name, sources in (("train", plan.data.train), ("validation", plan.data.validation)):
+        for source in sources:
+            rows = "rows not counted" if source.rows is None else f"{source.rows} rows"
+            lines.append((name, f"{source.path} ({source.format or 'format known after download'}, {rows})"))
+    if plan.data.validation_fraction is not None:
+        lines.append(("validation", f"{plan.data.validation_fraction:.0%} of the training rows"))
+    if plan.schedule:
+        s = plan.schedule
+        every = f", evaluated every {s.eval_steps}" if s.eval_steps else ""
+        saved = f", saved every {s.save_steps}" if s.save_steps else ""
+        lines.append(("steps", f"{s.total_steps} ({s.steps_per_epoch} an epoch){every}{saved}"))
+    overview = table("", "", head=False)
+    for key, value in lines:
+        overview.add_row(Text(key, style="bold"), escape(str(value)))
+    print_table(console, overview)
+    choices = table("resolved", "value", "because")
+    for key, choice in plan.choices.items():
+        value = ", ".join(map(str, choice.value)) if isinstance(choice.value, list) else str(choice.value)
+        choices.add_row(key, escape(value), escape(choice.reason))
+    print_table(console, choices)
+    if plan.audit:
+        print_audit(Audit.from_dict(plan.audit), plan.data.audit, console)
+    else:
+        print_line(
+            console, "The data has not been audited yet: `lorafit preview` does it, and so does training, first."
+        )
+    for remark in plan.remarks:
+        print_line(console, remark, "yellow")
+
+
+def print_audit(audit: Audit, limits: Limits, console: Console | None = None) -> None:
+    """What was counted of each source, and what was found wrong, with the limits."""
+    console = console or Console()
+    counts = table("data", "rows", "used", "tokens", "learned", "longest", "left out", right=range(1, 6))
+    parts = (("", audit.train), ("validation: ", audit.validation))
+    for name, source in ((name, source) for name, sources in parts for source in sources):
+        dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items())
+        share = f"{source.supervised_tokens / source.tokens:.0%}" if source.tokens else ""
+        numbers = (source.read, source.rows, source.tokens)
+        counts.add_row(
+            Text(_printable(name + source.path)),
+            *(f"{n:,}" for n in numbers),
+            share,
+            f"{source.longest:,}",
+            Text(_printable(dropped)),
+        )
+    print_table(console, counts)
+    print_findings(audit, limits, console)
+
+
+def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
+    """What was found wrong, a line each, and the rows that are left."""
+    for one in findings(audit, limits):
+        limit = "no limit" if one.limit is None else f"limit {one.limit:.4g}"
+        line = f"{one} {RULES[one.rule]} ({limit}); the first: {one.finding.first}"
+        print_line(console, _printable(line), "red" if one.is_breach else "yellow")
+    for source in (*audit.train, *audit.validation):
+        if source.reasoning or source.empty_reasoning:
+            none = source.read - source.reasoning - source.empty_reasoning
+            line = (
+                f"{source.path}: {source.reasoning:,} rows have reasoning, {none:,} none; before the answers of "
+                f"{source.empty_reasoning:,} the chat template writes an empty block of it"
+            )
+            print_line(console, _printable(line))
+    part, held_out = audit.training_rows, audit.validation_rows
+    packs = f" in {part.packs:,} packed rows" if part.packs is not None else ""
+    others = f"; {held_out.rows:,} validation rows" if held_out else ""
+    first = "" if audit.whole else "the first "
+    print_line(
+        console,
+        f"{first}{part.rows:,} training rows{packs}, {part.tokens:,} tokens, {part.supervised_tokens:,} of them learned"
+        f"{others}; answers found by: {audit.masks}",
+    )
+
+
+def print_preview(report: dict[str, Any], console: Console | None = None) -> None:
+    """Rows by loss mask, lengths, packing and the audit on stdout."""
+    console = console or Console()
+    plain = console.color_system is None or console.no_color
+    legend = (
+        "learned text stands in ⟦ ⟧" if plain else "[green]learned[/green], [dim]context[/dim], [cyan]control[/cyan]"
+    )
+    for row in report["rows"]:
+        title = (
+            f"{row['place'] or report['part']} · row {row['number']}: {row['tokens']} tokens, {row['learned']} learned"
+        )
+        console.print(Text(_printable(title), style="bold"), soft_wrap=True)
+        text = Text()
+        for learned, segments in itertools.groupby(row["segments"], key=lambda segment: segment["learned"]):
+            text.append("⟦" * (plain and learned))
+            for segment in segments:
+                style = ("bold green", "green") if learned else ("cyan", "dim")
+                text.append(_printable(segment["text"]), style[not segment["special"]])
+            text.append("⟧" * (plain and learned))
+        console.print(text, soft_wrap=True)
+        if "input_ids" in row:
+            console.print(
+                f"ids    {row['input_ids']}", f"labels {row['labels']}", sep="\n", highlight=False, soft_wrap=True
+            )
+        console.print()
+    if report["rows"]:
+        console.print(f"({legend})", highlight=False)
+    _print_lengths(report, console)
+    print_audit(Audit.from_dict(report["audit"]), report["limits"], console)
+    for remark in report["remarks"]:
+        print_line(console, remark, "yellow")
+
+
+def _print_lengths(report: dict[str, Any], console: Console) -> None:
+    found, packing = report["lengths"], report["packing"]
+    if found:
+        most = max(bar["rows"] for bar in found["histogram"])
+        bars = table("tokens up to", "rows", "", right=(0, 1))
+        for bar in found["histogram"]:
+            bars.add_row(f"{bar['up_to']:,}", f"{bar['rows']:,}", "█" * round(40 * bar["rows"] / most))
+        print_table(console, bars)
+        quantiles = (f"{name} {found[key]:,}" for name, key in (("median", "median"), ("90%", "p90"), ("99%", "p99")))
+        print_line(console, f"{', '.join(quantiles)}, longest {found['longest']:,} tokens")
+    if packing:
+        made = "makes" if packing["on"] else "would make"
+        print_line(
+            console,
+            f"packing {made} {packing['packed_rows']:,} rows of {packing['rows']:,}, {packing['efficiency']:.0%} full; "
+            f"unpacked batches hold {packing['efficiency_without']:.0%} tokens, the rest is padding",
+        )
+
+
+def _printable(text: str) -> str:
+    """Text without the characters by which data could command a terminal."""
+    return "".join(c if c.isprintable() or c in _HARMLESS else ascii(c)[1:-1] for c in text)

@@ -1,1 +1,0 @@
-"""`lorafit verify`: whether a run is what its manifest says, and trains again as it did."""
