@@ -11,6 +11,7 @@ import atexit
 import errno
 import functools
 import glob
+import json
 import os
 import re
 import signal
@@ -27,6 +28,8 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.filters import FILTERS, do_join
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lorafit.errors import ModelError
 
 LONGEST = 10.0
 """Seconds of computing that a template may take for a text, or an expression for what it is searched in. Time in which
@@ -389,3 +392,16 @@ def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
 def read_text(path: Path, most: int = LARGEST_FILE) -> str:
     """Read all of a file as text. Raises OSError, and ValueError for what is not UTF-8 or no path."""
     return read_bytes(path, most).decode("utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model, an adapter or a run. Raises ModelError."""
+    try:
+        value = json.loads(read_text(file))
+    except OSError as error:
+        raise ModelError(f"{file}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: can't be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: expected an object")
+    return value

@@ -89,15 +89,3 @@ EXIT_CODES: dict[int, str] = {
     143: "terminated by SIGTERM; a checkpoint was saved if training had begun",
 }
 """The exit codes of every command, for the documentation and its test."""
-
-
-def first_line(error: object) -> str:
-    """The first line of an error's text, printable."""
-    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
-
-
-def printable(text: str) -> str:
-    """The text on one line: control characters, line breaks and lone surrogates are escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import re
 import textwrap
@@ -13,12 +12,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lorafit.errors import UsageError, printable
+from lorafit.errors import UsageError
 from lorafit.outcome import Planned
 from lorafit.plan import Choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import may_be_null, near_key, section_at, sections
 from lorafit.recipe.source import Located, Position, dotted, holds
+from lorafit.text import brief
 from lorafit.written import at_keys
 
 Key = tuple[str | int, ...]
@@ -224,25 +224,6 @@ def _documentation(path: Key) -> str | None:
 
 WIDEST_KEY, WIDEST_VALUE = 30, 24
 """Columns of keys and of values; what is longer pushes the rest to the next line."""
-MOST = 300
-"""Characters of a value in a table."""
-
-
-def brief(value: Any) -> str:
-    """A value as YAML would have it, on one line."""
-    if isinstance(value, str):
-        plain = value.isprintable() and value != "" and value == value.strip()
-        text = value if plain else json.dumps(value, ensure_ascii=False)
-    elif isinstance(value, dict) and value:
-        text = f"{{{', '.join(f'{key}: {brief(item)}' for key, item in value.items())}}}"
-    elif isinstance(value, list) and value:
-        text = f"[{', '.join(map(brief, value))}]"
-    elif isinstance(value, float):
-        text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
-    else:
-        text = json.dumps(value, ensure_ascii=False)
-    text = printable(text)
-    return text if len(text) <= MOST else f"{text[: MOST - 1]}…"
 
 
 def text(found: Explanation, width: int | None = None) -> str:

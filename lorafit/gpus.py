@@ -21,9 +21,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorafit.errors import UsageError, printable
+from lorafit.errors import UsageError
+from lorafit.text import GIB, printable
 
-GIB = 1 << 30
 MOST = 10 << 40
 """Bytes above which an amount of memory is taken for a slip."""
 

@@ -29,16 +29,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.bounds import read_text
-from lorafit.errors import DataError, DriftError, ModelError, UsageError, first_line
+from lorafit.errors import DataError, DriftError, ModelError, UsageError
 from lorafit.evaluation.inputs import judging_files
-from lorafit.facts import (
-    TOKENIZER_FILES,
-    ModelFacts,
-    UnreachableError,
-    hub_unreachable,
-    read_facts,
-    weight_files,
-)
+from lorafit.facts import TOKENIZER_FILES, ModelFacts, UnreachableError, hub_unreachable, read_facts, weight_files
 from lorafit.facts.template import uses_date
 from lorafit.files import claim_file, file_digest, own_digest, write_text
 from lorafit.hardware import detect_cpu
@@ -50,6 +43,7 @@ from lorafit.rows import data_files, is_local
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import damaged_in_cache, whole_digest
 from lorafit.run.manifest import versions
+from lorafit.text import first_line
 from lorafit.written import Reference, as_written, at_keys, expanded, read_back, require
 
 VERSION = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.errors import DataError, ModelError, first_line
+from lorafit.errors import DataError, ModelError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware
 from lorafit.plan import Choice, Plan, SourcePlan, make_plan
@@ -16,6 +16,7 @@ from lorafit.plan.training import training_kwargs
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.rows import data_files, is_local
+from lorafit.text import first_line
 
 MOST_BYTES = 32 << 20
 """Of data files: larger ones are not read through, which would take more than a moment."""

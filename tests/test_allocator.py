@@ -13,16 +13,9 @@ from typing import Any
 import pytest
 
 from lorafit.hardware import RETURNED_AT_ONCE
-from lorafit.memory.allocator import (
-    MIB,
-    CachingAllocator,
-    Heap,
-    OutOfMemory,
-    replay,
-    round_size,
-    segment_size,
-)
+from lorafit.memory.allocator import CachingAllocator, Heap, OutOfMemory, replay, round_size, segment_size
 from lorafit.memory.tape import FREE
+from lorafit.text import MIB
 
 # --- sizes ----------------------------------------------------------------------------------------
 

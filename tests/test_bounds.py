@@ -158,8 +158,7 @@ def test_what_is_rendered_elsewhere_is_told_off_in_time(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from lorafit.engine.data.render import Renderer
-    from lorafit.engine.evaluate.benchmarks import Benchmarks
-    from lorafit.engine.evaluate.tasks import kept_templates
+    from lorafit.engine.evaluate.tasks import Benchmarks, kept_templates
     from lorafit.evaluation.metrics import Judged, make_metric
     from lorafit.export.ollama import modelfile
 

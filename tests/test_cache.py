@@ -297,10 +297,10 @@ def test_another_lorafit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     code_version.cache_clear()
     assert code_version() == here
-    shaping = [*(copy / "rows").glob("*.py"), *(copy / "data").glob("*.py"), copy / "template.py", copy / "audit.py"]
+    shaping = [*(copy / "rows").glob("*.py"), *(copy / "engine/data").glob("*.py"), copy / "facts/template.py"]
     assert len(shaping) > 10
     assert all(map(changed, shaping))
-    assert not changed(copy / "show.py")
+    assert not changed(copy / "run/summary.py")
 
 
 # --- changes while it is read ---------------------------------------------------------------------

@@ -17,9 +17,10 @@ from lorafit.cli import app
 from lorafit.errors import ModelError
 from lorafit.facts import read_facts
 from lorafit.hardware import Hardware
-from lorafit.memory import GIB, MIB, estimate, setup_of
+from lorafit.memory import estimate, setup_of
 from lorafit.plan import make_plan, plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.text import GIB, MIB
 from lorafit.vram.calibrate import Foreseen, Shortage, shortage
 
 

@@ -12,14 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    CHATML,
-    WORDS,
-    conversation,
-    make_model,
-    make_tokenizer,
-    write_jsonl,
-)
+from conftest import CHATML, WORDS, conversation, make_model, make_tokenizer, write_jsonl
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer

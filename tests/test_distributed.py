@@ -16,9 +16,9 @@ from conftest import RecipeMaker, Train
 from rich.console import Console
 
 from lorafit.engine.evaluate.run import evaluate
-from lorafit.memory import GIB
 from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.run.directory import RunDir
+from lorafit.text import GIB
 from lorafit.vram.calibrate import calibrate
 
 QUIET = Console(file=io.StringIO())

@@ -15,7 +15,8 @@ from conftest import WORDS, write_jsonl
 from rich.console import Console
 
 from lorafit.engine.evaluate import tasks as tasks_module
-from lorafit.engine.evaluate.benchmarks import Benchmarks, TaskResult, check, run
+from lorafit.engine.evaluate.benchmarks import TaskResult, check, run
+from lorafit.engine.evaluate.tasks import Benchmarks
 from lorafit.errors import DataError, UsageError
 
 pytest.importorskip("lm_eval")

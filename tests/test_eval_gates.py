@@ -13,14 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorafit.errors import UsageError
-from lorafit.evaluation.gates import (
-    Demand,
-    check_comparable,
-    judge,
-    load_results,
-    parse,
-    regression_gates,
-)
+from lorafit.evaluation.gates import Demand, check_comparable, judge, load_results, parse, regression_gates
 from lorafit.evaluation.results import Figure, Gate, Metric, Model, Results, Set
 
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")

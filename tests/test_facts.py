@@ -15,15 +15,7 @@ from typing import Any
 import pytest
 
 from lorafit.errors import ModelError
-from lorafit.facts import (
-    gguf_header,
-    hub,
-    hub_unreachable,
-    known_models,
-    layout,
-    read_facts,
-    safetensors_header,
-)
+from lorafit.facts import gguf_header, hub, hub_unreachable, known_models, layout, read_facts, safetensors_header
 from lorafit.facts.gguf import GGUF_FAMILIES
 
 LLAMA: dict[str, Any] = {

@@ -27,12 +27,12 @@ from lorafit.engine.train import train as run_training
 from lorafit.errors import UsageError
 from lorafit.evaluation.metrics.custom import custom_metric
 from lorafit.evaluation.metrics.metric import Judged
-from lorafit.memory import GIB
 from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.run.directory import RunDir
+from lorafit.text import GIB
 from lorafit.vram.calibrate import Meter, calibrate
 
 QUIET = Console(file=io.StringIO())

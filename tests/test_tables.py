@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lorafit.cli import app
 from lorafit.console import print_line, print_table, table
-from lorafit.vram.answer import gib
+from lorafit.text import gib
 
 LONG = "a-folder-whose-name-is-longer-than-eighty-columns-of-a-terminal-as-those-of-a-ci-often-are-indeed"
 

@@ -23,15 +23,7 @@ from safetensors.torch import load_file
 from lorafit import files
 from lorafit.engine.callbacks import StopRequest
 from lorafit.engine.train import dequantized_base
-from lorafit.errors import (
-    DataError,
-    DoesNotFitError,
-    DriftError,
-    GateError,
-    Interrupted,
-    ModelError,
-    UsageError,
-)
+from lorafit.errors import DataError, DoesNotFitError, DriftError, GateError, Interrupted, ModelError, UsageError
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import model_fingerprint, summary
 

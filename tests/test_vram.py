@@ -22,10 +22,11 @@ from lorafit.cli import app
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, known_models, layout
 from lorafit.gpus import GPUS
-from lorafit.memory import GIB, Band, Estimate, Term
+from lorafit.memory import Band, Estimate, Term
 from lorafit.memory.estimate import PROCESS
+from lorafit.text import GIB, gib
 from lorafit.vram.advice import Change, reconciled
-from lorafit.vram.answer import SHARDINGS, gib, judged_by_trace
+from lorafit.vram.answer import SHARDINGS, judged_by_trace
 from lorafit.vram.cost import active_parameters
 from lorafit.vram.sweep import parse_sweeps
 

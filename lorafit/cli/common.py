@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 import typer
 
 from lorafit.cli.complete import gpus, keys, recipes, runs
-from lorafit.errors import (
-    DoesNotFitError,
-    Interrupted,
-    LorafitError,
-    UsageError,
-    is_out_of_memory,
-)
+from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
 from lorafit.progress import telling
 from lorafit.written import hidden_in, verbatim
 

@@ -9,17 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.common import (
-    AsJson,
-    Config,
-    ForGpu,
-    Here,
-    Overrides,
-    fail,
-    hardware_for,
-    reporting,
-    show,
-)
+from lorafit.cli.common import AsJson, Config, ForGpu, Here, Overrides, fail, hardware_for, reporting, show
 from lorafit.cli.complete import recipes
 from lorafit.errors import DriftError, UsageError
 from lorafit.progress import talk

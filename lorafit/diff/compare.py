@@ -10,10 +10,10 @@ from lorafit.diff.consequences import Consequence, Follower, consequences, follo
 from lorafit.diff.side import Examiner, Opened, Side, content_hash, open_side
 from lorafit.diff.values import Change, compare
 from lorafit.diff.warnings import Warned, warnings
-from lorafit.errors import printable
 from lorafit.explain import defaults_of
 from lorafit.hardware import Hardware
 from lorafit.rows import is_local
+from lorafit.text import printable
 from lorafit.written import at_keys
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lorafit.diff.side import Side
 from lorafit.diff.values import Change
-from lorafit.errors import printable
+from lorafit.text import printable
 
 Unit = Literal["count", "bytes", "number", "text"]
 _NO_VALUES = {"steps"}

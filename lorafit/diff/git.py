@@ -10,8 +10,9 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafit.errors import UsageError, first_line, printable
+from lorafit.errors import UsageError
 from lorafit.recipe.source import Disk
+from lorafit.text import first_line, printable
 
 TIMEOUT = 30
 """Seconds for one call of git."""

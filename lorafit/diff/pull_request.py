@@ -13,10 +13,10 @@ from lorafit.diff.compare import Difference, between
 from lorafit.diff.git import Revision, open_tree
 from lorafit.diff.side import Examiner, Opened
 from lorafit.diff.text import FORMATS
-from lorafit.errors import printable
 from lorafit.hardware import Hardware
 from lorafit.recipe import RecipeError, load
 from lorafit.recipe.source import Disk, SourceMistakes, read_recipe
+from lorafit.text import printable
 from lorafit.validate.find import ENDINGS, find
 from lorafit.written import hidden_in
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from lorafit.diff.git import Revision, open_revision, run, split_revision
-from lorafit.errors import DataError, ModelError, UsageError, first_line, printable
+from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.hardware import Hardware, meant_device, meant_hardware
 from lorafit.memory import Estimate, setup_of
 from lorafit.outcome import Planned, planned
@@ -15,6 +15,7 @@ from lorafit.plan import Schedule, SourcePlan, make_schedule, validation_rows
 from lorafit.plan.sources import counted
 from lorafit.recipe import Recipe, load
 from lorafit.rows.audit import Audit
+from lorafit.text import first_line, printable
 from lorafit.validate.check import Estimates
 from lorafit.vram.answer import check_size, known_tensors
 from lorafit.written import expanded

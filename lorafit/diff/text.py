@@ -12,10 +12,8 @@ from pydantic import BaseModel
 from lorafit.diff.compare import Difference
 from lorafit.diff.consequences import Consequence
 from lorafit.diff.values import Change
-from lorafit.errors import printable
-from lorafit.explain import brief
 from lorafit.recipe.load import section_at
-from lorafit.vram.answer import gib
+from lorafit.text import brief, gib, printable
 from lorafit.written import hidden_in
 
 MOST_VALUE, MOST_ROWS = 160, 150

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from lorafit.diff.side import Side
 from lorafit.diff.values import Change
-from lorafit.explain import brief
 from lorafit.recipe import Recipe
 from lorafit.rows.audit import RULES
-from lorafit.vram.answer import gib
+from lorafit.text import brief, gib
 
 _GATE = re.compile(r"(?P<left>.*?)\s*(?P<sign>>=|<=|==|!=|>|<)\s*(?P<right>.*?)\s*(?P<ci>\(\s*ci\s*\))?\s*")
 _MERGE = {"max_kl": False, "min_top1": True, "max_loss_increase": False, "max_logit_difference": False}

@@ -21,9 +21,8 @@ from lorafit.errors import GateError, Interrupted
 from lorafit.files import write_text
 from lorafit.progress import Stage, stage, told
 from lorafit.run.directory import RunDir
+from lorafit.text import GIB
 from lorafit.vram.calibrate import Meter
-
-GIB = 1 << 30
 
 
 class StopRequest:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from lorafit.errors import ModelError, first_line
+from lorafit.errors import ModelError
+from lorafit.text import first_line
 
 FIRST, SECOND = 7, 9
 """Tokens of the two rows of the proof."""

@@ -7,16 +7,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lorafit.errors import (
-    DoesNotFitError,
-    LorafitError,
-    ModelError,
-    first_line,
-    is_out_of_memory,
-)
+from lorafit.errors import DoesNotFitError, LorafitError, ModelError, is_out_of_memory
 from lorafit.facts import TOKENIZER_FILES
 from lorafit.facts.template import with_defaults
 from lorafit.plan import Plan
+from lorafit.text import first_line
 from lorafit.written import expanded
 
 

@@ -39,13 +39,7 @@ from lorafit.engine.loss import row_sums, settle_head
 from lorafit.engine.model import dequantize_gguf, load_base, lora_config
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
-from lorafit.errors import (
-    DoesNotFitError,
-    LorafitError,
-    ModelError,
-    UsageError,
-    is_out_of_memory,
-)
+from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
 from lorafit.files import CARD, check_own, discard, partial_of, seal, staged, write_bytes
 from lorafit.hardware import return_memory
 from lorafit.plan import Plan, Schedule, dated, with_audit
@@ -54,13 +48,7 @@ from lorafit.progress import Stage, stage
 from lorafit.rows.audit import gate
 from lorafit.run.card import write_card
 from lorafit.run.directory import RunDir, located
-from lorafit.run.fingerprint import (
-    changed_base,
-    changed_source,
-    listed,
-    model_fingerprint,
-    run_fingerprint,
-)
+from lorafit.run.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.run.manifest import build_manifest, hashes
 from lorafit.run.summary import print_findings
 from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage

@@ -16,9 +16,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from lorafit.bounds import read_text
-from lorafit.errors import UsageError, first_line, printable
+from lorafit.errors import UsageError
 from lorafit.evaluation.results import RESULTS_VERSION, Figure, Gate, Results, Set
 from lorafit.files import check_file
+from lorafit.text import first_line, printable
 
 Array = np.ndarray[Any, Any]
 Value = float | Array

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from lorafit.errors import LorafitError, MissingError, ModelError, UsageError, printable
+from lorafit.errors import LorafitError, MissingError, ModelError, UsageError
+from lorafit.text import printable
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafit.errors import ModelError, UsageError, printable
+from lorafit.errors import ModelError, UsageError
 from lorafit.export.families import Layout, Placed, make_layout
 from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary
 from lorafit.export.weights import Rows, read_tensors
 from lorafit.files import beside
 from lorafit.progress import each
+from lorafit.text import printable
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorafit.errors import ModelError, UsageError, first_line
+from lorafit.errors import ModelError, UsageError
 from lorafit.files import SEAL
+from lorafit.text import first_line
 
 
 def push(folder: Path, repo: str, private: bool) -> str:

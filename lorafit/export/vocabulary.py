@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import LARGEST_TEMPLATE, read_text
+from lorafit.bounds import read_json as facts_json
 from lorafit.errors import ModelError
-from lorafit.facts.folder import read_json as facts_json
 
 
 def refused(folder: Path, what: str) -> ModelError:

@@ -11,21 +11,9 @@ import re
 from pathlib import Path
 
 from lorafit.errors import ModelError
-from lorafit.facts.folder import (
-    TOKENIZER_FILES,
-    from_folder,
-    safetensors_header,
-    stored_tensors,
-    weight_files,
-)
+from lorafit.facts.folder import TOKENIZER_FILES, from_folder, safetensors_header, stored_tensors, weight_files
 from lorafit.facts.gguf import from_gguf, gguf_header
-from lorafit.facts.hub import (
-    UnreachableError,
-    from_hub,
-    hub_unreachable,
-    known_models,
-    spare_retries,
-)
+from lorafit.facts.hub import UnreachableError, from_hub, hub_unreachable, known_models, spare_retries
 from lorafit.facts.layouts import layout
 from lorafit.facts.model import ModelFacts, Tensor, TokenizerFacts
 from lorafit.written import expanded

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafit.bounds import LARGEST_TEMPLATE, opened, read_bytes, read_text
-from lorafit.errors import ModelError, printable
+from lorafit.bounds import LARGEST_TEMPLATE, opened, read_bytes, read_json, read_text
+from lorafit.errors import ModelError
 from lorafit.facts.layouts import is_tied, layout
 from lorafit.facts.model import ModelFacts, Tensor, TokenizerFacts, check_sizes
 from lorafit.files import is_inside
+from lorafit.text import printable
 
 
 def from_folder(name: str, path: Path) -> ModelFacts:
@@ -138,18 +139,6 @@ def _as_loaded(config: dict[str, Any], tensors: list[Tensor]) -> Iterator[Tensor
         if gpt2 and _TRANSPOSED.search(name):
             shape = shape[::-1]
         yield Tensor(f"transformer.{name}" if bare and not name.startswith("lm_head") else name, shape, tensor.dtype)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_text(file))
-    except OSError as error:
-        raise ModelError(f"{file}: can't be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: can't be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file}: expected an object")
-    return value
 
 
 def tokenizer_facts(path: Path) -> TokenizerFacts | None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lorafit.bounds import read_json
 from lorafit.errors import ModelError
-from lorafit.facts.folder import read_json, tensors_of, tokenizer_facts, weight_files
+from lorafit.facts.folder import tensors_of, tokenizer_facts, weight_files
 from lorafit.facts.layouts import layout
 from lorafit.facts.model import ModelFacts, check_sizes
 

@@ -22,7 +22,8 @@ import jinja2.nodes
 import jinja2.parser
 
 from lorafit.bounds import Environment, within
-from lorafit.errors import ModelError, first_line
+from lorafit.errors import ModelError
+from lorafit.text import first_line
 
 _ANSWER = "lorafit-probe-answer"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -13,19 +13,9 @@ from lorafit.gpus import find_gpu, parse_memory
 from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume, hardware_of
 from lorafit.init.write import Document, Line
 from lorafit.memory import Estimate
-from lorafit.plan.adapters import near
-from lorafit.rows import (
-    Fault,
-    Format,
-    Row,
-    Shape,
-    data_files,
-    detect_format,
-    is_local,
-    read_rows,
-    to_example,
-)
-from lorafit.vram.answer import Method, Solver, Subject, gib
+from lorafit.rows import Fault, Format, Row, Shape, data_files, detect_format, is_local, read_rows, to_example
+from lorafit.text import gib, near
+from lorafit.vram.answer import Method, Solver, Subject
 
 FIRST_ROWS = 200
 MOST_ROWS = 50_000

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import printable
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import section_at, validate
 from lorafit.recipe.source import Draft, parse_scalar, read_yaml
+from lorafit.text import printable
 
 WIDTH = 120
 _PLAIN = re.compile(r"[A-Za-z0-9_./~^$()\\][A-Za-z0-9_./~<>@=+*^$()\\ -]*")

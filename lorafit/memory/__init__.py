@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from lorafit.memory.estimate import GIB, MIB, Band, Estimate, Term, fits
+from lorafit.memory.estimate import Band, Estimate, Term, fits
 from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack, setup_of
 
 __all__ = [
-    "GIB",
-    "MIB",
     "Band",
     "Estimate",
     "Kernel",

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lorafit.memory.tape import FREE
+from lorafit.text import MIB
 
-MIB = 1 << 20
 MIN_BLOCK = 512
 SMALL = MIB
 """Requests up to this share small segments."""

@@ -9,9 +9,8 @@ from importlib import resources
 from typing import Any
 
 from lorafit.memory.setup import Setup
+from lorafit.text import MIB
 
-MIB = 1 << 20
-GIB = 1 << 30
 CONTEXT = (300 * MIB, 900 * MIB, 1500 * MIB)
 """Bytes that CUDA takes for its context and the loaded kernels: least, the middle, most.
 

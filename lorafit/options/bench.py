@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorafit.errors import UsageError
 from lorafit.files import claim_file
-from lorafit.plan.adapters import near
+from lorafit.text import near
 
 MODELS = ("base", "adapter", "trained", "merged", "quantized")
 """What can be measured, in this order. A run that trained in full has `trained` in place of `adapter`."""

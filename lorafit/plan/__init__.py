@@ -9,15 +9,7 @@ from __future__ import annotations
 
 from lorafit.plan.model import NO_SDPA
 from lorafit.plan.resolve import dated, make_plan, plan_recipe, with_audit
-from lorafit.plan.values import (
-    Choice,
-    DataPlan,
-    Plan,
-    Schedule,
-    SourcePlan,
-    make_schedule,
-    validation_rows,
-)
+from lorafit.plan.values import Choice, DataPlan, Plan, Schedule, SourcePlan, make_schedule, validation_rows
 
 __all__ = [
     "NO_SDPA",

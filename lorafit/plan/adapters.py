@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafit.bounds import within
+from lorafit.bounds import read_json, within
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, Tensor
-from lorafit.facts.folder import read_json
 from lorafit.plan.values import Context
 from lorafit.recipe import LoraSection
+from lorafit.text import near
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
 MAGNITUDE = "lora_magnitude_vector"
@@ -102,12 +101,6 @@ def _refuse_both(lora: LoraSection) -> None:
             raise TargetError(
                 ("target_modules", index), f"'{name}' is trained in full by modules_to_save; remove it from one of them"
             )
-
-
-def near(name: str, modules: Iterable[str]) -> str:
-    leaves = sorted({module.rpartition(".")[2] for module in modules})
-    near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else f"; there are {', '.join(leaves)}"
 
 
 def _by_names(names: tuple[str, ...], linear: list[str]) -> list[str]:

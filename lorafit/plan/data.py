@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorafit.bounds import LARGEST_TEMPLATE, read_text
-from lorafit.errors import DataError, ModelError, first_line
+from lorafit.errors import DataError, ModelError
 from lorafit.facts.template import (
     TemplateFacts,
     has_reasoning,
@@ -20,10 +20,10 @@ from lorafit.facts.template import (
     variables,
     with_defaults,
 )
-from lorafit.plan.adapters import near
 from lorafit.plan.values import Context, DataPlan, SourcePlan
 from lorafit.recipe import Recipe
 from lorafit.rows import Fault, read_rows, to_example
+from lorafit.text import first_line, near
 from lorafit.written import expanded
 
 _ROWS = 1000

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.plan.adapters import OUTPUT_HEADS, Targets, is_skipped, near, trainable_parameters
+from lorafit.plan.adapters import OUTPUT_HEADS, Targets, is_skipped, trainable_parameters
 from lorafit.plan.values import Context
+from lorafit.text import near
 
 NO_SDPA = frozenset(
     (

@@ -6,21 +6,12 @@ import dataclasses
 import itertools
 from typing import Literal
 
-from lorafit.errors import DataError, printable
+from lorafit.errors import DataError
 from lorafit.plan.values import Context, SourcePlan
 from lorafit.progress import stage
 from lorafit.recipe import Source
-from lorafit.rows import (
-    COLUMNS,
-    OPTIONAL,
-    Format,
-    Row,
-    detect_format,
-    digest,
-    is_local,
-    read_rows,
-    size_digest,
-)
+from lorafit.rows import COLUMNS, OPTIONAL, Format, Row, detect_format, digest, is_local, read_rows, size_digest
+from lorafit.text import printable
 
 Reading = Literal["nothing", "formats", "digests"]
 """How far sources are looked into: not at all, their first rows, or whole for their hash."""

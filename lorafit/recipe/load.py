@@ -18,17 +18,7 @@ from pydantic import BaseModel, ValidationError
 from lorafit.errors import LorafitError
 from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.source import (
-    Draft,
-    Located,
-    Mistake,
-    SourceMistakes,
-    Store,
-    dotted,
-    holds,
-    read_recipe,
-    shorten,
-)
+from lorafit.recipe.source import Draft, Located, Mistake, SourceMistakes, Store, dotted, holds, read_recipe, shorten
 from lorafit.written import Reference, remember, value_of
 
 MAX_SUGGESTIONS = 100

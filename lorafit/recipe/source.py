@@ -20,7 +20,7 @@ from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
 from lorafit.bounds import opened
-from lorafit.errors import printable
+from lorafit.text import printable
 from lorafit.written import REFERENCE, Reference, References, remember, value_of
 
 MAX_BYTES = 256 * 1024

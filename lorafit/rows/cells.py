@@ -11,8 +11,9 @@ from typing import Any, Literal
 import jinja2
 
 from lorafit.bounds import Environment, within
-from lorafit.errors import DataError, first_line
+from lorafit.errors import DataError
 from lorafit.rows.row import TEXT_KINDS, Fault, Row, brief, kind_of, names
+from lorafit.text import first_line
 
 Format = Literal["alpaca", "messages", "sharegpt", "prompt_completion", "text", "preference", "unpaired_preference"]
 MISSING: Any = object()

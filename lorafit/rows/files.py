@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from lorafit import bounds
-from lorafit.errors import DataError, first_line
+from lorafit.errors import DataError
 from lorafit.files import file_digest
 from lorafit.progress import stage
 from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, kind_of
+from lorafit.text import first_line
 from lorafit.written import expanded
 
 _EXPECTED = f"{', '.join(KINDS)} file (text also as .gz or .zst)"

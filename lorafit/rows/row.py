@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorafit.errors import DataError, printable
+from lorafit.errors import DataError
+from lorafit.text import printable
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 KINDS = (*TEXT_KINDS, ".parquet")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import read_text
-from lorafit.errors import DriftError, UsageError, first_line, printable
+from lorafit.errors import DriftError, UsageError
 from lorafit.files import (
     CARD,
     LOCK,
@@ -36,6 +36,7 @@ from lorafit.files import (
     write_text,
 )
 from lorafit.plan import Plan
+from lorafit.text import first_line, printable
 from lorafit.written import expanded
 
 FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "fingerprint.json", "manifest.json")

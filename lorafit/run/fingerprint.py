@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from lorafit.bounds import read_json
 from lorafit.errors import ModelError
 from lorafit.facts import TOKENIZER_FILES, stored_tensors, weight_files
-from lorafit.facts.folder import read_json
 from lorafit.files import file_digest, quick_digest
 from lorafit.progress import stage
 from lorafit.rows.cache import remembered

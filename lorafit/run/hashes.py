@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafit.errors import LorafitError, UsageError, first_line
+from lorafit.errors import LorafitError, UsageError
 from lorafit.files import damage, file_digest, foreign, is_read, own_digest, read_seal
 from lorafit.plan import Plan
 from lorafit.rows import data_files
 from lorafit.run.directory import RunDir
-from lorafit.run.fingerprint import (
-    changed_source,
-    comparable,
-    damaged_in_cache,
-    model_fingerprint,
-    summary,
-)
+from lorafit.run.fingerprint import changed_source, comparable, damaged_in_cache, model_fingerprint, summary
+from lorafit.text import first_line
 from lorafit.written import as_written, expanded
 
 Status = Literal["ok", "changed", "missing", "not recorded", "not here"]

@@ -12,18 +12,18 @@ from lorafit.facts import ModelFacts, UnreachableError, read_facts
 from lorafit.hardware import meant_device, meant_hardware, missing_packages
 from lorafit.memory import Estimate, Setup, estimate, setup_of
 from lorafit.plan import Plan
-from lorafit.plan.adapters import near
 from lorafit.plan.resolve import examine
 from lorafit.plan.values import Context, KeyPath
 from lorafit.progress import each
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.rows import Row
 from lorafit.run.directory import RunDir, located
+from lorafit.text import gib, near
 from lorafit.validate.contents import check_contents, first_rows, place_of_fault
 from lorafit.validate.evaluation import check_evaluation
 from lorafit.validate.find import find
 from lorafit.validate.findings import PARTS, Checked, Fault, Findings, Options, Report
-from lorafit.vram.answer import gib, judged
+from lorafit.vram.answer import judged
 
 
 @dataclass

@@ -11,10 +11,10 @@ from urllib.parse import quote
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lorafit import __version__
-from lorafit.errors import EXIT_CODES, printable
+from lorafit.errors import EXIT_CODES
 from lorafit.recipe import Position
+from lorafit.text import gib, printable
 from lorafit.validate.findings import RULES, Checked, Fault, Report
-from lorafit.vram.answer import gib
 from lorafit.written import hidden_in
 
 

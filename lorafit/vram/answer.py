@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, read_facts
-from lorafit.gpus import GIB, GPUS, Device, Gpu
+from lorafit.gpus import GPUS, Device, Gpu
 from lorafit.hardware import Hardware, available_memory, hardware_of, meant_hardware
 from lorafit.memory import Estimate, Setup, Sharding, estimate, fits, setup_of
 from lorafit.plan import Plan, make_plan
 from lorafit.progress import each, stage
 from lorafit.recipe import Recipe
+from lorafit.text import gib
 
 Method = Literal["lora", "qlora", "full"]
 METHODS: dict[str, dict[str, Any]] = {
@@ -316,10 +317,6 @@ def _failure(one: Verdict) -> str:
         f"{surely} in {one.device.name}{size}: takes {gib(known.total)} GiB, from {gib(known.least)} to "
         f"{gib(known.most)}{hint}"
     )
-
-
-def gib(size: int) -> str:
-    return f"{size / GIB:,.2f}" if size < 100 * GIB else f"{size / GIB:,.0f}"
 
 
 def command_line(advice: Advice) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from lorafit.errors import UsageError
 from lorafit.gpus import Device, find_gpu, parse_device, parse_memory, sized
 from lorafit.hardware import meant_device
-from lorafit.vram.answer import Answer, Question, answer, as_dict, failures, gib, subject_of
+from lorafit.text import gib
+from lorafit.vram.answer import Answer, Question, answer, as_dict, failures, subject_of
 from lorafit.vram.cost import UNKNOWN, Spending, spending
 from lorafit.vram.cost import as_dict as spending_dict
 from lorafit.vram.sweep import as_typed, parse_sweeps

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import LorafitError, UsageError, first_line
+from lorafit.errors import LorafitError, UsageError
 from lorafit.hardware import available_memory
+from lorafit.text import first_line
 
 if TYPE_CHECKING:
     from lorafit.memory import Estimate, Setup
@@ -128,7 +129,7 @@ class Shortage:
 def shortage(found: Foreseen) -> Shortage | None:
     """None where the memory is enough, or nobody knows. What this process holds already is part of what it needs."""
     from lorafit.memory import estimate
-    from lorafit.vram.answer import gib
+    from lorafit.text import gib
 
     free, known, setup = available_memory(), found.estimate, found.setup
     if free is None or known is None or setup is None or setup.device != "cpu":

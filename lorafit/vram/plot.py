@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.errors import UsageError, printable
+from lorafit.errors import UsageError
 from lorafit.files import claim_file, write_bytes
+from lorafit.text import GIB, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GIB = 1 << 30
 MADE_BY = "lorafit estimate-vram"
 """In the metadata of every picture, by which it may be drawn anew."""
 FORMATS = (".png", ".svg")

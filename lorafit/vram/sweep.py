@@ -8,10 +8,11 @@ import difflib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
-from lorafit.errors import UsageError, printable
+from lorafit.errors import UsageError
 from lorafit.recipe import RecipeError, Source
 from lorafit.recipe.load import sections
 from lorafit.recipe.source import shorten
+from lorafit.text import printable
 
 SHORT_NAMES = {"batch": "training.per_device_train_batch_size"}
 MOST_CELLS = 400

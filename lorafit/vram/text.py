@@ -6,8 +6,9 @@ from rich.markup import escape
 
 from lorafit.console import Console, print_line, print_table, table
 from lorafit.gpus import Device
-from lorafit.memory import MIB, Term
-from lorafit.vram.answer import HERE, Answer, Cell, Verdict, command_line, gib
+from lorafit.memory import Term
+from lorafit.text import MIB, gib
+from lorafit.vram.answer import HERE, Answer, Cell, Verdict, command_line
 from lorafit.vram.ask import Reply
 from lorafit.vram.calibrate import Calibration
 from lorafit.vram.cost import UNKNOWN, Spending, flops_text, money_text, time_text

@@ -16,11 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafit.bounds import read_json
 from lorafit.engine.evaluate.arithmetic import autocast
 from lorafit.engine.evaluate.models import Contender, base_of, merged_at, result_of
 from lorafit.engine.model import base_source, load_adapter, load_base, on_cpu
 from lorafit.errors import ModelError, UsageError
-from lorafit.facts.folder import read_json
 from lorafit.files import check
 from lorafit.hardware import available_memory
 from lorafit.options.bench import Shape

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lorafit.bounds import read_json
 from lorafit.engine.bench.measure import (
     Clock,
     Pass,
@@ -40,7 +41,6 @@ from lorafit.engine.evaluate.models import Contender, groups
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import UsageError
-from lorafit.facts.folder import read_json
 from lorafit.files import write_text
 from lorafit.hardware import detect
 from lorafit.options.bench import BenchOptions, Shape

@@ -18,11 +18,11 @@ from lorafit.console import Console
 from lorafit.engine.data.render import ChatTemplate
 from lorafit.engine.evaluate.arithmetic import autocast
 from lorafit.engine.evaluate.models import Loaded
-from lorafit.errors import DataError, DoesNotFitError, LorafitError, UsageError, first_line, is_out_of_memory
+from lorafit.errors import DataError, DoesNotFitError, LorafitError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import BASE
 from lorafit.options.chat import ChatOptions, Turn, Write, harmless
-from lorafit.plan.adapters import near
 from lorafit.rows import Message
+from lorafit.text import first_line, near
 
 
 @dataclass(frozen=True)

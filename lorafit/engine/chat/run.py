@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
+from lorafit.bounds import read_json
 from lorafit.console import Console
 from lorafit.engine.chat.conversation import Conversation, Room, known
 from lorafit.engine.data.render import ChatTemplate, special_tokens
@@ -21,13 +22,13 @@ from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import cannot_load, gguf, load_tokenizer, location
 from lorafit.errors import ModelError, UsageError
 from lorafit.evaluation.figures import BASE
-from lorafit.facts.folder import read_json, weight_files
+from lorafit.facts.folder import weight_files
 from lorafit.files import check
 from lorafit.options.chat import ChatOptions, Turn, Write
 from lorafit.plan import Plan
-from lorafit.plan.adapters import near
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located, open_run
+from lorafit.text import near
 from lorafit.written import expanded
 
 

@@ -18,9 +18,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.render import UNTRAINED, Rendered, Renderer, Span
-from lorafit.errors import DataError, ModelError, first_line
+from lorafit.errors import DataError, ModelError
 from lorafit.rows import Example, Fault, Row, Shape, place_of, to_example
 from lorafit.rows.audit import SourceAudit
+from lorafit.text import first_line
 
 IGNORED = -100
 _BATCH_ROWS = 1000

@@ -22,13 +22,14 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.engine.data.encode import Lengths, TokenRow, Tokens, read_examples, tokenize
 from lorafit.engine.data.render import Renderer
 from lorafit.engine.data.table import TRAINED, Numbers, read_table, write_table
-from lorafit.errors import DataError, first_line
+from lorafit.errors import DataError
 from lorafit.facts import spare_retries
 from lorafit.plan.values import DataPlan, SourcePlan, validation_rows
 from lorafit.progress import counting, each, stage
 from lorafit.rows import Row, detect_format, digest, place_of, read_rows
 from lorafit.rows.audit import Audit, Finding, PartAudit, SourceAudit
 from lorafit.rows.cache import entry, kept, prune, rows_key, set_key
+from lorafit.text import first_line
 
 
 @dataclass(frozen=True)

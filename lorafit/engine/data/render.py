@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from lorafit import bounds
-from lorafit.errors import DataError, ModelError, first_line
+from lorafit.errors import DataError, ModelError
 from lorafit.facts.template import (
     GENERATION,
     empty_reasoning,
@@ -29,6 +29,7 @@ from lorafit.facts.template import (
     uses_date,
 )
 from lorafit.rows import Example, Fault, Message
+from lorafit.text import first_line
 
 # What transformers compiles every chat template with, here and for whoever else asks a tokenizer.
 chat_template_utils.ImmutableSandboxedEnvironment = bounds.Environment

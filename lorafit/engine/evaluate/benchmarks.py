@@ -18,17 +18,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.evaluate.arithmetic import autocast
-from lorafit.engine.evaluate.tasks import Benchmarks, Manager, Task, kept_templates, load, manager_of, resolve
-from lorafit.errors import (
-    DataError,
-    DoesNotFitError,
-    MissingError,
-    UsageError,
-    first_line,
-    is_out_of_memory,
-)
+from lorafit.engine.evaluate.tasks import Benchmarks, Task, kept_templates, load, manager_of, resolve
+from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, is_out_of_memory
 from lorafit.evaluation.results import Metric
 from lorafit.progress import counting, stage
+from lorafit.text import first_line
 
 Values: TypeAlias = list[tuple[int, float, float]]
 """(document, numerator, denominator), documents from 0."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from peft import PeftModel
 
+from lorafit.bounds import read_json
 from lorafit.engine.evaluate.arithmetic import autocast, ready
 from lorafit.engine.loss import settle_head
 from lorafit.engine.model import base_source, load_base, on_cpu
@@ -22,7 +23,6 @@ from lorafit.engine.tokenizer import cannot_load
 from lorafit.errors import ModelError, UsageError
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
-from lorafit.facts.folder import read_json
 from lorafit.files import check, check_own, file_digest
 from lorafit.options.evaluate import Options, name_of
 from lorafit.plan import Plan

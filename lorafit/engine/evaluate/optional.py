@@ -58,7 +58,7 @@ def look_at_benchmarks(section: dict[str, Any]) -> None:
 
 
 def _asked(section: dict[str, Any]) -> Any:
-    from lorafit.engine.evaluate.benchmarks import Benchmarks
+    from lorafit.engine.evaluate.tasks import Benchmarks
 
     values = section["lm_eval"] | {"tasks": tuple(section["lm_eval"]["tasks"])}
     return Benchmarks(**values, trust_code=section["trust_code"], batch_size=BATCH, seed=section["seed"])

@@ -31,16 +31,7 @@ from lorafit.engine.evaluate.sets import HELD_OUT, EvalRows, OptionRow, option_r
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import GateError, Interrupted, UsageError
-from lorafit.evaluation.figures import (
-    BASE,
-    LOSS,
-    Rows,
-    expected_figures,
-    figures_of,
-    samples_of,
-    score,
-    speeds,
-)
+from lorafit.evaluation.figures import BASE, LOSS, Rows, expected_figures, figures_of, samples_of, score, speeds
 from lorafit.evaluation.gates import (
     BASELINE,
     Demand,

@@ -21,12 +21,13 @@ from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
 from lorafit.engine.data.prepare import Prepared, prepare, rows_of
 from lorafit.engine.data.render import Renderer, special_tokens
 from lorafit.engine.evaluate.choices import Choice
-from lorafit.errors import DataError, first_line
+from lorafit.errors import DataError
 from lorafit.facts.template import REASONING, opens_reasoning, without_header, without_reasoning
 from lorafit.plan import Plan, SourcePlan
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Example, Fault, Row, detect_format, digest, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
+from lorafit.text import first_line
 
 Role = Literal["task", "forgetting"]
 TEXTS = Path(__file__).parent / "texts"

@@ -7,18 +7,17 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 from jinja2 import BaseLoader, StrictUndefined
 
 from lorafit.bounds import Environment, read_bytes, within
-from lorafit.errors import DataError, LorafitError, UsageError, first_line
-from lorafit.plan.adapters import near
+from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.text import first_line, near
 from lorafit.written import expanded
-
 
 Task: TypeAlias = Any
 """A task of the harness, its documents loaded."""

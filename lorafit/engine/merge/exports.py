@@ -16,7 +16,7 @@ from lorafit.engine.merge.folder import copy_tokenizer, write_report
 from lorafit.engine.merge.verify import PROBES, Reference, breaches, compare_folder
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import cannot_load, tokenizer_of
-from lorafit.errors import DoesNotFitError, GateError, ModelError, first_line, is_out_of_memory
+from lorafit.errors import DoesNotFitError, GateError, ModelError, is_out_of_memory
 from lorafit.export.gguf import export_gguf, parse_export
 from lorafit.export.hub import push
 from lorafit.export.ollama import modelfile
@@ -24,6 +24,7 @@ from lorafit.export.vocabulary import read_vocabulary, stop_ids
 from lorafit.files import claim, discard, staged
 from lorafit.options.merge import Options, copy_of, gguf_of, unverified
 from lorafit.progress import each, stage
+from lorafit.text import first_line
 
 COMPARED_ROWS = 8
 """Rows that a GGUF file is compared on."""

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import read_json
 from lorafit.engine.tokenizer import tokenizer_of
 from lorafit.facts import TOKENIZER_FILES, TokenizerFacts
-from lorafit.facts.folder import read_json, tokenizer_facts
+from lorafit.facts.folder import tokenizer_facts
 from lorafit.facts.template import inspect_template
 from lorafit.files import write_text
 

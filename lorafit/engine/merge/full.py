@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lorafit.engine.merge.quantized import RoundTrip
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import cannot_load
-from lorafit.errors import GateError, ModelError, first_line
+from lorafit.errors import GateError, ModelError
 from lorafit.plan.adapters import check_adapter
+from lorafit.text import first_line
 
 
 def merge_in_memory(

@@ -31,9 +31,10 @@ from transformers.core_model_loading import (
 )
 
 from lorafit.engine.merge.edits import ADAPTER, BiasEdit, Edit, Replacement, TokensEdit, edit_of
-from lorafit.errors import LorafitError, ModelError, first_line
+from lorafit.errors import LorafitError, ModelError
 from lorafit.facts import safetensors_header
 from lorafit.plan.adapters import check_adapter
+from lorafit.text import first_line
 
 
 class NotOneByOne(Exception):

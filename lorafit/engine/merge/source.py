@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.bounds import read_json
 from lorafit.engine.tokenizer import cannot_load
 from lorafit.errors import ModelError, UsageError
-from lorafit.facts.folder import read_json
 from lorafit.files import check
 from lorafit.plan import Plan
 from lorafit.run.directory import RunDir, located, open_run

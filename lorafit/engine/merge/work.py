@@ -12,26 +12,13 @@ from typing import Any
 
 import torch
 
+from lorafit.bounds import read_json
 from lorafit.console import Console
 from lorafit.engine.merge.edits import Combination
-from lorafit.engine.merge.folder import (
-    TYPES,
-    copy_tokenizer,
-    tokenizer_folder,
-    write_config,
-    write_generation_config,
-)
+from lorafit.engine.merge.folder import TYPES, copy_tokenizer, tokenizer_folder, write_config, write_generation_config
 from lorafit.engine.merge.full import merge_in_memory
 from lorafit.engine.merge.quantized import RoundTrip
-from lorafit.engine.merge.skeleton import (
-    Attached,
-    NotOneByOne,
-    attach,
-    empty_model,
-    match_keys,
-    read_config,
-    resized,
-)
+from lorafit.engine.merge.skeleton import Attached, NotOneByOne, attach, empty_model, match_keys, read_config, resized
 from lorafit.engine.merge.source import Base, Source
 from lorafit.engine.merge.stream import Merged, stream
 from lorafit.engine.merge.task import Task
@@ -40,7 +27,6 @@ from lorafit.engine.merge.verify import Proof, Reference, measure, rows_to_compa
 from lorafit.engine.tokenizer import load_tokenizer, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.facts import weight_files
-from lorafit.facts.folder import read_json
 from lorafit.files import file_digest
 from lorafit.hardware import available_memory
 from lorafit.options.merge import Options

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import read_text
-from lorafit.errors import GateError, UsageError, first_line
+from lorafit.errors import GateError, UsageError
 from lorafit.files import write_text
 from lorafit.options.smoke import Report, Step
+from lorafit.text import first_line
 
 FORMAT = 1
 EXACT = 1e-9

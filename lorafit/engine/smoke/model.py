@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from lorafit.engine.tokenizer import cannot_load, gguf, location
-from lorafit.errors import ModelError, first_line
+from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, Tensor, hub_unreachable, read_facts
 from lorafit.facts.template import inspect_template
 from lorafit.recipe import Recipe
+from lorafit.text import first_line
 
 BLOCK = 64
 """bitsandbytes quantizes blocks of so many weights, and its kernels for a CPU want rows of whole blocks."""

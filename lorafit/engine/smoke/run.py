@@ -37,14 +37,7 @@ from lorafit.engine.train import Start, train
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import detect_cpu, meant_hardware
-from lorafit.options.smoke import (
-    DEFAULT_STEPS,
-    DEFAULT_TOLERANCE,
-    Replaced,
-    Report,
-    SmokeOptions,
-    Step,
-)
+from lorafit.options.smoke import DEFAULT_STEPS, DEFAULT_TOLERANCE, Replaced, Report, SmokeOptions, Step
 from lorafit.plan import Plan, make_plan
 from lorafit.progress import stage
 from lorafit.recipe import Recipe

@@ -28,7 +28,7 @@ from lorafit.engine.trace.steps import (
     record_pass,
     record_weights,
 )
-from lorafit.errors import ModelError, UsageError, first_line
+from lorafit.errors import ModelError, UsageError
 from lorafit.memory.allocator import Replay, replay
 from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, cautions, highest, serve
 from lorafit.memory.estimate import Estimate, Term, band_of
@@ -36,6 +36,7 @@ from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import own_bytes
 from lorafit.memory.static import state_sizes, trained, weight_terms
 from lorafit.memory.tape import FREE
+from lorafit.text import first_line
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import read_bytes
-from lorafit.errors import UsageError, first_line, printable
+from lorafit.errors import UsageError
 from lorafit.evaluation.inputs import LARGEST_MODULE, module_specs
 from lorafit.evaluation.metrics.metric import AnswerMetric, Judged
 from lorafit.evaluation.results import Metric
+from lorafit.text import first_line, printable
 
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[A-Za-z_][A-Za-z0-9_]*")
 _SHOWN = 60

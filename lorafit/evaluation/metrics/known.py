@@ -13,7 +13,7 @@ from lorafit.evaluation.metrics import text as overlap
 from lorafit.evaluation.metrics.custom import check_function, custom_info, custom_metric
 from lorafit.evaluation.metrics.metric import AnswerMetric, PairScore, load_extra
 from lorafit.evaluation.results import Metric
-from lorafit.plan.adapters import near
+from lorafit.text import near
 
 MetricSpec = str | Mapping[str, str]
 """`exact_match`, `{'regex': PATTERN}` or `module:function`."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lorafit.bounds import read_text, within
-from lorafit.errors import UsageError, first_line
+from lorafit.errors import UsageError
 from lorafit.evaluation.metrics.metric import PairScore, load_extra
+from lorafit.text import first_line
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -10,8 +10,9 @@ from collections import Counter
 from typing import Any
 
 from lorafit.bounds import within
-from lorafit.errors import UsageError, first_line
+from lorafit.errors import UsageError
 from lorafit.evaluation.metrics.metric import PairScore, load_extra
+from lorafit.text import first_line
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _GRAM = 4

@@ -9,9 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lorafit.text import GIB, MIB
+
 NONE = "–"
-GIB = 1024**3
-MIB = 1024**2
 
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode categories that a reader can't see, or that change how what follows is read."""

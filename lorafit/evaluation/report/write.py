@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lorafit.bounds import read_json
 from lorafit.evaluation.report.html import write_html
 from lorafit.evaluation.report.text import as_junit, as_markdown
 from lorafit.evaluation.results import Results, Sample
-from lorafit.facts.folder import read_json
 from lorafit.files import staged
 from lorafit.run.directory import RunDir
 from lorafit.written import References, as_written

@@ -13,11 +13,11 @@ from typing import Any, Literal, NoReturn, TypeVar
 import yaml
 
 from lorafit.bounds import read_bytes
-from lorafit.errors import UsageError, printable
+from lorafit.errors import UsageError
 from lorafit.init.write import Document, Line
-from lorafit.plan.adapters import near
 from lorafit.recipe import RecipeError
 from lorafit.recipe.source import MAX_BYTES, Located, SourceMistakes, _compose, _Reader, parse_scalar, shorten
+from lorafit.text import near, printable
 
 
 class _Dialect(_Reader):
