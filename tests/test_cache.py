@@ -572,7 +572,7 @@ PREPARE = """
 import sys, time
 from pathlib import Path
 import lorafit.engine.data.prepare
-from lorafit.tokenizer import load_tokenizer
+from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 
