@@ -9,9 +9,6 @@ from typing import get_args
 
 from lorafit.errors import UsageError
 from lorafit.init.peers import axolotl, llamafactory, trl
-from lorafit.init.peers import axolotl as axolotl_keys
-from lorafit.init.peers import llamafactory as llamafactory_keys
-from lorafit.init.peers import trl as trl_keys
 from lorafit.init.peers.convert import Conversion, Kind, Rules, find, read_peer
 from lorafit.recipe.source import Located
 from lorafit.text import near
@@ -35,11 +32,9 @@ class Peer:
 
 
 PEERS: dict[Kind, Peer] = {
-    "axolotl": Peer(axolotl_keys.TITLE, axolotl_keys.MARKS, axolotl_keys.RULES, axolotl.assemble),
-    "llamafactory": Peer(
-        llamafactory_keys.TITLE, llamafactory_keys.MARKS, llamafactory_keys.RULES, llamafactory.assemble
-    ),
-    "trl": Peer(trl_keys.TITLE, trl_keys.MARKS, trl_keys.RULES, trl.assemble),
+    "axolotl": Peer(axolotl.TITLE, axolotl.MARKS, axolotl.RULES, axolotl.assemble),
+    "llamafactory": Peer(llamafactory.TITLE, llamafactory.MARKS, llamafactory.RULES, llamafactory.assemble),
+    "trl": Peer(trl.TITLE, trl.MARKS, trl.RULES, trl.assemble),
 }
 MAPPINGS: dict[Kind, Rules] = {kind: peer.rules for kind, peer in PEERS.items()}
 """What becomes of every key, by tool: for the documentation."""

@@ -66,15 +66,9 @@ PEFT_DEFAULTS = {
 }
 """What PEFT adapts in families where it is not the query and value, if nothing is asked for."""
 
-TRANSFORMERS: Rules = table(
+OPTIMIZATION: Rules = table(
     becomes("learning_rate", "training.learning_rate", above_zero),
-    becomes("per_device_train_batch_size", "training.per_device_train_batch_size", count),
-    becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", count),
-    decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
-    decides("warmup_ratio warmup_steps", "training.warmup_ratio, training.warmup_steps"),
-    decides("lr_scheduler_type", "training.lr_scheduler_type"),
     becomes("lr_scheduler_kwargs", "training.lr_scheduler_kwargs", mapping),
-    decides("optim", "training.optim"),
     becomes("weight_decay", "training.weight_decay", number),
     becomes("adam_beta1", "training.adam_beta1", number),
     becomes("adam_beta2", "training.adam_beta2", number),
@@ -84,13 +78,24 @@ TRANSFORMERS: Rules = table(
     becomes("seed", "training.seed", whole),
     becomes("dataloader_num_workers", "training.dataloader_num_workers", whole),
     becomes("output_dir", "output_dir", text),
+    becomes("save_total_limit", "training.save_total_limit", limit),
+    decides("warmup_ratio warmup_steps", "training.warmup_ratio, training.warmup_steps"),
+    decides("load_best_model_at_end", "training.load_best_model_at_end"),
+)
+"""What axolotl calls as transformers does."""
+
+TRANSFORMERS: Rules = table(
+    OPTIMIZATION,
+    becomes("per_device_train_batch_size", "training.per_device_train_batch_size", count),
+    becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", count),
+    decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
+    decides("lr_scheduler_type", "training.lr_scheduler_type"),
+    decides("optim", "training.optim"),
     decides("bf16 fp16", "model.dtype"),
     decides("logging_steps logging_strategy", "training.logging_steps"),
     decides("eval_strategy evaluation_strategy eval_steps", "training.eval_strategy, training.eval_steps"),
     decides("save_strategy save_steps", "training.save_strategy, training.save_steps"),
     decides("per_device_eval_batch_size", "training.per_device_eval_batch_size"),
-    decides("load_best_model_at_end", "training.load_best_model_at_end"),
-    becomes("save_total_limit", "training.save_total_limit", limit),
     decides("report_to", "training.report_to"),
     decides("group_by_length train_sampling_strategy", "training.train_sampling_strategy"),
     idle(
