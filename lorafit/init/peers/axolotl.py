@@ -235,7 +235,7 @@ def _masking(c: Conversion) -> None:
     if any(source["format"] == "text" for source in c.value("dataset.train")) and not everything:
         return _too_long(c)  # texts are learned whole, and what else there is has only its answers learned, by default
     if not everything and c.value("dataset.loss_on") is None:
-        c.put("dataset.loss_on", "assistant", "train_on_inputs" if c.given("train_on_inputs") else "axolotl's default")
+        c.put("dataset.loss_on", "assistant", c.why("train_on_inputs"))
     elif everything:
         c.put("dataset.loss_on", "all", "train_on_inputs")
     return _too_long(c)
@@ -245,7 +245,7 @@ def _too_long(c: Conversion) -> None:
     strategy = c.get("excess_length_strategy", text, "drop")
     if strategy not in ("drop", "truncate"):
         c.refuse("excess_length_strategy", f"lorafit knows drop and truncate, not {strategy}")
-    why = "excess_length_strategy" if c.given("excess_length_strategy") else "axolotl's default"
+    why = c.why("excess_length_strategy")
     c.put("dataset.excess_length_strategy", strategy, why)
 
 
@@ -266,7 +266,7 @@ def _precision(c: Conversion, adapter: bool) -> None:
     if dtype == "float16" and not adapter:
         c.note(key, "lorafit trains no float16 weights in full; float32 is written")
         dtype = "float32"
-    c.put("model.dtype", dtype, key if c.given(key) else "axolotl's default")
+    c.put("model.dtype", dtype, c.why(key))
 
 
 def _attention(c: Conversion) -> None:
@@ -310,18 +310,14 @@ def _batches(c: Conversion) -> None:
     if total:
         c.put("training.gradient_accumulation_steps", max(total // rows, 1), "batch_size / micro_batch_size")
     else:
-        why = "gradient_accumulation_steps" if c.given("gradient_accumulation_steps") else "axolotl's default"
+        why = c.why("gradient_accumulation_steps")
         c.put("training.gradient_accumulation_steps", c.get("gradient_accumulation_steps", count, 1), why)
     checkpointing = c.plain("gradient_checkpointing")
     if isinstance(checkpointing, str) and checkpointing in ("offload", "offload_disk", "unsloth"):
         c.note("gradient_checkpointing", f"'{checkpointing}': no equivalent; plain checkpointing is written")
         checkpointing = True
     on = False if checkpointing is None else c.read("gradient_checkpointing", flag, checkpointing)
-    c.put(
-        "training.gradient_checkpointing",
-        on,
-        "gradient_checkpointing" if checkpointing is not None else "axolotl's default",
-    )
+    c.put("training.gradient_checkpointing", on, c.why("gradient_checkpointing"))
     noise = c.get("noisy_embedding_alpha", above_zero, 0.0)
     if noise:
         c.put("training.neftune_noise_alpha", noise, "noisy_embedding_alpha")
@@ -355,11 +351,7 @@ def _validation(c: Conversion) -> None:
         c.lines.pop("training.per_device_eval_batch_size", None)
         return
     best = c.get("load_best_model_at_end", flag, bool(c.value("training.early_stopping_patience")))
-    c.put(
-        "training.load_best_model_at_end",
-        best,
-        "load_best_model_at_end" if c.given("load_best_model_at_end") else "axolotl's default",
-    )
+    c.put("training.load_best_model_at_end", best, c.why("load_best_model_at_end"))
 
 
 def _trackers(c: Conversion) -> None:

@@ -151,7 +151,7 @@ def scheduler(c: Conversion, key: str, default: str) -> None:
         if c.lines.pop("training.lr_scheduler_kwargs", None):
             c.note("lr_scheduler_kwargs", f"no equivalent: they are those of '{name}'")
         name = default
-    c.put("training.lr_scheduler_type", name, key if c.given(key) else f"{c.title}'s default")
+    c.put("training.lr_scheduler_type", name, c.why(key))
 
 
 def optimizer(c: Conversion, key: str) -> None:
@@ -159,7 +159,7 @@ def optimizer(c: Conversion, key: str) -> None:
     if name not in OPTIMIZERS:
         c.note(key, f"'{name}': no equivalent; {FUSED} is written in its place")
         name = FUSED
-    c.put("training.optim", OPTIMIZERS[name], key if c.given(key) else f"{c.title}'s default")
+    c.put("training.optim", OPTIMIZERS[name], c.why(key))
 
 
 def warmup(c: Conversion) -> None:
@@ -171,8 +171,7 @@ def warmup(c: Conversion) -> None:
     elif steps or ratio:
         c.put("training.warmup_ratio", steps or ratio, "warmup_steps" if steps else "warmup_ratio")
     else:
-        given = next((key for key in ("warmup_steps", "warmup_ratio") if c.given(key)), None)
-        c.put("training.warmup_steps", 0, given or f"{c.title}'s default")
+        c.put("training.warmup_steps", 0, c.why("warmup_steps", "warmup_ratio"))
 
 
 def trackers(c: Conversion) -> None:
@@ -362,5 +361,4 @@ def quiet_evaluation(c: Conversion) -> None:
         best = False
     else:
         best = c.get("load_best_model_at_end", flag, False)
-    given = c.given("load_best_model_at_end")
-    c.put("training.load_best_model_at_end", best, "load_best_model_at_end" if given else f"{c.title}'s default")
+    c.put("training.load_best_model_at_end", best, c.why("load_best_model_at_end"))

@@ -302,10 +302,14 @@ class Conversion:
         """Set a value of the recipe; where it comes from stands beside it."""
         self.lines[target] = Line(value, why)
 
+    def why(self, *keys: str) -> str:
+        """The first of the keys that is given; else that the value is the tool's default."""
+        return next((key for key in keys if self.given(key)), f"{self.title}'s default")
+
     def default(self, target: str, value: Any) -> None:
         """A value that the tool has where nothing is said."""
         if target not in self.lines:
-            self.put(target, value, f"{self.title}'s default")
+            self.put(target, value, self.why())
 
     def value(self, target: str) -> Any:
         return self.lines[target].value if target in self.lines else None

@@ -299,7 +299,7 @@ def _method(c: Conversion) -> None:
         c.put("lora.lora_alpha", 2 * c.value("lora.r"), "LLaMA-Factory's default: twice lora_rank")
     c.default("lora.lora_dropout", 0.0)
     targets = c.get("lora_target", names, ["all"])
-    why = "lora_target" if c.given("lora_target") else "LLaMA-Factory's default"
+    why = c.why("lora_target")
     c.put("lora.target_modules", "all-linear" if targets == ["all"] else targets, why)
     if c.get("pissa_init", flag, False):
         rounds = c.get("pissa_iter", whole, 16)
@@ -314,13 +314,8 @@ def _quantization(c: Conversion, bits: int) -> None:
     c.put(f"quantization.load_in_{bits}bit", True, "quantization_bit")
     if bits == 4:
         kind, double = c.get("quantization_type", text, "nf4"), c.get("double_quantization", flag, True)
-        own = "LLaMA-Factory's default"
-        c.put("quantization.bnb_4bit_quant_type", kind, "quantization_type" if c.given("quantization_type") else own)
-        c.put(
-            "quantization.bnb_4bit_use_double_quant",
-            double,
-            "double_quantization" if c.given("double_quantization") else own,
-        )
+        c.put("quantization.bnb_4bit_quant_type", kind, c.why("quantization_type"))
+        c.put("quantization.bnb_4bit_use_double_quant", double, c.why("double_quantization"))
         if c.get("bf16", flag, False):
             c.note(
                 "quantization_bit", "with a 4-bit base lorafit keeps the adapter in bfloat16, LLaMA-Factory in float32"
@@ -334,8 +329,7 @@ def _masking(c: Conversion) -> None:
     elif c.get("mask_history", flag, False):
         c.put("dataset.loss_on", "completion", "mask_history: only the last answer")
     else:
-        given = next((key for key in ("train_on_prompt", "mask_history") if c.given(key)), None)
-        c.put("dataset.loss_on", "assistant", given or "LLaMA-Factory's default")
+        c.put("dataset.loss_on", "assistant", c.why("train_on_prompt", "mask_history"))
 
 
 def _precision(c: Conversion) -> None:
@@ -371,7 +365,7 @@ def _attention(c: Conversion) -> tuple[str, str]:
     if name not in ATTENTION:
         c.note("flash_attn", f"'{name}': no equivalent; lorafit chooses")
         name = "auto"
-    return ATTENTION[name], "flash_attn" if c.given("flash_attn") else "LLaMA-Factory's default"
+    return ATTENTION[name], c.why("flash_attn")
 
 
 def _training(c: Conversion) -> None:
@@ -391,7 +385,7 @@ def _training(c: Conversion) -> None:
     ):
         c.default(target, value)
     off = c.get("disable_gradient_checkpointing", flag, False)
-    given = "disable_gradient_checkpointing" if c.given("disable_gradient_checkpointing") else "LLaMA-Factory's default"
+    given = c.why("disable_gradient_checkpointing")
     c.put("training.gradient_checkpointing", not off, given)
     schedule(c, "num_train_epochs", 3.0)
     scheduler(c, "lr_scheduler_type", "linear")

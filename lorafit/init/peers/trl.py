@@ -112,10 +112,6 @@ def assemble(c: Conversion) -> None:
     trackers(c)
 
 
-def _why(c: Conversion, key: str) -> str:
-    return key if c.given(key) else "TRL's default"
-
-
 def _quantization(c: Conversion, adapter: bool) -> None:
     four, eight = c.get("load_in_4bit", flag, False), c.get("load_in_8bit", flag, False)
     key = "load_in_4bit" if four else "load_in_8bit"
@@ -125,9 +121,9 @@ def _quantization(c: Conversion, adapter: bool) -> None:
         c.put(f"quantization.{key}", True, key)
     if four:
         kind = c.get("bnb_4bit_quant_type", text, "nf4")
-        c.put("quantization.bnb_4bit_quant_type", kind, _why(c, "bnb_4bit_quant_type"))
+        c.put("quantization.bnb_4bit_quant_type", kind, c.why("bnb_4bit_quant_type"))
         double = c.get("use_bnb_nested_quant", flag, False)
-        c.put("quantization.bnb_4bit_use_double_quant", double, _why(c, "use_bnb_nested_quant"))
+        c.put("quantization.bnb_4bit_use_double_quant", double, c.why("use_bnb_nested_quant"))
 
 
 def _adapter(c: Conversion) -> None:
@@ -154,7 +150,7 @@ def _precision(c: Conversion, adapter: bool) -> None:
         c.note(key if c.given(key) else "dtype", message, "model.dtype")
     if dtype == "float32" and mixed and not adapter:
         dtype = "auto"  # which is float32 weights with 16-bit arithmetic
-    c.put("model.dtype", dtype, _why(c, key))
+    c.put("model.dtype", dtype, c.why(key))
 
 
 def _attention(c: Conversion) -> None:
@@ -200,7 +196,7 @@ def _sources(c: Conversion) -> None:
     elif c.given("dataset_name") and _evaluates(c):
         rows = _split(c, "dataset_test_split", "test")
         if "split" in rows or rows["path"] != c.plain("dataset_name"):
-            c.put("dataset.validation", [_shaped(c, rows)], _why(c, "dataset_test_split"))
+            c.put("dataset.validation", [_shaped(c, rows)], c.why("dataset_test_split"))
     if c.get("dataset_streaming", flag, False) or c.get("streaming", flag, False):
         c.put("dataset.streaming", True, "dataset_streaming")
 
@@ -246,9 +242,9 @@ def _masking(c: Conversion) -> None:
     if c.get("assistant_only_loss", flag, False):
         c.put("dataset.loss_on", "assistant", "assistant_only_loss")
     elif forms == {"prompt_completion"} and (only is None or c.read("completion_only_loss", flag, only)):
-        c.put("dataset.loss_on", "completion", _why(c, "completion_only_loss"))
+        c.put("dataset.loss_on", "completion", c.why("completion_only_loss"))
     else:
-        c.put("dataset.loss_on", "all", _why(c, "completion_only_loss"))
+        c.put("dataset.loss_on", "all", c.why("completion_only_loss"))
         if "auto" in forms and only is not False:
             c.note("dataset_name", "the rows are not here: if they have prompt and completion, set loss_on: completion")
             c.fates["dataset_name"] = "dataset.train"
@@ -259,7 +255,7 @@ def _training(c: Conversion) -> None:
     length = c.get(key, whole, 1024)
     if "max_length" in c.source and not c.given("max_length"):
         c.note("max_length", "null: TRL cuts no rows; lorafit needs a limit, 1024 is written")
-    c.put("training.max_length", length, _why(c, key))
+    c.put("training.max_length", length, c.why(key))
     for target, value in (
         ("training.per_device_train_batch_size", 8),
         ("training.gradient_accumulation_steps", 1),
@@ -270,7 +266,7 @@ def _training(c: Conversion) -> None:
     ):
         c.default(target, value)
     key = "gradient_checkpointing" if c.given("gradient_checkpointing") else "activation_checkpointing"
-    c.put("training.gradient_checkpointing", c.get(key, flag, True), _why(c, key))
+    c.put("training.gradient_checkpointing", c.get(key, flag, True), c.why(key))
     schedule(c, "num_train_epochs", 3.0)
     scheduler(c, "lr_scheduler_type", "linear")
     warmup(c)
