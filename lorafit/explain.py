@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorafit.errors import UsageError
-from lorafit.outcome import Planned
+from lorafit.outcome import Outcome
 from lorafit.plan import Choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import may_be_null, near_key, section_at, sections
@@ -122,9 +122,9 @@ class Explanation:
     remarks: tuple[str, ...] = ()
 
 
-def explain(recipe: Recipe, plan: Planned, asked: str | None = None) -> Explanation:
+def explain(outcome: Outcome, asked: str | None = None) -> Explanation:
     """All values, or those of a section, or one. Raises UsageError for a key that doesn't exist."""
-    choices = plan.choices | defaults_of(recipe, plan)
+    recipe, choices = outcome.recipe, outcome.choices | defaults_of(outcome)
     found = [_as_written(recipe, _explained(recipe, *each, choices)) for each in flatten(recipe.resolved())]
     found += _shortened_lists(recipe)
     known = {one.key for one in found}
@@ -133,7 +133,7 @@ def explain(recipe: Recipe, plan: Planned, asked: str | None = None) -> Explanat
         for key, choice in choices.items()
         if key not in known
     ]
-    remarks = tuple(f"not all is known: {reason}" for reason in plan.unknown)
+    remarks = tuple(f"not all is known: {reason}" for reason in outcome.unknown)
     if asked is None:
         return Explanation(tuple(found), None, remarks)
     key = re.sub(r"\[(\d+)\]", r".\1", asked)
@@ -176,17 +176,17 @@ def _shortened_lists(recipe: Recipe) -> list[Explained]:
     return found
 
 
-def defaults_of(recipe: Recipe, plan: Planned) -> dict[str, Choice]:
+def defaults_of(outcome: Outcome) -> dict[str, Choice]:
     """What absent keys come to, where the plan has it without giving a reason."""
-    training, kwargs = recipe.training, plan.training_kwargs
+    recipe, training = outcome.recipe, outcome.recipe.training
     found: dict[str, Choice] = {}
     if training.num_train_epochs is None and training.max_steps is None:
-        found["training.num_train_epochs"] = Choice(kwargs["num_train_epochs"], "default")
+        found["training.num_train_epochs"] = Choice(outcome.training_kwargs["num_train_epochs"], "default")
     if training.global_batch_size is None:
-        reason = "rows x passes x processes" if plan.hardware.world_size > 1 else "rows x passes"
-        found["training.global_batch_size"] = Choice(plan.rows_per_step, reason)
-    if recipe.output_dir is None and plan.plan is not None:
-        found["output_dir"] = Choice(plan.plan.output_dir, "by the recipe's file name")
+        reason = "rows x passes x processes" if outcome.hardware.world_size > 1 else "rows x passes"
+        found["training.global_batch_size"] = Choice(outcome.rows_per_step, reason)
+    if recipe.output_dir is None and outcome.plan is not None:
+        found["output_dir"] = Choice(outcome.plan.output_dir, "by the recipe's file name")
     return found
 
 

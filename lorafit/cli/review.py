@@ -30,12 +30,11 @@ def explain(
     asked = hardware_for(gpu, here)
     from lorafit.explain import as_dict, text
     from lorafit.explain import explain as run_explain
-    from lorafit.hardware import meant_hardware
-    from lorafit.outcome import planned
+    from lorafit.outcome import Outcomes
     from lorafit.recipe import Recipe
 
     recipe = Recipe.load(config, overrides or ())
-    found = run_explain(recipe, planned(recipe, config.stem, asked or meant_hardware(recipe)), key)
+    found = run_explain(Outcomes(asked).of(recipe, config.stem, count_rows=True), key)
     for remark in found.remarks:
         talk().print(remark, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if as_json:
@@ -77,7 +76,7 @@ def diff(
         fail(
             f"expected two recipes, got {len(paths)}; to compare with a revision, give --against", UsageError.exit_code
         )
-    from lorafit.diff.compare import difference
+    from lorafit.diff.consequences import difference
     from lorafit.diff.pull_request import compare_all, shown
 
     hardware = hardware_for(gpu)

@@ -1,14 +1,20 @@
-"""What follows from a change of a recipe: sizes, memory, steps, and what `auto` makes of it."""
+"""Two recipes compared: what differs, and what follows from it in sizes, memory, steps, and what `auto` makes of it."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorafit.diff.side import Side
-from lorafit.diff.values import Change
-from lorafit.text import printable
+from lorafit.diff.recipes import Change, Opened, compare, open_recipe
+from lorafit.diff.warnings import Warned, scale, warnings
+from lorafit.explain import defaults_of
+from lorafit.hardware import Hardware
+from lorafit.outcome import Outcome, Outcomes
+from lorafit.rows import is_local
+from lorafit.text import first_line, printable
+from lorafit.written import at_keys
 
 Unit = Literal["count", "bytes", "number", "text"]
 _NO_VALUES = {"steps"}
@@ -41,16 +47,16 @@ class Follower:
     reason: str
 
 
-def consequences(before: Side, after: Side) -> list[Consequence]:
-    """The figures of both sides; those that neither has are left out."""
+def consequences(before: Outcome, after: Outcome) -> list[Consequence]:
+    """The figures of both recipes; those that neither has are left out."""
     both = [Consequence(name, old, new, unit) for name, old, new, unit in _figures(before, after)]
     return [one for one in both if one.before is not None or one.after is not None]
 
 
-def followers(before: Side, after: Side, changes: list[Change]) -> list[Follower]:
+def followers(before: Outcome, after: Outcome, changes: list[Change]) -> list[Follower]:
     """The plan's choices that differ although the recipe's own value is the same."""
     changed = {change.key for change in changes}
-    old, new = before.plan.choices, after.plan.choices
+    old, new = before.choices, after.choices
     return [
         Follower(key, old[key].value, new[key].value, new[key].reason)
         for key in new
@@ -58,61 +64,173 @@ def followers(before: Side, after: Side, changes: list[Change]) -> list[Follower
     ]
 
 
-def unknowns(before: Side, after: Side) -> list[str]:
+def unknowns(before: Opened, after: Opened) -> list[str]:
     """Why figures are missing, a sentence for each reason."""
     reasons: dict[str, list[str]] = {}
-    if (before.tokens is None) != (after.tokens is None):
-        reasons["tokens: `lorafit preview` counts them"] = [
-            side.name for side in (before, after) if side.tokens is None
-        ]
-    for side in (before, after):
-        for what, reason in _missing(side):
-            reasons.setdefault(f"{what}: {reason}", []).append(side.name)
+    uncounted = [one.name for one in (before, after) if _tokens(one.outcome) is None]
+    if len(uncounted) == 1:
+        reasons["tokens: `lorafit preview` counts them"] = uncounted
+    for one in (before, after):
+        for what, reason in _missing(one.outcome):
+            reasons.setdefault(f"{what}: {reason.rstrip('.')}", []).append(one.name)
     return [
         f"Not known{'' if len(names) == 2 else f' for {printable(names[0])}'}: {reason}."
         for reason, names in reasons.items()
     ]
 
 
-def _missing(side: Side) -> Iterator[tuple[str, str]]:
-    model = side.plan.no_model or side.plan.refused
+def _missing(found: Outcome) -> Iterator[tuple[str, str]]:
+    model = first_line(found.no_model) if found.no_model else found.refused
     if model:
-        yield "trained parameters and memory", model.rstrip(".")
-    elif side.no_memory:
-        yield "memory", side.no_memory.rstrip(".")
-    if side.no_steps and side.no_steps == side.no_rows:
-        yield "rows and steps", side.no_steps.rstrip(".")
-    elif side.no_rows or side.no_steps:
-        yield "rows" if side.no_rows else "steps", (side.no_rows or side.no_steps or "").rstrip(".")
+        yield "trained parameters and memory", model
+    elif found.no_peak:
+        yield "memory", found.no_peak
+    if found.no_steps and found.no_steps == found.no_rows:
+        yield "rows and steps", found.no_steps
+    elif reason := found.no_rows or found.no_steps:
+        yield "rows" if found.no_rows else "steps", reason
 
 
-def _figures(before: Side, after: Side) -> Iterator[tuple[str, Any, Any, Unit]]:
-    def of_plan(side: Side, key: str) -> int | None:
-        plan = side.plan.plan
-        return plan.model[key] or None if plan else None
+def _figures(before: Outcome, after: Outcome) -> Iterator[tuple[str, Any, Any, Unit]]:
+    def of_plan(one: Outcome, key: str) -> int | None:
+        return one.plan.model[key] or None if one.plan else None
 
-    on_gpu = {before.plan.hardware.device, after.plan.hardware.device} == {"cuda"}
+    on_gpu = {before.hardware.device, after.hardware.device} == {"cuda"}
     yield "parameters", of_plan(before, "parameters"), of_plan(after, "parameters"), "count"
     trained = "trainable_parameters"
     yield "trained parameters", of_plan(before, trained), of_plan(after, trained), "count"
-    yield "scale of the update", before.scale, after.scale, "number"
+    yield "scale of the update", scale(before.recipe), scale(after.recipe), "number"
     name = "peak GPU memory" if on_gpu else "peak memory"
-    yield name, before.memory and before.memory.total, after.memory and after.memory.total, "bytes"
+    yield name, before.peak and before.peak.total, after.peak and after.peak.total, "bytes"
     if before.fits or after.fits:
         yield "in the stated memory", _fits(before), _fits(after), "text"
-    yield "rows per step", before.plan.rows_per_step, after.plan.rows_per_step, "count"
+    yield "rows per step", before.rows_per_step, after.rows_per_step, "count"
     yield "training rows", before.rows, after.rows, "count"
-    yield "tokens of an epoch", before.tokens, after.tokens, "count"
+    yield "tokens of an epoch", _tokens(before), _tokens(after), "count"
     yield "passes over the rows", _rounded(before.epochs), _rounded(after.epochs), "number"
     yield "optimizer steps", before.steps, after.steps, "count"
-    if before.plan.hardware != after.plan.hardware:
-        yield "planned for", before.plan.hardware.name, after.plan.hardware.name, "text"
+    if before.hardware != after.hardware:
+        yield "planned for", before.hardware.name, after.hardware.name, "text"
 
 
-def _fits(side: Side) -> str | None:
-    stated = side.recipe.hardware
-    return side.fits or (None if stated and (stated.gpu or stated.vram) else "none is stated")
+def _tokens(found: Outcome) -> int | None:
+    """Tokens of an epoch, where an audit knows them."""
+    return found.audit.training_rows.tokens if found.audit and found.audit.whole else None
+
+
+def _fits(found: Outcome) -> str | None:
+    stated = found.recipe.hardware
+    return found.fits or (None if stated and (stated.gpu or stated.vram) else "none is stated")
 
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs, and what follows.
+
+    Attributes:
+        before, after: names, as typed.
+        unknown: why figures are missing, a sentence each.
+        remarks: what else to know, a sentence each.
+    """
+
+    before: str
+    after: str
+    changes: tuple[Change, ...]
+    consequences: tuple[Consequence, ...] = ()
+    followers: tuple[Follower, ...] = ()
+    warnings: tuple[Warned, ...] = ()
+    unknown: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able values, as `--format json` prints them."""
+        return {
+            "before": self.before,
+            "after": self.after,
+            "same": not self.changes,
+            "changes": [dataclasses.asdict(one) for one in self.changes],
+            "consequences": [dataclasses.asdict(one) | {"change": one.change} for one in self.consequences],
+            "followers": [dataclasses.asdict(one) for one in self.followers],
+            "warnings": [dataclasses.asdict(one) for one in self.warnings],
+            "unknown": list(self.unknown),
+            "remarks": list(self.remarks),
+        }
+
+
+def difference(before: str, after: str, hardware: Hardware | None = None) -> Difference:
+    """Compare two recipes, each a file or `REV:path`. Raises UsageError and RecipeError.
+
+    Args:
+        hardware: to plan for both; None: what each is meant for.
+    """
+    outcomes = Outcomes(hardware)
+    return between(open_recipe(before, outcomes), open_recipe(after, outcomes))
+
+
+def between(before: Opened, after: Opened) -> Difference:
+    """Compare two recipes that were read."""
+    changes = [*compare(before.recipe.resolved(), after.recipe.resolved()), *_template_text(before, after)]
+    differing = _differing_data(before, after)
+    if not changes:
+        return Difference(before.name, after.name, (), remarks=tuple(differing))
+    old, new = before.outcome, after.outcome
+    changes = [_as_shown(change, old, new) for change in changes]
+    return Difference(
+        before.name,
+        after.name,
+        tuple(changes),
+        tuple(consequences(old, new)),
+        tuple(followers(old, new, changes)),
+        tuple(warnings(old, new, changes)),
+        tuple(unknowns(before, after)),
+        (*_as_now(before, after), *differing),
+    )
+
+
+def _as_shown(change: Change, before: Outcome, after: Outcome) -> Change:
+    """The change with what the plan makes of its values, and with references where they were written."""
+    meant = []
+    for one, value in ((before, change.before), (after, change.after)):
+        choice = (one.choices | defaults_of(one)).get(change.key)
+        meant.append(choice.value if choice is not None and choice.value != value else None)
+    return dataclasses.replace(
+        change,
+        before=at_keys(change.before, before.recipe.references, change.key),
+        after=at_keys(change.after, after.recipe.references, change.key),
+        meant_before=meant[0],
+        meant_after=meant[1],
+    )
+
+
+def _template_text(before: Opened, after: Opened) -> list[Change]:
+    """A chat template's file of the same name and other content is another template."""
+    path = before.recipe.model.chat_template
+    if path is None or path != after.recipe.model.chat_template:
+        return []
+    old, new = (one.content_hash(path) for one in (before, after))
+    if old is None or new is None or old == new:
+        return []
+    return [Change("model.chat_template (text)", "model.chat_template", f"{path} {old[:8]}", f"{path} {new[:8]}")]
+
+
+def _as_now(*recipes: Opened) -> list[str]:
+    """What was read from the disk although a recipe is of a revision."""
+    names = " and ".join(printable(one.name) for one in recipes if one.revision is not None)
+    return [f"Data, models and templates are those on the disk now, for {names} as well."] if names else []
+
+
+def _differing_data(before: Opened, after: Opened) -> list[str]:
+    """Data files that are in the repository, and are others for the one recipe than for the other."""
+    if before.revision is None and after.revision is None:
+        return []
+    paths = [{source.path for source in one.recipe.dataset.train if is_local(source.path)} for one in (before, after)]
+    remarks = []
+    for path in sorted(paths[0] & paths[1]):
+        hashes = [one.content_hash(path) for one in (before, after)]
+        if None not in hashes and hashes[0] != hashes[1]:
+            remarks.append(f"{printable(path)} itself differs between the two; its rows are counted as they are now.")
+    return remarks

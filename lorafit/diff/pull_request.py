@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafit.diff.compare import Difference, between
+from lorafit.diff.consequences import Difference, between
 from lorafit.diff.git import Revision, open_tree
-from lorafit.diff.side import Examiner, Opened
+from lorafit.diff.recipes import Opened
 from lorafit.diff.text import FORMATS
 from lorafit.hardware import Hardware
+from lorafit.outcome import Outcomes
 from lorafit.recipe import RecipeError, load
 from lorafit.recipe.source import Disk, SourceMistakes, read_recipe
 from lorafit.text import printable
@@ -59,22 +60,23 @@ def compare_all(revision: str, paths: Iterable[str], hardware: Hardware | None =
     given = tuple(paths)
     tree = open_tree(revision)
     short = revision[:10] if _COMMIT.fullmatch(revision) else revision
-    examiner = Examiner(hardware)
+    outcomes = Outcomes(hardware)
     changed: list[Difference] = []
     kinds: dict[str, list[str]] = {"same": [], "new": [], "unreadable": []}
     here = [file for file in find(given).recipes if _is_whole(Path(file))]
     for file in here:
-        after = Opened(file, Path(file).stem, None, load(file))
+        name = Path(file).stem
+        after = Opened(file, None, outcomes.of(load(file), name))
         place = Path(os.path.realpath(file))
         if not tree.is_file(place):
             kinds["new"].append(file)
             continue
         try:
-            before = Opened(f"{short}:{file}", Path(file).stem, tree, load(place, store=tree))
+            before = Opened(f"{short}:{file}", tree, outcomes.of(load(place, store=tree), name))
         except RecipeError:
             kinds["unreadable"].append(file)
             continue
-        found = between(before, after, examiner)
+        found = between(before, after)
         if found.changes:
             changed.append(found)
         else:

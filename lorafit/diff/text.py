@@ -9,9 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorafit.diff.compare import Difference
-from lorafit.diff.consequences import Consequence
-from lorafit.diff.values import Change
+from lorafit.diff.consequences import Consequence, Difference
+from lorafit.diff.recipes import Change
 from lorafit.recipe.load import section_at
 from lorafit.text import brief, gib, printable
 from lorafit.written import hidden_in

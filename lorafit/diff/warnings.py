@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lorafit.diff.side import Side
-from lorafit.diff.values import Change
+from lorafit.diff.recipes import Change
+from lorafit.outcome import Outcome
 from lorafit.recipe import Recipe
 from lorafit.rows.audit import RULES
 from lorafit.text import brief, gib
@@ -105,12 +105,16 @@ class Warned:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Both:
     """Two recipes and their changes."""
 
-    before: Side
-    after: Side
+    before: Outcome
+    after: Outcome
     changes: list[Change]
+
+    @property
+    def outcomes(self) -> tuple[Outcome, Outcome]:
+        return self.before, self.after
 
     def changed(self, path: str) -> list[Change]:
         """The changes of a key, or of anything below it."""
@@ -130,17 +134,23 @@ def is_on(recipe: Recipe, key: str) -> bool:
     return found is True
 
 
-def quantized(side: Side) -> str:
+def scale(recipe: Recipe) -> float | None:
+    """What the adapter's update is multiplied by; None for training in full."""
+    lora = recipe.lora
+    return None if lora is None else lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
+
+
+def quantized(recipe: Recipe) -> str:
     """How the base is kept, for a sentence."""
-    section = side.recipe.quantization
+    section = recipe.quantization
     if section is None:
         return "not quantized"
     return f"quantized to 4 bits ({section.bnb_4bit_quant_type})" if section.load_in_4bit else "quantized to 8 bits"
 
 
-def trained(pair: Pair) -> str:
+def trained(both: Both) -> str:
     """How the number of trained parameters changes, as an end of a sentence; empty where it doesn't."""
-    plans = [side.plan.plan for side in (pair.before, pair.after)]
+    plans = [one.plan for one in both.outcomes]
     counts = [plan.trainable_parameters if plan else 0 for plan in plans]
     return f", {counts[0]:,} trained parameters become {counts[1]:,}" if all(counts) and counts[0] != counts[1] else ""
 
@@ -167,15 +177,15 @@ NEAR = 0.01
 """Relative difference below which two ratios are the same."""
 
 
-def warnings(before: Side, after: Side, changes: list[Change]) -> list[Warned]:
-    pair = Pair(before, after, changes)
-    return [one for check in _CHECKS for one in check(pair)]
+def warnings(before: Outcome, after: Outcome, changes: list[Change]) -> list[Warned]:
+    both = Both(before, after, changes)
+    return [one for check in _CHECKS for one in check(both)]
 
 
-def _rate(pair: Pair) -> Iterator[Warned]:
+def _rate(both: Both) -> Iterator[Warned]:
     """A learning rate belongs to a batch: linear rule (arXiv:1706.02677) or square root (arXiv:1404.5997)."""
-    old, new = (side.recipe.training.learning_rate for side in (pair.before, pair.after))
-    old_rows, new_rows = (side.plan.rows_per_step for side in (pair.before, pair.after))
+    old, new = (one.recipe.training.learning_rate for one in both.outcomes)
+    old_rows, new_rows = (one.rows_per_step for one in both.outcomes)
     key, rate, batch = "training.learning_rate", new / old, new_rows / old_rows
     if rate == 1 and batch != 1:
         yield Warned(
@@ -199,15 +209,15 @@ def _rate(pair: Pair) -> Iterator[Warned]:
         )
 
 
-def _scale(pair: Pair) -> Iterator[Warned]:
-    old, new = pair.before.scale, pair.after.scale
+def _scale(both: Both) -> Iterator[Warned]:
+    old, new = (scale(one.recipe) for one in both.outcomes)
     if old is None or new is None or abs(new / old - 1) < NEAR:
         return
-    touched = [name for name in ("r", "lora_alpha", "use_rslora") if pair.changed(f"lora.{name}")]
+    touched = [name for name in ("r", "lora_alpha", "use_rslora") if both.changed(f"lora.{name}")]
     only = f"Only {touched[0]} changed, so" if len(touched) == 1 else f"With {listed(touched)},"
     how = [
-        "lora_alpha / sqrt(r)" if side.recipe.lora and side.recipe.lora.use_rslora else "lora_alpha / r"
-        for side in (pair.before, pair.after)
+        "lora_alpha / sqrt(r)" if one.recipe.lora and one.recipe.lora.use_rslora else "lora_alpha / r"
+        for one in both.outcomes
     ]
     formula = how[0] if how[0] == how[1] else f"{how[0]}, then {how[1]}"
     yield Warned(
@@ -217,40 +227,40 @@ def _scale(pair: Pair) -> Iterator[Warned]:
     )
 
 
-def _adapter(pair: Pair) -> Iterator[Warned]:
-    old, new = pair.before.recipe.lora, pair.after.recipe.lora
-    size = trained(pair)
+def _adapter(both: Both) -> Iterator[Warned]:
+    old, new = both.before.recipe.lora, both.after.recipe.lora
+    size = trained(both)
     if (old is None) != (new is None):
         what = "an adapter is trained instead of all parameters" if old is None else "all parameters are trained"
         yield Warned("lora", f"The lora section was {'added' if old is None else 'removed'}: {what}{size}.")
         return
-    for change in pair.changed("lora.target_modules"):
-        plans = [side.plan.plan for side in (pair.before, pair.after)]
+    for change in both.changed("lora.target_modules"):
+        plans = [one.plan for one in both.outcomes]
         counts = [plan.model["adapted_modules"] if plan else 0 for plan in plans]
         modules = f": {counts[0]} adapted modules become {counts[1]}" if all(counts) else ""
         yield Warned(change.key, f"Other modules are adapted{modules}{size}.")
 
 
-def _model(pair: Pair) -> Iterator[Warned]:
-    for change in pair.changed("model.name_or_path"):
+def _model(both: Both) -> Iterator[Warned]:
+    for change in both.changed("model.name_or_path"):
         yield Warned(
             change.key,
             f"The base model is another, {values(change)}: adapters, losses and results of before don't compare.",
         )
-    for change in pair.changed("model.revision"):
+    for change in both.changed("model.revision"):
         yield Warned(change.key, f"The base model's revision is another, {values(change)}: its weights may be, too.")
     for key, what in (("model.trust_remote_code", "the model's repository"), ("eval.trust_code", "a metric or a task")):
-        if is_on(pair.after.recipe, key) and not is_on(pair.before.recipe, key):
+        if is_on(both.after.recipe, key) and not is_on(both.before.recipe, key):
             yield Warned(key, f"{key} was turned on: Python code of {what} runs on your machine.")
-    old, new = (quantized(side) for side in (pair.before, pair.after))
+    old, new = (quantized(one.recipe) for one in both.outcomes)
     if old != new:
-        memory = [side.memory.total / 2**30 if side.memory else None for side in (pair.before, pair.after)]
+        memory = [one.peak.total / 2**30 if one.peak else None for one in both.outcomes]
         sizes = f"; peak memory goes from {memory[0]:.2f} to {memory[1]:.2f} GiB" if None not in memory else ""
         yield Warned("quantization", f"The base was {old}, and is {new} now: its losses shift{sizes}.")
 
 
-def _room(pair: Pair) -> Iterator[Warned]:
-    old, new, memory = pair.before.fits, pair.after.fits, pair.after.memory
+def _room(both: Both) -> Iterator[Warned]:
+    old, new, memory = both.before.fits, both.after.fits, both.after.peak
     if new is not None and new != old and memory is not None and not new.startswith("fits"):
         yield Warned(
             "hardware",
@@ -258,12 +268,12 @@ def _room(pair: Pair) -> Iterator[Warned]:
         )
 
 
-def _template(pair: Pair) -> Iterator[Warned]:
-    changed = pair.changed("model.chat_template")
+def _template(both: Both) -> Iterator[Warned]:
+    changed = both.changed("model.chat_template")
     if not changed:
         return
     parts = []
-    old, new = pair.before.plan.choices, pair.after.plan.choices
+    old, new = both.before.choices, both.after.choices
     for key, what in (("end of turn", "answers end with"), ("chat template", "masks:")):
         if key in old and key in new:
             before, after = ((c.value if key == "end of turn" else c.reason) for c in (old[key], new[key]))
@@ -276,25 +286,25 @@ def _template(pair: Pair) -> Iterator[Warned]:
     )
 
 
-def _rows(pair: Pair) -> Iterator[Warned]:
-    old, new = pair.before.recipe.training.max_length, pair.after.recipe.training.max_length
+def _rows(both: Both) -> Iterator[Warned]:
+    old, new = both.before.recipe.training.max_length, both.after.recipe.training.max_length
     if new < old:
-        yield Warned("training.max_length", f"max_length goes from {old} to {new}: {_cut(pair, new)}.")
-    for change in pair.changed("dataset.loss_on"):
+        yield Warned("training.max_length", f"max_length goes from {old} to {new}: {_cut(both, new)}.")
+    for change in both.changed("dataset.loss_on"):
         yield Warned(change.key, f"Other tokens are learned, loss_on {values(change)}: losses of before don't compare.")
-    for change in pair.changed("training.packing"):
+    for change in both.changed("training.packing"):
         how = "rows now share a pass" if change.after else "each row now is a row of a batch"
         yield Warned(
             change.key,
             f"packing was turned {'on' if change.after else 'off'}: {how}, so a step has "
-            f"{'more' if change.after else 'fewer'} tokens at the same learning rate{pair.steps()}.",
+            f"{'more' if change.after else 'fewer'} tokens at the same learning rate{both.steps()}.",
         )
-    sources = pair.changed("dataset.train")
+    sources = both.changed("dataset.train")
     if sources:
-        counts = pair.before.rows, pair.after.rows
+        counts = both.before.rows, both.after.rows
         rows = f": {counts[0]:,} training rows become {counts[1]:,}" if counts[0] and counts[1] else ""
         yield Warned("dataset.train", f"The training data changed ({listed([one.key for one in sources])}){rows}.")
-    held_out = pair.changed("dataset.validation")
+    held_out = both.changed("dataset.validation")
     if held_out:
         yield Warned(
             "dataset.validation",
@@ -303,43 +313,43 @@ def _rows(pair: Pair) -> Iterator[Warned]:
         )
 
 
-def _length(pair: Pair) -> Iterator[Warned]:
-    length = pair.changed("training.num_train_epochs") + pair.changed("training.max_steps")
+def _length(both: Both) -> Iterator[Warned]:
+    length = both.changed("training.num_train_epochs") + both.changed("training.max_steps")
     if length:
-        passes = pair.before.epochs, pair.after.epochs
+        passes = both.before.epochs, both.after.epochs
         seen = f"; passes over the rows: {passes[0]:.3g}, then {passes[1]:.3g}" if passes[0] and passes[1] else ""
         what = listed([f"{change.path.split('.')[1]} {values(change)}" for change in length])
-        yield Warned(length[0].key, f"The run's length changed, {what}{pair.steps()}{seen}.")
-    for change in pair.changed("training.seed"):
-        split = isinstance(pair.after.recipe.dataset.validation, float)
+        yield Warned(length[0].key, f"The run's length changed, {what}{both.steps()}{seen}.")
+    for change in both.changed("training.seed"):
+        split = isinstance(both.after.recipe.dataset.validation, float)
         other = ", and other rows are held out for validation, so that its losses don't compare" if split else ""
         yield Warned(
             change.key, f"The seed changed, {values(change)}: the adapter's start and the order of rows differ{other}."
         )
 
 
-def _limits(pair: Pair) -> Iterator[Warned]:
-    for key, text in loosened(pair.before.recipe, pair.after.recipe):
+def _limits(both: Both) -> Iterator[Warned]:
+    for key, text in loosened(both.before.recipe, both.after.recipe):
         yield Warned(key, text)
 
 
-_CHECKS: tuple[Callable[[Pair], Iterator[Warned]], ...] = (
+_CHECKS: tuple[Callable[[Both], Iterator[Warned]], ...] = (
     _model, _room, _adapter, _scale, _rate, _rows, _template, _length, _limits
 )  # fmt: skip
 
 
-def _cut(pair: Pair, length: int) -> str:
+def _cut(both: Both, length: int) -> str:
     """What a shorter max_length does to the rows, by an audit where there is one."""
-    drops = pair.after.recipe.dataset.excess_length_strategy == "drop"
-    if pair.after.audit is not None:
-        sources = pair.after.audit.train
+    drops = both.after.recipe.dataset.excess_length_strategy == "drop"
+    if both.after.audit is not None:
+        sources = both.after.audit.train
         cut = sum(source.found["truncated"].count for source in sources if "truncated" in source.found)
         read = sum(source.read for source in sources)
         left = sum(sum(source.dropped.values()) for source in sources)
         return f"{cut:,} of {read:,} rows are cut, and {left:,} are left out"
     what = "left out" if drops else "cut at the end, with the answers that stand there"
-    if pair.before.audit is not None:
-        longest = max((source.longest for source in pair.before.audit.train), default=0)
+    if both.before.audit is not None:
+        longest = max((source.longest for source in both.before.audit.train), default=0)
         if longest <= length:
             return f"no row is longer, the longest has {longest:,} tokens"
         return f"rows longer than that are {what}; the longest has {longest:,} tokens"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorafit.memory.estimate import Band, Estimate, Term, fits
-from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack, setup_of
+from lorafit.memory.estimate import Band, Estimate, Term, fits, judged
+from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack, check_size, known_tensors, setup_of
 
 __all__ = [
     "Band",
@@ -14,8 +14,11 @@ __all__ = [
     "Sharding",
     "Stack",
     "Term",
+    "check_size",
     "estimate",
     "fits",
+    "judged",
+    "known_tensors",
     "setup_of",
 ]
 

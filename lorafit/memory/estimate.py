@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
@@ -119,6 +120,23 @@ def fits(estimate: Estimate, capacity: int) -> str:
     if estimate.most <= capacity:
         return "fits"
     return "tight" if estimate.least <= capacity else "does not fit"
+
+
+def judged(estimated: Callable[[int | None], Estimate], capacity: int) -> tuple[Estimate, str]:
+    """The estimate and the verdict for a capacity, from estimates by capacity (None: without a limit).
+
+    What is held beyond what is allocated may be given back: then it is tight rather than too much.
+    """
+    known = estimated(None)
+    verdict = fits(known, capacity)
+    if known.device == "cpu" and known.total > capacity:  # then train has large blocks returned at once
+        short = estimated(capacity)
+        return (short, fits(short, capacity)) if short.served else (known, verdict)
+    if verdict == "does not fit" and known.allocated + known.beside[0] <= capacity:
+        short = estimated(capacity)
+        if short.served:
+            return short, "tight"
+    return known, verdict
 
 
 GROUPED = ("method", "logits", "gpus")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.plan import Plan
 
@@ -12,6 +13,8 @@ Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 LossPath = Literal["fused", "logits", "logits_shifted", "logits_upcast", "liger", "compact"]
 Kernel = Literal["rms_norm", "swiglu", "rope", "cross_entropy"]
 Sharding = Literal["none", "ddp", "fsdp", "fsdp_offload", "zero1", "zero2", "zero3"]
+MOST_TOKENS = 1 << 26
+"""Tokens in one pass above which a size is taken for a slip."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
     """What the plan runs, with every row as long as max_length: the most that a step can take.
 
     Several rows of different lengths are padded to the longest, and then a mask reaches the attention.
+    Raises ModelError where the shapes aren't known.
     """
     training, data = plan.training_kwargs, plan.data
     cuda = plan.hardware.device == "cuda"
@@ -99,7 +103,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
     validates = bool(data.validation) or data.validation_fraction is not None
     eval_batch = training["per_device_eval_batch_size"] if validates and training["eval_strategy"] != "no" else 0
     return Setup(
-        facts=facts,
+        facts=known_tensors(facts),
         batch=batch,
         length=data.max_length,
         dtype=plan.model_kwargs["dtype"],
@@ -124,3 +128,22 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
             clip_gradients=bool(training["max_grad_norm"]),
         ),
     )
+
+
+def known_tensors(facts: ModelFacts) -> ModelFacts:
+    """Raises ModelError where the shapes aren't known."""
+    if not facts.tensors:
+        raise ModelError(
+            f"{facts.name}: the tensors of a {facts.model_type} model are not known without its safetensors files"
+        )
+    return facts
+
+
+def check_size(setup: Setup) -> None:
+    """Raises UsageError for what must be a slip."""
+    for name, rows in (("per_device_train_batch_size", setup.batch), ("per_device_eval_batch_size", setup.eval_batch)):
+        if rows * setup.length > MOST_TOKENS:
+            raise UsageError(
+                f"training.{name}: {rows:,} rows of {setup.length:,} tokens at once are more than {MOST_TOKENS:,} "
+                "tokens; are the sizes right?"
+            )

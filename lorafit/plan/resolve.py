@@ -59,7 +59,7 @@ def make_plan(
         raise RecipeError(context.mistakes)
     if context.faults:
         raise DataError("\n".join(str(error) for _, error in context.faults))
-    return _with_steps(plan, count_rows) if read_data else plan
+    return with_steps(plan, count_rows) if read_data else plan
 
 
 def with_audit(plan: Plan, audit: Audit) -> Plan:
@@ -143,7 +143,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     )
 
 
-def _with_steps(plan: Plan, count_rows: bool) -> Plan:
+def with_steps(plan: Plan, count_rows: bool) -> Plan:
     """The plan with the number of steps, from an audit of this very data or by counting its rows."""
     data, world_size = plan.data, plan.hardware.world_size
     known = None if data.streaming else known_audit(data)

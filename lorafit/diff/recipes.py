@@ -1,14 +1,65 @@
-"""The difference of two recipes by meaning: resolved values, whatever wrote them."""
+"""The two recipes of a comparison, and what differs between their values."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from lorafit.diff.git import Revision, open_revision, run, split_revision
+from lorafit.errors import UsageError
 from lorafit.explain import Key
+from lorafit.outcome import Outcome, Outcomes
+from lorafit.recipe import Recipe, load
 from lorafit.recipe.load import section_at
+from lorafit.text import printable
+from lorafit.written import expanded
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A recipe that was read.
+
+    Attributes:
+        name: as it was typed.
+        revision: None for a file on the disk.
+        outcome: what it comes to.
+    """
+
+    name: str
+    revision: Revision | None
+    outcome: Outcome
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.outcome.recipe
+
+    def content_hash(self, path: str) -> str | None:
+        """What the content of a file is told by, at the revision or on the disk; None if it isn't kept there."""
+        file = expanded(path)
+        try:
+            if self.revision is not None:
+                return self.revision.hash_of(Path(os.path.abspath(file)))
+            if not file.is_file() or "\n" in path:
+                return None
+            return run("hash-object", "--stdin-paths", given=f"{os.path.abspath(file)}\n".encode()).decode().strip()
+        except (UsageError, OSError, ValueError):
+            return None
+
+
+def open_recipe(text: str, outcomes: Outcomes) -> Opened:
+    """A file, or `REV:path`. A file of that very name comes first. Raises UsageError and RecipeError."""
+    parts = None if os.path.lexists(text) else split_revision(text)
+    if parts is not None:
+        revision, path = open_revision(text, *parts)
+        return Opened(text, revision, outcomes.of(load(path, store=revision), path.stem))
+    if not os.path.exists(text):
+        raise UsageError(f"{printable(text)}: there is no such file")
+    return Opened(text, None, outcomes.of(load(text), Path(text).stem))
+
 
 Kind = Literal["changed", "added", "removed"]
 UNORDERED = {
