@@ -65,6 +65,16 @@ def available_memory() -> int | None:
     return min([free, *_left_in_groups()])
 
 
+def held_memory(kind: str = "VmRSS") -> int | None:
+    """Bytes that this process has resident, or had at most ("VmHWM"), by proc(5); None where Linux doesn't say."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    values = (line.split() for line in lines if line.startswith(f"{kind}:"))
+    return next((int(words[1]) << 10 for words in values), None)
+
+
 def _left_in_groups() -> Iterator[int]:
     """Bytes left in each control group with a limit that this process is in, of either version (cgroups(7))."""
     root = Path("/sys/fs/cgroup")

@@ -20,8 +20,8 @@ from lorafit.hardware import Hardware
 from lorafit.memory import estimate, setup_of
 from lorafit.plan import make_plan, plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.run.memory import Foreseen, Shortage, shortage
 from lorafit.text import GIB, MIB
-from lorafit.vram.calibrate import Foreseen, Shortage, shortage
 
 
 def calibrate(*words: object) -> tuple[int, str, str]:
@@ -144,8 +144,8 @@ def test_short_memory_is_said_before_training_and_in_the_plan(
     free: int, said: bool, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     returned: list[bool] = []
-    monkeypatch.setattr("lorafit.vram.calibrate.available_memory", lambda: free)
-    monkeypatch.setattr("lorafit.vram.calibrate._status", lambda name: 0)
+    monkeypatch.setattr("lorafit.run.memory.available_memory", lambda: free)
+    monkeypatch.setattr("lorafit.run.memory.held_memory", lambda: 0)
     monkeypatch.setattr("lorafit.engine.train.return_memory", lambda: returned.append(True))
     path = recipe()
     plan = CliRunner().invoke(app, ["train", str(path), "--dry-run"], catch_exceptions=False)
@@ -170,8 +170,8 @@ def test_what_is_said_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, tmp
     held, alive = found.estimate.total, found.estimate.total - found.estimate.reserved + found.estimate.allocated
 
     def told(free: int, own: int = 0, **changes: Any) -> Shortage | None:
-        monkeypatch.setattr("lorafit.vram.calibrate.available_memory", lambda: free)
-        monkeypatch.setattr("lorafit.vram.calibrate._status", lambda name: own)
+        monkeypatch.setattr("lorafit.run.memory.available_memory", lambda: free)
+        monkeypatch.setattr("lorafit.run.memory.held_memory", lambda: own)
         return shortage(replace(found, setup=replace(setup, **changes)))
 
     assert told(held) is None
@@ -219,7 +219,7 @@ def test_a_training_is_the_same_where_memory_is_returned_at_once(recipe: RecipeM
     adapters = []
     for name, free in (("enough", "1 << 50"), ("short", "1")):
         code = (
-            "import sys, lorafit.vram.calibrate as c\n"
+            "import sys, lorafit.run.memory as c\n"
             f"c.available_memory = lambda: {free}\n"
             "from lorafit.cli import app\napp(sys.argv[1:])\n"
         )

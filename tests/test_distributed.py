@@ -18,8 +18,8 @@ from rich.console import Console
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.run.directory import RunDir
+from lorafit.run.memory import calibrate
 from lorafit.text import GIB
-from lorafit.vram.calibrate import calibrate
 
 QUIET = Console(file=io.StringIO())
 

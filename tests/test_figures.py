@@ -21,6 +21,7 @@ from lorafit.cli import app
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
 from lorafit.engine.merge.verify import Figures, Proof, Reference
+from lorafit.engine.meter import Meter
 from lorafit.engine.preview import preview
 from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
@@ -32,8 +33,8 @@ from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.run.directory import RunDir
+from lorafit.run.memory import calibrate
 from lorafit.text import GIB
-from lorafit.vram.calibrate import Meter, calibrate
 
 QUIET = Console(file=io.StringIO())
 NF4 = {"load_in_4bit": True}

@@ -37,7 +37,7 @@ from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import differences, fingerprint_of
-from lorafit.vram.calibrate import calibrate, foresee
+from lorafit.run.memory import calibrate, foresee
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -119,7 +119,7 @@ def estimate_vram(
 
 
 def show_calibration(runs: list[Path], as_json: bool) -> None:
-    from lorafit.vram.calibrate import calibrate
+    from lorafit.run.memory import calibrate
     from lorafit.vram.text import print_calibration
 
     found = calibrate(runs)

@@ -50,8 +50,8 @@ def train(
     for line in refuse(recipe, resume):
         talk().print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if dry_run:
+        from lorafit.run.memory import foresee, shortage
         from lorafit.run.summary import print_plan
-        from lorafit.vram.calibrate import foresee, shortage
 
         show(json.loads(plan.to_json())) if as_json else print_plan(plan)
         if plan.hardware.device == "cpu":

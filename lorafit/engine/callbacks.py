@@ -17,12 +17,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.console import Console
+from lorafit.engine.meter import Meter
 from lorafit.errors import GateError, Interrupted
 from lorafit.files import write_text
 from lorafit.progress import Stage, stage, told
 from lorafit.run.directory import RunDir
 from lorafit.text import GIB
-from lorafit.vram.calibrate import Meter
 
 
 class StopRequest:

@@ -36,6 +36,7 @@ from lorafit.engine.data.prepare import Prepared, prepare
 from lorafit.engine.evaluate.run import rehearse
 from lorafit.engine.isolation import check_isolation
 from lorafit.engine.loss import row_sums, settle_head
+from lorafit.engine.meter import Meter
 from lorafit.engine.model import dequantize_gguf, load_base, lora_config
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
@@ -50,8 +51,8 @@ from lorafit.run.card import write_card
 from lorafit.run.directory import RunDir, located
 from lorafit.run.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.run.manifest import build_manifest, hashes
+from lorafit.run.memory import Foreseen, foresee, memory_record, shortage
 from lorafit.run.summary import print_findings
-from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage
 from lorafit.written import References, as_written, expanded
 
 ANEW = "bring that back, or start anew with --overwrite"
@@ -140,7 +141,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if main:
             if start.steps is None:
                 say_what_is_kept(plan, trainer.state, schedule, console)
-            memory = memory_record(foreseen, meter, measured) if measured else None
+            memory = memory_record(foreseen, meter.device, meter.baseline, measured) if measured else None
             base = run.base_files() or {}
             manifest = build_manifest(plan, base, data, trainer, schedule, began, memory)
             save_result(trainer, plan, run, tokenizer, manifest)

@@ -7,10 +7,10 @@ from rich.markup import escape
 from lorafit.console import Console, print_line, print_table, table
 from lorafit.gpus import Device
 from lorafit.memory import Term
+from lorafit.run.memory import Calibration
 from lorafit.text import MIB, gib
 from lorafit.vram.answer import HERE, Answer, Cell, Verdict, command_line
 from lorafit.vram.ask import Reply
-from lorafit.vram.calibrate import Calibration
 from lorafit.vram.cost import UNKNOWN, Spending, flops_text, money_text, time_text
 
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}

@@ -43,7 +43,7 @@ training: {{gradient_accumulation_steps: 1, max_steps: {steps}, save_strategy: "
 hardware: {{device: cpu}}
 output_dir: {out}
 """
-SHORT = "import sys, lorafit.vram.calibrate as c; c.available_memory = lambda: 1; from lorafit.cli import app; app()"
+SHORT = "import sys, lorafit.run.memory as c; c.available_memory = lambda: 1; from lorafit.cli import app; app()"
 """The command on a machine that seems to have no memory free."""
 
 

@@ -1,94 +1,22 @@
-"""A run's memory, predicted and measured: what `lorafit train` writes into its manifest, and what comes of it."""
+"""A run's memory: what `lorafit train` foresees and records of it, and how far off that was."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import LorafitError, UsageError
-from lorafit.hardware import available_memory
-from lorafit.text import first_line
+from lorafit.hardware import available_memory, held_memory
+from lorafit.text import first_line, gib
 
 if TYPE_CHECKING:
     from lorafit.memory import Estimate, Setup
     from lorafit.plan import Plan
-
-
-@dataclass(frozen=True)
-class Meter:
-    """Measures this process's memory, from when it is made or, on a CPU, from when its model is loaded.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        baseline: bytes in use at the start: allocated on the GPU, or resident.
-        resets: whether the peak can be counted anew; else it is that of the whole process.
-    """
-
-    device: str
-    baseline: int
-    resets: bool
-
-    @staticmethod
-    def start(device: str) -> Meter:
-        if device == "cuda":
-            return Meter(device, 0, True)  # CUDA has not started yet
-        resets = _reset_peak()
-        return Meter(device, _status("VmRSS") or _peak(), resets)
-
-    def loaded(self) -> None:
-        """Count the peak from now on: files that a loading maps count as resident, but can be dropped at any time."""
-        if self.device == "cpu" and self.resets:
-            _reset_peak()
-
-    def measured(self) -> dict[str, int]:
-        """Peak bytes."""
-        if self.device == "cuda":
-            import torch
-
-            return {
-                "allocated": int(torch.cuda.max_memory_allocated()),
-                "reserved": int(torch.cuda.max_memory_reserved()),
-            }
-        peak = (_status("VmHWM") if self.resets else None) or _peak()
-        return {"resident": max(peak, self.baseline)}  # Linux counts the pages of threads late
-
-    def peak(self) -> int:
-        """Peak bytes as people are told: allocated on the GPU, or resident."""
-        return next(iter(self.measured().values()))
-
-
-def _reset_peak() -> bool:
-    """Have Linux count the peak anew (proc(5): clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return _status("VmHWM") is not None
-
-
-def _status(name: str) -> int | None:
-    """Bytes of a line in /proc/self/status; None where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    values = (line.split() for line in lines if line.startswith(f"{name}:"))
-    return next((int(words[1]) * 1024 for words in values), None)
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-# --- what a run's manifest says -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,12 +57,11 @@ class Shortage:
 def shortage(found: Foreseen) -> Shortage | None:
     """None where the memory is enough, or nobody knows. What this process holds already is part of what it needs."""
     from lorafit.memory import estimate
-    from lorafit.text import gib
 
     free, known, setup = available_memory(), found.estimate, found.setup
     if free is None or known is None or setup is None or setup.device != "cpu":
         return None
-    room = free // setup.world + (_status("VmRSS") or 0)
+    room = free // setup.world + (held_memory() or 0)
     if known.total <= room:
         return None
     least = estimate(setup, room)
@@ -153,14 +80,14 @@ def shortage(found: Foreseen) -> Shortage | None:
     return Shortage(f"{line}, and may still swap or be killed: {', or '.join(filter(None, changes))}", least)
 
 
-def memory_record(found: Foreseen, meter: Meter, measured: dict[str, int]) -> dict[str, Any]:
+def memory_record(found: Foreseen, device: str, baseline: int, measured: dict[str, int]) -> dict[str, Any]:
     """Predicted and measured peak, with what the prediction was made from."""
     known, setup = found.estimate, found.setup
     record: dict[str, Any] = {
-        "device": meter.device,
+        "device": device,
         "predicted": None,
         "measured": measured,
-        "baseline": meter.baseline,
+        "baseline": baseline,
     }
     if known is not None:
         record["predicted"] = {"allocated": known.allocated, "reserved": known.reserved, "method": known.method}
