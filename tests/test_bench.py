@@ -22,13 +22,13 @@ from lorafit.engine.bench.report import BenchReport, as_markdown, median, print_
 from lorafit.engine.bench.run import bench
 from lorafit.engine.merge.run import merge
 from lorafit.engine.tokenizer import load_tokenizer
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.errors import ModelError, UsageError
 from lorafit.options.bench import BenchOptions, Shape, parse_models, parse_numbers
 from lorafit.options.merge import Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 
 QUIET = Console(file=io.StringIO())

@@ -22,7 +22,6 @@ from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
 from lorafit.engine.merge.verify import Figures, Proof, Reference
 from lorafit.engine.preview import preview
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.errors import UsageError
 from lorafit.evaluation.metrics.custom import custom_metric
@@ -31,6 +30,7 @@ from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 from lorafit.text import GIB
 from lorafit.vram.calibrate import Meter, calibrate

@@ -22,13 +22,13 @@ from yaml import safe_dump
 from lorafit.cli import app
 from lorafit.engine.merge.run import merge
 from lorafit.engine.merge.work import Work
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.files import LOCK, SEAL
 from lorafit.options.merge import Addition, Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 
 IDS = torch.arange(3, 40)[None]

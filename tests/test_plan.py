@@ -655,8 +655,9 @@ def test_extends_is_consumed_by_the_loader(planner: Planner) -> None:
 
 
 def test_what_is_planned_is_what_the_libraries_take(planner: Planner) -> None:
-    from lorafit.engine.model import lora_config, quantization_config
-    from lorafit.engine.train import training_arguments
+    from lorafit.engine.adapters import lora
+    from lorafit.engine.model import quantization_config
+    from lorafit.engine.trainer import training_arguments
     from lorafit.run.directory import RunDir
 
     values = {"per_device_train_batch_size": 3, "warmup_steps": 5, "seed": 7, "weight_decay": 0.5}
@@ -667,7 +668,7 @@ def test_what_is_planned_is_what_the_libraries_take(planner: Planner) -> None:
             continue  # follow from the number of rows
         if hasattr(arguments, name) and name not in ("load_best_model_at_end", "lr_scheduler_kwargs"):
             assert getattr(arguments, name) == value, name
-    config: Any = lora_config(plan)
+    config: Any = lora.config(plan)
     for name, value in (plan.lora_kwargs or {}).items():
         given = getattr(config, name)
         assert (sorted(given) if isinstance(given, set) else given) == (

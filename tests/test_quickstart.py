@@ -29,12 +29,12 @@ from typer.testing import CliRunner
 from lorafit.cli import app
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.options.merge import Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import differences, fingerprint_of
 from lorafit.vram.calibrate import calibrate, foresee

@@ -74,8 +74,8 @@ def train(
     from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.engine.train import Start
     from lorafit.engine.train import train as run_training
+    from lorafit.run.begin import Start
 
     console = talk()
     for remark in plan.remarks:
