@@ -360,7 +360,7 @@ def _main_dtype(folder: Path) -> str:
     sizes: Counter[str] = Counter()
     for tensor in Store(folder).tensors.values():
         if tensor.dtype in FLOATS:
-            sizes[tensor.dtype] += tensor.elements
+            sizes[tensor.dtype] += tensor.size
     return TYPES[sizes.most_common(1)[0][0]] if sizes else "unknown"
 
 
