@@ -17,7 +17,7 @@ from lorafit.outcome import Planned
 from lorafit.plan import Choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import may_be_null, near_key, section_at, sections
-from lorafit.recipe.source import Located, Position, dotted, holds
+from lorafit.recipe.yaml import Located, Position, dotted, holds
 from lorafit.text import brief
 from lorafit.written import at_keys
 

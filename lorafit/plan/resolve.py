@@ -20,7 +20,7 @@ from lorafit.plan.sources import Reading, counted, plan_sources
 from lorafit.plan.training import long_warmup, training_kwargs
 from lorafit.plan.values import Choice, Context, Plan, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
-from lorafit.recipe.rivals import displaced
+from lorafit.recipe.layers import displaced
 from lorafit.rows.audit import Audit
 from lorafit.rows.cache import known_audit
 
