@@ -40,10 +40,10 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     Args:
         source: a folder to load from instead of the plan's model, such as a dequantized GGUF file.
     """
-    name = str(source or plan.model["name_or_path"])
+    name = str(source or plan.model.name_or_path)
     kwargs: dict[str, Any] = {
         **plan.model_kwargs,
-        "dtype": getattr(torch, plan.model_kwargs["dtype"]),
+        "dtype": getattr(torch, plan.dtype),
     }
     if source is not None:
         kwargs["revision"] = None
@@ -145,7 +145,7 @@ def base_source(plan: Plan, run: RunDir) -> Path | None:
     where = run.base if run.base.is_dir() else None
     if changed:
         raise ModelError(
-            f"{where or plan.model['name_or_path']}: is not the base that {run.path} was trained on (changed: "
+            f"{where or plan.model.name_or_path}: is not the base that {run.path} was trained on (changed: "
             f"{listed(changed)}); bring it back"
         )
     return where

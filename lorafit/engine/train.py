@@ -113,7 +113,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         if plan.data.packing:
             with stage("checking that packed rows don't see each other"):
                 check_isolation(trainer)
-        with stage(f"hashing {plan.model['name_or_path']}"):
+        with stage(f"hashing {plan.model.name_or_path}"):
             reading.join()
         if main and run.base_files() is None:
             run.write_base_files(as_written(run_fingerprint(plan, run), plan.references))
@@ -132,7 +132,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
                 with request.listening(), explained_out_of_memory(plan):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 measured = meter.measured()
-            if plan.training_kwargs["load_best_model_at_end"] and (best := trainer.state.best_model_checkpoint):
+            if plan.training.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
                 check_own(run.checkpoints / Path(best).name, ANEW)
                 trainer.state.best_model_checkpoint = str(run.checkpoints / Path(best).name)
                 trainer._load_best_model()
@@ -155,7 +155,7 @@ def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> Fore
     """
     short = shortage(foreseen)
     if short is None:
-        if plan.hardware.device == "cpu" and plan.training_kwargs["gradient_checkpointing"]:
+        if plan.hardware.device == "cpu" and plan.training.gradient_checkpointing:
             return_memory()
         return foreseen
     returned = return_memory()
@@ -167,7 +167,7 @@ def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> Fore
 def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:
     """Say if the training stopped early, and of which step the result is where that isn't the last."""
     last, total = state.global_step, schedule.total_steps
-    patience = plan.training_kwargs["early_stopping_patience"]
+    patience = plan.training.early_stopping_patience
     if last < total and patience:
         console.print(
             f"early stopping: {patience} evaluation{'s' * (patience != 1)} in a row without a lower validation loss; "
@@ -176,7 +176,7 @@ def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, consol
             soft_wrap=True,
         )
     best = state.best_global_step
-    if plan.training_kwargs["load_best_model_at_end"] and best and best != last:
+    if plan.training.load_best_model_at_end and best and best != last:
         console.print(
             f"kept: step {best}, whose validation loss was the lowest ({state.best_metric:.4f})",
             highlight=False,
@@ -247,7 +247,7 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
     changed = changed_source(plan, run) or (changed_base(plan, run) if run.base.is_dir() else [])
     if changed:
         raise UsageError(
-            f"{path}: the base {plan.model['name_or_path']} is not the one that the run began with (changed: "
+            f"{path}: the base {plan.model.name_or_path} is not the one that the run began with (changed: "
             f"{listed(changed)}); bring it back, or start anew with --overwrite"
         )
 
@@ -267,7 +267,7 @@ def check_way(run: RunDir, plan: Plan, start: Start) -> None:
         )
     sources = [source.path for source in (*plan.data.train, *plan.data.validation)]
     sets = [one["path"] for one in plan.eval["sets"] if one["path"]]
-    named = [plan.model["name_or_path"], *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
+    named = [plan.model.name_or_path, *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
     inside = next((name for name in named if run.holds(located(name))), None)
     if inside is not None:
         raise UsageError(f"{run.path}: would be replaced, and {inside} is in it; choose another output_dir")
@@ -315,11 +315,11 @@ def is_last(checkpoint: Path) -> bool:
 
 def dequantized_base(plan: Plan, run: RunDir) -> Path | None:
     """The folder that a GGUF base is loaded from; None for other bases. The first process makes it."""
-    if plan.model["kind"] != "gguf":
+    if plan.model.kind != "gguf":
         return None
     wait_for_everyone()  # until the run directory is the new run's: the one that it replaces has a base too
     if is_main_process() and not run.base.is_dir():
-        dequantize_gguf(plan.model["name_or_path"], run.base, plan.model_kwargs["dtype"])
+        dequantize_gguf(plan.model.name_or_path, run.base, plan.dtype)
     wait_for_everyone()
     return run.base
 
@@ -350,7 +350,7 @@ def explained_out_of_memory(plan: Plan) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        rows = plan.training_kwargs["per_device_train_batch_size"]
+        rows = plan.training.per_device_train_batch_size
         raise DoesNotFitError(
             f"out of memory in training with {rows} rows of up to {plan.data.max_length} tokens at once; lower "
             "training.per_device_train_batch_size (with global_batch_size, accumulation makes up for it), turn on "
@@ -539,11 +539,11 @@ def explained_experts(plan: Plan) -> Iterator[None]:
         yield
     except ValueError as error:
         if "not found in the base model" in str(error):
-            raise ModelError(f"{plan.model['name_or_path']}: has other modules than its files say: {error}") from error
+            raise ModelError(f"{plan.model.name_or_path}: has other modules than its files say: {error}") from error
         if "ParamWrapper" not in str(error):
             raise
         raise ModelError(
-            f"PEFT puts these lora.target_modules on the fused experts of a {plan.model['model_type']} model as well, "
+            f"PEFT puts these lora.target_modules on the fused experts of a {plan.model.model_type} model as well, "
             "which lorafit does not plan; use target_modules: attention"
         ) from error
 
@@ -572,7 +572,7 @@ def training_arguments(plan: Plan, run: RunDir) -> Arguments:
         packing=packing,  # they are packed already, and collated without padding
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        metric_for_best_model="eval_loss" if plan.training_kwargs["eval_strategy"] != "no" else None,
+        metric_for_best_model="eval_loss" if plan.training.eval_strategy != "no" else None,
         greater_is_better=False,
         logging_nan_inf_filter=False,
         restore_callback_states_from_checkpoint=True,
@@ -604,7 +604,7 @@ def add_callbacks(
         trainer.add_callback(EvaluateAtTheEnd())
     if schedule.save_steps:
         args.save_strategy, args.save_steps = "steps", schedule.save_steps
-    patience = plan.training_kwargs["early_stopping_patience"]
+    patience = plan.training.early_stopping_patience
     if patience:
         trainer.add_callback(EarlyStoppingCallback(patience))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -634,7 +634,7 @@ def settle_adapter(trainer: Trainer, plan: Plan, run: RunDir) -> None:
     if start == "loftq":
         from peft import replace_lora_weights_loftq
 
-        folder = expanded(plan.model["name_or_path"])
+        folder = expanded(plan.model.name_or_path)
         with stage("starting the adapter by LoftQ"):
             replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
     elif start == "eva":
@@ -656,7 +656,7 @@ def check_parameters(trainer: Trainer, plan: Plan) -> None:
     if plan.trainable_parameters and actual != plan.trainable_parameters:
         raise ModelError(
             f"the plan expects {plan.trainable_parameters:,} trainable parameters and the model has {actual:,}: "
-            f"lorafit does not know this {plan.model['model_type']} model's layers well enough; please report it"
+            f"lorafit does not know this {plan.model.model_type} model's layers well enough; please report it"
         )
     if actual == 0:
         raise ModelError("nothing would be trained: no module matches lora.target_modules")
