@@ -17,7 +17,7 @@ from lorafit.outcome import Planned
 from lorafit.plan import Choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import may_be_null, near_key, section_at, sections
-from lorafit.recipe.source import Located, Position, dotted, holds
+from lorafit.recipe.yaml import Located, Position, dotted, holds
 from lorafit.text import brief
 from lorafit.written import at_keys
 
@@ -178,10 +178,10 @@ def _shortened_lists(recipe: Recipe) -> list[Explained]:
 
 def defaults_of(recipe: Recipe, plan: Planned) -> dict[str, Choice]:
     """What absent keys come to, where the plan has it without giving a reason."""
-    training, kwargs = recipe.training, plan.training_kwargs
+    training, planned = recipe.training, plan.training
     found: dict[str, Choice] = {}
     if training.num_train_epochs is None and training.max_steps is None:
-        found["training.num_train_epochs"] = Choice(kwargs["num_train_epochs"], "default")
+        found["training.num_train_epochs"] = Choice(planned.num_train_epochs, "default")
     if training.global_batch_size is None:
         reason = "rows x passes x processes" if plan.hardware.world_size > 1 else "rows x passes"
         found["training.global_batch_size"] = Choice(plan.rows_per_step, reason)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from lorafit.errors import DataError, ModelError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware
-from lorafit.plan import Choice, Plan, SourcePlan, make_plan
+from lorafit.plan import Choice, Plan, SourcePlan, Training, make_plan
 from lorafit.plan.model import choose_dtype
 from lorafit.plan.resolve import examine
 from lorafit.plan.sources import plan_sources
@@ -30,7 +29,7 @@ class Planned:
         choices: resolved values by their key, with their reasons.
         plan: None without the model, or where it can't be carried out.
         facts: None where the model isn't known.
-        training_kwargs: known without the model.
+        training: known without the model.
         sources: of training rows.
         no_model: why the model isn't known.
         no_rows: why the rows weren't counted.
@@ -41,7 +40,7 @@ class Planned:
     choices: dict[str, Choice]
     plan: Plan | None
     facts: ModelFacts | None
-    training_kwargs: dict[str, Any] = field(default_factory=dict)
+    training: Training
     sources: tuple[SourcePlan, ...] = ()
     no_model: str | None = None
     no_rows: str | None = None
@@ -49,9 +48,7 @@ class Planned:
 
     @property
     def rows_per_step(self) -> int:
-        kwargs = self.training_kwargs
-        batch = kwargs["per_device_train_batch_size"] * kwargs["gradient_accumulation_steps"]
-        return int(batch * self.hardware.world_size)
+        return self.training.rows_per_step(self.hardware.world_size)
 
     @property
     def unknown(self) -> list[str]:
@@ -74,30 +71,30 @@ def planned(recipe: Recipe, name: str, hardware: Hardware, count_rows: bool = Tr
     if large is None:
         try:
             plan = make_plan(recipe, facts, hardware, name, count_rows=count_rows)
-            return Planned(hardware, plan.choices, plan, facts, plan.training_kwargs, plan.data.train)
+            return Planned(hardware, plan.choices, plan, facts, plan.training, plan.data.train)
         except (RecipeError, DataError):
             pass  # said below, where the rest is planned as well
     context = Context(recipe, facts, hardware)
     half = examine(context, name, "formats")
     refused = _several([mistake.message for mistake in context.mistakes])
     faults = _several([str(fault) for _, fault in context.faults])
-    kwargs = half.training_kwargs if half else _training(context)
+    training = half.training if half else _training(context)
     sources = half.data.train if half else ()
-    return Planned(hardware, context.choices, half, facts, kwargs, sources, None, faults or large, refused)
+    return Planned(hardware, context.choices, half, facts, training, sources, None, faults or large, refused)
 
 
 def _without_model(recipe: Recipe, hardware: Hardware, reason: str) -> Planned:
     """What follows from the recipe, the machine and the rows alone."""
     facts = ModelFacts(recipe.model.name_or_path, "hub", "nothing", {}, ())
     context = Context(recipe, facts, hardware)
-    kwargs = _training(context)
+    training = _training(context)
     sources, _ = plan_sources(context, "formats")
     no_rows = _several([str(fault) for _, fault in context.faults]) or _too_large(recipe)
-    return Planned(hardware, context.choices, None, None, kwargs, tuple(sources), reason, no_rows)
+    return Planned(hardware, context.choices, None, None, training, tuple(sources), reason, no_rows)
 
 
-def _training(context: Context) -> dict[str, Any]:
-    return training_kwargs(context, choose_dtype(context), bool(context.recipe.dataset.validation))
+def _training(context: Context) -> Training:
+    return Training.of(training_kwargs(context, choose_dtype(context), bool(context.recipe.dataset.validation)))
 
 
 def _too_large(recipe: Recipe) -> str | None:

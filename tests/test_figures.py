@@ -232,7 +232,7 @@ def test_a_warm_up_that_is_as_long_as_the_run(recipe: RecipeMaker, training: dic
     assert bool([remark for remark in plan.remarks if "warm-up" in remark.lower()]) == (said == "remark")
     assert plan.schedule is not None
     if plan.schedule.total_steps == 1:
-        assert plan.training_kwargs["warmup_steps"] == plan.choices["training.warmup_ratio"].value == 0
+        assert plan.training.warmup_steps == plan.choices["training.warmup_ratio"].value == 0
 
 
 @pytest.mark.parametrize("added", ["word", "padding"])

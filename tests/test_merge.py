@@ -402,7 +402,7 @@ def test_an_adapter_from_elsewhere(run: RunDir, tmp_path: Path, tiny_model: Path
 
 
 def test_without_any_tokenizer(tmp_path: Path, run: RunDir) -> None:
-    for source, name in ((run.adapter, "adapter"), (Path(run.load_plan().model["name_or_path"]), "base")):
+    for source, name in ((run.adapter, "adapter"), (Path(run.load_plan().model.name_or_path), "base")):
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja", SEAL))
     said = io.StringIO()
     folder = merged(tmp_path / "adapter", said, output=tmp_path / "m", base=str(tmp_path / "base"))
@@ -622,7 +622,7 @@ def foreign(run: RunDir, folder: Path, **changes: Any) -> Path:
 
 
 def base_of(run: RunDir) -> Path:
-    return Path(run.load_plan().model["name_or_path"])
+    return Path(run.load_plan().model.name_or_path)
 
 
 def test_what_the_merge_needs_is_not_replaced(run: RunDir, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_gguf_file_trains_and_its_run_needs_no_gguf(recipe: RecipeMaker, train
             training={"max_steps": 2, "per_device_train_batch_size": 1},
         )
     )
-    assert run.load_plan().model["parameters"] == 134_515_008
+    assert run.load_plan().model.parameters == 134_515_008
     assert differences(run.base_files() or {}, fingerprint_of(run.base)) == []
     assert (run.base_files() or {})["dequantized"]["tensors"]
     adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)

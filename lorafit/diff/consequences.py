@@ -89,7 +89,7 @@ def _missing(side: Side) -> Iterator[tuple[str, str]]:
 def _figures(before: Side, after: Side) -> Iterator[tuple[str, Any, Any, Unit]]:
     def of_plan(side: Side, key: str) -> int | None:
         plan = side.plan.plan
-        return plan.model[key] or None if plan else None
+        return getattr(plan.model, key) or None if plan else None
 
     on_gpu = {before.plan.hardware.device, after.plan.hardware.device} == {"cuda"}
     yield "parameters", of_plan(before, "parameters"), of_plan(after, "parameters"), "count"

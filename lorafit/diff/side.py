@@ -105,12 +105,12 @@ class Examiner:
         memory, fits, no_memory = self._memory(recipe, plan)
         rows, no_rows = self._rows(recipe, plan)
         schedule = _schedule(recipe, plan, rows)
-        kwargs = plan.training_kwargs
-        limited = kwargs["max_steps"] > 0
-        steps = schedule.total_steps if schedule else kwargs["max_steps"] if limited else None
-        epochs = None if limited else kwargs["num_train_epochs"]
+        training = plan.training
+        limited = training.max_steps > 0
+        steps = schedule.total_steps if schedule else training.max_steps if limited else None
+        epochs = None if limited else training.num_train_epochs
         if limited and schedule is not None and rows is not None:
-            epochs = kwargs["max_steps"] / schedule.steps_per_epoch
+            epochs = training.max_steps / schedule.steps_per_epoch
         return Side(
             **{item.name: getattr(opened, item.name) for item in fields(opened)},
             plan=plan,
@@ -189,4 +189,4 @@ def _schedule(recipe: Recipe, plan: Planned, rows: int | None) -> Schedule | Non
         return plan.plan.schedule
     if rows is None or recipe.training.packing:
         return None
-    return make_schedule(rows, plan.training_kwargs, plan.hardware.world_size)
+    return make_schedule(rows, plan.training, plan.hardware.world_size)

@@ -226,7 +226,7 @@ def _adapter(pair: Pair) -> Iterator[Warned]:
         return
     for change in pair.changed("lora.target_modules"):
         plans = [side.plan.plan for side in (pair.before, pair.after)]
-        counts = [plan.model["adapted_modules"] if plan else 0 for plan in plans]
+        counts = [plan.model.adapted_modules if plan else 0 for plan in plans]
         modules = f": {counts[0]} adapted modules become {counts[1]}" if all(counts) else ""
         yield Warned(change.key, f"Other modules are adapted{modules}{size}.")
 

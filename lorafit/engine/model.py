@@ -40,10 +40,10 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     Args:
         source: a folder to load from instead of the plan's model, such as a dequantized GGUF file.
     """
-    name = str(source or plan.model["name_or_path"])
+    name = str(source or plan.model.name_or_path)
     kwargs: dict[str, Any] = {
         **plan.model_kwargs,
-        "dtype": getattr(torch, plan.model_kwargs["dtype"]),
+        "dtype": getattr(torch, plan.dtype),
     }
     if source is not None:
         kwargs["revision"] = None
@@ -131,7 +131,7 @@ def base_source(plan: Plan, run: RunDir) -> Path | None:
     where = run.base if run.base.is_dir() else None
     if changed:
         raise ModelError(
-            f"{where or plan.model['name_or_path']}: is not the base that {run.path} was trained on (changed: "
+            f"{where or plan.model.name_or_path}: is not the base that {run.path} was trained on (changed: "
             f"{listed(changed)}); bring it back"
         )
     return where
@@ -160,11 +160,11 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
 
 def dequantized_base(plan: Plan, run: RunDir) -> Path | None:
     """The folder that a GGUF base is loaded from; None for other bases. The first process makes it."""
-    if plan.model["kind"] != "gguf":
+    if plan.model.kind != "gguf":
         return None
     wait_for_everyone()  # until the run directory is the new run's: the one that it replaces has a base too
     if is_first_process() and not run.base.is_dir():
-        dequantize_gguf(plan.model["name_or_path"], run.base, plan.model_kwargs["dtype"])
+        dequantize_gguf(plan.model.name_or_path, run.base, plan.dtype)
     wait_for_everyone()
     return run.base
 

@@ -74,7 +74,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         trainer = SFT.build(plan, run, data, tokenizer)
         meter.loaded()
         SFT.check(trainer, plan)
-        with stage(f"hashing {plan.model['name_or_path']}"):
+        with stage(f"hashing {plan.model.name_or_path}"):
             reading.join()
         if main and run.base_files() is None:
             run.write_base_files(as_written(run_fingerprint(plan, run), plan.references))
@@ -110,7 +110,7 @@ def go_on(
             with request.listening(), explained_out_of_memory(plan):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             measured = meter.measured()
-        if plan.training_kwargs["load_best_model_at_end"] and (best := trainer.state.best_model_checkpoint):
+        if plan.training.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
             folder = run.checkpoints / Path(best).name
             check_own(folder, ANEW)
             trainer.state.best_model_checkpoint = str(folder)
@@ -126,7 +126,7 @@ def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> Fore
     """
     short = shortage(foreseen)
     if short is None:
-        if plan.hardware.device == "cpu" and plan.training_kwargs["gradient_checkpointing"]:
+        if plan.hardware.device == "cpu" and plan.training.gradient_checkpointing:
             return_memory()
         return foreseen
     returned = return_memory()
@@ -138,7 +138,7 @@ def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> Fore
 def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:
     """Say if the training stopped early, and of which step the result is where that isn't the last."""
     last, total = state.global_step, schedule.total_steps
-    patience = plan.training_kwargs["early_stopping_patience"]
+    patience = plan.training.early_stopping_patience
     if last < total and patience:
         console.print(
             f"early stopping: {patience} evaluation{'s' * (patience != 1)} in a row without a lower validation loss; "
@@ -147,7 +147,7 @@ def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, consol
             soft_wrap=True,
         )
     best = state.best_global_step
-    if plan.training_kwargs["load_best_model_at_end"] and best and best != last:
+    if plan.training.load_best_model_at_end and best and best != last:
         console.print(
             f"kept: step {best}, whose validation loss was the lowest ({state.best_metric:.4f})",
             highlight=False,
@@ -193,7 +193,7 @@ def explained_out_of_memory(plan: Plan) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        rows = plan.training_kwargs["per_device_train_batch_size"]
+        rows = plan.training.per_device_train_batch_size
         raise DoesNotFitError(
             f"out of memory in training with {rows} rows of up to {plan.data.max_length} tokens at once; lower "
             "training.per_device_train_batch_size (with global_batch_size, accumulation makes up for it), turn on "

@@ -203,7 +203,7 @@ def training_arguments(plan: Plan, run: RunDir) -> Arguments:
         packing=packing,  # they are packed already, and collated without padding
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        metric_for_best_model="eval_loss" if plan.training_kwargs["eval_strategy"] != "no" else None,
+        metric_for_best_model="eval_loss" if plan.training.eval_strategy != "no" else None,
         greater_is_better=False,
         logging_nan_inf_filter=False,
         restore_callback_states_from_checkpoint=True,
@@ -235,7 +235,7 @@ def add_callbacks(
         trainer.add_callback(EvaluateAtTheEnd())
     if schedule.save_steps:
         args.save_strategy, args.save_steps = "steps", schedule.save_steps
-    patience = plan.training_kwargs["early_stopping_patience"]
+    patience = plan.training.early_stopping_patience
     if patience:
         trainer.add_callback(EarlyStoppingCallback(patience))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

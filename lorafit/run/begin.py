@@ -73,7 +73,7 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
     changed = changed_source(plan, run) or (changed_base(plan, run) if run.base.is_dir() else [])
     if changed:
         raise UsageError(
-            f"{path}: the base {plan.model['name_or_path']} is not the one that the run began with (changed: "
+            f"{path}: the base {plan.model.name_or_path} is not the one that the run began with (changed: "
             f"{listed(changed)}); bring it back, or start anew with --overwrite"
         )
 
@@ -93,7 +93,7 @@ def check_way(run: RunDir, plan: Plan, start: Start) -> None:
         )
     sources = [source.path for source in (*plan.data.train, *plan.data.validation)]
     sets = [one["path"] for one in plan.eval["sets"] if one["path"]]
-    named = [plan.model["name_or_path"], *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
+    named = [plan.model.name_or_path, *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
     inside = next((name for name in named if run.holds(located(name))), None)
     if inside is not None:
         raise UsageError(f"{run.path}: would be replaced, and {inside} is in it; choose another output_dir")

@@ -56,7 +56,7 @@ def model_fingerprint(plan: Plan) -> Fingerprint:
 
     Raises ModelError for weight files that are missing or cut off.
     """
-    return base_fingerprint(plan.model["name_or_path"], plan.model_kwargs["revision"])
+    return base_fingerprint(plan.model.name_or_path, plan.revision)
 
 
 def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:

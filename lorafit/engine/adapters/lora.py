@@ -43,11 +43,11 @@ def put_on(plan: Plan, modules: Iterable[str]) -> Iterator[None]:
             yield
     except ValueError as error:
         if "not found in the base model" in str(error):
-            raise ModelError(f"{plan.model['name_or_path']}: has other modules than its files say: {error}") from error
+            raise ModelError(f"{plan.model.name_or_path}: has other modules than its files say: {error}") from error
         if "ParamWrapper" not in str(error):
             raise
         raise ModelError(
-            f"PEFT puts these lora.target_modules on the fused experts of a {plan.model['model_type']} model as well, "
+            f"PEFT puts these lora.target_modules on the fused experts of a {plan.model.model_type} model as well, "
             "which lorafit does not plan; use target_modules: attention"
         ) from error
 
@@ -63,7 +63,7 @@ def start(trainer: Any, plan: Plan, run: RunDir) -> None:
     if how == "loftq":
         from peft import replace_lora_weights_loftq
 
-        folder = expanded(plan.model["name_or_path"])
+        folder = expanded(plan.model.name_or_path)
         with stage("starting the adapter by LoftQ"):
             replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
     elif how == "eva":

@@ -81,7 +81,7 @@ def _check_parameters(trainer: Trainer, plan: Plan) -> None:
     if plan.trainable_parameters and actual != plan.trainable_parameters:
         raise ModelError(
             f"the plan expects {plan.trainable_parameters:,} trainable parameters and the model has {actual:,}: "
-            f"lorafit does not know this {plan.model['model_type']} model's layers well enough; please report it"
+            f"lorafit does not know this {plan.model.model_type} model's layers well enough; please report it"
         )
     if actual == 0:
         raise ModelError("nothing would be trained: no module matches lora.target_modules")

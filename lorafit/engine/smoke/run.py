@@ -83,7 +83,7 @@ def smoke(options: SmokeOptions) -> Report:
         watch = Watch()
         with watch.watching():
             run = train(tiny.plan, options.config.read_bytes(), Start(), Console(stderr=True, quiet=True))
-        metrics = run.metrics_until(tiny.plan.training_kwargs["max_steps"])
+        metrics = run.metrics_until(tiny.plan.training.max_steps)
     report = Report(
         model=recipe.model.name_or_path,
         tiny=tiny.sizes,

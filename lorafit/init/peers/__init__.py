@@ -13,7 +13,7 @@ from lorafit.init.peers import axolotl as axolotl_keys
 from lorafit.init.peers import llamafactory as llamafactory_keys
 from lorafit.init.peers import trl as trl_keys
 from lorafit.init.peers.convert import Conversion, Kind, Rules, find, read_peer
-from lorafit.recipe.source import Located
+from lorafit.recipe.yaml import Located
 from lorafit.text import near
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
