@@ -17,7 +17,7 @@ from lorafit.outcome import Outcome
 from lorafit.plan import Choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import may_be_null, near_key, section_at, sections
-from lorafit.recipe.source import Located, Position, dotted, holds
+from lorafit.recipe.yaml import Located, Position, dotted, holds
 from lorafit.text import brief
 from lorafit.written import at_keys
 
@@ -181,7 +181,7 @@ def defaults_of(outcome: Outcome) -> dict[str, Choice]:
     recipe, training = outcome.recipe, outcome.recipe.training
     found: dict[str, Choice] = {}
     if training.num_train_epochs is None and training.max_steps is None:
-        found["training.num_train_epochs"] = Choice(outcome.training_kwargs["num_train_epochs"], "default")
+        found["training.num_train_epochs"] = Choice(outcome.training.num_train_epochs, "default")
     if training.global_batch_size is None:
         reason = "rows x passes x processes" if outcome.hardware.world_size > 1 else "rows x passes"
         found["training.global_batch_size"] = Choice(outcome.rows_per_step, reason)

@@ -10,10 +10,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorafit.gpus import Device, Gpu, find_gpu, known_gpu, parse_memory
-from lorafit.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lorafit.recipe import Recipe
 
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # count GPUs as nvidia-smi does: CUDA starts after this
 

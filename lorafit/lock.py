@@ -38,7 +38,7 @@ from lorafit.hardware import detect_cpu
 from lorafit.plan.data import read_chat_template
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError, Source
-from lorafit.recipe.source import shorten
+from lorafit.recipe.yaml import shorten
 from lorafit.rows import data_files, is_local
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import damaged_in_cache, whole_digest

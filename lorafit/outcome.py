@@ -25,13 +25,12 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, meant_device, meant_hardware
 from lorafit.memory import Estimate, Setup, Sharding, check_size, estimate, judged, known_tensors, setup_of
-from lorafit.plan import Choice, Plan, Schedule, SourcePlan, make_schedule, validation_rows
+from lorafit.plan import Choice, Plan, Schedule, SourcePlan, Training, make_schedule, validation_rows
 from lorafit.plan.model import choose_dtype
 from lorafit.plan.resolve import examine, with_steps
 from lorafit.plan.sources import Reading, counted, plan_sources
@@ -170,12 +169,12 @@ class Outcome:
         return Context(self.recipe, self.facts or unknown_facts(self.recipe.model.name_or_path), self.hardware)
 
     @cached_property
-    def _without_model(self) -> tuple[Context, dict[str, Any], tuple[SourcePlan, ...]]:
-        """What follows from the recipe, the machine and the rows alone: choices, SFTConfig's values and sources."""
+    def _without_model(self) -> tuple[Context, Training, tuple[SourcePlan, ...]]:
+        """What follows from the recipe, the machine and the rows alone: choices, the training, sources."""
         context = self._context()
         kwargs = training_kwargs(context, choose_dtype(context), bool(self.recipe.dataset.validation))
         sources, _ = plan_sources(context, "formats")
-        return context, kwargs, tuple(sources)
+        return context, Training.of(kwargs), tuple(sources)
 
     @cached_property
     def _whole(self) -> Plan:
@@ -215,9 +214,9 @@ class Outcome:
         return (self._without_model[0] if self.facts is None else self.examined[0]).choices
 
     @property
-    def training_kwargs(self) -> dict[str, Any]:
-        """Values for SFTConfig; they are known without the model."""
-        return self.plan.training_kwargs if self.plan is not None else self._without_model[1]
+    def training(self) -> Training:
+        """Values of the training; they are known without the model."""
+        return self.plan.training if self.plan is not None else self._without_model[1]
 
     @property
     def sources(self) -> tuple[SourcePlan, ...]:
@@ -228,9 +227,7 @@ class Outcome:
 
     @property
     def rows_per_step(self) -> int:
-        kwargs = self.training_kwargs
-        batch = kwargs["per_device_train_batch_size"] * kwargs["gradient_accumulation_steps"]
-        return int(batch * self.hardware.world_size)
+        return self.training.rows_per_step(self.hardware.world_size)
 
     @property
     def audit(self) -> Audit | None:
@@ -313,12 +310,12 @@ class Outcome:
             return self.plan.schedule
         if self.rows is None or self.recipe.training.packing:
             return None
-        return make_schedule(self.rows, self.training_kwargs, self.hardware.world_size)
+        return make_schedule(self.rows, self.training, self.hardware.world_size)
 
     @property
     def steps(self) -> int | None:
         """Optimizer steps."""
-        limit = self.training_kwargs["max_steps"]
+        limit = self.training.max_steps
         return self.schedule.total_steps if self.schedule else limit if limit > 0 else None
 
     @property
@@ -330,12 +327,11 @@ class Outcome:
     @property
     def epochs(self) -> float | None:
         """Passes over the rows."""
-        kwargs = self.training_kwargs
-        if kwargs["max_steps"] <= 0:
-            return kwargs["num_train_epochs"]  # type: ignore[no-any-return]
+        if self.training.max_steps <= 0:
+            return self.training.num_train_epochs
         if self.schedule is None or self.rows is None:
             return None
-        return float(kwargs["max_steps"] / self.schedule.steps_per_epoch)
+        return float(self.training.max_steps / self.schedule.steps_per_epoch)
 
     # --- memory -----------------------------------------------------------------------------------
 

@@ -211,7 +211,7 @@ _display: _Display | None = None
 def telling() -> Iterator[None]:
     """Tell of the stages of the block; of several processes, the first does."""
     global _display
-    before, _display = _display, _Display(sys.stderr) if _is_first() else None
+    before, _display = _display, _Display(sys.stderr) if is_first_process() else None
     try:
         yield
     finally:
@@ -220,7 +220,8 @@ def telling() -> Iterator[None]:
         _display = before
 
 
-def _is_first() -> bool:
+def is_first_process() -> bool:
+    """Whether this is the process that prints and writes, of the several that torchrun starts."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -238,7 +239,7 @@ def talk() -> Console:
     from lorafit.console import Console
 
     if _display is None:
-        return Console(stderr=True, quiet=not _is_first())
+        return Console(stderr=True, quiet=not is_first_process())
     _display.console = _display.console or Console(file=_display.stream, stderr=True)
     return _display.console
 

@@ -160,10 +160,10 @@ def train() -> Train:
     """Train a recipe file in this process; returns the RunDir."""
     from rich.console import Console
 
-    from lorafit.engine.train import Start
     from lorafit.engine.train import train as run_training
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
+    from lorafit.run.begin import Start
 
     def go(path: Path, *overrides: str, resume: bool = False, overwrite: bool = False) -> Any:
         plan = plan_recipe(Recipe.load(path, overrides), path)

@@ -11,7 +11,7 @@ from conftest import CHATML, WORDS, RecipeMaker, Train, conversation, make_model
 from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
-import lorafit.engine.train
+import lorafit.engine.model
 from lorafit.cli import app
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.tokenizer import load_tokenizer
@@ -222,7 +222,7 @@ def test_training_stops_before_weights_load(
     def load(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(lorafit.engine.train, "load_base", load)
+    monkeypatch.setattr(lorafit.engine.model, "load_base", load)
     with pytest.raises(DataError, match=r"rows\.jsonl:6: .*empty_answers"):
         train(recipe(dataset={"train": [{"path": str(file)}]}))
     assert not (tmp_path / "runs" / "recipe").exists()

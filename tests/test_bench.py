@@ -22,13 +22,13 @@ from lorafit.engine.bench.report import BenchReport, as_markdown, median, print_
 from lorafit.engine.bench.run import bench
 from lorafit.engine.merge.run import merge
 from lorafit.engine.tokenizer import load_tokenizer
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.errors import ModelError, UsageError
 from lorafit.options.bench import BenchOptions, Shape, parse_models, parse_numbers
 from lorafit.options.merge import Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 
 QUIET = Console(file=io.StringIO())
@@ -79,7 +79,7 @@ def passes(run: RunDir, name: str, new_tokens: int = 12) -> Pass:
     ids = draw_tokens(load_tokenizer(plan, run.adapter), 384, Shape(7, 2), 0)
     if name == "merged":
         return run_pass(AutoModelForCausalLM.from_pretrained(run.merged).eval(), ids, new_tokens, ticking())
-    base = AutoModelForCausalLM.from_pretrained(plan.model["name_or_path"]).eval()
+    base = AutoModelForCausalLM.from_pretrained(plan.model.name_or_path).eval()
     return run_pass(Sides(base, run.adapter).use(name == "adapter"), ids, new_tokens, ticking())
 
 
@@ -171,8 +171,8 @@ def test_adapter_and_merged_give_the_same_tokens_as_without_a_cache(merged: RunD
 
 def test_the_base_runs_without_pefts_modules_and_takes_turns(merged: RunDir) -> None:
     plan = merged.load_plan()
-    alone = AutoModelForCausalLM.from_pretrained(plan.model["name_or_path"]).eval()
-    sides = Sides(AutoModelForCausalLM.from_pretrained(plan.model["name_or_path"]).eval(), merged.adapter)
+    alone = AutoModelForCausalLM.from_pretrained(plan.model.name_or_path).eval()
+    sides = Sides(AutoModelForCausalLM.from_pretrained(plan.model.name_or_path).eval(), merged.adapter)
     ids = draw_tokens(load_tokenizer(plan, merged.adapter), 384, Shape(7, 2), 0)
     expected = alone(input_ids=ids).logits
     adapted = sides.use(True)(input_ids=ids).logits

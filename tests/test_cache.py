@@ -297,7 +297,8 @@ def test_another_lorafit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     code_version.cache_clear()
     assert code_version() == here
-    shaping = [*(copy / "rows").glob("*.py"), *(copy / "engine/data").glob("*.py"), copy / "facts/template.py"]
+    folders = ("rows", "engine/data", "engine/methods")
+    shaping = [*(file for one in folders for file in (copy / one).glob("*.py")), copy / "facts/template.py"]
     assert len(shaping) > 10
     assert all(map(changed, shaping))
     assert not changed(copy / "run/summary.py")

@@ -94,9 +94,10 @@ def trained(place: Path, base: Path, name: str, **sections: Any) -> RunDir:
     """A short run with a learning rate that changes every answer."""
     import yaml
 
-    from lorafit.engine.train import Start, train
+    from lorafit.engine.train import train
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
+    from lorafit.run.begin import Start
 
     words = WORDS.split()
     rows = [conversation(f"{words[i]} {words[-i]}", f"{name} {words[i]}") for i in range(12)]

@@ -166,14 +166,14 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "error", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=["py", "cpp"]
     )
-    @pytest.mark.parametrize("where", ["prepare", "build_trainer"])
+    @pytest.mark.parametrize("where", ["train.prepare", "methods.sft.build"])
     def test_too_little_memory_outside_the_steps(
         self, where: str, error: Exception, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def big(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(f"lorafit.engine.train.{where}", big)
+        monkeypatch.setattr(f"lorafit.engine.{where}", big)
         code, _, err = lorafit("train", recipe())
         assert code == 5
         assert "out of memory" in err

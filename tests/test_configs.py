@@ -15,7 +15,7 @@ from lorafit.memory import estimate, fits, setup_of
 from lorafit.plan import make_plan
 from lorafit.recipe import Recipe
 from lorafit.recipe.docs import json_schema
-from lorafit.recipe.source import read_yaml
+from lorafit.recipe.yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -32,7 +32,6 @@ from lorafit.engine.data.encode import IGNORED
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.run import merge
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelError, UsageError
 from lorafit.evaluation.figures import speeds
@@ -43,6 +42,7 @@ from lorafit.options.evaluate import Named, Options
 from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 
 QUIET = Console(file=io.StringIO())

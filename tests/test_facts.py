@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lorafit.errors import ModelError
-from lorafit.facts import gguf_header, hub, hub_unreachable, known_models, layout, read_facts, safetensors_header
+from lorafit.facts import gguf_header, hub, hub_unreachable, known_models, layout, read_facts, stored_tensors
 from lorafit.facts.gguf import GGUF_FAMILIES
 
 LLAMA: dict[str, Any] = {
@@ -463,7 +463,7 @@ def test_a_large_file_with_a_large_header_is_not_read_into_memory(tmp_path: Path
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", 2**33))
         stream.truncate(2**34)  # a hole
-    assert "claims" in fails_fast(lambda: list(safetensors_header(file)))
+    assert "claims" in fails_fast(lambda: list(stored_tensors(file)))
 
 
 def test_the_header_agrees_with_safetensors_itself(tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_the_header_agrees_with_safetensors_itself(tmp_path: Path) -> None:
 
     arrays = {"b": numpy.zeros((3, 5), "float16"), "a": numpy.zeros((), "float32"), "c": numpy.zeros((0, 2), "int8")}
     save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    read = [(t.name, t.shape, t.dtype) for t in safetensors_header(tmp_path / "x.safetensors")]
+    read = [(t.name, t.shape, t.dtype) for t in stored_tensors(tmp_path / "x.safetensors")]
     assert read == [("a", (), "F32"), ("b", (3, 5), "F16"), ("c", (0, 2), "I8")]
 
 

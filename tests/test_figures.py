@@ -23,7 +23,6 @@ from lorafit.engine.merge.run import merge
 from lorafit.engine.merge.verify import Figures, Proof, Reference
 from lorafit.engine.meter import Meter
 from lorafit.engine.preview import preview
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.errors import UsageError
 from lorafit.evaluation.metrics.custom import custom_metric
@@ -32,6 +31,7 @@ from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 from lorafit.run.memory import calibrate
 from lorafit.text import GIB
@@ -233,7 +233,7 @@ def test_a_warm_up_that_is_as_long_as_the_run(recipe: RecipeMaker, training: dic
     assert bool([remark for remark in plan.remarks if "warm-up" in remark.lower()]) == (said == "remark")
     assert plan.schedule is not None
     if plan.schedule.total_steps == 1:
-        assert plan.training_kwargs["warmup_steps"] == plan.choices["training.warmup_ratio"].value == 0
+        assert plan.training.warmup_steps == plan.choices["training.warmup_ratio"].value == 0
 
 
 @pytest.mark.parametrize("added", ["word", "padding"])

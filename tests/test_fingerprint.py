@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def plan_of(name: str | Path, revision: str | None = None) -> Any:
-    return SimpleNamespace(model={"name_or_path": str(name)}, model_kwargs={"revision": revision}, references={})
+    return SimpleNamespace(model=SimpleNamespace(name_or_path=str(name)), revision=revision, references={})
 
 
 def changed_tensors(folder: Path, **changes: Any) -> None:

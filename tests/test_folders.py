@@ -292,7 +292,7 @@ class TestOverwritingARun:
         shutil.copytree("runs/one", "older")
         (project / "older").rename(project / "runs/one/.replaced")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lorafit.engine.train.build_trainer", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            patch.setattr("lorafit.engine.methods.sft.build", lambda *_: os.kill(os.getpid(), signal.SIGINT))
             assert run("train", "recipe.yaml", "--overwrite", "--set", "training.seed=5").exit_code == 130
         assert run("verify", "runs/one/.replaced").exit_code == 0
         assert not (project / "runs/one/.replaced/.replaced").exists()

@@ -16,7 +16,7 @@ import lorafit.cli.starting
 from lorafit.cli import app
 from lorafit.init.write import Document, Line, recipe_of, scalar
 from lorafit.recipe import Recipe
-from lorafit.recipe.source import read_yaml
+from lorafit.recipe.yaml import read_yaml
 
 LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 

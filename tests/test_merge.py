@@ -22,13 +22,13 @@ from yaml import safe_dump
 from lorafit.cli import app
 from lorafit.engine.merge.run import merge
 from lorafit.engine.merge.work import Work
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.files import LOCK, SEAL
 from lorafit.options.merge import Addition, Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 
 IDS = torch.arange(3, 40)[None]
@@ -402,7 +402,7 @@ def test_an_adapter_from_elsewhere(run: RunDir, tmp_path: Path, tiny_model: Path
 
 
 def test_without_any_tokenizer(tmp_path: Path, run: RunDir) -> None:
-    for source, name in ((run.adapter, "adapter"), (Path(run.load_plan().model["name_or_path"]), "base")):
+    for source, name in ((run.adapter, "adapter"), (Path(run.load_plan().model.name_or_path), "base")):
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja", SEAL))
     said = io.StringIO()
     folder = merged(tmp_path / "adapter", said, output=tmp_path / "m", base=str(tmp_path / "base"))
@@ -622,7 +622,7 @@ def foreign(run: RunDir, folder: Path, **changes: Any) -> Path:
 
 
 def base_of(run: RunDir) -> Path:
-    return Path(run.load_plan().model["name_or_path"])
+    return Path(run.load_plan().model.name_or_path)
 
 
 def test_what_the_merge_needs_is_not_replaced(run: RunDir, recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:

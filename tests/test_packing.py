@@ -20,8 +20,9 @@ import lorafit.engine.isolation
 from lorafit.engine.data.encode import IGNORED
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.isolation import check_isolation
+from lorafit.engine.methods.sft import build as build_trainer
 from lorafit.engine.tokenizer import load_tokenizer
-from lorafit.engine.train import Trainer, build_trainer
+from lorafit.engine.trainer import Trainer
 from lorafit.errors import ModelError
 from lorafit.plan import NO_SDPA, plan_recipe
 from lorafit.recipe import Recipe

@@ -124,9 +124,9 @@ def because(plan: Plan, key: str) -> str:
 )
 def test_dtype(planner: Planner, hardware: Hardware, dtype: str, reason: str, flags: tuple[bool, bool]) -> None:
     plan = planner(hardware, **QLORA)
-    assert plan.model_kwargs["dtype"] == dtype
+    assert plan.dtype == dtype
     assert reason in because(plan, "model.dtype")
-    assert (plan.training_kwargs["bf16"], plan.training_kwargs["fp16"]) == flags
+    assert (plan.training.bf16, plan.training.fp16) == flags
     assert plan.quantization_kwargs is not None
     assert plan.quantization_kwargs["bnb_4bit_compute_dtype"] == dtype
     assert because(plan, "quantization.bnb_4bit_compute_dtype") == "as the model's dtype"
@@ -141,8 +141,8 @@ def test_adapters_on_an_unquantized_base_stay_float32(planner: Planner) -> None:
 @pytest.mark.parametrize(("hardware", "bf16"), [(CPU, False), (CPU_BF16, False), (AMPERE, True), (T4, False)])
 def test_training_in_full_keeps_float32_weights(planner: Planner, hardware: Hardware, bf16: bool) -> None:
     plan = planner(hardware, lora=...)
-    assert plan.model_kwargs["dtype"] == plan.adapter_dtype == "float32"
-    assert (plan.training_kwargs["bf16"], plan.training_kwargs["fp16"]) == (bf16, False)
+    assert plan.dtype == plan.adapter_dtype == "float32"
+    assert (plan.training.bf16, plan.training.fp16) == (bf16, False)
     assert plan.trainable_parameters == FACTS.parameters
     assert plan.lora_kwargs is None
 
@@ -154,13 +154,13 @@ def test_bfloat16_where_it_is_slow_is_remarked_on(planner: Planner) -> None:
 
 
 def test_attention(planner: Planner) -> None:
-    assert planner().model_kwargs["attn_implementation"] == "sdpa"
+    assert planner().attention == "sdpa"
     gemma = planner(facts=facts_of(model_type="gemma2"))
-    assert gemma.model_kwargs["attn_implementation"] == "eager"
+    assert gemma.attention == "eager"
     assert "does not run gemma2 models with sdpa" in because(gemma, "model.attn_implementation")
     flash = planner(AMPERE, model={"attn_implementation": "flash_attention_2"})
-    assert flash.model_kwargs["attn_implementation"] == "flash_attention_2"
-    assert planner(HOPPER, lora=..., model={"attn_implementation": "flash_attention_3"}).training_kwargs["bf16"]
+    assert flash.attention == "flash_attention_2"
+    assert planner(HOPPER, lora=..., model={"attn_implementation": "flash_attention_3"}).training.bf16
 
 
 def test_which_models_know_no_sdpa() -> None:
@@ -214,12 +214,12 @@ def test_batch_and_accumulation(
 )
 def test_optimizer(planner: Planner, hardware: Hardware, quantized: bool, optimizer: str) -> None:
     plan = planner(hardware, **(QLORA if quantized else {}))
-    assert plan.training_kwargs["optim"] == plan.choices["training.optim"].value == optimizer
+    assert plan.training.optim == plan.choices["training.optim"].value == optimizer
 
 
 @pytest.mark.parametrize(("hardware", "expected"), [(CPU, False), (AMPERE, True)])
 def test_gradient_checkpointing(planner: Planner, hardware: Hardware, expected: bool) -> None:
-    assert planner(hardware).training_kwargs["gradient_checkpointing"] is expected
+    assert planner(hardware).training.gradient_checkpointing is expected
     assert planner(hardware, training={"gradient_checkpointing": not expected}).training_kwargs[
         "gradient_checkpointing"
     ] is (not expected)
@@ -240,15 +240,15 @@ def test_evaluation_and_the_best(
     planner: Planner, training: dict[str, Any], validation: float | None, strategy: str, best: bool
 ) -> None:
     plan = planner(training=training, dataset={"validation": validation})
-    assert plan.training_kwargs["eval_strategy"] == strategy
-    assert plan.training_kwargs["load_best_model_at_end"] is best
+    assert plan.training.eval_strategy == strategy
+    assert plan.training.load_best_model_at_end is best
 
 
 def test_warmup(planner: Planner) -> None:
-    assert planner().training_kwargs["warmup_steps"] == 0.03
-    assert planner(training={"warmup_ratio": 0.0}).training_kwargs["warmup_steps"] == 0.0
-    assert planner(training={"warmup_steps": 7}).training_kwargs["warmup_steps"] == 7
-    assert planner(training={"lr_scheduler_type": "constant"}).training_kwargs["warmup_steps"] == 0
+    assert planner().training.warmup_steps == 0.03
+    assert planner(training={"warmup_ratio": 0.0}).training.warmup_steps == 0.0
+    assert planner(training={"warmup_steps": 7}).training.warmup_steps == 7
+    assert planner(training={"lr_scheduler_type": "constant"}).training.warmup_steps == 0
 
 
 def test_max_length_follows_a_short_context(planner: Planner) -> None:
@@ -260,9 +260,9 @@ def test_max_length_follows_a_short_context(planner: Planner) -> None:
 def test_targets_and_counts(planner: Planner) -> None:
     plan = planner(lora={"r": 4, "target_modules": "qv"})
     assert plan.choices["lora.target_modules"].value == ["q_proj", "v_proj"]
-    assert plan.model["adapted_modules"] == 4
+    assert plan.model.adapted_modules == 4
     assert plan.trainable_parameters == 2 * 4 * ((32 + 32) + (16 + 32))
-    assert plan.model["parameters"] == FACTS.parameters
+    assert plan.model.parameters == FACTS.parameters
 
 
 def test_the_head_stays_unquantized_beside_what_the_recipe_lists(planner: Planner) -> None:
@@ -629,7 +629,7 @@ def test_every_field_reaches_something(field: str, planner: Planner) -> None:
 
 def test_the_seed_reaches_the_training_and_the_split(planner: Planner) -> None:
     plan = planner(training={"seed": 7})
-    assert plan.training_kwargs["seed"] == plan.data.seed == 7
+    assert plan.training.seed == plan.data.seed == 7
 
 
 def test_validation_sources_reach_the_plan(planner: Planner) -> None:
@@ -655,8 +655,9 @@ def test_extends_is_consumed_by_the_loader(planner: Planner) -> None:
 
 
 def test_what_is_planned_is_what_the_libraries_take(planner: Planner) -> None:
-    from lorafit.engine.model import lora_config, quantization_config
-    from lorafit.engine.train import training_arguments
+    from lorafit.engine.adapters import lora
+    from lorafit.engine.model import quantization_config
+    from lorafit.engine.trainer import training_arguments
     from lorafit.run.directory import RunDir
 
     values = {"per_device_train_batch_size": 3, "warmup_steps": 5, "seed": 7, "weight_decay": 0.5}
@@ -667,7 +668,7 @@ def test_what_is_planned_is_what_the_libraries_take(planner: Planner) -> None:
             continue  # follow from the number of rows
         if hasattr(arguments, name) and name not in ("load_best_model_at_end", "lr_scheduler_kwargs"):
             assert getattr(arguments, name) == value, name
-    config: Any = lora_config(plan)
+    config: Any = lora.config(plan)
     for name, value in (plan.lora_kwargs or {}).items():
         given = getattr(config, name)
         assert (sorted(given) if isinstance(given, set) else given) == (
@@ -869,4 +870,4 @@ def test_plan_recipe_reads_the_facts(planner: Planner) -> None:
     recipe = planner.load({"model": {"name_or_path": str(model)}})
     plan = plan_recipe(recipe, "configs/some-name.yaml", CPU)
     assert plan.output_dir == "runs/some-name"
-    assert plan.model["source"] == "config.json (no safetensors files)"
+    assert plan.model.source == "config.json (no safetensors files)"

@@ -29,12 +29,12 @@ from typer.testing import CliRunner
 from lorafit.cli import app
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
-from lorafit.engine.train import Start
 from lorafit.engine.train import train as run_training
 from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.options.merge import Options
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import differences, fingerprint_of
 from lorafit.run.memory import calibrate, foresee
@@ -238,7 +238,7 @@ def test_a_gguf_file_trains_and_its_run_needs_no_gguf(recipe: RecipeMaker, train
             training={"max_steps": 2, "per_device_train_batch_size": 1},
         )
     )
-    assert run.load_plan().model["parameters"] == 134_515_008
+    assert run.load_plan().model.parameters == 134_515_008
     assert differences(run.base_files() or {}, fingerprint_of(run.base)) == []
     assert (run.base_files() or {})["dequantized"]["tensors"]
     adapter = AutoPeftModelForCausalLM.from_pretrained(run.adapter)

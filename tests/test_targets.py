@@ -221,4 +221,4 @@ def test_peft_adapts_and_trains_what_is_planned(folder: tuple[str, Path], varian
     }
     assert adapted == set(find_targets(section, facts).modules)
     assert plan.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert plan.model["adapted_modules"] == len(adapted)
+    assert plan.model.adapted_modules == len(adapted)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from lorafit import files
 from lorafit.engine.callbacks import StopRequest
-from lorafit.engine.train import dequantized_base
+from lorafit.engine.model import dequantized_base
 from lorafit.errors import DataError, DoesNotFitError, DriftError, GateError, Interrupted, ModelError, UsageError
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import model_fingerprint, summary
@@ -561,7 +561,7 @@ def test_another_process_does_not_take_the_base_of_the_run_that_is_replaced(
     (run.base / "old").mkdir(parents=True)
     main = iter([lambda: shutil.rmtree(run.base), lambda: (run.base / "new").mkdir(parents=True)])
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("lorafit.engine.train.wait_for_everyone", lambda: next(main)())
+    monkeypatch.setattr("lorafit.engine.model.wait_for_everyone", lambda: next(main)())
     base = dequantized_base(SimpleNamespace(model={"kind": "gguf"}), run)
     assert [entry.name for entry in base.iterdir()] == ["new"]
 

@@ -21,10 +21,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from conftest import conversation, write_jsonl
     from rich.console import Console
 
-    from lorafit.engine.train import Start
     from lorafit.engine.train import train as run_training
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
+    from lorafit.run.begin import Start
 
     folder = tmp_path_factory.mktemp("verified")
     make_model(folder / "model")

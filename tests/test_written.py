@@ -24,7 +24,7 @@ from test_eval_judge import serving
 from lorafit import written
 from lorafit.cli import main
 from lorafit.console import Console
-from lorafit.engine.train import add_callbacks
+from lorafit.engine.trainer import add_callbacks
 
 
 def lorafit(*arguments: str) -> tuple[int, str, str]:

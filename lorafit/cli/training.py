@@ -74,8 +74,8 @@ def train(
     from lorafit.engine.quiet import hush
 
     hush()
-    from lorafit.engine.train import Start
     from lorafit.engine.train import train as run_training
+    from lorafit.run.begin import Start
 
     console = talk()
     for remark in plan.remarks:
@@ -91,7 +91,7 @@ def train(
 def bytes_of(config: Path) -> bytes:
     """What is in a recipe's file; nothing where it is none."""
     from lorafit.bounds import read_bytes
-    from lorafit.recipe.source import MAX_BYTES
+    from lorafit.recipe.yaml import MAX_BYTES
 
     try:
         return read_bytes(config, MAX_BYTES)

@@ -93,7 +93,7 @@ def _missing(found: Outcome) -> Iterator[tuple[str, str]]:
 
 def _figures(before: Outcome, after: Outcome) -> Iterator[tuple[str, Any, Any, Unit]]:
     def of_plan(one: Outcome, key: str) -> int | None:
-        return one.plan.model[key] or None if one.plan else None
+        return getattr(one.plan.model, key) or None if one.plan else None
 
     on_gpu = {before.hardware.device, after.hardware.device} == {"cuda"}
     yield "parameters", of_plan(before, "parameters"), of_plan(after, "parameters"), "count"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorafit.errors import UsageError
-from lorafit.recipe.source import Disk
+from lorafit.recipe.layers import Disk
 from lorafit.text import first_line, printable
 
 TIMEOUT = 30

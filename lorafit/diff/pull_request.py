@@ -16,7 +16,8 @@ from lorafit.diff.text import FORMATS
 from lorafit.hardware import Hardware
 from lorafit.outcome import Outcomes
 from lorafit.recipe import RecipeError, load
-from lorafit.recipe.source import Disk, SourceMistakes, read_recipe
+from lorafit.recipe.layers import Disk, read_recipe
+from lorafit.recipe.yaml import SourceMistakes
 from lorafit.text import printable
 from lorafit.validate.find import ENDINGS, find
 from lorafit.written import hidden_in

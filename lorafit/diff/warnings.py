@@ -236,7 +236,7 @@ def _adapter(both: Both) -> Iterator[Warned]:
         return
     for change in both.changed("lora.target_modules"):
         plans = [one.plan for one in both.outcomes]
-        counts = [plan.model["adapted_modules"] if plan else 0 for plan in plans]
+        counts = [plan.model.adapted_modules if plan else 0 for plan in plans]
         modules = f": {counts[0]} adapted modules become {counts[1]}" if all(counts) else ""
         yield Warned(change.key, f"Other modules are adapted{modules}{size}.")
 

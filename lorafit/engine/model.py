@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +26,7 @@ from lorafit.errors import LorafitError, ModelError
 from lorafit.files import check, staged
 from lorafit.plan import Plan
 from lorafit.plan.adapters import check_adapter
-from lorafit.progress import Counted, counting, stage
+from lorafit.progress import Counted, counting, is_first_process, stage
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import changed_base, listed
 from lorafit.written import expanded
@@ -40,10 +40,10 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     Args:
         source: a folder to load from instead of the plan's model, such as a dequantized GGUF file.
     """
-    name = str(source or plan.model["name_or_path"])
+    name = str(source or plan.model.name_or_path)
     kwargs: dict[str, Any] = {
         **plan.model_kwargs,
-        "dtype": getattr(torch, plan.model_kwargs["dtype"]),
+        "dtype": getattr(torch, plan.dtype),
     }
     if source is not None:
         kwargs["revision"] = None
@@ -111,20 +111,6 @@ def quantization_config(kwargs: dict[str, Any]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(**values)
 
 
-def lora_config(plan: Plan) -> LoraConfig | None:
-    """PEFT's configuration, or None for training in full."""
-    if plan.lora_kwargs is None:
-        return None
-    values = dict(plan.lora_kwargs)
-    if values["init_lora_weights"] == "loftq":
-        values["init_lora_weights"] = True  # put in after the base is quantized, see lorafit.engine.train
-    if values["init_lora_weights"] == "eva":
-        from peft import EvaConfig
-
-        values["eva_config"] = EvaConfig(rho=1.0)  # equal ranks, so that the adapter has the planned size
-    return LoraConfig(**values)
-
-
 def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """Put a saved adapter on its base, for inference. Raises ModelError."""
     check_adapter(adapter, (name for name, _ in base.named_modules()))
@@ -145,7 +131,7 @@ def base_source(plan: Plan, run: RunDir) -> Path | None:
     where = run.base if run.base.is_dir() else None
     if changed:
         raise ModelError(
-            f"{where or plan.model['name_or_path']}: is not the base that {run.path} was trained on (changed: "
+            f"{where or plan.model.name_or_path}: is not the base that {run.path} was trained on (changed: "
             f"{listed(changed)}); bring it back"
         )
     return where
@@ -170,6 +156,23 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
     with stage(f"writing {destination}"), staged(destination, "base") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def dequantized_base(plan: Plan, run: RunDir) -> Path | None:
+    """The folder that a GGUF base is loaded from; None for other bases. The first process makes it."""
+    if plan.model.kind != "gguf":
+        return None
+    wait_for_everyone()  # until the run directory is the new run's: the one that it replaces has a base too
+    if is_first_process() and not run.base.is_dir():
+        dequantize_gguf(plan.model.name_or_path, run.base, plan.dtype)
+    wait_for_everyone()
+    return run.base
+
+
+def wait_for_everyone() -> None:
+    """Let the processes of one training come to the same place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _device(plan: Plan) -> str | int:

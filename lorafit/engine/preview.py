@@ -131,7 +131,7 @@ def packing(plan: Plan, data: Prepared) -> dict[str, Any] | None:
         chosen = (order if plan.data.shuffle else np.arange(len(values)))[:PACKED_ROWS]
         tried, tokens = len(chosen), int(values[chosen].sum())
         packs = len(pack(rows.select(chosen), plan.data.max_length))
-    batch = plan.training_kwargs["per_device_train_batch_size"]
+    batch = plan.training.per_device_train_batch_size
     starts = np.arange(0, len(order), batch)
     longest = np.maximum.reduceat(values[order], starts).astype(np.int64)
     padded = int((longest * np.diff([*starts, len(order)])).sum())

@@ -21,13 +21,13 @@ def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTo
     A tokenizer without a padding token pads with its end token: labels are padded by position, so
     that end tokens in the rows stay learned.
     """
-    name = str(source or plan.model["name_or_path"])
+    name = str(source or plan.model.name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             *location(name),
             **gguf(name),
-            revision=plan.model_kwargs["revision"] if source is None else None,
-            trust_remote_code=plan.model_kwargs["trust_remote_code"],
+            revision=plan.revision if source is None else None,
+            trust_remote_code=plan.data.trust_remote_code,
         )
     except Exception as error:
         raise cannot_load("tokenizer", name, error) from error

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.console import Console
-from lorafit.engine.train import Start, train
+from lorafit.engine.train import train
 from lorafit.errors import UsageError
 from lorafit.hardware import detect
 from lorafit.rows.cache import private
+from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 from lorafit.run.manifest import versions
 

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorafit.bounds import read_bytes
-from lorafit.recipe.schema import EvalSection, MetricSpec
+
+if TYPE_CHECKING:
+    from lorafit.recipe.schema import EvalSection, MetricSpec
 
 LARGEST_MODULE = 1 << 20
 """Bytes of a Python file that is looked into."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorafit.errors import ModelError, UsageError
-from lorafit.export.families import Layout, Placed, make_layout
+from lorafit.export.layout import Layout, Placed, Rows, make_layout, read_rows
 from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary
-from lorafit.export.weights import Rows, read_tensors
+from lorafit.facts import by_name, read_shard, weight_files
 from lorafit.files import beside
 from lorafit.progress import each
 from lorafit.text import printable
@@ -166,7 +166,8 @@ def write_gguf(folder: Path, destination: Path, kind: str) -> None:
     config = read_json(folder / "config.json")
     if not config:
         raise ModelError(f"{folder}: there is no config.json, so this is not a model folder; run lorafit merge first")
-    layout = make_layout(folder, config, read_tensors(folder))
+    files = weight_files(folder) or [folder / "model.safetensors"]
+    layout = make_layout(folder, config, by_name(map(read_shard, files)))
     vocabulary = read_vocabulary(folder, layout.vocabulary)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with beside(destination) as partial:
@@ -262,7 +263,7 @@ def _chunks(entry: Placed) -> Iterator[Rows]:
     step = max(1, _AT_A_TIME // (unit * width)) * unit
     arrange: Callable[[Rows], Rows] = (lambda rows: _interleaved(rows, unit)) if entry.heads else (lambda rows: rows)
     for begin in range(0, shape[0], step):
-        yield arrange(entry.tensor.rows(begin, min(begin + step, shape[0])))
+        yield arrange(read_rows(entry.tensor, begin, min(begin + step, shape[0])))
 
 
 def _interleaved(rows: Rows, size: int) -> Rows:

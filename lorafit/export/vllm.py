@@ -18,14 +18,13 @@ from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import read_json
-from lorafit.facts import safetensors_header
+from lorafit.facts import stored_tensors
 from lorafit.plan.adapters import check_expressions, pattern_matches
 from lorafit.written import REFERENCE
 
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that --max-lora-rank takes."""
 
-_PREFIX = "base_model.model."
 _PAIR = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
@@ -57,7 +56,7 @@ def check_vllm(adapter: Path) -> VllmReport:
     config = read_json(adapter / "adapter_config.json")
     if not config:
         raise ModelError(f"{adapter}: there is no adapter_config.json, so this is not an adapter's folder")
-    header = {tensor.name: tensor.shape for tensor in safetensors_header(adapter / "adapter_model.safetensors")}
+    header = {tensor.name: tensor.shape for tensor in stored_tensors(adapter / "adapter_model.safetensors")}
     ranks = _ranks(header)
     reasons = [*_refused_settings(config), *_refused_tensors(header)]
     try:

@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 from lorafit.bounds import read_json
 from lorafit.errors import ModelError
-from lorafit.facts.folder import tensors_of, tokenizer_facts, weight_files
+from lorafit.facts.folder import tensors_of, tokenizer_facts
 from lorafit.facts.layouts import layout
 from lorafit.facts.model import ModelFacts, check_sizes
+from lorafit.facts.safetensors import weight_files
 
 
 class UnreachableError(ModelError):

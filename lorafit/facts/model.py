@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.errors import ModelError
@@ -15,15 +16,38 @@ Kind = Literal["folder", "gguf", "hub", "bundled"]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A weight: its name as transformers has it, and its shape (a linear layer's is out x in)."""
+    """A weight.
+
+    Attributes:
+        name: as transformers has it, or as it is stored.
+        shape: outermost first; a linear layer's is out x in.
+        dtype: safetensors' name of the stored type, such as BF16; empty where nothing is stored.
+        file: where it is stored.
+        begin: its first byte in the file.
+        end: the byte behind its last one.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str = ""
+    file: Path = Path()
+    begin: int = 0
+    end: int = 0
 
     @property
     def size(self) -> int:
+        """Numbers, not bytes."""
         return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.begin
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along the first dimension."""
+        return self.bytes // self.shape[0] if self.shape and self.shape[0] else self.bytes
 
 
 @dataclass(frozen=True)

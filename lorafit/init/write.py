@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.recipe import Recipe
+from lorafit.recipe.layers import Draft
 from lorafit.recipe.load import section_at, validate
-from lorafit.recipe.source import Draft, parse_scalar, read_yaml
+from lorafit.recipe.yaml import parse_scalar, read_yaml
 from lorafit.text import printable
 
 WIDTH = 120

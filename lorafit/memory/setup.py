@@ -95,27 +95,27 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
     Several rows of different lengths are padded to the longest, and then a mask reaches the attention.
     Raises ModelError where the shapes aren't known.
     """
-    training, data = plan.training_kwargs, plan.data
+    training, data = plan.training, plan.data
     cuda = plan.hardware.device == "cuda"
-    mixed = "bfloat16" if training["bf16"] else "float16" if training["fp16"] else None
-    batch = training["per_device_train_batch_size"]
+    mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else None
+    batch = training.per_device_train_batch_size
     world = plan.hardware.world_size
     validates = bool(data.validation) or data.validation_fraction is not None
-    eval_batch = training["per_device_eval_batch_size"] if validates and training["eval_strategy"] != "no" else 0
+    eval_batch = training.per_device_eval_batch_size if validates and training.eval_strategy != "no" else 0
     return Setup(
         facts=known_tensors(facts),
         batch=batch,
         length=data.max_length,
-        dtype=plan.model_kwargs["dtype"],
+        dtype=plan.dtype,
         quantization=plan.quantization_kwargs,
         lora=plan.lora_kwargs,
         adapter_dtype=plan.adapter_dtype,
-        optimizer=training["optim"],
-        checkpointing="non_reentrant" if training["gradient_checkpointing"] else "none",
-        attention=plan.model_kwargs["attn_implementation"],
+        optimizer=training.optim,
+        checkpointing="non_reentrant" if training.gradient_checkpointing else "none",
+        attention=plan.attention,
         masked=batch > 1 and not data.packing,
         packed=data.packing,
-        accumulation=training["gradient_accumulation_steps"],
+        accumulation=training.gradient_accumulation_steps,
         eval_batch=eval_batch,
         eval_masked=eval_batch > 1 and not data.packing,
         device=plan.hardware.device,
@@ -125,7 +125,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
         stack=Stack(
             loss="fused" if cuda else "compact",
             autocast=mixed,
-            clip_gradients=bool(training["max_grad_norm"]),
+            clip_gradients=bool(training.max_grad_norm),
         ),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lorafit.plan.model import NO_SDPA
 from lorafit.plan.resolve import dated, make_plan, plan_recipe, with_audit
-from lorafit.plan.values import Choice, DataPlan, Plan, Schedule, SourcePlan, make_schedule, validation_rows
+from lorafit.plan.values import Choice, DataPlan, Plan, Schedule, SourcePlan, Training, make_schedule, validation_rows
 
 __all__ = [
     "NO_SDPA",
@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "Schedule",
     "SourcePlan",
+    "Training",
     "dated",
     "make_plan",
     "make_schedule",

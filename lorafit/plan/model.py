@@ -6,7 +6,7 @@ from typing import Any
 
 from lorafit.errors import UsageError
 from lorafit.plan.adapters import OUTPUT_HEADS, Targets, is_skipped, trainable_parameters
-from lorafit.plan.values import Context
+from lorafit.plan.values import Context, ModelPlan
 from lorafit.text import near
 
 NO_SDPA = frozenset(
@@ -170,17 +170,16 @@ def _unquantized(context: Context, asked: tuple[str, ...] | None) -> list[str] |
     return list(context.choose("quantization.llm_int8_skip_modules", list(dict.fromkeys((*asked, *heads))), reason))
 
 
-def model_summary(context: Context, targets: Targets | None) -> dict[str, Any]:
-    """Name, kind and source of the facts, parameter counts."""
+def model_plan(context: Context, targets: Targets | None) -> ModelPlan:
     facts = context.facts
     known = bool(facts.tensors)
     trainable = trainable_parameters(context.recipe.lora, targets, facts) if known else 0
-    return {
-        "name_or_path": facts.name,
-        "kind": facts.kind,
-        "source": facts.source,
-        "model_type": facts.model_type,
-        "parameters": facts.parameters,
-        "trainable_parameters": trainable,
-        "adapted_modules": len(targets.modules) if targets else 0,
-    }
+    return ModelPlan(
+        name_or_path=facts.name,
+        kind=facts.kind,
+        source=facts.source,
+        model_type=facts.model_type,
+        parameters=facts.parameters,
+        trainable_parameters=trainable,
+        adapted_modules=len(targets.modules) if targets else 0,
+    )

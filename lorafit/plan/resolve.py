@@ -15,12 +15,12 @@ from lorafit.facts.template import syntax_error
 from lorafit.hardware import Hardware, detect, elsewhere
 from lorafit.plan.adapters import adapter_dtype, adapter_targets, lora_kwargs
 from lorafit.plan.data import choose_max_length, plan_data, read_chat_template
-from lorafit.plan.model import choose_dtype, model_kwargs, model_summary, quantization_kwargs
+from lorafit.plan.model import choose_dtype, model_kwargs, model_plan, quantization_kwargs
 from lorafit.plan.sources import Reading, counted, plan_sources
 from lorafit.plan.training import long_warmup, training_kwargs
 from lorafit.plan.values import Choice, Context, Plan, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
-from lorafit.recipe.rivals import displaced
+from lorafit.recipe.layers import displaced
 from lorafit.rows.audit import Audit
 from lorafit.rows.cache import known_audit
 
@@ -66,7 +66,7 @@ def with_audit(plan: Plan, audit: Audit) -> Plan:
     """The plan, completed by what was counted of its data: the audit, and the number of steps."""
     part = audit.training_rows
     rows = None if plan.data.streaming else part.packs if plan.data.packing else part.rows
-    schedule = make_schedule(rows, plan.training_kwargs, plan.hardware.world_size)
+    schedule = make_schedule(rows, plan.training, plan.hardware.world_size)
     counted = dataclasses.replace(
         plan,
         audit=audit.as_dict(),
@@ -79,10 +79,10 @@ def with_audit(plan: Plan, audit: Audit) -> Plan:
 def _scheduled(plan: Plan, schedule: Schedule | None) -> Plan:
     """The plan with its steps, and with what is to be said of a warm-up that is not shorter. Raises UsageError."""
     kwargs, choices, remarks = plan.training_kwargs, plan.choices, list(plan.remarks)
-    too_long = long_warmup(kwargs["warmup_steps"], schedule.total_steps) if schedule else None
+    too_long = long_warmup(plan.training.warmup_steps, schedule.total_steps) if schedule else None
     if schedule and too_long and schedule.total_steps == 1:
         key = f"training.{'warmup_ratio' if plan.recipe['training']['warmup_steps'] is None else 'warmup_steps'}"
-        if kwargs["warmup_steps"] >= 1:
+        if plan.training.warmup_steps >= 1:
             raise UsageError(f"{key}: {too_long}")
         kwargs = kwargs | {"warmup_steps": 0.0}
         choices = choices | {key: Choice(0.0, "the only step would have the learning rate 0")}
@@ -126,7 +126,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
         output_dir=output_dir,
         recipe=recipe.resolved(),
         hardware=context.hardware,
-        model=model_summary(context, targets),
+        model=model_plan(context, targets),
         choices=context.choices,
         model_kwargs=for_model,
         quantization_kwargs=for_quantization,
@@ -152,7 +152,7 @@ def with_steps(plan: Plan, count_rows: bool) -> Plan:
     schedule, choices = None, plan.choices
     remarks = list(plan.remarks)
     if data.streaming:
-        schedule = make_schedule(None, plan.training_kwargs, world_size)
+        schedule = make_schedule(None, plan.training, world_size)
     elif data.packing:
         remarks.append(_PACKED_LATER)
     if count_rows and not data.streaming:
@@ -163,7 +163,7 @@ def with_steps(plan: Plan, count_rows: bool) -> Plan:
         if not data.packing and all(count is not None for count in counts):
             rows = sum(round((source.rows or 0) * source.weight) for source in data.train)
             rows -= validation_rows(rows, data.validation_fraction)
-            schedule = make_schedule(rows, plan.training_kwargs, world_size)
+            schedule = make_schedule(rows, plan.training, world_size)
             choices = choices | {"steps": _steps_choice(schedule, rows, data.packing)}
     return _scheduled(dataclasses.replace(plan, data=data, choices=choices, remarks=tuple(remarks)), schedule)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts
@@ -95,6 +97,58 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class ModelPlan:
+    """The base model.
+
+    Attributes:
+        kind: hub, bundled, folder or gguf, as its facts say.
+        source: where the facts are from.
+        trainable_parameters: by formula; 0 where the model's tensors are not known.
+    """
+
+    name_or_path: str
+    kind: str
+    source: str
+    model_type: str
+    parameters: int
+    trainable_parameters: int
+    adapted_modules: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What lorafit itself reads of `training_kwargs`, by their names there; max_steps is -1 where epochs are given."""
+
+    num_train_epochs: float
+    max_steps: int
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    warmup_steps: float
+    optim: str
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    seed: int
+    eval_strategy: Literal["no", "steps", "epoch"]
+    eval_steps: int | None
+    save_strategy: Literal["no", "steps", "epoch", "auto"]
+    save_steps: int | None
+    load_best_model_at_end: bool
+    early_stopping_patience: int | None
+    bf16: bool
+    fp16: bool
+
+    @staticmethod
+    def of(training_kwargs: Mapping[str, Any]) -> Training:
+        return Training(**{one.name: training_kwargs[one.name] for one in dataclasses.fields(Training)})
+
+    def rows_per_step(self, world_size: int) -> int:
+        """Rows (packed ones, with packing) of an optimizer step over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe resolved for a model and a machine.
 
@@ -103,7 +157,6 @@ class Plan:
         output_dir: the run directory.
         recipe: the recipe with its defaults, as JSON-able values.
         hardware: what the plan was made for.
-        model: name, kind and source of the facts, parameter counts.
         choices: every resolved value by its key in the recipe, with its reason, in order.
         model_kwargs: for from_pretrained.
         quantization_kwargs: for BitsAndBytesConfig; None without quantization.
@@ -124,7 +177,7 @@ class Plan:
     output_dir: str
     recipe: dict[str, Any]
     hardware: Hardware
-    model: dict[str, Any]
+    model: ModelPlan
     choices: dict[str, Choice]
     model_kwargs: dict[str, Any]
     quantization_kwargs: dict[str, Any] | None
@@ -171,6 +224,7 @@ class Plan:
             hardware["compute_capability"] = tuple(hardware["compute_capability"])
         raw |= {
             "hardware": Hardware(**hardware),
+            "model": ModelPlan(**raw["model"]),
             "choices": {key: Choice(**choice) for key, choice in raw["choices"].items()},
             "data": DataPlan(
                 **data | {part: tuple(SourcePlan(**item) for item in data[part]) for part in ("train", "validation")}
@@ -205,36 +259,50 @@ class Plan:
             whole["recipe"].pop(later, None)
         return {part: whole[part] for part in parts} | {"hardware": machine}
 
+    @functools.cached_property
+    def training(self) -> Training:
+        return Training.of(self.training_kwargs)
+
+    @property
+    def dtype(self) -> str:
+        """The type in which the base is loaded."""
+        return str(self.model_kwargs["dtype"])
+
+    @property
+    def revision(self) -> str | None:
+        """The base's revision on the hub."""
+        revision: str | None = self.model_kwargs["revision"]
+        return revision
+
+    @property
+    def attention(self) -> str:
+        return str(self.model_kwargs["attn_implementation"])
+
     @property
     def rows_per_step(self) -> int:
-        """Rows (packed ones, with packing) of an optimizer step over all processes."""
-        kwargs = self.training_kwargs
-        rows = kwargs["per_device_train_batch_size"] * kwargs["gradient_accumulation_steps"]
-        return int(rows * self.hardware.world_size)
+        return self.training.rows_per_step(self.hardware.world_size)
 
     @property
     def trainable_parameters(self) -> int:
-        return int(self.model["trainable_parameters"])
+        return self.model.trainable_parameters
 
 
-def make_schedule(rows: int | None, training_kwargs: dict[str, Any], world_size: int) -> Schedule:
+def make_schedule(rows: int | None, training: Training, world_size: int) -> Schedule:
     """Steps from the number of training rows (None: a stream), as transformers' Trainer counts them.
 
     Evaluations and checkpoints per epoch become their number of steps, so that they happen inside
     a step, where an interrupted run can go on exactly.
     """
-    total = training_kwargs["max_steps"]
+    total = training.max_steps
     per_epoch = total
     if rows is not None:
-        batches = math.ceil(math.ceil(rows / training_kwargs["per_device_train_batch_size"]) / world_size)
-        per_epoch = max(math.ceil(batches / training_kwargs["gradient_accumulation_steps"]), 1)
+        batches = math.ceil(math.ceil(rows / training.per_device_train_batch_size) / world_size)
+        per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     if total < 1:
-        total = math.ceil(training_kwargs["num_train_epochs"] * per_epoch)
+        total = math.ceil(training.num_train_epochs * per_epoch)
     every = min(per_epoch, total)
-    evaluate = {"epoch": every, "steps": training_kwargs["eval_steps"], "no": None}[training_kwargs["eval_strategy"]]
-    save = {"auto": evaluate or every, "epoch": every, "steps": training_kwargs["save_steps"], "no": None}[
-        training_kwargs["save_strategy"]
-    ]
+    evaluate = {"epoch": every, "steps": training.eval_steps, "no": None}[training.eval_strategy]
+    save = {"auto": evaluate or every, "epoch": every, "steps": training.save_steps, "no": None}[training.save_strategy]
     return Schedule(per_epoch, total, evaluate, save)
 
 

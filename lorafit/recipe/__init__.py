@@ -14,7 +14,7 @@ from lorafit.recipe.schema import (
     Source,
     TrainingSection,
 )
-from lorafit.recipe.source import Mistake, Position
+from lorafit.recipe.yaml import Mistake, Position
 
 __all__ = [
     "DatasetSection",

@@ -16,9 +16,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lorafit.errors import LorafitError
+from lorafit.recipe.layers import Draft, Store, read_recipe
 from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.source import Draft, Located, Mistake, SourceMistakes, Store, dotted, holds, read_recipe, shorten
+from lorafit.recipe.yaml import Located, Mistake, SourceMistakes, dotted, holds, shorten
 from lorafit.written import Reference, remember, value_of
 
 MAX_SUGGESTIONS = 100
@@ -98,7 +99,7 @@ def validate(draft: Draft) -> Recipe:
     root = draft.root
     references = dict(_references(root))
     remember(references)
-    data = _without_removed(root).plain()
+    data = _without_removed(root)
     wrong: dict[KeyPath, list[Any]] = {}
     recipe = None
     try:
@@ -178,18 +179,15 @@ def _name(path: KeyPath) -> str:
     return next((step for step in reversed(path) if isinstance(step, str)), "")
 
 
-def _without_removed(node: Located, path: KeyPath = ()) -> Located:
-    """Leave out what a null took away from a parent, unless null is a value of that field."""
+def _without_removed(node: Located, path: KeyPath = ()) -> Any:
+    """The plain values without what a null took away from a parent, unless null is a value of that field."""
     if isinstance(node.value, dict):
-        kept = {
+        return {
             key: _without_removed(child, (*path, key))
             for key, child in node.value.items()
             if not child.removes or may_be_null((*path, key))
         }
-        return Located(kept, node.position)
-    if isinstance(node.value, list):
-        return Located([_without_removed(item, (*path, n)) for n, item in enumerate(node.value)], node.position)
-    return node
+    return node.each(lambda step, child: _without_removed(child, (*path, step)))
 
 
 def may_be_null(path: KeyPath) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lorafit.errors import UsageError
+from lorafit.gpus import find_gpu, parse_memory
 from lorafit.recipe.schema import EvalSet, Recipe, Source
 from lorafit.rows import COLUMNS, OPTIONAL, check_template
 
@@ -222,8 +223,6 @@ def _hardware(recipe: Recipe) -> Iterator[Complaint]:
     hardware = recipe.hardware
     if hardware is None:
         return
-    from lorafit.gpus import find_gpu, parse_memory
-
     for name, read in (("gpu", find_gpu), ("vram", parse_memory)):
         value = getattr(hardware, name)
         if value is None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
-from lorafit.recipe.source import Located, Mistake, Position, dotted
+from lorafit.recipe.yaml import Located, Mistake, Position, dotted
 from lorafit.written import References
 
 MOST_WHOLE, MOST = 2**31 - 1, 1e30
@@ -554,8 +554,8 @@ class Recipe(Section):
         Args:
             references: those that some of the values were read from.
         """
+        from lorafit.recipe.layers import draft_of
         from lorafit.recipe.load import validate
-        from lorafit.recipe.source import draft_of
 
         return validate(draft_of(values, written, overrides, references))
 

@@ -53,7 +53,7 @@ LIMIT_BYTES = 20 << 30
 SETTLED_NS = 2_000_000_000
 """How long a file must have been left alone for its digests to be remembered."""
 _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
-_CODE = ("rows", "engine/data", "bounds.py", "facts/template.py", "plan/values.py")
+_CODE = ("rows", "engine/data", "engine/methods", "bounds.py", "facts/template.py", "plan/values.py")
 _SHAPING = (
     "loss_on",
     "max_length",

@@ -57,21 +57,21 @@ def _load_adapter(config: Path) -> str:
 
 def _base_of(plan: Plan) -> dict[str, str]:
     """What a hub links to; a local base is nothing to link to, and neither is one that a variable names."""
-    name = plan.model["name_or_path"]
-    return {"base_model": name} if plan.model["kind"] in ("hub", "bundled") and "${" not in name else {}
+    name = plan.model.name_or_path
+    return {"base_model": name} if plan.model.kind in ("hub", "bundled") and "${" not in name else {}
 
 
 def _rows(plan: Plan, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     result, data = manifest["result"], manifest["data"]["audit"]["training_rows"]
-    name = plan.model["name_or_path"]
+    name = plan.model.name_or_path
     rows = [
         ("base model", f"`{name}`"),
         ("method", _method(plan)),
         ("trainable parameters", f"{plan.trainable_parameters:,}"),
         ("training rows", f"{data['rows']:,} ({data['supervised_tokens']:,} learned tokens)"),
         ("steps", f"{result['steps']:,}"),
-        ("learning rate", f"{plan.training_kwargs['learning_rate']:g}"),
-        ("seed", str(plan.training_kwargs["seed"])),
+        ("learning rate", f"{plan.training.learning_rate:g}"),
+        ("seed", str(plan.training.seed)),
     ]
     if values := plan.data.chat_template_kwargs:
         rows.append(("chat template", "asks with " + ", ".join(f"`{k}: {json.dumps(v)}`" for k, v in values.items())))

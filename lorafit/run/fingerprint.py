@@ -56,7 +56,7 @@ def model_fingerprint(plan: Plan) -> Fingerprint:
 
     Raises ModelError for weight files that are missing or cut off.
     """
-    return base_fingerprint(plan.model["name_or_path"], plan.model_kwargs["revision"])
+    return base_fingerprint(plan.model.name_or_path, plan.revision)
 
 
 def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
@@ -241,15 +241,16 @@ def _config_digest(file: Path) -> str | None:
 
 def tensor_digests(file: Path) -> dict[str, str]:
     """XXH3 (128 bits) of each tensor of a safetensors file: type, shape and all bytes. Raises ModelError."""
-    stored = sorted(stored_tensors(file), key=lambda item: item[1])  # as they lie in the file
+    stored = sorted(stored_tensors(file), key=lambda tensor: (tensor.begin, tensor.end))  # as they lie in the file
     buffer = memoryview(bytearray(_CHUNK))
     found = {}
     try:
         with (
             file.open("rb", buffering=0) as stream,
-            stage(f"hashing {file.name}", stored[-1][1][1] if stored else None, "bytes") as hashed,
+            stage(f"hashing {file.name}", stored[-1].end if stored else None, "bytes") as hashed,
         ):
-            for tensor, (begin, end) in stored:
+            for tensor in stored:
+                begin, end = tensor.begin, tensor.end
                 digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
                 stream.seek(begin)
                 while begin < end and (count := stream.readinto(buffer[: end - begin])):

@@ -117,7 +117,7 @@ def _data(plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
 
 
 def _base(run: RunDir, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
-    what = f"base {plan.model['name_or_path']}"
+    what = f"base {plan.model.name_or_path}"
     recorded = run.base_files()
     if recorded is None:
         yield Check(what, "not recorded")
@@ -131,7 +131,7 @@ def _base(run: RunDir, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
     except LorafitError as error:
         yield Check(what, "missing", str(error))
         return
-    changed += damaged_in_cache(plan.model["name_or_path"], plan.model_kwargs["revision"])
+    changed += damaged_in_cache(plan.model.name_or_path, plan.revision)
     if changed:
         yield Check(what, "changed", ", ".join(changed[:5]))
     else:

@@ -59,7 +59,7 @@ def build_manifest(
         "versions": versions(),
         "git": git_state(),
         "hardware": dataclasses.asdict(plan.hardware),
-        "model": plan.model | {"fingerprint": summary(base)},
+        "model": dataclasses.asdict(plan.model) | {"fingerprint": summary(base)},
         "data": {
             "files": {path: digest for source in _local(plan) for path, digest in _hash_files(source)},
             "audit": data.final_audit().as_dict(),

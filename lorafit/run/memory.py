@@ -114,7 +114,7 @@ def setup_of_run(plan: Plan) -> Setup:
     from lorafit.memory import setup_of
     from lorafit.vram.answer import known_tensors
 
-    facts = known_tensors(read_facts(plan.model["name_or_path"], plan.model_kwargs["revision"]))
+    facts = known_tensors(read_facts(plan.model.name_or_path, plan.revision))
     setup = setup_of(plan, facts)
     if plan.audit is None:
         return setup

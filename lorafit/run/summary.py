@@ -21,11 +21,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     plan = plan.as_written()
     model, hardware = plan.model, plan.hardware
-    parameters, trainable = model["parameters"], model["trainable_parameters"]
+    parameters, trainable = model.parameters, model.trainable_parameters
     share = f" ({trainable / parameters:.2%})" if parameters else ""
     lines = [
         ("run", plan.output_dir),
-        ("model", f"{model['name_or_path']} ({model['model_type']}, from {model['source']})"),
+        ("model", f"{model.name_or_path} ({model.model_type}, from {model.source})"),
         ("machine", f"{hardware.name} ({hardware.device})" + f" x {hardware.world_size}" * (hardware.world_size > 1)),
         ("parameters", f"{parameters:,}" if parameters else "not known before the model loads"),
         ("trained", f"{trainable:,}{share}" if trainable else "not known before the model loads"),

@@ -44,8 +44,8 @@ class Estimates:
 def check_fit(found: Findings, plan: Plan, facts: ModelFacts, estimates: Estimates) -> None:
     """Note the sizes of the model and the adapter, and a fault if the stated memory is too small."""
     found.facts |= {
-        "model": plan.model["name_or_path"],
-        "parameters": plan.model["parameters"],
+        "model": plan.model.name_or_path,
+        "parameters": plan.model.parameters,
         "trainable_parameters": plan.trainable_parameters,
         "rows_per_step": plan.rows_per_step,
     }

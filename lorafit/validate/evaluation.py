@@ -18,7 +18,7 @@ from lorafit.options.evaluate import RESERVED
 from lorafit.plan.values import KeyPath
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSet
-from lorafit.recipe.source import dotted
+from lorafit.recipe.yaml import dotted
 from lorafit.validate.contents import check_contents, first_rows
 from lorafit.validate.findings import Findings, Options
 

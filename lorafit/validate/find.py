@@ -14,7 +14,8 @@ import yaml
 from lorafit.bounds import expand, opened
 from lorafit.errors import UsageError
 from lorafit.recipe import Recipe
-from lorafit.recipe.source import MAX_BYTES, not_a_folder
+from lorafit.recipe.layers import not_a_folder
+from lorafit.recipe.yaml import MAX_BYTES
 from lorafit.validate.findings import Skipped
 
 ENDINGS = (".yaml", ".yml")

@@ -11,7 +11,7 @@ from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError,
 from lorafit.hardware import Hardware
 from lorafit.plan.values import KeyPath
 from lorafit.recipe import Mistake, Position, Recipe, RecipeError
-from lorafit.recipe.source import dotted
+from lorafit.recipe.yaml import dotted
 
 RULES = {2: "recipe", 3: "data", 4: "model", 5: "memory"}
 """What a fault is about, by the exit code that it has everywhere."""

@@ -394,7 +394,7 @@ def as_dict(found: Answer) -> dict[str, Any]:
         "recipe": str(case.subject.config) if case.subject.config else None,
         "overrides": list(case.subject.overrides),
         "model": {
-            key: case.plan.model[key]
+            key: getattr(case.plan.model, key)
             for key in ("name_or_path", "model_type", "source", "parameters", "trainable_parameters")
         },
         "hardware": dataclasses.asdict(hardware),

@@ -119,7 +119,7 @@ def draw(found: Answer, file: Path) -> None:
     known = found.estimate
     stacked_bar(
         [(term.name, term.bytes) for term in known.terms],
-        f"{found.case.plan.model['name_or_path']}: {gib(known.allocated)} GiB allocated, {gib(known.total)} in all",
+        f"{found.case.plan.model.name_or_path}: {gib(known.allocated)} GiB allocated, {gib(known.total)} in all",
         [(one.device.name, one.device.memory_bytes) for one in found.asked],
         file,
         known.timeline or None,

@@ -233,18 +233,18 @@ def spending(case: Case, given: int | None, gpus: Sequence[Gpu], price: float | 
 
 def tokens_of(case: Case, given: int | None) -> Tokens | None:
     """From what is given, the audited data, or the number of steps, in this order."""
-    setup, kwargs = case.setup, case.plan.training_kwargs
-    epochs = kwargs["num_train_epochs"]
+    setup, training = case.setup, case.plan.training
+    epochs = training.num_train_epochs
     if given is not None:
-        if kwargs["max_steps"] > 0:
-            most = kwargs["max_steps"] * setup.batch * setup.accumulation * setup.world * setup.length
+        if training.max_steps > 0:
+            most = training.max_steps * setup.batch * setup.accumulation * setup.world * setup.length
             return Tokens(min(given, most), 1, min(setup.length, given), "max_steps, of the --tokens given")
         return Tokens(given, epochs, min(setup.length, given), "--tokens")
     audited = _audited(case)
     if audited is not None:
         return audited
-    if kwargs["max_steps"] > 0:
-        rows = kwargs["max_steps"] * setup.batch * setup.accumulation * setup.world
+    if training.max_steps > 0:
+        rows = training.max_steps * setup.batch * setup.accumulation * setup.world
         return Tokens(rows * setup.length, 1, setup.length, "max_steps, as if every row had max_length tokens")
     return None
 
@@ -260,8 +260,8 @@ def _audited(case: Case) -> Tokens | None:
     if plan.audit is None or plan.schedule is None:
         return None
     part = plan.audit["training_rows"]
-    epochs = plan.training_kwargs["num_train_epochs"]
-    if plan.training_kwargs["max_steps"] > 0:
+    epochs = plan.training.num_train_epochs
+    if plan.training.max_steps > 0:
         epochs = plan.schedule.total_steps / plan.schedule.steps_per_epoch
     return Tokens(part["tokens"], epochs, part["tokens"] / max(part["rows"], 1), "the audited data, without padding")
 

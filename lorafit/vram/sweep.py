@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from lorafit.errors import UsageError
 from lorafit.recipe import RecipeError, Source
 from lorafit.recipe.load import sections
-from lorafit.recipe.source import shorten
+from lorafit.recipe.yaml import shorten
 from lorafit.text import printable
 
 SHORT_NAMES = {"batch": "training.per_device_train_batch_size"}

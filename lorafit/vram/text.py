@@ -90,7 +90,7 @@ def _setting(found: Answer) -> str:
     several = f" on each of {setup.world} GPUs ({setup.sharding})" if setup.world > 1 else ""
     packed = " packed" if setup.packed else ""
     rows = f"{setup.batch} x {setup.length:,}{packed} tokens at once"
-    return f"{case.plan.model['name_or_path']}: {kind}, {setup.dtype}, {rows}, {setup.optimizer}{several}"
+    return f"{case.plan.model.name_or_path}: {kind}, {setup.dtype}, {rows}, {setup.optimizer}{several}"
 
 
 def _answer(found: Answer) -> str:

@@ -225,10 +225,10 @@ def fit_together(plan: Plan, loadings: int) -> bool:
     """Whether so many models of a plan's size and type take less than half of the free memory, or there is but one."""
     on_gpu = plan.hardware.device == "cuda" and torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else available_memory()
-    parameters = plan.model["parameters"]
+    parameters = plan.model.parameters
     if loadings == 1 or free is None or parameters is None:
         return loadings == 1
-    size = getattr(torch, plan.model_kwargs["dtype"]).itemsize
+    size = getattr(torch, plan.dtype).itemsize
     return bool(loadings * parameters * size <= free / 2)
 
 

@@ -22,7 +22,7 @@ from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import cannot_load, gguf, load_tokenizer, location
 from lorafit.errors import ModelError, UsageError
 from lorafit.evaluation.figures import BASE
-from lorafit.facts.folder import weight_files
+from lorafit.facts import weight_files
 from lorafit.files import check
 from lorafit.options.chat import ChatOptions, Turn, Write
 from lorafit.plan import Plan

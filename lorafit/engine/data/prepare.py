@@ -19,9 +19,10 @@ import numpy as np
 from datasets import Dataset, IterableDataset, arrow_dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.engine.data.encode import Lengths, TokenRow, Tokens, read_examples, tokenize
+from lorafit.engine.data.encode import TokenRow, Tokens
 from lorafit.engine.data.render import Renderer
 from lorafit.engine.data.table import TRAINED, Numbers, read_table, write_table
+from lorafit.engine.methods import SFT
 from lorafit.errors import DataError
 from lorafit.facts import spare_retries
 from lorafit.plan.values import DataPlan, SourcePlan, validation_rows
@@ -139,9 +140,7 @@ def tokenize_source(
     if first is None:
         raise DataError(f"{source.path}: there are no rows")
     format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
-    examples = read_examples(itertools.chain([first], rows), source.shape(format), audit)
-    lengths = Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop", plan.vocab_size)
-    yield from tokenize(examples, renderer, lengths, audit)
+    yield from SFT.encode(itertools.chain([first], rows), source.shape(format), plan, renderer, audit)
 
 
 def rows_of(source: SourcePlan, streaming: bool = False) -> Iterator[Row]:

@@ -70,13 +70,13 @@ class Contender:
         """What has to be in memory for it: equal for models that share a base."""
         if self.kind in ("trained", "merged"):
             return f"{self.kind} {self.path}"
-        name, kwargs = self.plan.model["name_or_path"], self.plan.model_kwargs
+        name, kwargs = self.plan.model.name_or_path, self.plan.model_kwargs
         base = str(self.run.base) if self.run.base.is_dir() else name
         return json.dumps([base, kwargs, self.plan.quantization_kwargs], sort_keys=True)
 
 
 def base_of(run: RunDir, plan: Plan) -> Contender:
-    return Contender(BASE, "base", plan.model["name_or_path"], plan, run)
+    return Contender(BASE, "base", plan.model.name_or_path, plan, run)
 
 
 def result_of(run: RunDir, plan: Plan, name: str | None = None) -> Contender:
@@ -92,9 +92,9 @@ def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
         raise UsageError(f"{folder}: has no adapter_config.json, so it is no adapter")
     check(folder)
     named = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "")
-    ours = {expanded(plan.model["name_or_path"]).name.lower(), run.base.name}
+    ours = {expanded(plan.model.name_or_path).name.lower(), run.base.name}
     if named and expanded(named).name.lower() not in ours:
-        raise ModelError(f"{folder}: is for the base {named}, and {run.path} is on {plan.model['name_or_path']}")
+        raise ModelError(f"{folder}: is for the base {named}, and {run.path} is on {plan.model.name_or_path}")
     return Contender(name, "adapter", str(folder), plan, run, _digest(folder))
 
 
@@ -126,10 +126,10 @@ def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
         raise ModelError(f"{folder}: is the merge of another adapter ({report.get('adapter')}), not of {run.adapter}")
     if str(base.get("checked", "")).startswith("no"):
         raise ModelError(f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path}")
-    if expanded(str(base.get("name"))).name != expanded(plan.model["name_or_path"]).name:
+    if expanded(str(base.get("name"))).name != expanded(plan.model.name_or_path).name:
         raise ModelError(
             f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path} "
-            f"({plan.model['name_or_path']})"
+            f"({plan.model.name_or_path})"
         )
     return Contender(name, "merged", str(folder), plan, run, _digest(folder))
 
@@ -319,7 +319,7 @@ def line_up(options: Options) -> Iterator[Lineup]:
 def _recipe_of(plan: Plan, run: RunDir, overrides: tuple[str, ...]) -> Recipe:
     """A recipe with the run's eval section, so that it is checked, and overrides are, as any recipe is."""
     values: dict[str, Any] = {
-        "model": {"name_or_path": plan.model["name_or_path"]},
+        "model": {"name_or_path": plan.model.name_or_path},
         "lora": {},
         "dataset": {"train": [{"path": plan.data.train[0].path}]},
         "eval": plan.eval,

@@ -275,7 +275,7 @@ def _model(contender: Contender, records: Records) -> Model:
         path=contender.path,
         sha256=contender.sha256,
         quantization=contender.quantization,
-        dtype=contender.plan.model_kwargs["dtype"],
+        dtype=contender.plan.dtype,
         seconds=round(records.seconds(contender.name), 3),
     )
 

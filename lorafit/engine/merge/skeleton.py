@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 
 from lorafit.engine.merge.edits import ADAPTER, BiasEdit, Edit, Replacement, TokensEdit, edit_of
 from lorafit.errors import LorafitError, ModelError
-from lorafit.facts import safetensors_header
+from lorafit.facts import stored_tensors
 from lorafit.plan.adapters import check_adapter
 from lorafit.text import first_line
 
@@ -189,7 +189,7 @@ def resized(adapter: Path, config: PreTrainedConfig) -> int | None:
     }
     width = model.get_input_embeddings().weight.shape[0]
     file = adapter / "adapter_model.safetensors"
-    for tensor in safetensors_header(file) if file.is_file() else ():
+    for tensor in stored_tensors(file) if file.is_file() else ():
         module = tensor.name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
         if module in names and len(tensor.shape) == 2 and tensor.shape[0] != width:
             return tensor.shape[0]

@@ -70,7 +70,7 @@ def open_source(path: Path) -> Iterator[Source]:
             raise UsageError(f"{run.path}: trained in full, so there is nothing to merge; the model is {run.model}")
         config = read_json(run.adapter / "adapter_config.json")
         _check_weights(run.adapter)
-        yield Source(run.adapter, run, plan, config, plan.model["name_or_path"], plan.model_kwargs["revision"])
+        yield Source(run.adapter, run, plan, config, plan.model.name_or_path, plan.revision)
 
 
 def _check_weights(adapter: Path) -> None:

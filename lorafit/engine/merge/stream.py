@@ -18,9 +18,10 @@ import torch
 
 from lorafit.engine.merge.edits import LayerEdit, Replacement
 from lorafit.engine.merge.task import Job, Task
-from lorafit.engine.merge.tensors import DTYPES, Shard, Stored, as_bytes
+from lorafit.engine.merge.tensors import DTYPES, as_bytes
 from lorafit.engine.merge.writer import Writer
 from lorafit.errors import GateError
+from lorafit.facts import Shard, Tensor
 
 BLOCK = 1 << 18
 """Elements that norms are computed of at a time, so that they stay in the cache."""
@@ -53,7 +54,7 @@ def stream(task: Task, folder: Path, on_progress: Callable[[int], None]) -> list
     Returns what was changed. Raises GateError where an adapter changes nothing, or makes numbers that are not finite.
     """
     _return_large_blocks()
-    places = {tensor.key: tensor for shard in task.shards for tensor in shard.tensors}
+    places = {tensor.name: tensor for shard in task.shards for tensor in shard.tensors}
     due: dict[str, list[Job]] = {}
     for job in task.jobs:
         due.setdefault(job.at, []).append(job)
@@ -66,7 +67,7 @@ def stream(task: Task, folder: Path, on_progress: Callable[[int], None]) -> list
                 for begin, to, size in _copied(shard, places, computed):
                     writer.copy(task.store.folder / shard.name, begin, shard.name, to, size)
                 for tensor in shard.tensors:
-                    found += [_do(job, weights, places, writer) for job in due.get(tensor.key, ())]
+                    found += [_do(job, weights, places, writer) for job in due.get(tensor.name, ())]
         writer.close()
     except BaseException:
         writer.abandon()
@@ -75,22 +76,22 @@ def stream(task: Task, folder: Path, on_progress: Callable[[int], None]) -> list
 
 
 def _in_order(task: Task, due: dict[str, list[Job]]) -> list[Job]:
-    return [job for shard in task.store.shards for tensor in shard.tensors for job in due.get(tensor.key, ())]
+    return [job for shard in task.store.shards for tensor in shard.tensors for job in due.get(tensor.name, ())]
 
 
-def _copied(shard: Shard, places: dict[str, Stored], computed: set[str]) -> Iterator[tuple[int, int, int]]:
+def _copied(shard: Shard, places: dict[str, Tensor], computed: set[str]) -> Iterator[tuple[int, int, int]]:
     """Runs of bytes that are copied: where they begin, where they go, and how many."""
     begin = to = size = 0
     for tensor in shard.tensors:
-        place = places.get(tensor.key)
-        if place is None or tensor.key in computed:
+        place = places.get(tensor.name)
+        if place is None or tensor.name in computed:
             continue
         if size and begin + size == tensor.begin and to + size == place.begin:
-            size += tensor.size
+            size += tensor.bytes
             continue
         if size:
             yield begin, to, size
-        begin, to, size = tensor.begin, place.begin, tensor.size
+        begin, to, size = tensor.begin, place.begin, tensor.bytes
     if size:
         yield begin, to, size
 
@@ -122,7 +123,7 @@ def _read_ahead(jobs: list[Job]) -> Generator[torch.Tensor, None, None]:
             yield ahead.result()
 
 
-def _do(job: Job, weights: Iterator[torch.Tensor], places: dict[str, Stored], writer: Writer) -> Merged:
+def _do(job: Job, weights: Iterator[torch.Tensor], places: dict[str, Tensor], writer: Writer) -> Merged:
     """Compute one parameter and have it written."""
     measured = _Measured(job)
     dtype = DTYPES[places[job.writes[0]].dtype]
@@ -139,7 +140,7 @@ def _do(job: Job, weights: Iterator[torch.Tensor], places: dict[str, Stored], wr
             measured.add(raw, after, out, rows)
         del raw, after
         for place, begin, data in job.pieces(out, rows, places):
-            writer.write(place.file, place.begin + begin, as_bytes(data))
+            writer.write(place.file.name, place.begin + begin, as_bytes(data))
         del out
     return measured.result()
 

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from lorafit.engine.merge.edits import Combination, Edit, Replacement
 from lorafit.engine.merge.quantized import SIDE_KEYS, RoundTrip, unpack
 from lorafit.engine.merge.skeleton import Attached, NotOneByOne, Part, convert, match_keys, parted, revert
-from lorafit.engine.merge.tensors import FLOATS, NAMES, Change, Store, Stored, new_shards
+from lorafit.engine.merge.tensors import FLOATS, NAMES, Change, Store, new_shards
 from lorafit.errors import ModelError
+from lorafit.facts import Tensor
 
 CHUNK = 256 << 20
 """Bytes in float32 above which a tensor is merged some rows at a time."""
@@ -118,28 +119,28 @@ class Task:
         shape = self._shapes.get(name, first.shape)
         trip = self.round_trip is not None and name in self.round_trip.parameters
         if beside:
-            self._changes |= {side.key: None for side in beside.values()}
-            self._changes |= {key: None for key in [_sibling(first.key, "weight_format")] if key in self.store.tensors}
-            self._changes[first.key] = Change(NAMES[self.dtype or _dtype_of(self.model)], shape)
+            self._changes |= {side.name: None for side in beside.values()}
+            self._changes |= {key: None for key in [_sibling(first.name, "weight_format")] if key in self.store.tensors}
+            self._changes[first.name] = Change(NAMES[self.dtype or _dtype_of(self.model)], shape)
         elif self.dtype is not None:
-            self._changes |= {s.key: Change(NAMES[self.dtype], s.shape) for s in stored if s.dtype in FLOATS}
-        cast = any((change := self._changes.get(s.key)) and change.dtype != s.dtype for s in stored)
+            self._changes |= {s.name: Change(NAMES[self.dtype], s.shape) for s in stored if s.dtype in FLOATS}
+        cast = any((change := self._changes.get(s.name)) and change.dtype != s.dtype for s in stored)
         if not edits and part.converter is None and not beside and first.shape != shape:
             raise ModelError(
-                f"{self.store.folder}: {first.key} has the shape {first.shape}, and the model wants {shape}"
+                f"{self.store.folder}: {first.name} has the shape {first.shape}, and the model wants {shape}"
             )
         if not (edits or beside or cast or trip):
             return None
         if not beside and any(s.dtype not in FLOATS for s in stored):
-            raise NotOneByOne(f"{first.key} is stored as {first.dtype}, which is no plain floating type")
+            raise NotOneByOne(f"{first.name} is stored as {first.dtype}, which is no plain floating type")
         grown = _brought_shape(edits)
         if grown is not None and part.converter is None and grown != first.shape:
-            self._changes[first.key] = Change(NAMES[self.dtype] if self.dtype else first.dtype, grown)
+            self._changes[first.name] = Change(NAMES[self.dtype] if self.dtype else first.dtype, grown)
         elif part.converter is None and not beside and first.shape != shape:
             raise ModelError(
-                f"{self.store.folder}: {first.key} has the shape {first.shape}, and the model wants {shape}"
+                f"{self.store.folder}: {first.name} has the shape {first.shape}, and the model wants {shape}"
             )
-        at = min(stored, key=lambda s: (s.file, s.begin)).key
+        at = min(stored, key=lambda s: (s.file, s.begin)).name
         return Job(self, name, part, at, grown or shape, edits, tuple(part.all_keys), beside)
 
     def _new(self, name: str, source: str, edited: dict[str, Edits]) -> Job:
@@ -158,14 +159,15 @@ class Task:
             ] or edits
         stored = self.store.tensors[part.key]
         shape = _brought_shape(edits) or stored.shape
-        self._added.setdefault(stored.file, {})[name] = Change(NAMES[self.dtype] if self.dtype else stored.dtype, shape)
+        dtype = NAMES[self.dtype] if self.dtype else stored.dtype
+        self._added.setdefault(stored.file.name, {})[name] = Change(dtype, shape)
         return Job(self, name, part, part.key, shape, edits, (name,), {})
 
-    def _beside(self, stored: Stored) -> dict[str, Stored]:
+    def _beside(self, stored: Tensor) -> dict[str, Tensor]:
         """What bitsandbytes stored beside a packed weight, by what unpacking calls it."""
-        found = {side: self.store.tensors.get(f"{stored.key}{side}") for side in SIDE_KEYS}
+        found = {side: self.store.tensors.get(f"{stored.name}{side}") for side in SIDE_KEYS}
         if stored.dtype == "I8":
-            found = {"SCB": self.store.tensors.get(_sibling(stored.key, "SCB"))}
+            found = {"SCB": self.store.tensors.get(_sibling(stored.name, "SCB"))}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -187,7 +189,7 @@ class Job:
     shape: tuple[int, ...]
     edits: Edits
     writes: tuple[str, ...]
-    beside: dict[str, Stored]
+    beside: dict[str, Tensor]
 
     @property
     def all_edits(self) -> list[Edit]:
@@ -259,8 +261,8 @@ class Job:
         return convert(self.task.model, self.part, tensors)
 
     def pieces(
-        self, value: torch.Tensor, rows: slice | None, places: dict[str, Stored]
-    ) -> Iterator[tuple[Stored, int, torch.Tensor]]:
+        self, value: torch.Tensor, rows: slice | None, places: dict[str, Tensor]
+    ) -> Iterator[tuple[Tensor, int, torch.Tensor]]:
         """What is written of a merged weight: where, how many bytes into the tensor, and the numbers."""
         if self.part.converter is None:
             place = places[self.writes[0]]

@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorafit.errors import ModelError
-from lorafit.facts import stored_tensors, weight_files
+from lorafit.facts import Shard, Tensor, by_name, read_shard, weight_files
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,50 +39,6 @@ _BITS = dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E
 _BITS |= {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64, "U16": 16, "U32": 32, "U64": 64}
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a file.
-
-    Attributes:
-        dtype: safetensors' name.
-        file: name of the shard.
-        begin: of its first byte in the file.
-        size: in bytes.
-    """
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    begin: int
-    size: int
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one row, that is of one step along the first dimension."""
-        return self.size // self.shape[0] if self.shape and self.shape[0] else self.size
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A safetensors file.
-
-    Attributes:
-        header: its bytes before the tensors.
-        tensors: in order of place.
-        size: of the whole file.
-    """
-
-    name: str
-    header: bytes
-    tensors: tuple[Stored, ...]
-    size: int
-
-
 class Store:
     """The tensors of a folder of safetensors files. Raises ModelError for files that are not whole."""
 
@@ -91,15 +47,8 @@ class Store:
         files = weight_files(folder)
         if odd := next((file for file in files if file.parent != folder), None):
             raise ModelError(f"{odd}: the weights must be in the model's folder itself, not below or beside it")
-        self.shards = tuple(_read_shard(file) for file in files)
-        self.tensors: dict[str, Stored] = {}
-        for shard in self.shards:
-            for tensor in shard.tensors:
-                if tensor.key in self.tensors:
-                    raise ModelError(
-                        f"{folder}: {tensor.key} stands in {self.tensors[tensor.key].file} and {shard.name}"
-                    )
-                self.tensors[tensor.key] = tensor
+        self.shards = tuple(map(_checked, files))
+        self.tensors = by_name(self.shards)
 
     @property
     def bytes(self) -> int:
@@ -107,41 +56,32 @@ class Store:
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.elements for tensor in self.tensors.values())
+        return sum(tensor.size for tensor in self.tensors.values())
 
-    def read(self, tensor: Stored, rows: slice | None = None) -> torch.Tensor:
+    def read(self, tensor: Tensor, rows: slice | None = None) -> torch.Tensor:
         """The tensor, or some of its rows, in its stored type."""
         if tensor.dtype not in DTYPES:
-            raise ModelError(
-                f"{self.folder / tensor.file}: {tensor.key} is of type {tensor.dtype}, which can't be added to"
-            )
-        shape, begin, size = tensor.shape, tensor.begin, tensor.size
+            raise ModelError(f"{tensor.file}: {tensor.name} is of type {tensor.dtype}, which can't be added to")
+        shape, begin, size = tensor.shape, tensor.begin, tensor.bytes
         if rows is not None:
             begin += rows.start * tensor.row_bytes
             size = (rows.stop - rows.start) * tensor.row_bytes
             shape = (rows.stop - rows.start, *shape[1:])
         made = torch.empty(size, dtype=torch.uint8)
-        read_into(self.folder / tensor.file, begin, made)
+        read_into(tensor.file, begin, made)
         return made.view(DTYPES[tensor.dtype]).view(shape)
 
 
-def _read_shard(file: Path) -> Shard:
-    tensors = stored_tensors(file)
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        stream.seek(0)
-        header = stream.read(8 + length)
-    found = [
-        Stored(tensor.name, tensor.dtype, tensor.shape, file.name, begin, end - begin)
-        for tensor, (begin, end) in tensors
-    ]
-    for stored in found:
-        bits = bits_of(stored.dtype)
-        if bits is None or stored.begin < len(header) or 8 * stored.size != stored.elements * bits:
+def _checked(file: Path) -> Shard:
+    """A shard with its tensors in order of place, each as long as its type and shape say."""
+    shard = read_shard(file)
+    for tensor in shard.tensors:
+        bits = bits_of(tensor.dtype)
+        if bits is None or tensor.begin < len(shard.header) or 8 * tensor.bytes != tensor.size * bits:
             raise ModelError(
-                f"{file}: not a whole safetensors file: {stored.key} is no {stored.dtype} of {stored.shape}"
+                f"{file}: not a whole safetensors file: {tensor.name} is no {tensor.dtype} of {tensor.shape}"
             )
-    return Shard(file.name, header, tuple(sorted(found, key=lambda t: (t.begin, t.key))), file.stat().st_size)
+    return replace(shard, tensors=tuple(sorted(shard.tensors, key=lambda tensor: (tensor.begin, tensor.name))))
 
 
 def read_into(file: Path, begin: int, buffer: torch.Tensor) -> None:
@@ -184,11 +124,11 @@ def new_shards(
     made = []
     for shard in store.shards:
         entries = [
-            (tensor.key, changes.get(tensor.key, Change(tensor.dtype, tensor.shape))) for tensor in shard.tensors
+            (tensor.name, changes.get(tensor.name, Change(tensor.dtype, tensor.shape))) for tensor in shard.tensors
         ]
         kept = [(key, change) for key, change in entries if change is not None]
         kept += added.get(shard.name, {}).items()
-        if [(t.key, t.dtype, t.shape) for t in shard.tensors] == [(k, c.dtype, c.shape) for k, c in kept]:
+        if [(t.name, t.dtype, t.shape) for t in shard.tensors] == [(k, c.dtype, c.shape) for k, c in kept]:
             made.append(shard)
         elif kept:
             made.append(_new_shard(shard.name, kept, _metadata(shard.header)))
@@ -211,7 +151,10 @@ def _new_shard(name: str, entries: Iterable[tuple[str, Change]], metadata: dict[
     text = json.dumps(places, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = struct.pack("<Q", len(text)) + text
-    tensors = tuple(Stored(key, c.dtype, c.shape, name, len(header) + at, size) for key, c, at, size in sizes)
+    tensors = tuple(
+        Tensor(key, c.shape, c.dtype, Path(name), len(header) + at, len(header) + at + size)
+        for key, c, at, size in sizes
+    )
     return Shard(name, header, tensors, len(header) + begin)
 
 
@@ -230,9 +173,9 @@ def write_index(shards: tuple[Shard, ...], source: Path, folder: Path) -> None:
     if (source / index).is_file():
         found = json.loads((source / index).read_text(encoding="utf-8")).get("metadata")
         metadata = found if isinstance(found, dict) else {}
-    metadata["total_size"] = sum(tensor.size for tensor in tensors)
+    metadata["total_size"] = sum(tensor.bytes for tensor in tensors)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(tensor.elements for tensor in tensors)
-    places = {tensor.key: tensor.file for tensor in tensors}
+        metadata["total_parameters"] = sum(tensor.size for tensor in tensors)
+    places = {tensor.name: tensor.file.name for tensor in tensors}
     text = json.dumps({"metadata": metadata, "weight_map": dict(sorted(places.items()))}, indent=2) + "\n"
     (folder / index).write_text(text, encoding="utf-8")

@@ -146,7 +146,7 @@ class Work:
             self.tasks["dequantized"] = self.tasks["original"]
         elif self.source.quantization is not None:
             assert self.source.plan is not None
-            dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
+            dtype = getattr(torch, self.source.plan.dtype)
             self.tasks["dequantized"] = task(RoundTrip(config, self.source.quantization, dtype))
 
     def _weights(self) -> list[float]:
@@ -157,7 +157,7 @@ class Work:
         stored = _stored_quantization(self.base.folder)
         if stored not in (None, "bitsandbytes"):
             raise NotOneByOne(f"the base is stored quantized by {stored}")
-        if self.source.plan is not None and self.source.plan.model_kwargs["trust_remote_code"]:
+        if self.source.plan is not None and self.source.plan.data.trust_remote_code:
             raise NotOneByOne("the base has code of its own")
         for source in (self.source, *self.others):
             kind, start = source.config.get("peft_type"), source.config.get("init_lora_weights")
@@ -254,7 +254,7 @@ class Work:
             if kind == "dequantized":
                 assert self.source.plan is not None
                 assert self.source.quantization is not None
-                dtype = getattr(torch, self.source.plan.model_kwargs["dtype"])
+                dtype = getattr(torch, self.source.plan.dtype)
                 trip = RoundTrip(read_config(self.base.folder), self.source.quantization, dtype)
             with stage(f"merging into the {kind} weights"):
                 merged, is_untied = merge_in_memory(self.base.folder, self.source.adapter, folder, trip, self.dtype)
@@ -360,7 +360,7 @@ def _main_dtype(folder: Path) -> str:
     sizes: Counter[str] = Counter()
     for tensor in Store(folder).tensors.values():
         if tensor.dtype in FLOATS:
-            sizes[tensor.dtype] += tensor.elements
+            sizes[tensor.dtype] += tensor.size
     return TYPES[sizes.most_common(1)[0][0]] if sizes else "unknown"
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from lorafit.engine.merge.tensors import Shard, read_into
+from lorafit.engine.merge.tensors import read_into
+from lorafit.facts import Shard
 
 BLOCK = 4096
 """What places and lengths are multiples of, for O_DIRECT."""

@@ -33,7 +33,7 @@ from lorafit.engine.smoke.golden import (
 )
 from lorafit.engine.smoke.model import real_tokenizer, stand_in, write_tiny_model
 from lorafit.engine.smoke.settings import Size, afford, smoke_recipe
-from lorafit.engine.train import Start, train
+from lorafit.engine.train import train
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import detect_cpu, meant_hardware
@@ -41,6 +41,7 @@ from lorafit.options.smoke import DEFAULT_STEPS, DEFAULT_TOLERANCE, Replaced, Re
 from lorafit.plan import Plan, make_plan
 from lorafit.progress import stage
 from lorafit.recipe import Recipe
+from lorafit.run.begin import Start
 from lorafit.run.manifest import versions
 from lorafit.written import at_keys
 
@@ -82,7 +83,7 @@ def smoke(options: SmokeOptions) -> Report:
         watch = Watch()
         with watch.watching():
             run = train(tiny.plan, options.config.read_bytes(), Start(), Console(stderr=True, quiet=True))
-        metrics = run.metrics_until(tiny.plan.training_kwargs["max_steps"])
+        metrics = run.metrics_until(tiny.plan.training.max_steps)
     report = Report(
         model=recipe.model.name_or_path,
         tiny=tiny.sizes,

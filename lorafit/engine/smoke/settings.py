@@ -83,8 +83,8 @@ def _model(draft: Draft, meant: Plan, tiny: ModelFacts) -> None:
     for name in ("revision", "trust_remote_code"):
         section.pop(name, None)
     section["name_or_path"] = tiny.name
-    kernel = meant.model_kwargs["attn_implementation"]
-    draft.replace("model.dtype", meant.model_kwargs["dtype"], "float32", "the same on every CPU")
+    kernel = meant.attention
+    draft.replace("model.dtype", meant.dtype, "float32", "the same on every CPU")
     if kernel.startswith("flash"):
         draft.replace("model.attn_implementation", kernel, "auto", "needs a CUDA GPU")
 
@@ -164,28 +164,28 @@ def _key_matches(draft: Draft, name: str, key: str, value: Any, tiny: ModelFacts
 
 
 def _training(draft: Draft, recipe: Recipe, meant: Plan, steps: int, size: Size) -> None:
-    training, kwargs = recipe.training, meant.training_kwargs
+    training, planned = recipe.training, meant.training
     section = draft.section("training")
     for name in ("global_batch_size", "num_train_epochs", "warmup_steps", "report_to", "dataloader_num_workers"):
         section.pop(name, None)
-    section |= {"max_steps": steps, "logging_steps": 1, "gradient_checkpointing": kwargs["gradient_checkpointing"]}
+    section |= {"max_steps": steps, "logging_steps": 1, "gradient_checkpointing": planned.gradient_checkpointing}
     afford = "a tiny model on a CPU takes more for too long"
-    batch, passes = kwargs["per_device_train_batch_size"], kwargs["gradient_accumulation_steps"]
+    batch, passes = planned.per_device_train_batch_size, planned.gradient_accumulation_steps
     draft.replace("training.per_device_train_batch_size", batch, size.batch, afford)
     draft.replace("training.gradient_accumulation_steps", passes, size.accumulation, afford)
     draft.replace("training.max_length", meant.data.max_length, size.max_length, afford)
     if recipe.dataset.validation is not None:
-        section["per_device_eval_batch_size"] = min(kwargs["per_device_eval_batch_size"], HELD_OUT_ROWS)
-    if any(part in kwargs["optim"] for part in CUDA_ONLY_OPTIMIZERS):
-        draft.replace("training.optim", kwargs["optim"], CPU_OPTIMIZER, "needs a CUDA GPU")
+        section["per_device_eval_batch_size"] = min(planned.per_device_eval_batch_size, HELD_OUT_ROWS)
+    if any(part in planned.optim for part in CUDA_ONLY_OPTIMIZERS):
+        draft.replace("training.optim", planned.optim, CPU_OPTIMIZER, "needs a CUDA GPU")
     else:
-        section["optim"] = kwargs["optim"]
+        section["optim"] = planned.optim
     if training.warmup_steps is not None:
         draft.replace(
             "training.warmup_steps", training.warmup_steps, min(training.warmup_steps, steps // 2), "few steps"
         )
     for what, later in (("eval", "no"), ("save", "auto")):
-        if kwargs[f"{what}_strategy"] in ("no", "steps"):
+        if getattr(planned, f"{what}_strategy") in ("no", "steps"):
             every = section.get(f"{what}_steps")
             if every is not None:
                 draft.replace(f"training.{what}_steps", every, min(every, steps), f"{steps} steps in all")
@@ -233,8 +233,8 @@ BYTES_PER_TOKEN = 3
 
 def afford(meant: Plan, tiny: ModelFacts, steps: int) -> Size:
     """How much of the planned batch a CPU does in a second or two."""
-    batch = meant.training_kwargs["per_device_train_batch_size"]
-    passes = meant.training_kwargs["gradient_accumulation_steps"]
+    batch = meant.training.per_device_train_batch_size
+    passes = meant.training.gradient_accumulation_steps
     longest = meant.data.max_length
     row = min(_row_tokens(meant), longest)
     width = longest if meant.data.packing else row

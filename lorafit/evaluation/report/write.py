@@ -6,14 +6,17 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorafit.bounds import read_json
 from lorafit.evaluation.report.html import write_html
 from lorafit.evaluation.report.text import as_junit, as_markdown
 from lorafit.evaluation.results import Results, Sample
 from lorafit.files import staged
-from lorafit.run.directory import RunDir
 from lorafit.written import References, as_written
+
+if TYPE_CHECKING:
+    from lorafit.run.directory import RunDir
 
 FILES = {"samples": "samples.jsonl", "markdown": "report.md", "html": "report.html", "junit": "junit.xml"}
 

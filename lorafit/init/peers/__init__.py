@@ -10,7 +10,7 @@ from typing import get_args
 from lorafit.errors import UsageError
 from lorafit.init.peers import axolotl, llamafactory, trl
 from lorafit.init.peers.convert import Conversion, Kind, Rules, find, read_peer
-from lorafit.recipe.source import Located
+from lorafit.recipe.yaml import Located
 from lorafit.text import near
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

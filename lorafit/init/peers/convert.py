@@ -16,11 +16,11 @@ from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
 from lorafit.init.write import Document, Line
 from lorafit.recipe import RecipeError
-from lorafit.recipe.source import MAX_BYTES, Located, SourceMistakes, _compose, _Reader, parse_scalar, shorten
+from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, SourceMistakes, compose, parse_scalar, shorten
 from lorafit.text import near, printable
 
 
-class _Dialect(_Reader):
+class _Dialect(Reader):
     """Reads an empty value as null, and takes nothing from the environment."""
 
     def _scalar(self, node: yaml.ScalarNode, path: tuple[str | int, ...]) -> Any:
@@ -48,7 +48,7 @@ def read_peer(file: Path) -> Located:
         raise UsageError(f"{file}: is not UTF-8 text") from None
     reader = _Dialect(str(file), {})
     try:
-        root = reader.read(_compose(text, str(file))).located
+        root = reader.read(compose(text, str(file))).located
     except SourceMistakes as error:
         raise RecipeError(error.mistakes) from None
     if reader.mistakes:

@@ -7,26 +7,22 @@ tags and empty sections are mistakes, and the expansion of aliases is bounded.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
-from lorafit.bounds import opened
 from lorafit.text import printable
-from lorafit.written import REFERENCE, Reference, References, remember, value_of
+from lorafit.written import REFERENCE, Reference, remember
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
 MAX_DEPTH = 64
-MAX_FILES = 64
 
 
 def shorten(text: str, limit: int = 60) -> str:
@@ -78,21 +74,23 @@ class Located:
     earlier: tuple[Located, ...] = ()
     reference: str | None = None
 
-    def as_written(self) -> Any:
-        """The same, with references for texts of the environment."""
+    def each(self, change: Callable[[str | int, Located], Any]) -> Any:
+        """The value, with what `change` makes of each key or index and the node there; a scalar as it is."""
         if isinstance(self.value, dict):
-            return {key: child.as_written() for key, child in self.value.items()}
+            return {key: change(key, child) for key, child in self.value.items()}
         if isinstance(self.value, list):
-            return [child.as_written() for child in self.value]
-        return self.reference if self.reference and isinstance(self.value, str) else self.value
+            return [change(index, child) for index, child in enumerate(self.value)]
+        return self.value
+
+    def as_written(self) -> Any:
+        """The value without positions, with references for texts of the environment."""
+        if self.reference and isinstance(self.value, str):
+            return self.reference
+        return self.each(lambda _, child: child.as_written())
 
     def plain(self) -> Any:
         """The value without positions."""
-        if isinstance(self.value, dict):
-            return {key: child.plain() for key, child in self.value.items()}
-        if isinstance(self.value, list):
-            return [child.plain() for child in self.value]
-        return self.value
+        return self.each(lambda _, child: child.plain())
 
     def find(self, path: tuple[str | int, ...]) -> tuple[Located, tuple[str | int, ...]]:
         """The deepest node on `path` that exists, and the path to it."""
@@ -205,7 +203,7 @@ class _Expanded(NamedTuple):
 
 
 @dataclass
-class _Reader:
+class Reader:
     """Turns the composed YAML nodes of one file into Located values."""
 
     file: str
@@ -348,7 +346,7 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
     return f"not YAML: {problem}"
 
 
-def _compose(text: str, file: str) -> yaml.Node:
+def compose(text: str, file: str) -> yaml.Node:
     """The syntax tree of the only document in a text. Raises SourceMistakes."""
     start = Position(file, 1, 1)
     if len(text) > MAX_BYTES:
@@ -377,327 +375,8 @@ def _compose(text: str, file: str) -> yaml.Node:
 
 def read_yaml(text: str, file: str, environment: Mapping[str, str] | None = None) -> Located:
     """Parse one YAML document into Located values. Raises SourceMistakes."""
-    reader = _Reader(file, os.environ if environment is None else environment)
-    located = reader.read(_compose(text, file)).located
+    reader = Reader(file, os.environ if environment is None else environment)
+    located = reader.read(compose(text, file)).located
     if reader.mistakes:
         raise SourceMistakes(*reader.mistakes)
     return located
-
-
-# --- files and extends ----------------------------------------------------------------------------
-
-
-def merge(parent: Located, child: Located) -> Located:
-    """Deep merge: the child wins, mappings merge, lists replace, null removes."""
-    if not (isinstance(parent.value, dict) and isinstance(child.value, dict)):
-        return child.over(parent)
-    merged = dict(parent.value)
-    for key, value in child.value.items():
-        merged[key] = merge(merged[key], value) if key in merged else value
-    return replace(child, value=merged, earlier=once(*child.earlier, *parent.earlier))
-
-
-def layered(earlier: Located, later: Located) -> Located:
-    """Two layers of a recipe merged, of which the later one wins over its rivals in the earlier one too."""
-    from lorafit.recipe.rivals import give_way
-
-    return merge(give_way(earlier, later), later)
-
-
-@dataclass
-class Draft:
-    """A recipe as it was written, parents and overrides included, before it is validated.
-
-    `complete` is False when a parent could not be read: what seems to be missing may stand there.
-    """
-
-    root: Located
-    mistakes: list[Mistake]
-    complete: bool
-
-
-class Store(Protocol):
-    """Where recipe files stand, such as on the disk."""
-
-    def real(self, file: Path) -> str:
-        """A name that is the same however the file is reached. Raises ValueError for what is no path."""
-
-    def shown(self, file: Path) -> str:
-        """The name of a file for people."""
-
-    def exists(self, file: Path) -> bool: ...
-
-    def is_file(self, file: Path) -> bool: ...
-
-    def read(self, file: Path, most: int) -> bytes:
-        """The first bytes of a file. Raises OSError."""
-
-
-class Disk:
-    """The files that are there."""
-
-    def real(self, file: Path) -> str:
-        return os.path.realpath(file)
-
-    def shown(self, file: Path) -> str:
-        return str(file)
-
-    def exists(self, file: Path) -> bool:
-        return os.path.exists(file)
-
-    def is_file(self, file: Path) -> bool:
-        return os.path.isfile(file)
-
-    def read(self, file: Path, most: int) -> bytes:
-        with opened(file) as stream:
-            return stream.read(most)
-
-
-def read_recipe(
-    path: Path,
-    overrides: Iterable[str],
-    is_key: Callable[[str], bool],
-    environment: Mapping[str, str] | None = None,
-    store: Store | None = None,
-) -> Draft:
-    """Read a recipe, everything it `extends:`, and `--set` arguments.
-
-    Raises SourceMistakes when the file itself can't be read; other mistakes are in the draft.
-
-    Args:
-        is_key: whether a key may be meant to be a recipe's: of a file that has none, nothing is said but that.
-    """
-    files = _Files(is_key, os.environ if environment is None else environment, store or Disk())
-    root = files.load(path, (), Position(files.store.shown(path)))
-    if root is None:
-        raise SourceMistakes(*files.mistakes)
-    root = _overridden(root, overrides, files.environment, files.mistakes)
-    return Draft(root, files.mistakes, files.complete)
-
-
-def draft_of(
-    values: Mapping[str, Any], written: str, overrides: Iterable[str], references: References | None = None
-) -> Draft:
-    """A recipe from plain values instead of a file, with `--set` arguments; `written` names where they stand.
-
-    Args:
-        references: those that some of the values were read from.
-    """
-    mistakes: list[Mistake] = []
-    root = _refer(_locate(dict(values), Position(written)), references or {})
-    root = _overridden(root, overrides, os.environ, mistakes)
-    return Draft(root, mistakes, True)
-
-
-_KEY = re.compile(r"^([a-z_]+):", re.MULTILINE)
-_QUOTED = re.compile(r" '[^'\\<>]{2,}'")
-"""What PyYAML quotes of a file: a single character stays."""
-
-
-@dataclass
-class _Files:
-    """Recipe files, each read once."""
-
-    is_key: Callable[[str], bool]
-    environment: Mapping[str, str]
-    store: Store = field(default_factory=Disk)
-    mistakes: list[Mistake] = field(default_factory=list)
-    complete: bool = True
-    _read: dict[str, Located | None] = field(default_factory=dict)
-
-    def load(self, file: Path, trail: tuple[str, ...], named_at: Position) -> Located | None:
-        """A file merged over its parents; None, with the mistakes noted, if it can't be read.
-
-        `trail` holds the files on the way here, `named_at` is where this one was asked for.
-        """
-        try:
-            real = self._identify(file, trail, named_at)
-            if real not in self._read:
-                self._read[real] = None
-                self._read[real] = self._with_parents(file, self._content(file), (*trail, real))
-            return self._read[real]
-        except SourceMistakes as error:
-            self._unreadable(*error.mistakes)
-            return None
-
-    def _unreadable(self, *mistakes: Mistake) -> None:
-        self.complete = False
-        self.mistakes += mistakes
-
-    def _identify(self, file: Path, trail: tuple[str, ...], named_at: Position) -> str:
-        """The real path of a file that may be read."""
-        wrong = None
-        try:
-            real = self.store.real(file)
-        except ValueError as error:  # such as a NUL character
-            raise SourceMistakes(Mistake(named_at, "extends" if trail else "", f"is not a path: {error}")) from None
-        if not trail:
-            return real
-        if real in trail:
-            circle = " -> ".join(_readable(part) for part in (*trail[trail.index(real) :], real))
-            wrong = f"goes in a circle: {shorten(circle, 300)}"
-        elif not self.store.is_file(file):
-            shown = shorten(self.store.shown(file), 200)
-            wrong = f"{shown} {'is not a file' if self.store.exists(file) else 'does not exist'}"
-        elif real not in self._read and len(self._read) >= MAX_FILES:
-            wrong = f"needs more than {MAX_FILES} files"
-        if wrong:
-            raise SourceMistakes(Mistake(named_at, "extends", wrong))
-        return real
-
-    def _content(self, file: Path) -> Located:
-        shown = self.store.shown(file)
-        start = Position(shown)
-        try:
-            data = self.store.read(file, MAX_BYTES + 1)
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            before = data[: error.start]
-            place = Position(shown, before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
-            raise SourceMistakes(Mistake(place, "", "is not UTF-8 text")) from None
-        except IsADirectoryError:
-            raise SourceMistakes(Mistake(start, "", not_a_folder(file))) from None
-        except OSError as error:
-            raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
-        if len(data) > MAX_BYTES:
-            raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
-        reader = _Reader(shown, self.environment)
-        try:
-            node = _compose(text, shown)
-        except SourceMistakes as error:
-            if any(self.is_key(key) for key in _KEY.findall(text)):
-                raise
-            raise SourceMistakes(
-                *(replace(one, message=_QUOTED.sub("", one.message)) for one in error.mistakes)
-            ) from None
-        if not isinstance(node, yaml.MappingNode):
-            reader.fail(node, (), "a recipe is a mapping of sections, such as `model:`")
-        if node.value and not any(isinstance(key, yaml.ScalarNode) and self.is_key(key.value) for key, _ in node.value):
-            reader.fail(node, (), "is no recipe: none of its keys is a section, such as `model:`")
-        located = reader.read(node).located
-        self.mistakes += reader.mistakes
-        return located
-
-    def _with_parents(self, file: Path, own: Located, trail: tuple[str, ...]) -> Located:
-        content = dict(own.value)
-        extends = content.pop("extends", None)
-        merged = Located(content, own.position)
-        if extends is None:
-            return merged
-        base: Located | None = None
-        for name in extends.value if isinstance(extends.value, list) else [extends]:
-            if not isinstance(name.value, str) or not name.value:
-                self._unreadable(Mistake(name.position, "extends", "expected a path or a list of paths"))
-                continue
-            parent = self.load(file.parent / name.value, trail, name.position)
-            if parent is not None:
-                base = parent if base is None else layered(base, parent)
-        return merged if base is None else layered(base, merged)
-
-
-def not_a_folder(folder: Path) -> str:
-    """What to give instead of a folder."""
-    recipe = folder / "recipe.yaml"
-    if (folder / "plan.json").is_file():
-        return f"is a run directory; give the recipe that it was trained from, such as the copy in it, {recipe}"
-    found = sorted(file.name for file in folder.glob("*.y*ml"))[:3]
-    return "is a folder; give a recipe, a YAML file" + (f" such as {folder / found[0]}" if found else "")
-
-
-def _readable(path: str) -> str:
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
-
-
-# --- --set ----------------------------------------------------------------------------------------
-
-
-def _overridden(
-    root: Located, arguments: Iterable[str], environment: Mapping[str, str], mistakes: list[Mistake]
-) -> Located:
-    """The recipe with all `--set` arguments, which are one layer; what is wrong with them is added to the mistakes."""
-    from lorafit.recipe.rivals import give_way
-
-    layer = Located({}, root.position)
-    given = tuple(arguments)
-    for argument in given:
-        with contextlib.suppress(SourceMistakes):
-            layer = _apply_override(layer, argument, environment)
-    root = give_way(root, layer)
-    for argument in given:
-        try:
-            root = _apply_override(root, argument, environment)
-        except SourceMistakes as error:
-            mistakes += error.mistakes
-    return root
-
-
-def _apply_override(root: Located, argument: str, environment: Mapping[str, str]) -> Located:
-    """Apply one `--set a.b=value` argument; the value is read as YAML. Raises SourceMistakes."""
-    name, equals, text = argument.partition("=")
-    position = Position(f"--set {shorten(argument)}")
-    steps = tuple(step.strip() for step in name.split("."))
-    if not equals or not all(steps) or len(steps) > MAX_DEPTH:
-        raise SourceMistakes(Mistake(position, "", "expected key=value, such as training.learning_rate=1e-4"))
-    if steps[0] == "extends":
-        raise SourceMistakes(Mistake(position, "extends", "can't be set; write it in the file"))
-    try:
-        value = read_yaml(text, position.file, environment)
-    except SourceMistakes as error:
-        raise SourceMistakes(*(Mistake(position, dotted(steps), m.message) for m in error.mistakes)) from None
-    return _override(root, steps, _moved(value, position), position, ())
-
-
-def _locate(value: Any, position: Position) -> Located:
-    """Give every node of a plain value the same position."""
-    if isinstance(value, dict):
-        value = {key: _locate(child, position) for key, child in value.items()}
-    elif isinstance(value, list):
-        value = [_locate(child, position) for child in value]
-    return Located(value, position, position)
-
-
-def _moved(node: Located, position: Position) -> Located:
-    """A value with every node at one position."""
-    value = node.value
-    if isinstance(value, dict):
-        value = {key: _moved(child, position) for key, child in value.items()}
-    elif isinstance(value, list):
-        value = [_moved(child, position) for child in value]
-    return Located(value, position, position, reference=node.reference)
-
-
-def _refer(node: Located, references: References, key: str = "") -> Located:
-    """Values with the references that they were read from, as far as they still are what is there."""
-    if isinstance(node.value, dict | list):
-        items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
-        below = {name: _refer(child, references, f"{key}.{name}" if key else str(name)) for name, child in items}
-        return replace(node, value=below if isinstance(node.value, dict) else [*below.values()])
-    known = references.get(key)
-    return replace(node, reference=known.text) if known and value_of(known.text) == node.value else node
-
-
-def _override(
-    node: Located, steps: tuple[str, ...], new: Located, position: Position, trail: tuple[str, ...]
-) -> Located:
-    if not steps:
-        return new.over(node)
-    step, rest = steps[0], steps[1:]
-    if isinstance(node.value, list):
-        items = list(node.value)
-        if step not in map(str, range(len(items))):
-            what = f"{dotted(trail)} is a list of {len(items)}; give an index, from 0"
-            raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
-        items[int(step)] = _override(items[int(step)], rest, new, position, (*trail, step))
-        return replace(node, value=items)
-    if node.value is not None and not isinstance(node.value, dict):
-        what = f"{dotted(trail)} is a single value and has no keys"
-        raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
-    content = dict(node.value or {})
-    if rest:
-        child = content.get(step, Located(None, position, position))
-        content[step] = _override(child, rest, new, position, (*trail, step))
-    else:
-        content[step] = new.over(content.get(step))
-    kept = (replace(node, earlier=()), *node.earlier) if node.removes else node.earlier
-    return replace(node, value=content, removes=False, earlier=kept)

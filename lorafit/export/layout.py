@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import refused
-from lorafit.export.weights import Rows, Tensor, is_readable, same_numbers
+from lorafit.facts import Tensor
 
 Value = bool | int | float | str
+Rows = npt.NDArray[np.float32]
+_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+"""Stored types that can be read: plain floats of 16 or 32 bits."""
 
 _CLASSES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -96,6 +100,30 @@ def make_layout(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
     placed = _place(folder, config, tensors, int(sizes["block_count"]))
     _check_shapes(folder, sizes, placed)
     return Layout(architecture, metadata, placed, _rope_factors(folder, config), int(sizes["vocab_size"]))
+
+
+def read_rows(tensor: Tensor, begin: int, end: int) -> Rows:
+    """Rows `begin` to `end` (of a tensor with one dimension: its numbers), shape (end - begin, ...), in float32."""
+    kind, inner = _TYPES[tensor.dtype], tensor.shape[1:]
+    count = (end - begin) * math.prod(inner)
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.begin + begin * math.prod(inner) * kind.itemsize)
+        data = np.fromfile(stream, dtype=kind, count=count)
+    if data.size != count:
+        raise ModelError(f"{tensor.file}: the file is cut off at {tensor.name}; merge again")
+    if tensor.dtype == "BF16":
+        data = (data.astype(np.uint32) << 16).view(np.float32)
+    rows: Rows = data.astype(np.float32, copy=False).reshape(end - begin, *inner)
+    return rows
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, number by number."""
+    if one.shape != other.shape:
+        return False
+    step = max(1, (16 << 20) // max(1, math.prod(one.shape[1:])))
+    parts = ((at, min(at + step, one.shape[0])) for at in range(0, one.shape[0], step))
+    return all(np.array_equal(read_rows(one, *part), read_rows(other, *part)) for part in parts)
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -223,13 +251,13 @@ def _place(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], lay
     if not config.get("tie_word_embeddings", False):
         take("lm_head.weight", "output.weight")
     elif (head := left.get("lm_head.weight")) is not None:
-        if not same_numbers(head, tensors["model.embed_tokens.weight"]):
+        if not _same_numbers(head, tensors["model.embed_tokens.weight"]):
             raise refused(folder, "the output head differs from the embeddings to which config.json ties it")
         del left["lm_head.weight"]
     if left:
         raise refused(folder, f"{len(left)} tensors have no place, first {min(left)}")
     for entry in placed:
-        if not is_readable(entry.tensor):
+        if entry.tensor.dtype not in _TYPES:
             raise ModelError(
                 f"{folder}: {entry.tensor.name} is stored as {entry.tensor.dtype}; merge into 16 or 32 bits first"
             )

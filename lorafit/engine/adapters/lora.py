@@ -1,0 +1,79 @@
+"""LoRA and its kin: what PEFT is told, how the adapter starts, and its type."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from lorafit.engine.saving import save_adapter
+from lorafit.errors import ModelError
+from lorafit.files import staged
+from lorafit.plan import Plan
+from lorafit.plan.adapters import check_expressions
+from lorafit.progress import is_first_process, stage
+from lorafit.run.directory import RunDir
+from lorafit.written import expanded
+
+
+def config(plan: Plan) -> LoraConfig:
+    """PEFT's configuration."""
+    values = dict(plan.lora_kwargs or {})
+    if values["init_lora_weights"] == "loftq":
+        values["init_lora_weights"] = True  # put in by `start`, after the base is quantized
+    if values["init_lora_weights"] == "eva":
+        from peft import EvaConfig
+
+        values["eva_config"] = EvaConfig(rho=1.0)  # equal ranks, so that the adapter has the planned size
+    return LoraConfig(**values)
+
+
+@contextlib.contextmanager
+def put_on(plan: Plan, modules: Iterable[str]) -> Iterator[None]:
+    """Check the targets against the base's modules, and explain PEFT's refusals while it puts the adapter on them.
+
+    One is of dropout on fused experts, which PEFT adapts in some families. Raises ModelError.
+    """
+    check_expressions(plan.lora_kwargs or {}, modules, "lora")
+    try:
+        with stage("putting the adapter on the model"):
+            yield
+    except ValueError as error:
+        if "not found in the base model" in str(error):
+            raise ModelError(f"{plan.model.name_or_path}: has other modules than its files say: {error}") from error
+        if "ParamWrapper" not in str(error):
+            raise
+        raise ModelError(
+            f"PEFT puts these lora.target_modules on the fused experts of a {plan.model.model_type} model as well, "
+            "which lorafit does not plan; use target_modules: attention"
+        ) from error
+
+
+def start(trainer: Any, plan: Plan, run: RunDir) -> None:
+    """Finish the adapter's start and its type.
+
+    EVA and LoftQ start after the adapter is on the model. PiSSA and OLoRA take their start out of
+    the base, so the untrained adapter is kept to save an ordinary adapter for the unchanged base.
+    """
+    model: PeftModel = trainer.model
+    how = str((plan.lora_kwargs or {})["init_lora_weights"])
+    if how == "loftq":
+        from peft import replace_lora_weights_loftq
+
+        folder = expanded(plan.model.name_or_path)
+        with stage("starting the adapter by LoftQ"):
+            replace_lora_weights_loftq(model, model_path=str(folder) if folder.is_dir() else None)
+    elif how == "eva":
+        from peft import initialize_lora_eva_weights
+
+        with stage("starting the adapter by EVA"):
+            initialize_lora_eva_weights(model, trainer.get_train_dataloader(), show_progress_bar=False)
+    elif how.startswith(("pissa", "olora")) and is_first_process() and not run.start.is_dir():
+        with staged(run.start, "start") as folder:
+            save_adapter(model, folder, plan.references)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(getattr(torch, plan.adapter_dtype))

@@ -1,0 +1,259 @@
+"""TRL's trainer, with whole checkpoints, exact sums, and what happens beside its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import sort_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from lorafit.console import Console
+from lorafit.engine.callbacks import (
+    EvaluateAtTheEnd,
+    MetricsFile,
+    ProgressDisplay,
+    RefuseNonFinite,
+    RunningSums,
+    StopOnSignal,
+    StopRequest,
+    check_finite,
+)
+from lorafit.engine.loss import row_sums
+from lorafit.engine.meter import Meter
+from lorafit.engine.model import wait_for_everyone
+from lorafit.engine.saving import save_adapter
+from lorafit.files import discard, partial_of, staged
+from lorafit.plan import Plan
+from lorafit.progress import Stage, is_first_process, stage
+from lorafit.run.directory import RunDir
+from lorafit.written import References, as_written
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer, with whole checkpoints, LoRA+, and nothing pickled that isn't needed."""
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(
+        self, *args: Any, references: References, loraplus_lr_ratio: float | None = None, **kwargs: Any
+    ) -> None:
+        self.references = references
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
+        self._validating = Stage("validating")
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None  # not by transformers
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Add up what is measured of each row, once for all processes; a batch's own mean is for nobody."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = self.accelerator.gather_for_metrics(row_sums(output, inputs.get("seq_idx")))
+        self._evaluated += sums.sum(0).cpu()
+        self._validating.advance()
+        return output.loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Means over the learned tokens of all rows, whatever the batches, the padding and the processes."""
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
+        loader = args[0] if args else kwargs["dataloader"]
+        with stage("validating", len(loader), "batches") as self._validating:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        tokens, nll, entropy, hits = self._evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
+        self._metrics["eval"] |= {
+            "entropy": [entropy / tokens],
+            "mean_token_accuracy": [hits / tokens],
+            "num_tokens": [self._total_train_tokens],
+        }
+        return output
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            made: torch.optim.Optimizer = super().create_optimizer(model)
+            return made
+        from peft.optimizers import create_loraplus_optimizer
+
+        optimizer_class, values = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+            model=self.model,
+            optimizer_cls=optimizer_class,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **values,
+        )
+        self.optimizer = optimizer
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            save_adapter(self.model, folder, self.references, state_dict=state_dict)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A new best is always saved, whatever the steps between checkpoints."""
+        best = bool(super()._determine_best_metric(metrics, trial))
+        if best and self.args.save_strategy != "no":
+            self.control.should_save = True
+        return best
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it, so that every one that exists is whole.
+
+        The steps are those of transformers.Trainer._save_checkpoint.
+        """
+        check_finite(self.model, self.state.global_step)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        written = staged(folder, "checkpoint") if self.args.should_save else contextlib.nullcontext()
+        with stage(f"saving {folder.name}"), written as made:
+            wait_for_everyone()  # the first process made it, for all
+            partial = made or partial_of(folder)
+            self.store_flos()
+            self.save_model(str(partial), _internal_call=True)
+            if self.state.best_global_step:
+                best = folder.with_name(f"checkpoint-{self.state.best_global_step}")
+                if best == folder or best.is_dir():
+                    self.state.best_model_checkpoint = best.name  # a run may be moved, and its place is nobody's
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+            self.save_sums(partial)
+            if self.args.should_save:
+                RunDir(folder.parent.parent).write_begun(partial, self.state.global_step)
+                self.state.stateful_callbacks.update(
+                    {
+                        type(callback).__name__: callback.state()
+                        for callback in [*self.callback_handler.callbacks, self.control]
+                        if isinstance(callback, ExportableState)
+                    }
+                )
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            wait_for_everyone()
+        if self.args.should_save:
+            self.rotate_checkpoints()
+        wait_for_everyone()
+
+    def rotate_checkpoints(self) -> None:
+        """Keep the newest checkpoints, as many as asked for, and the best one. As transformers', but never half."""
+        if not self.save_total_limit:
+            return
+        name = self.state.best_model_checkpoint
+        best = str(Path(self.args.output_dir) / Path(name).name) if name else None
+        found = sort_checkpoints(output_dir=self.args.output_dir, best_model_checkpoint=best)  # these two come last
+        for checkpoint in found[: -max(self.save_total_limit, 2 if best not in (None, found[-1]) else 1)]:
+            discard(Path(checkpoint))
+
+    def sums_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"running_sums_{self.args.process_index}.json"
+
+    def save_sums(self, checkpoint: Path) -> None:
+        """What was summed up since the last log, so that the next one is the same after an interruption."""
+        sums = {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "tokens": self._total_train_tokens,
+            "metrics": self._metrics["train"],
+        }
+        self.sums_file(checkpoint).write_text(json.dumps(sums), encoding="utf-8")
+
+    def load_sums(self, checkpoint: Path) -> None:
+        sums = json.loads(self.sums_file(checkpoint).read_text(encoding="utf-8"))
+        self._tr_loss += sums["loss"]
+        self._globalstep_last_logged = sums["last_logged"]
+        self._total_train_tokens = sums["tokens"]
+        self._metrics["train"].update(sums["metrics"])
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Stand where the training ended: the weights and the state of its last checkpoint."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+class Arguments(SFTConfig):
+    """TRL's arguments, which trackers log as they may be seen."""
+
+    references: References
+
+    def to_dict(self) -> dict[str, Any]:
+        return as_written(super().to_dict(), self.references)
+
+
+def training_arguments(plan: Plan, run: RunDir) -> Arguments:
+    """TRL's arguments from the plan."""
+    values = dict(plan.training_kwargs)
+    for name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps"):
+        values.pop(name)  # follow from the number of rows, see add_callbacks
+    values.pop("early_stopping_patience")
+    values.pop("load_best_model_at_end")  # lorafit loads the best one itself
+    packing = plan.data.packing
+    arguments = Arguments(
+        **values,
+        output_dir=str(run.checkpoints),
+        max_length=plan.data.max_length if packing else None,  # rows are cut already
+        packing=packing,  # they are packed already, and collated without padding
+        eval_packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        metric_for_best_model="eval_loss" if plan.training.eval_strategy != "no" else None,
+        greater_is_better=False,
+        logging_nan_inf_filter=False,
+        restore_callback_states_from_checkpoint=True,
+        save_strategy="no",
+        eval_strategy="no",
+        disable_tqdm=True,
+        run_name=plan.name,
+        dataloader_pin_memory=plan.hardware.device == "cuda",
+        prediction_loss_only=True,
+    )
+    arguments.references = plan.references
+    return arguments
+
+
+def add_callbacks(
+    trainer: Trainer,
+    plan: Plan,
+    run: RunDir,
+    request: StopRequest,
+    console: Console,
+    meter: Meter,
+    checkpoint: Path | None,
+) -> ProgressDisplay:
+    """Set when to evaluate and save, and add what happens beside the steps."""
+    args, schedule = trainer.args, plan.schedule
+    assert schedule is not None
+    if schedule.eval_steps:
+        args.eval_strategy, args.eval_steps = "steps", schedule.eval_steps
+        trainer.add_callback(EvaluateAtTheEnd())
+    if schedule.save_steps:
+        args.save_strategy, args.save_steps = "steps", schedule.save_steps
+    patience = plan.training.early_stopping_patience
+    if patience:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    display = ProgressDisplay(console, meter, schedule.total_steps, step)
+    trainer.add_callback(RefuseNonFinite())
+    if checkpoint:
+        trainer.add_callback(RunningSums(trainer, checkpoint))
+    if is_first_process():
+        metrics = MetricsFile(run)
+        metrics.keep_until(step)
+        trainer.add_callback(metrics)
+        trainer.add_callback(display)
+    trainer.add_callback(StopOnSignal(request, run))
+    return display
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether the training was over when a checkpoint was saved: all steps done, or stopped early."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    control = state["stateful_callbacks"]["TrainerControl"]["args"]
+    return bool(state["global_step"] >= state["max_steps"] or control["should_training_stop"])
