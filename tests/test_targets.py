@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from lorafit.facts import ModelFacts, Tensor, layout, read_facts
 from lorafit.hardware import Hardware
 from lorafit.plan import make_plan
-from lorafit.plan.adapters import TargetError, find_targets, is_skipped, trainable_parameters
+from lorafit.plan.adapters import Full, TargetError, find_targets, is_skipped
 from lorafit.recipe import DatasetSection, LoraSection, ModelSection, Recipe
 
 CPU = Hardware("cpu", "a CPU", None, None, False)
@@ -109,7 +109,7 @@ def test_what_matches_nothing_says_what_is_near(values: dict[str, Any], path: tu
 
 
 def test_without_an_adapter_everything_is_trained() -> None:
-    assert trainable_parameters(None, None, LLAMA) == LLAMA.parameters
+    assert sum(tensor.size for tensor in Full().tensors(LLAMA, None)) == LLAMA.parameters
 
 
 @pytest.mark.parametrize(

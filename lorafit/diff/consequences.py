@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorafit.diff.recipes import Change, Opened, compare, open_recipe
-from lorafit.diff.warnings import Warned, scale, warnings
+from lorafit.diff.warnings import Warned, warnings
 from lorafit.explain import defaults_of
 from lorafit.hardware import Hardware
 from lorafit.outcome import Outcome, Outcomes
+from lorafit.plan.adapters import adapter_of
 from lorafit.rows import is_local
 from lorafit.text import first_line, printable
 from lorafit.written import at_keys
@@ -99,7 +100,7 @@ def _figures(before: Outcome, after: Outcome) -> Iterator[tuple[str, Any, Any, U
     yield "parameters", of_plan(before, "parameters"), of_plan(after, "parameters"), "count"
     trained = "trainable_parameters"
     yield "trained parameters", of_plan(before, trained), of_plan(after, trained), "count"
-    yield "scale of the update", scale(before.recipe), scale(after.recipe), "number"
+    yield "scale of the update", adapter_of(before.recipe).scale, adapter_of(after.recipe).scale, "number"
     name = "peak GPU memory" if on_gpu else "peak memory"
     yield name, before.peak and before.peak.total, after.peak and after.peak.total, "bytes"
     if before.fits or after.fits:

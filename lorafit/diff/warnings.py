@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lorafit.diff.recipes import Change
 from lorafit.outcome import Outcome
+from lorafit.plan.adapters import adapter_of
 from lorafit.recipe import Recipe
 from lorafit.rows.audit import RULES
 from lorafit.text import brief, gib
@@ -134,12 +135,6 @@ def is_on(recipe: Recipe, key: str) -> bool:
     return found is True
 
 
-def scale(recipe: Recipe) -> float | None:
-    """What the adapter's update is multiplied by; None for training in full."""
-    lora = recipe.lora
-    return None if lora is None else lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
-
-
 def quantized(recipe: Recipe) -> str:
     """How the base is kept, for a sentence."""
     section = recipe.quantization
@@ -210,7 +205,7 @@ def _rate(both: Both) -> Iterator[Warned]:
 
 
 def _scale(both: Both) -> Iterator[Warned]:
-    old, new = (scale(one.recipe) for one in both.outcomes)
+    old, new = (adapter_of(one.recipe).scale for one in both.outcomes)
     if old is None or new is None or abs(new / old - 1) < NEAR:
         return
     touched = [name for name in ("r", "lora_alpha", "use_rslora") if both.changed(f"lora.{name}")]
@@ -228,11 +223,10 @@ def _scale(both: Both) -> Iterator[Warned]:
 
 
 def _adapter(both: Both) -> Iterator[Warned]:
-    old, new = both.before.recipe.lora, both.after.recipe.lora
-    size = trained(both)
-    if (old is None) != (new is None):
-        what = "an adapter is trained instead of all parameters" if old is None else "all parameters are trained"
-        yield Warned("lora", f"The lora section was {'added' if old is None else 'removed'}: {what}{size}.")
+    was_full, size = both.before.recipe.trains_base, trained(both)
+    if was_full != both.after.recipe.trains_base:
+        what = "an adapter is trained instead of all parameters" if was_full else "all parameters are trained"
+        yield Warned("lora", f"The lora section was {'added' if was_full else 'removed'}: {what}{size}.")
         return
     for change in both.changed("lora.target_modules"):
         plans = [one.plan for one in both.outcomes]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.plan import Plan
+from lorafit.plan.adapters import Adapter, adapter_told
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 LossPath = Literal["fused", "logits", "logits_shifted", "logits_upcast", "liger", "compact"]
@@ -82,6 +84,10 @@ class Setup:
     world: int = 1
     sharding: Sharding = "none"
     stack: Stack = field(default_factory=Stack)
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        return adapter_told(self.lora)
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
+from lorafit.plan.adapters import Adapter, adapter_told
 from lorafit.recipe import Mistake, Recipe
 from lorafit.rows import Format, Shape
 from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
@@ -258,6 +259,11 @@ class Plan:
         for later in ("merge", "eval", "hardware"):
             whole["recipe"].pop(later, None)
         return {part: whole[part] for part in parts} | {"hardware": machine}
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        """What is trained of the model."""
+        return adapter_told(self.lora_kwargs)
 
     @functools.cached_property
     def training(self) -> Training:

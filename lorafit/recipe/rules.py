@@ -58,7 +58,7 @@ def _quantization(recipe: Recipe) -> Iterator[Complaint]:
                 yield ("quantization", name), "has no effect with load_in_8bit; remove it"
     elif "llm_int8_threshold" in given:
         yield ("quantization", "llm_int8_threshold"), "has no effect with load_in_4bit; remove it"
-    if recipe.lora is None:
+    if recipe.trains_base:
         yield (
             ("quantization",),
             "quantized weights can't be trained in full; add `lora: {}`, or remove quantization",
@@ -236,7 +236,7 @@ def _hardware(recipe: Recipe) -> Iterator[Complaint]:
 
 
 def _merge(recipe: Recipe) -> Iterator[Complaint]:
-    if recipe.lora is None and "merge" in recipe.model_fields_set:
+    if recipe.trains_base and "merge" in recipe.model_fields_set:
         yield ("merge",), "training in full leaves no adapter to merge; add `lora: {}`, or remove merge"
     elif recipe.quantization is None and recipe.merge.base_weights != "auto":
         yield ("merge", "base_weights"), "has no effect without quantization; remove it"

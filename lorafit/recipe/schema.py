@@ -572,6 +572,11 @@ class Recipe(Section):
             values = cls.model_validate(values).model_dump(mode="json", exclude_defaults=True)
         return cls.of(values, written, overrides, references)
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base's own weights are trained, for want of a section for an adapter."""
+        return self.lora is None
+
     def remember_source(self, root: Located, references: References) -> None:
         """Keep where each value was written, for mistakes that only the plan can see, and what of it is a reference."""
         self._source = root
