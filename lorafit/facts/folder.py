@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import LARGEST_TEMPLATE, read_bytes, read_json, read_text
 from lorafit.errors import ModelError
-from lorafit.facts.layouts import is_tied, layout
+from lorafit.facts.layouts import as_loaded, layout
 from lorafit.facts.model import ModelFacts, Tensor, TokenizerFacts, check_sizes
 from lorafit.facts.safetensors import stored_tensors, weight_files
 
@@ -38,30 +36,7 @@ def tensors_of(
     if not stored or "quantization_config" in config:  # packed tensors don't have the layers' shapes
         return f"config.json ({otherwise})", config, tuple(layout(config))
     source = f"the headers of {len(weights)} safetensors file{'s' * (len(weights) != 1)}"
-    return source, config, tuple(_as_loaded(config, stored))
-
-
-_BUFFER = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
-_TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-
-
-def _as_loaded(config: dict[str, Any], tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Stored tensors as the loaded model has them as parameters.
-
-    Tied heads are counted once, stored buffers are left out, and GPT-2's layers, which are stored
-    in x out and often without their prefix, look like everyone's.
-    """
-    gpt2 = config.get("model_type") == "gpt2"
-    bare = gpt2 and not any(tensor.name.startswith("transformer.") for tensor in tensors)
-    for tensor in tensors:
-        name, shape = tensor.name, tensor.shape
-        if (is_tied(config) and name.endswith("lm_head.weight")) or _BUFFER.search(name):
-            continue
-        if gpt2 and name.endswith("attn.bias") and len(shape) == 4:  # the causal mask
-            continue
-        if gpt2 and _TRANSPOSED.search(name):
-            shape = shape[::-1]
-        yield Tensor(f"transformer.{name}" if bare and not name.startswith("lm_head") else name, shape, tensor.dtype)
+    return source, config, as_loaded(config, stored)
 
 
 def tokenizer_facts(path: Path) -> TokenizerFacts | None:
