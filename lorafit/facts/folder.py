@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lorafit.bounds import LARGEST_TEMPLATE, read_bytes, read_json, read_text
 from lorafit.errors import ModelError
 from lorafit.facts.layouts import as_loaded, layout
 from lorafit.facts.model import ModelFacts, Tensor, TokenizerFacts, check_sizes
-from lorafit.facts.safetensors import stored_tensors, weight_files
+from lorafit.facts.safetensors import Shard, read_shard, weight_files
 
 
 def from_folder(name: str, path: Path) -> ModelFacts:
@@ -25,17 +26,24 @@ def from_folder(name: str, path: Path) -> ModelFacts:
     for file in weights:
         if not file.is_file():
             raise ModelError(f"{name}: {file.name} is missing, which model.safetensors.index.json names")
-    return ModelFacts(name, "folder", *tensors_of(config, weights, "no safetensors files"), tokenizer_facts(path))
+    known = described(config, map(read_shard, weights), "", "no safetensors files")
+    return ModelFacts(name, "folder", *known, tokenizer_facts(path))
 
 
-def tensors_of(
-    config: dict[str, Any], weights: list[Path], otherwise: str
+def described(
+    config: dict[str, Any], shards: Iterable[Shard], place: str, otherwise: str
 ) -> tuple[str, dict[str, Any], tuple[Tensor, ...]]:
-    """Where the tensors are known from, the configuration, and the tensors."""
-    stored = [tensor for file in weights for tensor in stored_tensors(file)]
+    """Where the tensors are known from, the configuration, and the tensors.
+
+    Args:
+        place: where the headers were read, if not on this disk.
+        otherwise: why it is the configuration if there are no headers.
+    """
+    files = list(shards)
+    stored = [tensor for shard in files for tensor in shard.tensors]
     if not stored or "quantization_config" in config:  # packed tensors don't have the layers' shapes
         return f"config.json ({otherwise})", config, tuple(layout(config))
-    source = f"the headers of {len(weights)} safetensors file{'s' * (len(weights) != 1)}"
+    source = f"the headers of {len(files)} safetensors file{'s' * (len(files) != 1)}{place}"
     return source, config, as_loaded(config, stored)
 
 

@@ -105,7 +105,7 @@ class Decoder:
         lora = lora_section(setup) if setup.lora is not None else None
         adapted = set(find_targets(lora, setup.facts).modules) if lora else set()
         layers: dict[int, dict[str, Any]] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in _weights_first(tensors):
             found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(?:\.(weight|bias))?", name)
             if not found:
                 continue
@@ -584,3 +584,11 @@ class Decoder:
 
     def _dropped(self, x: Value) -> Value:
         return self.do.dropout(x) if self.do.training and (self.setup.lora or {}).get("lora_dropout") else x
+
+
+def _weights_first(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Tensors in their order, but each module's weight before its bias, which headers have in order of name."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(tensors):
+        places.setdefault(name.rpartition(".")[0], place)
+    return sorted(tensors.items(), key=lambda item: (places[item[0].rpartition(".")[0]], item[0].endswith(".bias")))
