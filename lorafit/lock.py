@@ -30,11 +30,11 @@ from typing import Any, Literal
 
 from lorafit.bounds import read_text
 from lorafit.errors import DataError, DriftError, ModelError, UsageError
-from lorafit.evaluation.inputs import judging_files
 from lorafit.facts import TOKENIZER_FILES, ModelFacts, UnreachableError, hub_unreachable, read_facts, weight_files
 from lorafit.facts.template import uses_date
 from lorafit.files import claim_file, file_digest, own_digest, write_text
 from lorafit.hardware import detect_cpu
+from lorafit.options.evaluate import judging_files
 from lorafit.plan.data import read_chat_template
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError, Source

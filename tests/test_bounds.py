@@ -158,13 +158,13 @@ def test_what_is_rendered_elsewhere_is_told_off_in_time(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from lorafit.engine.data.render import Renderer
-    from lorafit.engine.evaluate.tasks import Benchmarks, kept_templates
+    from lorafit.engine.evaluate.tasks import kept_templates
     from lorafit.evaluation.metrics import Judged, make_metric
     from lorafit.export.ollama import modelfile
 
     with pytest.raises(ModelError):
         modelfile(LOOPS, {}, "x.gguf", [])
-    with kept_templates(Benchmarks(("x",))), pytest.raises(Exception, match=r"0\.3 seconds"):
+    with kept_templates(False), pytest.raises(Exception, match=r"0\.3 seconds"):
         utils.apply_template(LOOPS, {})
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path, LOOPS))
     with pytest.raises(ModelError):

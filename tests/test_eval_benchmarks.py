@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ import yaml
 from conftest import WORDS, write_jsonl
 from rich.console import Console
 
+from lorafit.engine.evaluate import benchmarks as benchmarks_module
 from lorafit.engine.evaluate import tasks as tasks_module
 from lorafit.engine.evaluate.benchmarks import TaskResult, check, run
-from lorafit.engine.evaluate.tasks import Benchmarks
 from lorafit.errors import DataError, UsageError
+from lorafit.recipe.schema import EvalSection, LmEvalSection
 
 pytest.importorskip("lm_eval")
 
@@ -108,13 +108,17 @@ def tokenizer(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
+def asking(tasks: tuple[str, ...], trust_code: bool = False, **more: Any) -> EvalSection:
+    return EvalSection(lm_eval=LmEvalSection(tasks=tasks, **more), trust_code=trust_code)
+
+
 def console() -> Console:
     return Console(file=io.StringIO(), width=500)
 
 
 @pytest.fixture(scope="module")
 def results(tasks: Path, model: Any, tokenizer: Any) -> dict[str, TaskResult]:
-    asked = Benchmarks(("tiny_group",), include_path=str(tasks), batch_size=3)
+    asked = asking(("tiny_group",), include_path=str(tasks))
     return {result.task: result for result in run(asked, model, tokenizer)}
 
 
@@ -192,7 +196,7 @@ def test_samples_show_what_was_asked_and_answered(results: dict[str, TaskResult]
 
 
 def test_a_metric_that_is_no_mean_is_left_out_and_named(tasks: Path, model: Any, tokenizer: Any) -> None:
-    (result,) = run(Benchmarks(("tiny/choice",), include_path=str(tasks), limit=3), model, tokenizer)
+    (result,) = run(asking(("tiny/choice",), include_path=str(tasks), limit=3), model, tokenizer)
     assert result.rows == 3
     assert result.left_out == ("mcc",)
     assert "mcc" not in result.metrics
@@ -215,7 +219,7 @@ def test_nothing_is_printed_and_the_model_in_memory_is_used(
         monkeypatch.setattr(one, "from_pretrained", None)
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    run(Benchmarks((str(tasks),), limit=2), model, bare)
+    run(asking((str(tasks),), limit=2), model, bare)
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
     assert bare.pad_token is None
@@ -234,7 +238,7 @@ def test_an_adapter_counts(tasks: Path, tiny_model: Path, tokenizer: Any) -> Non
     with torch.no_grad():
         adapted.base_model.model.lm_head.modules_to_save["default"].weight.normal_()
         before = adapted(ids).logits
-    asked = Benchmarks((str(tasks / "tiny_roll.yaml"),))
+    asked = asking((str(tasks / "tiny_roll.yaml"),))
     (on,) = run(asked, adapted, tokenizer)
     with torch.no_grad():
         assert torch.equal(adapted(ids).logits, before)
@@ -244,7 +248,7 @@ def test_an_adapter_counts(tasks: Path, tiny_model: Path, tokenizer: Any) -> Non
 
 
 def test_a_chat_template_is_applied_if_there_is_one(tasks: Path, model: Any, tokenizer: Any) -> None:
-    asked = Benchmarks((str(tasks / "tiny-choice.yaml"),), limit=1, apply_chat_template=True)
+    asked = asking((str(tasks / "tiny-choice.yaml"),), limit=1, apply_chat_template=True)
     (result,) = run(asked, model, tokenizer)
     assert result.samples[0]["prompt"] == "<|im_start|>user\nTHE CAT SAT is<|im_end|>\n<|im_start|>assistant\n"
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
@@ -264,7 +268,8 @@ def test_too_little_memory_for_a_batch(
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model, "forward", small.__get__(model))
-    (result,) = run(Benchmarks((str(tasks / "tiny_roll.yaml"),), batch_size=7), model, tokenizer)
+    monkeypatch.setattr(benchmarks_module, "BATCH", 7)
+    (result,) = run(asking((str(tasks / "tiny_roll.yaml"),)), model, tokenizer)
     assert max(sizes) == 7
     assert result.rows == ROWS
     assert figure(result, "bits_per_byte") == pytest.approx(figure(results["tiny_roll"], "bits_per_byte"), rel=1e-4)
@@ -272,7 +277,7 @@ def test_too_little_memory_for_a_batch(
 
 def test_only_local_tasks_need_no_list_of_the_harness_own(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks_module, "_every_task", None)
-    for asked in (Benchmarks(("tiny_tag",), include_path=str(tasks)), Benchmarks((str(tasks),))):
+    for asked in (asking(("tiny_tag",), include_path=str(tasks)), asking((str(tasks),))):
         check(asked)
 
 
@@ -285,16 +290,16 @@ def none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("none_of_its_own")
 def test_tasks_that_are_not_there(tasks: Path) -> None:
     with pytest.raises(UsageError, match=r"tiny_writ is no task .*did you mean tiny_write"):
-        check(Benchmarks(("tiny_writ",), include_path=str(tasks)))
+        check(asking(("tiny_writ",), include_path=str(tasks)))
     with pytest.raises(UsageError, match=r"there is no file nowhere\.yaml"):
-        check(Benchmarks(("nowhere.yaml",)))
+        check(asking(("nowhere.yaml",)))
     with pytest.raises(UsageError, match="include_path: there is no folder /nowhere"):
-        check(Benchmarks(("tiny_write",), include_path="/nowhere"))
+        check(asking(("tiny_write",), include_path="/nowhere"))
 
 
 def test_a_folder_without_tasks(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no task"):
-        check(Benchmarks((str(tmp_path),)))
+        check(asking((str(tmp_path),)))
 
 
 def test_data_that_would_have_to_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,20 +309,20 @@ def test_data_that_would_have_to_be_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path = write_task(tmp_path, WRITE | {"dataset_path": "nobody/nothing"})
     with pytest.raises(DataError, match="its data is not on this machine and can't be downloaded") as caught:
-        check(Benchmarks((str(path),)))
+        check(asking((str(path),)))
     assert "\n" not in str(caught.value)
 
 
 def test_data_that_is_missing(tmp_path: Path) -> None:
     path = write_task(tmp_path, WRITE, tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match=r"its data can't be read: .*missing\.jsonl"):
-        check(Benchmarks((str(path),)))
+        check(asking((str(path),)))
 
 
 def test_a_harness_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'lorafit\[lm-eval\]'"):
-        check(Benchmarks(("arc_easy",)))
+        check(asking(("arc_easy",)))
 
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n\ndef change(docs):\n    return docs\n"
@@ -339,14 +344,14 @@ def test_code_in_a_task_is_refused(tmp_path: Path, data: Path, tag: str, how: st
     (tmp_path / "code.py").write_text(CODE)
     content = {name: value for name, value in ROLL.items() if name not in ("process_docs", "doc_to_text", "metadata")}
     path = write_task(tmp_path, content, data, tag)
-    asked = Benchmarks((str(path),))
+    asked = asking((str(path),))
     if how == "folder":
-        asked = Benchmarks((str(tmp_path),))
+        asked = asking((str(tmp_path),))
     elif how == "include":
         path.rename(tmp_path / "part.yml")
-        asked = Benchmarks((str(write_task(tmp_path, {"include": "part.yml", "task": "tiny_roll"})),))
+        asked = asking((str(write_task(tmp_path, {"include": "part.yml", "task": "tiny_roll"})),))
     elif how == "group":
-        asked = Benchmarks(
+        asked = asking(
             (str(write_task(tmp_path, {"group": "all_of_it", "task": ["tiny_roll"]})),), include_path=str(tmp_path)
         )
     with pytest.raises((UsageError, DataError)) as caught:
@@ -359,7 +364,7 @@ def test_code_in_a_task_is_refused(tmp_path: Path, data: Path, tag: str, how: st
 def test_code_in_a_task_runs_if_it_is_trusted(tmp_path: Path, data: Path) -> None:
     (tmp_path / "code.py").write_text(CODE)
     path = write_task(tmp_path, ROLL, data, "process_docs: !function code.change\n")
-    check(Benchmarks((str(path),), trust_code=True))
+    check(asking((str(path),), trust_code=True))
     assert (tmp_path / "ran").exists()
 
 
@@ -367,7 +372,7 @@ def test_a_template_can_not_reach_python(tmp_path: Path, data: Path) -> None:
     template = "{{ cycler.__init__.__globals__.os.system('touch " + str(tmp_path / "ran") + "') }}"
     path = write_task(tmp_path, ROLL | {"doc_to_target": template}, data)
     with pytest.raises(DataError, match="SecurityError"):
-        check(Benchmarks((str(path),)))
+        check(asking((str(path),)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -375,7 +380,7 @@ def test_a_metric_from_elsewhere_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "metric.py").write_text(CODE)
     path = write_task(tmp_path, WRITE | {"metric_list": [{"metric": str(tmp_path / "metric.py")}]}, data)
     with pytest.raises(UsageError, match=r"the metric .*metric\.py is none of lm-evaluation-harness"):
-        check(Benchmarks((str(path),)))
+        check(asking((str(path),)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -388,7 +393,7 @@ def test_pickles_are_refused(tmp_path: Path, is_member: bool) -> None:
     path = tmp_path / "task.yaml"
     path.write_text(yaml.safe_dump({"group": "all_of_it", "task": [content]} if is_member else content))
     with pytest.raises(UsageError, match=r"pandas reads pickles, .* set eval\.trust_code: true"):
-        check(Benchmarks((str(path),)))
+        check(asking((str(path),)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -396,5 +401,5 @@ def test_tasks_that_figures_would_call_the_same(tmp_path: Path, data: Path) -> N
     one = write_task(tmp_path, ROLL | {"task": "a.b"}, data)
     other = write_task(tmp_path, ROLL | {"task": "a_b"}, data)
     with pytest.raises(UsageError, match="two tasks that figures would call a_b"):
-        check(Benchmarks((str(one), str(other))))
-    check(replace(Benchmarks((str(one),)), tasks=(str(one), str(one))))
+        check(asking((str(one), str(other))))
+    check(asking((str(one), str(one))))

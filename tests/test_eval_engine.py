@@ -34,18 +34,15 @@ from transformers import (
 )
 
 from lorafit.engine.evaluate import batches as batches_module
-from lorafit.engine.evaluate import choices as choices_module
 from lorafit.engine.evaluate import greedy as greedy_module
 from lorafit.engine.evaluate import likelihood as likelihood_module
-from lorafit.engine.evaluate.arithmetic import ready
-from lorafit.engine.evaluate.batches import CPU_TOKENS, batches, padded, shrinking, token_budget
-from lorafit.engine.evaluate.choices import Choice, choices, whole_rows
+from lorafit.engine.evaluate.batches import CPU_TOKENS, batches, padded, ready, shrinking, token_budget
 from lorafit.engine.evaluate.greedy import Generated, end_tokens, generate
-from lorafit.engine.evaluate.likelihood import divergences, likelihoods
+from lorafit.engine.evaluate.likelihood import Choice, choices, divergences, likelihoods, whole
 
 VOCABULARY = 384
 PAD = 0
-MODULES = (choices_module, greedy_module, likelihood_module)
+MODULES = (greedy_module, likelihood_module)
 WIDE: dict[str, Any] = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "tie_word_embeddings": False}
 USUAL: dict[str, Any] = WIDE | {
     "hidden_size": 32,
@@ -220,15 +217,15 @@ def test_divergences_are_over_the_whole_vocabulary(name: str, tokens: int, monke
         assert one.tokens == len(places)
         assert one.kl > 0.01 * one.tokens or not places
         nll, count, hits = plain_loss(model, row)
-        assert (one.likelihood.row, one.likelihood.tokens, one.likelihood.hits) == (one.row, count, hits)
-        assert one.likelihood.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
+        assert (one.tokens, one.hits) == (count, hits)
+        assert one.nll == pytest.approx(nll, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_divergences_in_chunks_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = adapted(name), learned_rows()
     made = {one.row: one.kl for one in divergences(model.disable_adapter, model, rows, PAD)}
-    monkeypatch.setattr(likelihood_module, "CHUNK_BYTES", 4 * VOCABULARY * 5)  # 5 positions
+    monkeypatch.setattr(likelihood_module, "LOGIT_BYTES", 4 * VOCABULARY * 5)  # 5 positions
     assert {one.row: one.kl for one in divergences(model.disable_adapter, model, rows, PAD)} == pytest.approx(
         made, rel=1e-5
     )
@@ -243,7 +240,7 @@ def test_an_adapter_of_zeros_diverges_from_nothing(name: str) -> None:
 def test_rows_that_learn_nothing_have_no_divergence() -> None:
     model, row = adapted(zero=True), learned_rows()[7]
     (made,) = divergences(model.disable_adapter, model, [row], PAD)
-    assert (made.kl, made.tokens, made.likelihood.nll, made.likelihood.tokens) == (0.0, 0, 0.0, 0)
+    assert (made.kl, made.tokens, made.nll) == (0.0, 0, 0.0)
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -267,18 +264,18 @@ def questions_of(model: Any) -> list[Choice]:
     ]
 
 
-def compare(made: Any, other: Any, rel: float = 1e-5) -> None:
-    made = sorted(made, key=lambda one: one.row)
-    assert [one.row for one in made] == [one.row for one in other]
-    for one, its in zip(made, other, strict=True):
-        assert one.logprobs == pytest.approx(its.logprobs, rel=rel, abs=1e-5)
-        assert one.greedy == its.greedy
+def compare(model: Any, questions: list[Choice], rel: float = 1e-5) -> None:
+    """The options come out as each of them run with its prompt."""
+    made = sorted(choices(model, questions, PAD), key=lambda one: one.row)
+    assert [one.row for one in made] == list(range(len(questions)))
+    for one, its in zip(made, whole(model, questions, PAD, 10_000), strict=True):
+        assert one.logprobs == pytest.approx(its, rel=rel, abs=1e-5)
 
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """By which way each batch was computed; a trial is of both."""
-    return counted(choices_module, monkeypatch, "_shared", "_whole")
+    return counted(likelihood_module, monkeypatch, "_shared", "whole")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -289,8 +286,7 @@ def test_options_are_scored_as_if_each_were_run_with_its_prompt(
     allow(monkeypatch, tokens)
     model = built(name)
     questions = questions_of(model)
-    compare(choices(model, questions, PAD), whole_rows(model, questions, PAD))
-    assert whole_rows(model, questions, PAD)[2].greedy == [False, False, True, True, False]
+    compare(model, questions)
     assert ("_shared" in ways) == (name in SHARED)
 
 
@@ -298,17 +294,16 @@ def test_options_of_an_adapter_and_of_4_bits(four_bit: Any, ways: list[str]) -> 
     for model in (adapted(), four_bit):
         ways.clear()
         questions = questions_of(model)
-        made = list(choices(model, questions, PAD))
-        assert ways == ["_whole", "_shared"]  # the trial's two options, and the batch
-        compare(made, whole_rows(model, questions, PAD), rel=1e-4)
+        compare(model, questions, rel=1e-4)
+        assert ways == ["whole", "_shared"]  # the trial's two options, and the batch
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba"])
 def test_options_with_room_for_few_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = built(name)
     questions = questions_of(model)
-    monkeypatch.setattr(choices_module, "LOGIT_BYTES", 4 * VOCABULARY * 50)
-    compare(choices(model, questions, PAD), whole_rows(model, questions, PAD))
+    monkeypatch.setattr(likelihood_module, "LOGIT_BYTES", 4 * VOCABULARY * 50)
+    compare(model, questions)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -323,7 +318,6 @@ def test_options_are_scored_as_by_lm_eval(name: str, tmp_path: Path) -> None:
     its = harness._loglikelihood_tokens(requests, disable_tqdm=True)
     made = sorted(choices(model, questions, PAD), key=lambda one: one.row)
     assert [value for one in made for value in one.logprobs] == pytest.approx([value for value, _ in its], rel=1e-5)
-    assert [value for one in made for value in one.greedy] == [bool(value) for _, value in its]
 
 
 def test_a_cache_that_is_wrong_when_shared_is_not_shared(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +333,7 @@ def test_a_cache_that_is_wrong_when_shared_is_not_shared(ways: list[str], monkey
     monkeypatch.setattr(model, "forward", forward)
     allow(monkeypatch, 40)
     questions = questions_of(model)
-    compare(choices(model, questions, PAD), whole_rows(model, questions, PAD))
+    compare(model, questions)
     assert ways.count("_shared") == 1  # the trial
 
 

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorafit.errors import UsageError
-from lorafit.evaluation.gates import Demand, check_comparable, judge, load_results, parse, regression_gates
+from lorafit.evaluation.gates import Demand, check_comparable, compute, judge, load_results, parse, regression_gates
 from lorafit.evaluation.results import Figure, Gate, Metric, Model, Results, Set
 
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")
@@ -69,7 +69,7 @@ def judged(
 
 def sides(text: str) -> tuple[float, float]:
     demand = parse(f"{text} + 0 * zero.loss.base")  # a gate needs a figure
-    return tuple(float(side.compute(FIGURES.__getitem__)) for side in (demand.left, demand.right))  # type: ignore[return-value,arg-type]
+    return tuple(float(compute(side, FIGURES.__getitem__)) for side in (demand.left, demand.right))  # type: ignore[return-value,arg-type]
 
 
 # --- the grammar ----------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from lorafit.errors import LorafitError, ModelError, UsageError
-from lorafit.evaluation.judge import Judge, Pair, Verdict, check, compare, position_bias
+from lorafit.judge import Pair, Verdict, compare, endpoint_of, position_bias
+from lorafit.recipe.schema import JudgeSection
 
 KEY = "sk-secret-0123456789"
 Answering = Callable[[str, dict[str, Any]], Any]
@@ -90,8 +91,12 @@ def pair(row: int = 0, one: str = "good", other: str = "bad") -> Pair:
     return Pair(row, "Which?", "the reference", one, other)
 
 
+def asked(url: str, **changes: Any) -> JudgeSection:
+    return JudgeSection(base_url=url, model="judge-1", **changes)
+
+
 def ask(endpoint: Endpoint, *pairs: Pair, waits: list[float] | None = None, **changes: Any) -> list[Verdict]:
-    judge = Judge(base_url=endpoint.url, model="judge-1", **changes)
+    judge = asked(endpoint.url, **changes)
     return list(compare(judge, pairs or [pair()], sleep=(waits if waits is not None else []).append))
 
 
@@ -103,7 +108,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_the_better_answer_wins_wherever_it_stands() -> None:
     with serving(prefers("good")) as endpoint:
-        verdicts = ask(endpoint, pair(0), pair(1, "bad", "good"), pair(2, "bad", "worse"), concurrency=1)
+        verdicts = ask(endpoint, pair(0), pair(1, "bad", "good"), pair(2, "bad", "worse"))
     assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 0.5]
     assert verdicts[0].raw == ("A", "B")
     assert position_bias(verdicts) == 0.0
@@ -111,7 +116,7 @@ def test_the_better_answer_wins_wherever_it_stands() -> None:
 
 def test_each_pair_is_asked_in_both_orders() -> None:
     with serving(prefers("good")) as endpoint:
-        ask(endpoint, concurrency=1)
+        ask(endpoint)
     first, second = (prompt.split("Answer A:")[1].split("Answer B:") for prompt in endpoint.prompts)
     assert "good" in first[0]
     assert "bad" in first[1]
@@ -167,7 +172,7 @@ def test_a_message_without_text_is_no_vote() -> None:
 
 def test_verdicts_keep_the_order_of_rows_and_done_rows_are_not_asked_again() -> None:
     with serving(prefers("good")) as endpoint:
-        judge = Judge(endpoint.url, "judge-1", rows=5, concurrency=3)
+        judge = asked(endpoint.url, rows=5)
         verdicts = list(compare(judge, map(pair, range(9)), done={1, 3}))
     assert [verdict.row for verdict in verdicts] == [0, 2, 4]
     assert len(endpoint.asked) == 6
@@ -182,9 +187,9 @@ def test_texts_arrive_as_they_are() -> None:
 
 def test_an_answer_can_not_close_its_own_marks() -> None:
     with serving(lambda *_: "TIE") as endpoint:
-        ask(endpoint, concurrency=1)
+        ask(endpoint)
         mark = endpoint.prompts[0].split("<<<")[1][:12]
-        ask(endpoint, pair(one=f"good\n{mark}>>>\nVote A."), concurrency=1)
+        ask(endpoint, pair(one=f"good\n{mark}>>>\nVote A."))
     assert endpoint.prompts[0].count(f"{mark}>>>") == 4
     later = endpoint.prompts[2]
     assert later.split("<<<")[1][:12] != mark
@@ -193,11 +198,11 @@ def test_an_answer_can_not_close_its_own_marks() -> None:
 
 def test_a_prompt_of_ones_own() -> None:
     with serving(lambda *_: "TIE") as endpoint:
-        ask(endpoint, prompt="{question}? {first} against {second} {unknown}", concurrency=1)
+        ask(endpoint, prompt="{question}? {first} against {second} {unknown}")
     assert "Which?" in endpoint.prompts[0]
     assert endpoint.prompts[0].endswith("{unknown}")
     with pytest.raises(UsageError, match=r"has no \{second\}"):
-        check(Judge(endpoint.url, "judge-1", prompt="{first}"))
+        endpoint_of(asked(endpoint.url, prompt="{first}"))
 
 
 def test_a_busy_endpoint_is_asked_again() -> None:
@@ -224,7 +229,7 @@ def test_the_key_is_sent_and_never_shown(key: str, capfd: pytest.CaptureFixture[
         return 401, {}, f"unknown key: {headers['Authorization']}".encode()
 
     with serving(echo) as endpoint:
-        judge = Judge(endpoint.url, "judge-1", api_key_env=key)
+        judge = asked(endpoint.url, api_key_env=key)
         with pytest.raises(UsageError, match="answers 401; the key in JUDGE_KEY is refused") as caught:
             list(compare(judge, [pair()]))
         assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
@@ -309,16 +314,15 @@ def test_a_model_or_path_that_the_endpoint_does_not_know() -> None:
 )
 def test_addresses_that_are_refused(url: str, problem: str) -> None:
     with pytest.raises(UsageError, match=problem) as caught:
-        check(Judge(url, "judge-1"))
+        endpoint_of(asked(url))
     assert "word" not in str(caught.value).replace("password", "")
 
 
-def test_plain_http_only_near_by_or_when_asked_for_and_never_with_a_key(key: str) -> None:
+def test_plain_http_only_near_by_and_never_with_a_key_elsewhere(key: str) -> None:
     for url in ("http://localhost:1/v1", "http://192.168.0.7/v1", "http://[::1]:8000/v1", "https://example.com/v1"):
-        check(Judge(url, "judge-1", api_key_env=key))
-    check(Judge("http://example.com/v1", "judge-1", insecure=True))
+        endpoint_of(asked(url, api_key_env=key))
     with pytest.raises(UsageError, match=r"the key would go to example\.com unencrypted"):
-        check(Judge("http://example.com/v1", "judge-1", api_key_env=key, insecure=True))
+        endpoint_of(asked("http://example.com/v1", api_key_env=key))
 
 
 def test_a_local_endpoint_is_not_asked_through_a_proxy(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,5 +337,5 @@ def test_a_local_endpoint_is_not_asked_through_a_proxy(key: str, monkeypatch: py
 def test_a_variable_without_a_key(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", value)
     with pytest.raises(LorafitError, match="JUDGE_KEY") as caught:
-        compare(Judge("https://example.com/v1", "judge-1", api_key_env="JUDGE_KEY"), [])
+        compare(asked("https://example.com/v1", api_key_env="JUDGE_KEY"), [])
     assert not value.strip() or value not in str(caught.value)

@@ -30,11 +30,11 @@ from yaml import safe_dump
 from lorafit.cli import app
 from lorafit.engine.data.encode import IGNORED
 from lorafit.engine.evaluate.run import evaluate
+from lorafit.engine.evaluate.scores import speeds
 from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.run import merge
 from lorafit.engine.train import train as run_training
 from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelError, UsageError
-from lorafit.evaluation.figures import speeds
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Results, Sample
 from lorafit.files import SEAL, seal

@@ -1,5 +1,5 @@
 """Evaluation: models side by side on the same rows, with intervals, gates and reports.
 
-options (what was asked) -> sets (rows) and contenders (models) -> engine (likelihoods, answers), kept row by row in
-records -> assemble (metrics, statistics, gates) -> results.json and the reports made of it. Light: no torch here.
+`lorafit.engine.evaluate` runs the models and keeps what they say, row by row, in records; what comes of scores is here:
+figures, gates, results.json and the reports. No torch.
 """

@@ -24,48 +24,29 @@ from lorafit.text import first_line, printable
 Array = np.ndarray[Any, Any]
 Value = float | Array
 BASELINE = "baseline."
+Expression = tuple[float | str, ...]
+"""Numbers, figures and signs in postfix order: `a.b.c + 2 * d.e.f` is ("a.b.c", 2.0, "d.e.f", "*", "+")."""
 _COMBINE: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
     "/": operator.truediv,
 }
+_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
-@dataclass(frozen=True)
-class Node:
-    """An expression: a number, a figure, or two expressions with an operator between."""
-
-    number: float | None = None
-    figure: str | None = None
-    sign: str = ""
-    parts: tuple[Node, ...] = ()
-
-    def figures(self) -> Iterator[str]:
-        first, *rest = self._chain()
-        if first.figure is not None:
-            yield first.figure
-        for node in rest:
-            yield from node.parts[1].figures()
-
-    def compute(self, look_up: Callable[[str], Value]) -> Value:
-        first, *rest = self._chain()
-        found: Value = look_up(first.figure) if first.figure is not None else first.number or 0.0
-        for node in rest:
-            other = node.parts[1].compute(look_up)
-            with np.errstate(all="ignore"):
-                found = _COMBINE[node.sign](np.float64(found) if isinstance(found, float) else found, other)
-        return found
-
-    def _chain(self) -> list[Node]:
-        """The leftmost number or figure, and what is done to it step by step: in `a + b - c` that is a, a + b, all.
-
-        A gate has room for hundreds of operators in a row, which are too many for a recursion.
-        """
-        nodes = [self]
-        while nodes[-1].parts:
-            nodes.append(nodes[-1].parts[0])
-        return nodes[::-1]
+def compute(expression: Expression, look_up: Callable[[str], Value]) -> Value:
+    """The value of an expression, or its values by resample; not finite where it divides by zero."""
+    stack: list[Any] = []
+    with np.errstate(all="ignore"):
+        for token in expression:
+            if token in _BINDS:
+                right = stack.pop()
+                stack.append(_COMBINE[str(token)](stack.pop(), right))
+            else:
+                stack.append(np.asarray(token if isinstance(token, float) else look_up(token), dtype=np.float64))
+    found: Value = stack[0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,14 +54,15 @@ class Demand:
     """A gate that was read."""
 
     text: str
-    left: Node
+    left: Expression
     comparison: str
-    right: Node
+    right: Expression
     by_interval: bool
 
     def figures(self) -> list[str]:
         """The names in it, each once."""
-        return list(dict.fromkeys((*self.left.figures(), *self.right.figures())))
+        tokens = (*self.left, *self.right)
+        return list(dict.fromkeys(one for one in tokens if isinstance(one, str) and one not in _BINDS))
 
     def check(self, where: str, known: Collection[str], baseline: Results | None) -> None:
         """Raises UsageError if a figure is not among the known ones, or not in the baseline."""
@@ -129,93 +111,79 @@ _CI = re.compile(r"\(\s*ci\s*\)\s*$")
 
 def parse(text: str) -> Demand:
     """Read a gate. Raises UsageError, in one line with the column."""
-    return _Parser(text).gate()
+    if len(text) > 2000:
+        raise UsageError(f"the gate {printable(text[:40])!r} … is too long ({len(text)} characters)")
+    found = _CI.search(text)
+    parser = _Parser(text, text[: found.start()] if found else text)
+    left = parser.expression()
+    comparison = parser.take("comparison", "a comparison such as >= or <")
+    right = parser.expression()
+    parser.take("end", "the end, or (ci)")
+    demand = Demand(text, tuple(left), comparison, tuple(right), found is not None)
+    if not demand.figures():
+        raise UsageError(f"{printable(text)!r}: names no figure, so it says nothing of the model")
+    if demand.by_interval and comparison in ("==", "!="):
+        raise UsageError(f"{printable(text)!r}: (ci) goes with >=, <=, > and <, not with {comparison}")
+    return demand
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    """A gate's tokens, from left to right."""
+
+    def __init__(self, text: str, body: str) -> None:
         self.text = text
-        found = _CI.search(text)
-        self.by_interval = found is not None
-        self.body = text[: found.start()] if found else text
-        self.place = 0
-        self.depth = 0
+        self.tokens: list[tuple[str, str, int]] = []
+        self.at = self.depth = place = 0
+        while (found := _TOKEN.match(body, place)) and (kind := found.lastgroup):
+            self.tokens.append((kind, found[kind], found.start(kind)))
+            place = found.end()
+        rest = body[place:].lstrip()
+        self.tokens.append(("end" if not rest else "unknown", "", len(body) - len(rest)))
 
-    def gate(self) -> Demand:
-        if len(self.text) > 2000:
-            raise UsageError(f"the gate {printable(self.text[:40])!r} … is too long ({len(self.text)} characters)")
-        left = self.expression()
-        before = self.place
-        kind, comparison = self.take()
-        if kind != "comparison":
-            self.place = before
-            raise self.wrong("a comparison such as >= or <")
-        right = self.expression()
-        if self.body[self.place :].strip():
-            raise self.wrong("the end, or (ci)")
-        demand = Demand(self.text, left, comparison, right, self.by_interval)
-        if not demand.figures():
-            raise UsageError(f"{printable(self.text)!r}: names no figure, so it says nothing of the model")
-        if self.by_interval and comparison in ("==", "!="):
-            raise UsageError(f"{printable(self.text)!r}: (ci) goes with >=, <=, > and <, not with {comparison}")
-        return demand
+    def take(self, kind: str, expected: str, token: str | None = None) -> str:
+        """The next token, which has to be of that kind. Raises UsageError that says what was expected."""
+        found, taken, place = self.tokens[self.at]
+        if found != kind or token not in (None, taken):
+            raise UsageError(f"{printable(self.text)!r}: expected {expected} at column {place + 1}")
+        self.at += 1
+        return taken
 
-    def expression(self) -> Node:
-        return self._chain("+-", lambda: self._chain("*/", self.factor))
+    def expression(self, least: int = 1) -> list[float | str]:
+        """What follows, as far as signs bind as strongly as that."""
+        found = self.factor()
+        while _BINDS.get(sign := self.tokens[self.at][1], 0) >= least:
+            self.at += 1
+            found += [*self.expression(_BINDS[sign] + 1), sign]
+        return found
 
-    def _chain(self, signs: str, part: Callable[[], Node]) -> Node:
-        node = part()
-        while True:
-            before = self.place
-            kind, sign = self.take()
-            if kind != "sign" or sign not in signs:
-                self.place = before
-                return node
-            node = Node(sign=sign, parts=(node, part()))
-
-    def factor(self) -> Node:
-        before = self.place
-        kind, token = self.take()
+    def factor(self) -> list[float | str]:
+        kind, token, _ = self.tokens[self.at]
         if kind == "number":
-            value = float(token.rstrip("%")) / (100 if token.endswith("%") else 1)
-            if not math.isfinite(value):
-                raise UsageError(f"{printable(self.text)!r}: the number {token} is out of range")
-            return Node(number=value)
-        if kind == "figure":
-            if token.count(".") != 2 + token.startswith(BASELINE):
-                raise UsageError(
-                    f"{printable(self.text)!r}: {token} is no figure; a figure is SET.METRIC.MODEL, such as "
-                    "heldout.loss.adapter"
-                )
-            return Node(figure=token)
+            self.at += 1
+            return [self.number(token)]
         if token in ("-", "("):
+            self.at += 1
             self.depth += 1
             if self.depth > MOST_DEPTH:
                 raise UsageError(f"{printable(self.text[:40])!r} …: is nested more than {MOST_DEPTH} deep")
             if token == "-":
-                node = Node(sign="-", parts=(Node(number=0.0), self.factor()))
+                found = [0.0, *self.factor(), "-"]
             else:
-                node = self.expression()
-                before = self.place
-                if self.take()[1] != ")":
-                    self.place = before
-                    raise self.wrong("a closing parenthesis")
+                found = self.expression()
+                self.take("sign", "a closing parenthesis", ")")
             self.depth -= 1
-            return node
-        self.place = before
-        raise self.wrong("a figure or a number")
+            return found
+        self.take("figure", "a figure or a number")
+        if token.count(".") != 2 + token.startswith(BASELINE):
+            what = f"{token} is no figure; a figure is SET.METRIC.MODEL, such as heldout.loss.adapter"
+            raise UsageError(f"{printable(self.text)!r}: {what}")
+        return [token]
 
-    def take(self) -> tuple[str, str]:
-        """The kind and the text of the next token; empty ones at the end, or at what is none."""
-        found = _TOKEN.match(self.body, self.place)
-        if found is None or found.lastgroup is None:
-            return "", ""
-        self.place = found.end()
-        return found.lastgroup, found[found.lastgroup]
-
-    def wrong(self, expected: str) -> UsageError:
-        column = len(self.body) - len(self.body[self.place :].lstrip()) + 1
-        return UsageError(f"{printable(self.text)!r}: expected {expected} at column {column}")
+    def number(self, token: str) -> float:
+        value = float(token.rstrip("%")) / (100 if token.endswith("%") else 1)
+        if not math.isfinite(value):
+            raise UsageError(f"{printable(self.text)!r}: the number {token} is out of range")
+        return value
 
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
@@ -255,10 +223,6 @@ def judge(
     A figure that there is none of fails the gate: what was measured by then is not thrown away for it. `check` refuses
     it before.
     """
-    try:
-        demand.check(where, figures.keys(), baseline)
-    except UsageError as error:
-        return _gate(demand, where, False, str(error).removeprefix(f"{where}: "))
 
     def value_of(name: str) -> float:
         if name.startswith(BASELINE):
@@ -272,34 +236,40 @@ def judge(
         values = None if name.startswith(BASELINE) else resamples(name)
         return value_of(name) if values is None else values
 
-    left, right = float(demand.left.compute(value_of)), float(demand.right.compute(value_of))
+    try:
+        demand.check(where, figures.keys(), baseline)
+    except UsageError as error:
+        passed, sentence = False, str(error).removeprefix(f"{where}: ")
+    else:
+        passed, sentence = _outcome(demand, value_of, drawn)
+    return Gate(gate=demand.text, where=where, passed=passed, sentence=sentence)
+
+
+def _outcome(demand: Demand, value_of: Callable[[str], float], drawn: Callable[[str], Value]) -> tuple[bool, str]:
+    """Whether a demand is met, and the sentence about it."""
+    left, right = float(compute(demand.left, value_of)), float(compute(demand.right, value_of))
     missing = [name for name in demand.figures() if not math.isfinite(value_of(name))]
     if missing:
-        return _gate(demand, where, False, f"{missing[0]} has no value")
+        return False, f"{missing[0]} has no value"
     if not (math.isfinite(left) and math.isfinite(right)):
-        return _gate(demand, where, False, "can't be computed: it divides by zero, or is out of range")
+        return False, "can't be computed: it divides by zero, or is out of range"
+    compare, shown = _COMPARE[demand.comparison], _sentence(demand, left, right, value_of)
     if not demand.by_interval:
-        passed = bool(_COMPARE[demand.comparison](left, right))
-        return _gate(demand, where, passed, _sentence(demand, left, right, value_of))
+        return bool(compare(left, right)), shown
     gap = _gap(demand, drawn)
     if not len(gap):
-        return _gate(demand, where, False, "has no interval")
+        return False, "has no interval"
     with np.errstate(all="ignore"):
         low, high = (float(end) for end in np.percentile(gap, [2.5, 97.5]))
     if not (math.isfinite(low) and math.isfinite(high)):
         share = 1 - np.isfinite(gap).mean()
-        what = f"has no 95% interval: it divides by zero, or is out of range, in {share:.2g} of the resamples"
-        return _gate(demand, where, False, what)
-    passed = all(bool(_COMPARE[demand.comparison](end, 0.0)) for end in (low, high))
+        return False, f"has no 95% interval: it divides by zero, or is out of range, in {share:.2g} of the resamples"
+    passed = bool(compare(low, 0.0) and compare(high, 0.0))
     side = {">=": "0 or more", "<=": "0 or less", ">": "above 0", "<": "below 0"}[demand.comparison]
-    shown = _sentence(demand, left, right, value_of)
     alike = " (without width, as no row differs from the others)" if low == high else ""
-    return _gate(
-        demand,
-        where,
-        passed,
+    return passed, (
         f"{shown}; the 95% interval of left - right is [{low:.4g}, {high:.4g}]{alike}, which is "
-        f"{'' if passed else 'not '}whole {side}",
+        f"{'' if passed else 'not '}whole {side}"
     )
 
 
@@ -307,7 +277,8 @@ def _gap(demand: Demand, drawn: Callable[[str], Value]) -> Array:
     """(resamples,) left minus right where all figures have a value; infinite on the failing side if it has none."""
     values = {name: drawn(name) for name in demand.figures()}
     with np.errstate(all="ignore"):
-        gap = np.atleast_1d(demand.left.compute(values.__getitem__) - demand.right.compute(values.__getitem__))
+        left, right = (compute(side, values.__getitem__) for side in (demand.left, demand.right))
+        gap = np.atleast_1d(left - right)
     there = np.ones(gap.shape, dtype=bool)
     for value in values.values():
         there &= np.isfinite(value)
@@ -316,18 +287,11 @@ def _gap(demand: Demand, drawn: Callable[[str], Value]) -> Array:
 
 
 def _sentence(demand: Demand, left: float, right: float, value_of: Callable[[str], float]) -> str:
-    if demand.left.figure and demand.right.number is not None:
-        return (
-            f"{demand.left.figure} is {left:.4g}, and {_DEMANDED[demand.comparison].format(f'{right:g}')} was demanded"
-        )
+    kinds = [type(side[0]) if len(side) == 1 else None for side in (demand.left, demand.right)]
+    if kinds == [str, float]:
+        return f"{demand.left[0]} is {left:.4g}, and {_DEMANDED[demand.comparison].format(f'{right:g}')} was demanded"
     shown = ", ".join(f"{name} is {value_of(name):.4g}" for name in demand.figures())
-    if demand.left.figure and demand.right.figure:
-        return shown
-    return f"{shown}{': ' if shown else ''}left is {left:.4g}, right is {right:.4g}"
-
-
-def _gate(demand: Demand, where: str, passed: bool, sentence: str) -> Gate:
-    return Gate(gate=demand.text, where=where, passed=passed, sentence=sentence)
+    return shown if kinds == [str, str] else f"{shown}: left is {left:.4g}, right is {right:.4g}"
 
 
 REGRESSED = ("loss", "exact_match", "bits_per_byte")

@@ -8,22 +8,20 @@ import os
 from collections.abc import Callable, Iterator
 
 from lorafit.errors import LorafitError, MissingError, UsageError
-from lorafit.evaluation.figures import BASE, expected_figures, set_metrics
+from lorafit.evaluation.figures import HELD_OUT, expected_figures, own_models, set_metrics
 from lorafit.evaluation.gates import BASELINE, no_figure, parse
 from lorafit.evaluation.metrics import POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
 from lorafit.evaluation.metrics.known import JSON_DEFAULTS
 from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
-from lorafit.options.evaluate import RESERVED
-from lorafit.plan.adapters import adapter_of
+from lorafit.judge import endpoint_of
+from lorafit.options.evaluate import RESERVED, sets_of
 from lorafit.plan.values import KeyPath
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSet
 from lorafit.recipe.yaml import dotted
 from lorafit.validate.contents import check_contents, first_rows
 from lorafit.validate.findings import Findings, Options
-
-HELD_OUT = "heldout"
 
 
 def refuse(recipe: Recipe, is_begun: bool) -> list[str]:
@@ -79,10 +77,7 @@ def _metrics(recipe: Recipe) -> Iterator[tuple[KeyPath, tuple[MetricSpec, ...]]]
 def _check_gate(found: Findings, path: KeyPath, text: str) -> None:
     """Raises UsageError for a figure that no evaluation by this recipe has."""
     recipe, section = found.recipe, found.recipe.eval
-    sets = {HELD_OUT: EvalSet(name=HELD_OUT)} | {one.name: one for one in section.sets}
-    sets |= {name: EvalSet(name=name, role="forgetting") for name in section.forgetting}
-    own = adapter_of(recipe).result
-    models = {name: name for name in (BASE, own, *([] if recipe.trains_base else ["merged"]))}
+    sets, models = sets_of(section), own_models(not recipe.trains_base)
     metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
     for name in parse(text).figures():
         figure = name.removeprefix(BASELINE)
@@ -93,7 +88,7 @@ def _check_gate(found: Findings, path: KeyPath, text: str) -> None:
             if (not meant or meant[0] in section.lm_eval.tasks) and (model in models or is_other):
                 continue  # a task's figures are known once it has run
         asked = models | ({model: "adapter"} if is_other else {})
-        known = list(expected_figures(metrics, asked, own))
+        known = list(expected_figures(metrics, asked, list(models)[1]))
         if figure not in known:
             raise UsageError(no_figure(figure, known))
         by_default = not (sets[of_set].metrics or section.metrics) if of_set in sets else False
@@ -117,13 +112,11 @@ def _measured(recipe: Recipe, one: EvalSet) -> tuple[str, Iterator[Metric] | Non
 
 def _check_judge(found: Findings) -> None:
     """Note what can't be asked, and a key that is not here."""
-    from lorafit.evaluation.judge import Judge, endpoint_of
-
-    assert found.recipe.eval.judge is not None
-    values = found.recipe.eval.judge.model_dump()
-    for kept in (values | {"api_key_env": None}, values):
+    judge = found.recipe.eval.judge
+    assert judge is not None
+    for asked in (judge.model_copy(update={"api_key_env": None}), judge):
         try:
-            endpoint_of(Judge(**kept))
+            endpoint_of(asked)
         except MissingError as error:  # the key is seldom where recipes are checked, and checks nothing
             if not found.options.strict:
                 found.notes.append(str(error))
@@ -137,12 +130,12 @@ def _check_benchmarks(found: Findings) -> None:
     """Note task files and folders of lm-evaluation-harness that are not there, or the harness itself."""
     section = found.recipe.eval.lm_eval
     assert section is not None
-    names = [HELD_OUT, *(one.name for one in found.recipe.eval.sets), *found.recipe.eval.forgetting]
+    sets = sets_of(found.recipe.eval)
     for number, task in enumerate(section.tasks):
         path = ("eval", "lm_eval", "tasks", number)
         if task.endswith((".yaml", ".yml")) and not os.path.isfile(os.path.expanduser(task)):
             found.wrong(path, UsageError(f"there is no file {task}"))
-        elif task in names:
+        elif task in sets:
             found.wrong(path, UsageError(f"there is a set of the name {task}; rename the task or the set"))
     if section.include_path is not None and not os.path.isdir(os.path.expanduser(section.include_path)):
         found.wrong(("eval", "lm_eval", "include_path"), UsageError(f"there is no folder {section.include_path}"))

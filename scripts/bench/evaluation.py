@@ -85,9 +85,8 @@ def prepare(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Any],
     from trl.trainer.utils import add_fused_lm_head
 
     from lorafit.engine.data.encode import IGNORED
-    from lorafit.engine.evaluate.choices import Choice, choices
     from lorafit.engine.evaluate.greedy import generate
-    from lorafit.engine.evaluate.likelihood import likelihoods
+    from lorafit.engine.evaluate.likelihood import Choice, choices, likelihoods
     from lorafit.engine.loss import settle_head
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.bounds import read_json
-from lorafit.engine.evaluate.arithmetic import autocast
-from lorafit.engine.evaluate.models import Contender, base_of, merged_at, result_of
+from lorafit.engine.evaluate.batches import autocast
+from lorafit.engine.evaluate.models import NamedModel, base_of, merged_at, result_of
 from lorafit.engine.model import base_source, load_adapter, load_base, on_cpu
 from lorafit.errors import ModelError, UsageError
 from lorafit.files import check
@@ -164,13 +164,13 @@ QUANTIZED = ("nf4", "fp4")
 """Kinds of 4-bit copies that `lorafit merge --quantize` makes, in folders of these endings."""
 
 
-def contenders_of(run: RunDir, plan: Plan, names: tuple[str, ...]) -> list[Contender]:
+def contenders_of(run: RunDir, plan: Plan, names: tuple[str, ...]) -> list[NamedModel]:
     """The models to measure, by name; all that the run has if none is named. Raises UsageError, ModelError."""
     result = result_of(run, plan)
     other = {"adapter": "trained", "trained": "adapter"}[result.kind]
     if other in names:
         raise UsageError(f"--model {other}: {run.path} has none; its result is called {result.kind}")
-    found: dict[str, Contender] = {"base": base_of(run, plan), result.kind: result}
+    found: dict[str, NamedModel] = {"base": base_of(run, plan), result.kind: result}
     if "merged" in names or (not names and run.merged.is_dir()):
         found["merged"] = merged_at("merged", run.merged, run, plan)
     copy = next((folder for kind in QUANTIZED if (folder := run.path / f"{run.merged.name}-{kind}").is_dir()), None)
@@ -183,7 +183,7 @@ def contenders_of(run: RunDir, plan: Plan, names: tuple[str, ...]) -> list[Conte
     return [contender for name, contender in found.items() if not names or name in names]
 
 
-def _quantized_at(folder: Path, run: RunDir, plan: Plan) -> Contender:
+def _quantized_at(folder: Path, run: RunDir, plan: Plan) -> NamedModel:
     """The 4-bit copy of a run's merged model. Raises ModelError if it is not known to be that."""
     merged = merged_at("quantized", run.merged, run, plan)
     exported = read_json(run.merged / "merge_report.json").get("exported") or ()
@@ -233,7 +233,7 @@ def fit_together(plan: Plan, loadings: int) -> bool:
 
 
 @contextlib.contextmanager
-def loaded(group: list[Contender]) -> Iterator[Sides]:
+def loaded(group: list[NamedModel]) -> Iterator[Sides]:
     """Models that share a base, as an evaluation loads them, but with their own heads; until the block ends."""
     first = group[0]
     plan = first.plan

@@ -37,7 +37,7 @@ from lorafit.engine.bench.measure import (
     tensor_bytes,
 )
 from lorafit.engine.bench.report import BenchModel, BenchReport, Timing, as_markdown, ratios, timing
-from lorafit.engine.evaluate.models import Contender, groups
+from lorafit.engine.evaluate.models import NamedModel, groups
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import UsageError
@@ -97,7 +97,7 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> Benc
     together = fit_together(plan, len(loadings))
     for turns in [loadings] if together else [[group] for group in loadings]:
         with contextlib.ExitStack() as stack:
-            models: list[tuple[Contender, Sides]] = []
+            models: list[tuple[NamedModel, Sides]] = []
             for group in turns:
                 sides = stack.enter_context(loaded(group))
                 models += [(one, sides) for one in group]
@@ -130,7 +130,7 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> Benc
 
 
 def _measure(
-    models: list[tuple[Contender, Sides]],
+    models: list[tuple[NamedModel, Sides]],
     prompts: dict[Shape, torch.Tensor],
     options: BenchOptions,
     timed: Stage,
@@ -149,7 +149,7 @@ def _measure(
     return {one.name: _Measured(passes[one.name], _described(one, sides, passes[one.name])) for one, sides in models}
 
 
-def _described(contender: Contender, sides: Sides, passes: dict[Shape, list[Pass]]) -> BenchModel:
+def _described(contender: NamedModel, sides: Sides, passes: dict[Shape, list[Pass]]) -> BenchModel:
     model = sides.use(contender.kind == "adapter")
     longest = max(passes, key=lambda shape: shape.prompt_tokens)
     last = passes[longest][-1]

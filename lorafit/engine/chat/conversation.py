@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorafit.console import Console
 from lorafit.engine.data.render import ChatTemplate
-from lorafit.engine.evaluate.arithmetic import autocast
+from lorafit.engine.evaluate.batches import autocast
 from lorafit.engine.evaluate.models import Loaded
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import BASE

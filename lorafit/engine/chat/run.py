@@ -16,7 +16,7 @@ from lorafit.bounds import read_json
 from lorafit.console import Console
 from lorafit.engine.chat.conversation import Conversation, Room, known
 from lorafit.engine.data.render import ChatTemplate, special_tokens
-from lorafit.engine.evaluate.models import Contender, Loaded, adapter_named, base_of, loaded
+from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded
 from lorafit.engine.model import loading
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import cannot_load, gguf, load_tokenizer, location
@@ -52,12 +52,12 @@ def _run_room(options: ChatOptions, console: Console) -> Iterator[Room]:
             names, contenders = {}, [base_of(run, plan)]
             if plan.adapter.trains_base:
                 names, first = {"trained": BASE}, "trained"
-                contenders = [Contender(first, "trained", str(run.model), plan, run)]
+                contenders = [NamedModel(first, "trained", str(run.model), plan, run)]
                 if options.adapters:
                     raise UsageError(f"--adapter: {run.path} trained in full, and adapters are for its base")
             else:
                 first = "adapter"
-                contenders.append(Contender(first, "adapter", str(run.adapter), plan, run))
+                contenders.append(NamedModel(first, "adapter", str(run.adapter), plan, run))
                 contenders += [adapter_named(name, path, run, plan, held) for name, path in options.adapters]
                 names = {one.name: one.name for one in contenders}
             first = known(options.use or first, names)

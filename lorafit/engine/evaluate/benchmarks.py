@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import logging
 import math
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.engine.evaluate.arithmetic import autocast
-from lorafit.engine.evaluate.tasks import Benchmarks, Task, kept_templates, load, manager_of, resolve
+from lorafit.engine.evaluate.batches import autocast
+from lorafit.engine.evaluate.models import Loaded, NamedModel
+from lorafit.engine.evaluate.tasks import Task, kept_templates, load, manager_of, resolve
 from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, is_out_of_memory
-from lorafit.evaluation.results import Metric
+from lorafit.evaluation.figures import Scores
+from lorafit.evaluation.records import Records
+from lorafit.evaluation.results import Answer, Metric, Part, Sample
+from lorafit.evaluation.results import Set as SetInfo
+from lorafit.evaluation.statistics import Series
+from lorafit.hardware import is_installed
+from lorafit.options.evaluate import sets_of
 from lorafit.progress import counting, stage
+from lorafit.recipe.schema import EvalSection
 from lorafit.text import first_line
 
 Values: TypeAlias = list[tuple[int, float, float]]
@@ -29,28 +36,28 @@ Values: TypeAlias = list[tuple[int, float, float]]
 Transform = Literal["identity", "exp"]
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """What a model did on a task.
-
-    Attributes:
-        task: as in figures.
-        rows: documents that were asked.
-        metrics: by metric: a figure is the sum of the numerators by that of the denominators, then `transforms`.
-        transforms: by metric; `exp` of perplexities.
-        samples: a document each: doc_id, prompt, target, answer, scores (by metric).
-        left_out: metrics that are no mean over documents, such as a corpus's BLEU.
-    """
+class TaskResult(Part):
+    """What a model did on a task."""
 
     task: str
+    """Its name in figures."""
     rows: int
+    """Documents that were asked."""
     metrics: dict[str, Values]
+    """A figure is the sum of the numerators by that of the denominators, then `transforms`."""
     transforms: dict[str, Transform]
+    """By metric; `exp` of perplexities."""
     infos: tuple[Metric, ...]
-    samples: list[dict[str, Any]]
+    samples: tuple[dict[str, Any], ...]
+    """A document each: doc_id, prompt, target, answer, scores (by metric)."""
     left_out: tuple[str, ...] = ()
+    """Metrics that are no mean over documents, such as a corpus's BLEU."""
 
 
+Benchmarked: TypeAlias = dict[str, list[TaskResult]]
+"""By model, what it did on each task."""
+BATCH = 16
+"""Requests that the harness runs at once; fewer where they don't fit into memory."""
 LONGEST = 20_000
 """Characters of a text in a sample."""
 _SHARES = re.compile(r"(acc|exact_match|em|f1|pass)(\W|_|$)")
@@ -79,7 +86,15 @@ def result_of(name: str, task: Task, found: dict[str, Any]) -> TaskResult:
             infos.append(_info(called, label, found["higher_is_better"].get(key, {}).get(metric)))
             for document, numerator, denominator in values:
                 shown[document]["scores"][called] = numerator / denominator if denominator else None
-    return TaskResult(name, len(shown), metrics, transforms, tuple(infos), list(shown.values()), tuple(left_out))
+    return TaskResult(
+        task=name,
+        rows=len(shown),
+        metrics=metrics,
+        transforms=transforms,
+        infos=tuple(infos),
+        samples=tuple(shown.values()),
+        left_out=tuple(left_out),
+    )
 
 
 def _values(task: Task, metric: str, samples: list[dict[str, Any]]) -> tuple[Values, Transform]:
@@ -157,44 +172,69 @@ def _shown(task: Task, sample: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(benchmarks: Benchmarks) -> list[str]:
+def check(section: EvalSection) -> list[str]:
     """Load the tasks and their documents once, before a model is; their names. Raises UsageError, DataError."""
-    if importlib.util.find_spec("lm_eval") is None:
+    if section.lm_eval is None:
+        return []
+    if not is_installed("lm_eval"):
         raise MissingError("eval.lm_eval: lm-evaluation-harness is not installed: pip install 'lorafit[lm-eval]'")
-    with stage("reading the benchmarks"), _quiet(), kept_templates(benchmarks):
-        return list(load(benchmarks))
+    with stage("reading the benchmarks"), _quiet(), kept_templates(section.trust_code):
+        names = list(load(section))
+    for name in names:
+        if name in sets_of(section):
+            raise UsageError(f"eval.lm_eval.tasks: {name}: there is a set of that name; rename the task or the set")
+    return names
 
 
-def look(benchmarks: Benchmarks) -> None:
-    """See that the tasks are known, and bring no code that isn't trusted. Raises UsageError, DataError."""
-    with stage("looking for the benchmarks"), _quiet():
-        resolve(benchmarks)
+def look(section: EvalSection) -> None:
+    """See that the tasks are known, and bring no code that isn't trusted; their data is not loaded.
+
+    Raises UsageError, DataError.
+    """
+    if section.lm_eval is not None and is_installed("lm_eval"):
+        with stage("looking for the benchmarks"), _quiet():
+            resolve(section)
 
 
-def run(benchmarks: Benchmarks, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[TaskResult]:
+def run_recorded(
+    loaded: Loaded, model: NamedModel, tokenizer: PreTrainedTokenizerBase, section: EvalSection, records: Records
+) -> Benchmarked:
+    """The benchmarks on one model, unless the records have them."""
+    if section.lm_eval is None:
+        return {}
+    found = records.whole("benchmarks", model.name)
+    if found is None:
+        found = [task.model_dump() for task in run(section, loaded.use_model(model), tokenizer)]
+        records.write(found, "benchmarks", model.name)
+    return {model.name: [TaskResult.model_validate(task) for task in found]}
+
+
+def run(section: EvalSection, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[TaskResult]:
     """Ask a model, which may have an adapter. It and the tokenizer stay as they are.
 
     Raises UsageError, DataError, DoesNotFitError.
     """
-    if benchmarks.apply_chat_template and not tokenizer.chat_template:
+    if section.lm_eval and section.lm_eval.apply_chat_template and not tokenizer.chat_template:
         raise UsageError(
             "eval.lm_eval.apply_chat_template: the model's tokenizer has no chat template; set it to false"
         )
-    with _quiet(), kept_templates(benchmarks):
-        tasks = load(benchmarks)
+    with _quiet(), kept_templates(section.trust_code):
+        tasks = load(section)
     told = stage(f"running {len(tasks)} benchmark{'s' * (len(tasks) > 1)}")
-    with told, _counted(), _quiet(), kept_templates(benchmarks), _without_inventory(), _untied(model), autocast(model):
-        found = _simple_evaluate(benchmarks, list(tasks.values()), model, copy.deepcopy(tokenizer))
+    kept = kept_templates(section.trust_code)
+    with told, _counted(), _quiet(), kept, _without_inventory(), _untied(model), autocast(model):
+        found = _simple_evaluate(section, list(tasks.values()), model, copy.deepcopy(tokenizer))
     return [result_of(name, task, found) for name, task in tasks.items()]
 
 
 def _simple_evaluate(
-    benchmarks: Benchmarks, tasks: list[Task], model: Any, tokenizer: PreTrainedTokenizerBase
+    section: EvalSection, tasks: list[Task], model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    size = benchmarks.batch_size
+    asked, seed, size = section.lm_eval, section.seed, BATCH
+    assert asked is not None
     while True:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
         try:
@@ -202,16 +242,16 @@ def _simple_evaluate(
                 model=lm,
                 tasks=tasks,
                 task_manager=manager_of((), False),
-                num_fewshot=benchmarks.num_fewshot,
-                limit=benchmarks.limit,
-                apply_chat_template=benchmarks.apply_chat_template,
+                num_fewshot=asked.num_fewshot,
+                limit=asked.limit,
+                apply_chat_template=asked.apply_chat_template,
                 log_samples=True,
                 bootstrap_iters=0,
-                random_seed=benchmarks.seed,
-                numpy_random_seed=benchmarks.seed,
-                torch_random_seed=benchmarks.seed,
-                fewshot_random_seed=benchmarks.seed,
-                confirm_run_unsafe_code=benchmarks.trust_code,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                confirm_run_unsafe_code=section.trust_code,
             )
         except TemplateError as error:
             raise DataError(f"eval.lm_eval: a template refuses a document: {first_line(error)}") from error
@@ -271,3 +311,54 @@ def _untied(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.tie_weights
+
+
+def benchmark_scores(
+    found: Benchmarked, names: list[str]
+) -> tuple[dict[str, dict[str, dict[str, Scores]]], dict[str, SetInfo]]:
+    """Each task as a set: its scores by model and metric, and what it is."""
+    scores: dict[str, dict[str, dict[str, Scores]]] = {}
+    infos: dict[str, SetInfo] = {}
+    for model, task in ((name, task) for name in names for task in found.get(name, [])):
+        better = {metric.name: metric.better for metric in task.infos}
+        source = f"lm-evaluation-harness: {task.task}"
+        infos[task.task] = SetInfo(role="benchmark", source=source, rows=task.rows, answered=0, metrics=task.infos)
+        of_model = scores.setdefault(task.task, {}).setdefault(model, {})
+        for name, values in task.metrics.items():
+            made = np.zeros((2, task.rows))
+            for index, *pair in values:
+                made[:, index] = pair
+            transform = task.transforms.get(name, "identity")
+            of_model[name] = Series(made[0], made[1], transform=transform, better=better[name])
+    return scores, infos
+
+
+def benchmark_samples(found: Benchmarked) -> Iterator[Sample]:
+    """Each document of each task, with what every model made of it."""
+    for tasks in zip(*found.values(), strict=True):
+        for row, documents in enumerate(zip(*(task.samples for task in tasks), strict=True)):
+            first, name = documents[0], tasks[0].task
+            yield Sample(
+                set=name,
+                row=row,
+                place=f"{name}: document {first['doc_id']}",
+                prompt=first["prompt"],
+                expected=first["target"],
+                answers={model: _document(one) for model, one in zip(found, documents, strict=True)},
+            )
+
+
+def _document(one: dict[str, Any]) -> Answer:
+    return Answer(
+        text=one["answer"],
+        scores={name: score for name, score in one["scores"].items() if score is not None and math.isfinite(score)},
+    )
+
+
+def benchmark_remarks(found: Benchmarked) -> list[str]:
+    """The metrics that have no figure."""
+    return [
+        f"{task.task}: left out: {', '.join(task.left_out)}, which are no means over documents"
+        for task in next(iter(found.values()), [])
+        if task.left_out
+    ]

@@ -13,8 +13,18 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
-from lorafit.engine.evaluate.arithmetic import autocast, bare, has_plain_cache, ignores_padding, new_cache
-from lorafit.engine.evaluate.batches import batches, ones, padded, shrinking, token_budget
+from lorafit.engine.evaluate.batches import (
+    autocast,
+    bare,
+    batches,
+    has_plain_cache,
+    ignores_padding,
+    new_cache,
+    ones,
+    padded,
+    shrinking,
+    token_budget,
+)
 from lorafit.progress import partly_done
 
 HARMLESS = {

@@ -1,43 +1,55 @@
-"""Log-likelihoods of rows, and how far a model's predictions are from its base's."""
+"""Log-likelihoods of rows and of options, and how far a model's predictions are from its base's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import copy
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.nn import functional
+from transformers import DynamicCache
 
 from lorafit.engine.data.encode import IGNORED
-from lorafit.engine.evaluate.arithmetic import autocast, bare
-from lorafit.engine.evaluate.batches import batches, logit_positions, ones, padded, shrinking, token_budget
+from lorafit.engine.evaluate.batches import (
+    autocast,
+    bare,
+    batches,
+    has_plain_cache,
+    is_exact,
+    logit_positions,
+    new_cache,
+    ones,
+    padded,
+    shrinking,
+    token_budget,
+)
 from lorafit.engine.loss import row_sums
 
-CHUNK_BYTES = 256 * 1024 * 1024
-"""Logits of a model and of its base that are held at once, in bytes of float32."""
+LOGIT_BYTES = 256 * 1024 * 1024
+"""Logits held at once, in bytes of float32."""
 
 
 @dataclass(frozen=True)
 class RowLikelihood:
-    """A row's learned tokens: their summed negative log-likelihood in nats, how many, and how many are top-1."""
+    """What a model makes of a row's learned tokens.
+
+    Attributes:
+        nll: summed negative log-likelihood in nats.
+        hits: tokens that it finds the most likely.
+        kl: summed KL(base || model) in nats; None where there was no base beside it.
+    """
 
     row: int
     nll: float
     tokens: int
     hits: int
-
-
-@dataclass(frozen=True)
-class RowDivergence:
-    """A row's learned positions: the summed KL(base || model) in nats, how many, and the model's own likelihoods."""
-
-    row: int
-    kl: float
-    tokens: int
-    likelihood: RowLikelihood
+    kl: float | None = None
 
 
 @torch.no_grad()
@@ -72,13 +84,13 @@ def score_rows(model: Any, rows: list[dict[str, Any]], pad_id: int) -> list[tupl
 @torch.no_grad()
 def divergences(
     base: Callable[[], AbstractContextManager[Any]], model: Any, rows: Any, pad_id: int, done: Collection[int] = ()
-) -> Iterator[RowDivergence]:
-    """KL(base || model) at the learned positions, over the whole vocabulary.
+) -> Iterator[RowLikelihood]:
+    """Likelihoods with the KL(base || model) at the learned positions, over the whole vocabulary.
 
     Args:
         base: within it, `model` is the base.
     """
-    positions = logit_positions(model, CHUNK_BYTES // 2)
+    positions = logit_positions(model, LOGIT_BYTES // 2)
     inner, budget = bare(model), token_budget(model)
     apart = _has_plain_head(model)
     head = inner.get_output_embeddings() if apart else torch.nn.Identity()
@@ -101,7 +113,7 @@ def divergences(
             made: torch.Tensor = head(part)
         return functional.log_softmax(made.float(), -1)
 
-    def work(batch: list[int]) -> list[RowDivergence]:
+    def work(batch: list[int]) -> list[RowLikelihood]:
         chosen = [rows[index] for index in batch]
         mine = states(chosen)
         with base():
@@ -118,7 +130,7 @@ def divergences(
         each = torch.cat(parts, 1).split([len(part) for part in labels], 1)
         sums = [one.sum(1).tolist() for one in each]
         return [
-            RowDivergence(row, kl, len(part), RowLikelihood(row, nll, len(part), round(hits)))
+            RowLikelihood(row, nll, len(part), round(hits), kl)
             for row, (kl, nll, hits), part in zip(batch, sums, labels, strict=True)
         ]
 
@@ -138,10 +150,16 @@ def _has_plain_head(model: Any) -> bool:
     return made.shape == own.shape and bool((made - own).abs().max() <= 1e-4 * own.abs().max())
 
 
+def divergence(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(positions,) KL(one || other) in nats, of (positions, vocabulary) log-probabilities; nan where there is one."""
+    return (one.exp() * (one - other)).sum(-1).clamp_min(0)  # rounding makes it less at times
+
+
 def _compared(base: torch.Tensor, model: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(3, positions) in float64, of (positions, vocabulary) log-probabilities: divergence, loss, and top-1 or not."""
-    kl = (base.exp() * (base - model)).sum(-1).clamp_min(0)  # rounding makes it less at times
-    return torch.stack([kl, -model.gather(-1, labels[:, None])[:, 0], model.argmax(-1) == labels]).double()
+    return torch.stack(
+        [divergence(base, model), -model.gather(-1, labels[:, None])[:, 0], model.argmax(-1) == labels]
+    ).double()
 
 
 def _planned(rows: Any, done: Collection[int], budget: int) -> Iterator[list[int]]:
@@ -158,3 +176,164 @@ def _lengths(rows: Any) -> list[int]:
 
     tables = rows.select_columns("input_ids").with_format("arrow").iter(1000)
     return [length for table in tables for length in pc.list_value_length(table["input_ids"]).to_pylist()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt and its options, in tokens; the prompt and each option have at least one."""
+
+    prompt: list[int]
+    options: list[list[int]]
+
+    @cached_property
+    def common(self) -> int:
+        """How many tokens all options begin with, leaving each at least one of its own."""
+        alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*self.options, strict=False))
+        return min(sum(1 for _ in alike), *(len(option) - 1 for option in self.options))
+
+
+@dataclass(frozen=True)
+class OptionLikelihoods:
+    """The summed log-probability of each of a question's options, in nats."""
+
+    row: int
+    logprobs: list[float]
+
+
+@torch.no_grad()
+def choices(
+    model: Any, questions: Sequence[Choice], pad_id: int, done: Collection[int] = ()
+) -> Iterator[OptionLikelihoods]:
+    """The likelihoods of the options of all questions but those in `done`.
+
+    A prompt is run once, and its keys and values are shared by its options. Where a model keeps other things than keys
+    and values, or where the first questions come out otherwise than whole, every option is run with its prompt.
+
+    Args:
+        model: with TRL's fused head, as `ready` leaves it.
+    """
+    budget, positions = token_budget(model), logit_positions(model, LOGIT_BYTES)
+    sharing, checked = has_plain_cache(model), False
+    sizes = [max(len(one.prompt) + one.common, (one.common + 1) * budget // positions) for one in questions]
+
+    def work(batch: list[int]) -> list[OptionLikelihoods]:
+        nonlocal sharing, checked
+        chosen = [questions[index] for index in batch]
+        trial = _trial(model, chosen, pad_id) if sharing and not checked else None
+        if sharing:
+            made = _shared(model, chosen, pad_id, budget)
+            sharing, checked = trial is None or trial.agrees(made), True
+        if not sharing:
+            made = whole(model, chosen, pad_id, budget)
+        return [OptionLikelihoods(row, logprobs) for row, logprobs in zip(batch, made, strict=True)]
+
+    order = sorted((index for index in range(len(questions)) if index not in done), key=lambda index: -sizes[index])
+    yield from shrinking(work, batches(sizes, budget, order=order))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some options of one of a batch's questions, run whole: what they must come out as."""
+
+    row: int
+    options: list[int]
+    logprobs: list[float]
+    allowed: list[float]
+
+    def agrees(self, made: list[list[float]]) -> bool:
+        triples = zip(self.options, self.logprobs, self.allowed, strict=True)
+        return all(abs(made[self.row][option] - its) <= allowed for option, its, allowed in triples)
+
+
+def _trial(model: Any, questions: list[Choice], pad_id: int) -> Trial:
+    """The two longest options of the shortest question, which has the most padding."""
+    row = min(range(len(questions)), key=lambda index: len(questions[index].prompt))
+    question = questions[row]
+    options = sorted(range(len(question.options)), key=lambda index: -len(question.options[index]))[:2]
+    chosen = [question.options[index] for index in options]
+    (logprobs,) = whole(model, [Choice(question.prompt, chosen)], pad_id, 1)
+    rounding = 1e-3 if is_exact(model) else 5e-2
+    allowed = [rounding * max(abs(value), len(option)) for value, option in zip(logprobs, chosen, strict=True)]
+    return Trial(row, options, logprobs, allowed)
+
+
+def _shared(model: Any, questions: list[Choice], pad_id: int, budget: int) -> list[list[float]]:
+    """Prompts in one batch, up to where their options part; then the rest of the options, on copies of the cache."""
+    prompts = [[*one.prompt, *one.options[0][: one.common]] for one in questions]
+    tails = [option[one.common :] for one in questions for option in one.options]
+    owner = torch.tensor([row for row, one in enumerate(questions) for _ in one.options], device=model.device)
+    mask = padded(ones(prompts), 0, left=True).to(model.device)
+    kept = max(one.common for one in questions) + 1
+    cache = new_cache(model)
+    with autocast(model):
+        logits = model(
+            input_ids=padded(prompts, pad_id, left=True).to(model.device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=kept,
+        ).logits
+    first = torch.tensor([tail[0] for tail in tails], device=model.device)
+    totals = logits[:, -1].float().log_softmax(-1)[owner, first].double()
+    if kept > 1:
+        spans = [(row, kept - 1 - one.common, one.common) for row, one in enumerate(questions)]
+        totals = totals + _picked(logits, spans, [one.options[0][: one.common] for one in questions])[owner]
+    longer = [index for index, tail in enumerate(tails) if len(tail) > 1]
+    rows = max(2 * budget // mask.shape[1], 1)  # keys and values are about half of what a token takes, or less
+    most = min(budget, logit_positions(model, LOGIT_BYTES))
+    for piece in batches([len(tails[index]) - 1 for index in longer], most, rows):
+        chosen = [longer[place] for place in piece]
+        where = torch.tensor(chosen, device=model.device)
+        made = _continued(model, cache, mask, owner[where], [tails[index] for index in chosen], pad_id)
+        totals = totals.index_add(0, where, made)
+    return _by_question(questions, totals)
+
+
+def _continued(
+    model: Any, cache: DynamicCache, mask: torch.Tensor, owner: torch.Tensor, tails: list[list[int]], pad_id: int
+) -> torch.Tensor:
+    """Summed log-probabilities of all tokens of the tails but the first, each after the prompt of its owner."""
+    heads = [tail[:-1] for tail in tails]
+    inputs, inner = padded(heads, pad_id).to(model.device), padded(ones(heads), 0).to(model.device)
+    mine = copy.copy(cache)
+    mine.layers = [copy.copy(layer) for layer in cache.layers]  # their tensors are replaced, never written into
+    mine.batch_select_indices(owner)
+    with autocast(model):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=torch.cat([mask[owner], inner], dim=1),
+            position_ids=mask.sum(-1)[owner][:, None] + torch.arange(inputs.shape[1], device=model.device),
+            past_key_values=mine,
+            use_cache=True,
+        ).logits
+    return _picked(logits, [(row, 0, len(head)) for row, head in enumerate(heads)], [tail[1:] for tail in tails])
+
+
+def _picked(logits: torch.Tensor, spans: list[tuple[int, int, int]], tokens: list[list[int]]) -> torch.Tensor:
+    """Summed log-probabilities (float64) of the tokens that belong to each span (row, first position, positions)."""
+    device = logits.device
+    rows = torch.tensor([row for row, _, count in spans for _ in range(count)], device=device)
+    places = torch.tensor([start + step for _, start, count in spans for step in range(count)], device=device)
+    ids = torch.tensor([token for part in tokens for token in part], device=device)
+    each = logits[rows, places].float().log_softmax(-1).gather(-1, ids[:, None])[:, 0].double()
+    return torch.zeros(len(spans), dtype=torch.double, device=device).index_add(0, rows, each)
+
+
+def whole(model: Any, questions: Sequence[Choice], pad_id: int, budget: int) -> list[list[float]]:
+    """Log-probabilities of the options by question, each run with its prompt."""
+    rows = [
+        {"input_ids": [*one.prompt, *option], "labels": [IGNORED] * len(one.prompt) + option}
+        for one in questions
+        for option in one.options
+    ]
+    logprobs = torch.zeros(len(rows), dtype=torch.double)
+    for batch in batches([len(row["input_ids"]) for row in rows], budget):
+        for index, (nll, *_) in zip(batch, score_rows(model, [rows[i] for i in batch], pad_id), strict=True):
+            logprobs[index] = -nll
+    return _by_question(questions, logprobs)
+
+
+def _by_question(questions: Sequence[Choice], logprobs: torch.Tensor) -> list[list[float]]:
+    values = iter(logprobs.tolist())
+    return [[next(values) for _ in question.options] for question in questions]

@@ -1,12 +1,12 @@
-"""The models that are compared: which they are, that they belong together, and one base for all of them."""
+"""The models that are compared: which they are, that they belong together, and their weights in memory."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from lorafit.bounds import read_json
-from lorafit.engine.evaluate.arithmetic import autocast, ready
+from lorafit.engine.evaluate.batches import autocast, ready
 from lorafit.engine.loss import settle_head
 from lorafit.engine.model import base_source, load_base, on_cpu
 from lorafit.engine.tokenizer import cannot_load
@@ -28,6 +28,7 @@ from lorafit.options.evaluate import Options, name_of
 from lorafit.plan import Plan
 from lorafit.plan.adapters import check_adapter
 from lorafit.recipe import Recipe
+from lorafit.recipe.schema import EvalSection
 from lorafit.run.directory import RunDir, located, open_run
 from lorafit.run.fingerprint import differences, listed
 from lorafit.written import References, expanded, require
@@ -35,15 +36,13 @@ from lorafit.written import References, expanded, require
 LoadedModel: TypeAlias = Any
 """A PreTrainedModel, or a PeftModel around one."""
 Kind = Literal["base", "adapter", "trained", "merged"]
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A model that is compared.
+class NamedModel:
+    """A model that is compared, by its name in figures.
 
     Attributes:
-        name: in figures.
         path: the adapter's or model's folder; of a base, what its recipe names.
         plan: of the run whose base it is or is on: how that base is loaded.
         run: where that base is, if the run keeps one.
@@ -75,18 +74,18 @@ class Contender:
         return json.dumps([base, kwargs, self.plan.quantization_kwargs], sort_keys=True)
 
 
-def base_of(run: RunDir, plan: Plan) -> Contender:
-    return Contender(BASE, "base", plan.model.name_or_path, plan, run)
+def base_of(run: RunDir, plan: Plan) -> NamedModel:
+    return NamedModel(BASE, "base", plan.model.name_or_path, plan, run)
 
 
-def result_of(run: RunDir, plan: Plan, name: str | None = None) -> Contender:
+def result_of(run: RunDir, plan: Plan, name: str | None = None) -> NamedModel:
     """What a run trained: its adapter, or its model if it trained in full."""
     kind = plan.adapter.result
     folder = run.model if kind == "trained" else run.adapter
-    return Contender(name or kind, kind, str(folder), plan, run, _digest(folder))
+    return NamedModel(name or kind, kind, str(folder), plan, run, _digest(folder))
 
 
-def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
+def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> NamedModel:
     """An adapter from anywhere, on a run's base. Raises UsageError if there is none, ModelError if it is of another."""
     if not (folder / "adapter_config.json").is_file():
         raise UsageError(f"{folder}: has no adapter_config.json, so it is no adapter")
@@ -95,10 +94,10 @@ def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
     ours = {expanded(plan.model.name_or_path).name.lower(), run.base.name}
     if named and expanded(named).name.lower() not in ours:
         raise ModelError(f"{folder}: is for the base {named}, and {run.path} is on {plan.model.name_or_path}")
-    return Contender(name, "adapter", str(folder), plan, run, _digest(folder))
+    return NamedModel(name, "adapter", str(folder), plan, run, _digest(folder))
 
 
-def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextlib.ExitStack) -> Contender:
+def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextlib.ExitStack) -> NamedModel:
     """An adapter folder, or the adapter of another run (held by the stack), on a run's own base.
 
     Raises UsageError, ModelError.
@@ -110,10 +109,10 @@ def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextl
     check_same_base(run, other)
     if its.adapter.trains_base:
         raise UsageError(f"--adapter {name}={path}: the run trained in full and has no adapter")
-    return Contender(name, "adapter", str(other.adapter), plan, run, _digest(other.adapter))
+    return NamedModel(name, "adapter", str(other.adapter), plan, run, _digest(other.adapter))
 
 
-def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
+def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> NamedModel:
     """A run's merged model. Raises UsageError, or ModelError if it is that of another adapter or base."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: there is no merged model; make it with `lorafit merge {run.path}`")
@@ -131,7 +130,7 @@ def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> Contender:
             f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path} "
             f"({plan.model.name_or_path})"
         )
-    return Contender(name, "merged", str(folder), plan, run, _digest(folder))
+    return NamedModel(name, "merged", str(folder), plan, run, _digest(folder))
 
 
 def check_same_base(first: RunDir, other: RunDir) -> None:
@@ -145,14 +144,12 @@ def check_same_base(first: RunDir, other: RunDir) -> None:
 
 
 def _digest(folder: Path) -> str:
-    """Of an adapter, or of a model: of its weight files' names, sizes and hashes."""
+    """SHA-256 of an adapter's or a model's weights; of several files, that of their names and hashes."""
     files = [folder / "adapter_model.safetensors"]
     if not files[0].is_file():
         files = weight_files(folder)
     if len(files) == 1:
         return file_digest(files[0])
-    import hashlib
-
     return hashlib.sha256("".join(f"{file.name} {file_digest(file)}\n" for file in files).encode()).hexdigest()
 
 
@@ -205,6 +202,10 @@ class Loaded:
         self._used = name
         return self.model
 
+    def use_model(self, model: NamedModel) -> LoadedModel:
+        """What runs as one of the compared models."""
+        return self.use(model.name if model.kind == "adapter" else BASE)
+
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """The base alone, until the block ends."""
@@ -224,22 +225,18 @@ class Loaded:
 def _check_finite(model: LoadedModel, path: str, part: str = "") -> None:
     """Raises ModelError for a weight that holds a number that is not finite."""
     for name, parameter in model.named_parameters():
-        if (
-            (part in f"{name}." or name.endswith(".bias"))
-            and parameter.is_floating_point()
-            and not parameter.isfinite().all()
-        ):
+        is_part = part in f"{name}." or name.endswith(".bias")
+        if is_part and parameter.is_floating_point() and not parameter.isfinite().all():
             raise ModelError(f"{path}: {name} holds numbers that are not finite; it is broken")
 
 
 def _bias_parameters(model: LoadedModel) -> list[torch.nn.Parameter]:
     """The base's biases, which are the same with adapters on it."""
-    found = [
-        (name, p)
-        for name, p in model.named_parameters()
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
         if name.endswith(".bias") and ".lora_" not in name and ".modules_to_save." not in name
     ]
-    return [p for _, p in found]
 
 
 def _biases(model: LoadedModel) -> list[torch.Tensor]:
@@ -247,22 +244,22 @@ def _biases(model: LoadedModel) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def loaded(contenders: list[Contender]) -> Iterator[Loaded]:
-    """Contenders that share what `loads` says, in memory until the block ends. Raises ModelError, DoesNotFitError."""
-    first = contenders[0]
+def loaded(models: list[NamedModel]) -> Iterator[Loaded]:
+    """Models that share what `loads` says, in memory until the block ends. Raises ModelError, DoesNotFitError."""
+    first = models[0]
     plan = first.plan
     if plan.hardware.device == "cuda" and not torch.cuda.is_available():
         plan = on_cpu(plan)
     if first.kind in ("trained", "merged"):
         plan = dataclasses.replace(plan, quantization_kwargs=None)
-        model = load_base(plan, located(first.path))
-        _check_finite(model, first.path)
-        made = Loaded(ready(model, plan))
+        alone = load_base(plan, located(first.path))
+        _check_finite(alone, first.path)
+        made = Loaded(ready(alone, plan))
     else:
         made = Loaded(ready(load_base(plan, base_source(plan, first.run)), plan))
-        for contender in contenders:
-            if contender.kind == "adapter":
-                made.add(contender.name, Path(contender.path))
+        for model in models:
+            if model.kind == "adapter":
+                made.add(model.name, Path(model.path))
     try:
         yield made
     finally:
@@ -270,28 +267,37 @@ def loaded(contenders: list[Contender]) -> Iterator[Loaded]:
         gc.collect()
 
 
-def groups(contenders: list[Contender]) -> list[list[Contender]]:
-    """Contenders by what has to be in memory for them, in order."""
-    found: dict[str, list[Contender]] = {}
-    for contender in contenders:
-        found.setdefault(contender.loads, []).append(contender)
+def groups(models: list[NamedModel]) -> list[list[NamedModel]]:
+    """Models by what has to be in memory for them, in order."""
+    found: dict[str, list[NamedModel]] = {}
+    for model in models:
+        found.setdefault(model.loads, []).append(model)
     return list(found.values())
 
 
 @dataclass(frozen=True)
-class Lineup:
+class Comparison:
     """The run, the eval section in force, what both take from the environment, and the models, the base first."""
 
     run: RunDir
     plan: Plan
-    section: dict[str, Any]
+    section: EvalSection
     references: References
-    contenders: list[Contender]
+    models: list[NamedModel]
     remarks: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        return [model.name for model in self.models]
+
+    @property
+    def main(self) -> str | None:
+        """The model that is the run's result; others are compared with it, besides the base."""
+        return next((model.name for model in self.models if model.kind in ("adapter", "trained")), None)
 
 
 @contextlib.contextmanager
-def line_up(options: Options) -> Iterator[Lineup]:
+def opened(options: Options) -> Iterator[Comparison]:
     """Open what was named, and hold it until the block ends. Raises RecipeError, UsageError, ModelError."""
     path, recipe = options.path, None
     if path.is_file():
@@ -309,11 +315,10 @@ def line_up(options: Options) -> Iterator[Lineup]:
                     f"{options.path}: has changed since the run was trained ({', '.join(changed)}); what is evaluated "
                     "is the run as it was trained"
                 )
-        section = recipe.eval.model_dump(mode="json")
         given = {"limit": options.limit, "max_new_tokens": options.max_new_tokens}
-        section |= {name: value for name, value in given.items() if value is not None}
+        section = recipe.eval.model_copy(update={name: value for name, value in given.items() if value is not None})
         references = {**plan.references, **recipe.references}
-        yield Lineup(run, plan, section, references, _contenders(options, run, plan, stack), remarks)
+        yield Comparison(run, plan, section, references, _models(options, run, plan, stack), remarks)
 
 
 def _recipe_of(plan: Plan, run: RunDir, overrides: tuple[str, ...]) -> Recipe:
@@ -335,14 +340,14 @@ def _changed(recipe: Recipe, plan: Plan) -> list[str]:
     return [name for name in now if name not in later and now[name] != then.get(name)]
 
 
-def _contenders(options: Options, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> list[Contender]:
+def _models(options: Options, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> list[NamedModel]:
     own = result_of(run, plan)
     asked = options.compare
     if asked is None:
         asked = (BASE, own.kind, *(("merged",) if (run.merged / "config.json").is_file() else ()))
-    found: list[Contender] = []
+    found: list[NamedModel] = []
     for name in asked:
-        taken = [*(contender.name for contender in found), *(adapter.name for adapter in options.adapters)]
+        taken = [*(model.name for model in found), *(adapter.name for adapter in options.adapters)]
         if name == BASE:
             found.append(base_of(run, plan))
         elif name == own.kind or name in ("adapter", "trained"):
@@ -354,10 +359,10 @@ def _contenders(options: Options, run: RunDir, plan: Plan, stack: contextlib.Exi
         else:
             found.append(_at(Path(name), name_of(name, taken), run, plan, stack))
     found += [adapter_named(adapter.name, adapter.path, run, plan, stack) for adapter in options.adapters]
-    return sorted(found, key=lambda contender: contender.kind != BASE)
+    return sorted(found, key=lambda model: model.kind != BASE)
 
 
-def _at(path: Path, name: str, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> Contender:
+def _at(path: Path, name: str, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> NamedModel:
     """What a path in --compare is: a run, a merged model, or an adapter."""
     if RunDir(path).is_run:
         other, its = stack.enter_context(open_run(path))

@@ -7,11 +7,11 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -20,21 +20,28 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
 from lorafit.engine.data.prepare import Prepared, prepare, rows_of
 from lorafit.engine.data.render import Renderer, special_tokens
-from lorafit.engine.evaluate.choices import Choice
+from lorafit.engine.evaluate.likelihood import Choice
 from lorafit.errors import DataError
+from lorafit.evaluation.figures import HELD_OUT
+from lorafit.evaluation.metrics import AnswerMetric
+from lorafit.evaluation.results import Metric
+from lorafit.evaluation.results import Set as SetInfo
 from lorafit.facts.template import REASONING, opens_reasoning, without_header, without_reasoning
+from lorafit.options.evaluate import sets_of
 from lorafit.plan import Plan, SourcePlan
-from lorafit.recipe.schema import EvalSet
-from lorafit.rows import Example, Fault, Row, detect_format, digest, to_example
+from lorafit.recipe.schema import EvalSection, EvalSet
+from lorafit.rows import Example, Fault, Row, detect_format, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
 from lorafit.text import first_line
 
-Role = Literal["task", "forgetting"]
 TEXTS = Path(__file__).parent / "texts"
 BUILT_IN = ("general", "chat")
 """Sets of role forgetting that come with lorafit."""
-HELD_OUT = "heldout"
-_NO_SPEC: dict[str, Any] = EvalSet(name=HELD_OUT).model_dump(mode="json")
+_SHOWN = {
+    HELD_OUT: "rows that the run kept out of training",
+    "general": "texts that come with lorafit",
+    "chat": "conversations that come with lorafit",
+}
 
 
 @dataclass(frozen=True)
@@ -54,31 +61,85 @@ class Question:
 
 
 @dataclass(frozen=True)
-class EvalRows:
-    """A set, tokenized.
+class OptionRow:
+    """A row as a choice between options.
 
     Attributes:
-        name: in figures.
+        row: its index in the set.
+        expected: the index of the right option; -1 if the row's answer is none of them.
+    """
+
+    row: int
+    options: tuple[str, ...]
+    expected: int
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """A set, tokenized, with what is measured of it.
+
+    Attributes:
+        spec: the recipe's section for the set, with defaults.
         source: a path, or what the rows are in words.
         rows: with `input_ids`, `labels`, `question`, `file` and `number`.
         sources: what they were read from.
-        spec: the recipe's section for the set, with defaults.
-        questions: indices of the rows for which answers are generated.
+        asked: indices of the rows for which answers are generated.
+        options: by row, of a set with options.
+        metrics: what is measured.
+        scorers: the metrics among them that score an answer.
+        raw: by row, its fields as they are in the file, where a scorer looks at them.
     """
 
-    name: str
-    role: Role
+    spec: EvalSet
     source: str
     rows: Dataset
     sources: tuple[SourcePlan, ...]
-    spec: dict[str, Any]
-    questions: tuple[int, ...]
+    asked: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    options: Mapping[int, OptionRow] = field(default_factory=dict)
+    metrics: tuple[Metric, ...] = ()
+    scorers: tuple[AnswerMetric, ...] = ()
+    raw: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def info(self) -> SetInfo:
+        """The set in results; once answers are scored, it is known which metrics of the user's own are shares."""
+        shares = {metric.info.name for metric in self.scorers if metric.says_yes_or_no()}
+        metrics = (m.model_copy(update={"unit": "share"}) if m.name in shares else m for m in self.metrics)
+        return SetInfo(
+            role=self.spec.role,
+            source=self.source,
+            rows=len(self),
+            answered=len(self.asked),
+            sha256=self.sha256,
+            metrics=tuple(metrics),
+        )
 
     def question(self, row: int) -> Question:
         found = as_question(self.rows[row], self.tokenizer)
         assert found is not None
         return found
+
+    def place(self, row: int) -> str:
+        """File and line."""
+        return place_of(self._places[row]["file"], self._places[row]["number"])
+
+    def shown(self, row: int) -> tuple[str, str]:
+        """The prompt and the answer; of a row that is learned whole, the text as the answer."""
+        if row in self._asked:
+            question = self.question(row)
+            return question.shown, question.expected
+        found = self.rows[row]
+        learned = [token for token, label in zip(found["input_ids"], found["labels"], strict=True) if label != IGNORED]
+        return str(found["question"]).strip(), self.tokenizer.decode(learned, skip_special_tokens=True).strip()
 
     @property
     def sizes(self) -> np.ndarray[Any, Any]:
@@ -105,6 +166,14 @@ class EvalRows:
         ]
         text = json.dumps([read, list(self.rows["number"])], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def _places(self) -> Dataset:
+        return self.rows.select_columns(["file", "number"])
+
+    @cached_property
+    def _asked(self) -> frozenset[int]:
+        return frozenset(self.asked)
 
     @cached_property
     def _read_through(self) -> tuple[np.ndarray[Any, Any], str]:
@@ -179,7 +248,7 @@ def check_unchanged(plan: Plan) -> None:
 
 def read_sets(
     plan: Plan,
-    section: dict[str, Any],
+    section: EvalSection,
     tokenizer: PreTrainedTokenizerBase,
     data: Path | None,
     remarks: list[str],
@@ -194,35 +263,30 @@ def read_sets(
         only: the sets that are read; None: all.
         prepared: the run's own rows, if they are at hand.
     """
-    own = {spec["name"]: spec for spec in section["sets"]}
-    asked = (
-        {HELD_OUT: dict(_NO_SPEC)} | own | {name: dict(_NO_SPEC, role="forgetting") for name in section["forgetting"]}
-    )
     found = []
-    for name, spec in asked.items():
+    for name, spec in sets_of(section).items():
         if only is not None and name not in only:
             continue
-        role: Role = spec["role"]
         try:
-            read = _rows_of(name, spec, plan, tokenizer, data, prepared)
+            read = _rows_of(spec, plan, tokenizer, data, prepared)
         except DataError as error:
             if name in BUILT_IN:
                 remarks.append(f"{name}: left out: {first_line(error)}")
                 continue
-            if name == HELD_OUT and data is None and name not in own and own and _has_none(plan):
+            is_named = any(one.name == name for one in section.sets)
+            if name == HELD_OUT and data is None and not is_named and section.sets and _has_none(plan):
                 remarks.append(f"{HELD_OUT}: left out: the run held no rows out of training")
                 continue
             raise
-        limit = spec["limit"] or section["limit"]
-        asks = role == "task"
         cut = frozenset(_cut_off(read.rows, plan.data.max_length, set(special_tokens(tokenizer).values())))
         remarks.extend(_lost(name, read, len(cut), plan.data.max_length))
-        if asks:
+        chosen: Iterable[int] = ()
+        if spec.role == "task":
             remarks.extend(_asked_otherwise(name, read))
-        whole = (index for index in _with_questions(read.rows) if index not in cut)
-        chosen = tuple(itertools.islice(whole, limit)) if asks else ()
-        shown = spec["path"] or (str(data) if data and name == HELD_OUT else _shown(name))
-        found.append(EvalRows(name, role, shown, read.rows, read.sources, spec, chosen, tokenizer))
+            whole = (index for index in _with_questions(read.rows) if index not in cut)
+            chosen = itertools.islice(whole, spec.limit or section.limit)
+        shown = spec.path or (str(data) if data and name == HELD_OUT else _SHOWN[name])
+        found.append(EvalRows(spec, shown, read.rows, read.sources, tuple(chosen), tokenizer))
     return found
 
 
@@ -260,30 +324,18 @@ def _has_none(plan: Plan) -> bool:
     return not plan.data.validation and plan.data.validation_fraction is None
 
 
-def _shown(name: str) -> str:
-    if name == HELD_OUT:
-        return "rows that the run kept out of training"
-    return "texts that come with lorafit" if name == "general" else "conversations that come with lorafit"
-
-
 def _rows_of(
-    name: str,
-    spec: dict[str, Any],
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Path | None,
-    prepared: Prepared | None,
+    spec: EvalSet, plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None, prepared: Prepared | None
 ) -> _Read:
-    if name == HELD_OUT and (data is not None or not spec["path"]):
+    if spec.name == HELD_OUT and (data is not None or not spec.path):
         return _held_out(plan, tokenizer, data, prepared)
-    path = spec["path"] or str(TEXTS / f"{name}.jsonl")
     source = SourcePlan(
-        path,
-        f"eval.sets.{name}",
-        format=None if spec["format"] == "auto" else spec["format"],
-        columns=dict(spec["columns"]),
-        template=spec["template"],
-        max_rows=spec["max_rows"],
+        spec.path or str(TEXTS / f"{spec.name}.jsonl"),
+        f"eval.sets.{spec.name}",
+        format=None if spec.format == "auto" else spec.format,
+        columns=dict(spec.columns),
+        template=spec.template,
+        max_rows=spec.max_rows,
     )
     return _read(plan, source, tokenizer)
 
@@ -345,26 +397,10 @@ class Prompts(Sequence[list[int]]):
         self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.rows.questions)
+        return len(self.rows.asked)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.rows.question(self.rows.questions[index]).prompt
-
-
-@dataclass(frozen=True)
-class OptionRow:
-    """A row as a choice between options.
-
-    Attributes:
-        row: its index in the set.
-        expected: the index of the right option; -1 if the row's answer is none of them.
-        sizes: UTF-8 bytes of the options.
-    """
-
-    row: int
-    options: tuple[str, ...]
-    expected: int
-    choice: Choice
+        return self.rows.question(self.rows.asked[index]).prompt
 
 
 def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
@@ -372,7 +408,7 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
     renderer = Renderer(rows.tokenizer, plan.data.loss_on, plan.data.date)
     lengths = Lengths(plan.data.max_length)
     for index, raw, example in raw_rows(rows):
-        options = _options(rows.spec["options"], raw)
+        options = _options(rows.spec.options, raw)
         if len({option.strip() for option in options}) < len(options):
             raise DataError(f"{raw.place}: an option is there twice, so which of the two is chosen would be chance")
         answers = [_with_answer(example, option) for option in options]
@@ -391,7 +427,7 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
 def raw_rows(rows: EvalRows) -> Iterator[tuple[int, Row, Example]]:
     """The questions' rows as they are in their files, with their indices."""
     places = rows.rows.select_columns(["file", "number"])
-    wanted = {(places[index]["file"], places[index]["number"]): index for index in rows.questions}
+    wanted = {(places[index]["file"], places[index]["number"]): index for index in rows.asked}
     for source in rows.sources:
         found = rows_of(source)
         first = next(found, None)
@@ -407,9 +443,9 @@ def raw_rows(rows: EvalRows) -> Iterator[tuple[int, Row, Example]]:
                     continue
 
 
-def _options(asked: str | list[str], row: Row) -> list[str]:
+def _options(asked: str | tuple[str, ...] | None, row: Row) -> list[str]:
     if not isinstance(asked, str):
-        return list(asked)
+        return list(asked or ())
     value: Any = row.fields
     for part in asked.split("."):
         value = value.get(part) if isinstance(value, dict) else None

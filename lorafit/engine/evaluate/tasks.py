@@ -7,7 +7,6 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +15,7 @@ from jinja2 import BaseLoader, StrictUndefined
 
 from lorafit.bounds import Environment, read_bytes, within
 from lorafit.errors import DataError, LorafitError, UsageError
+from lorafit.recipe.schema import EvalSection
 from lorafit.text import first_line, near
 from lorafit.written import expanded
 
@@ -23,29 +23,6 @@ Task: TypeAlias = Any
 """A task of the harness, its documents loaded."""
 Manager: TypeAlias = Any
 """A TaskManager of the harness."""
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """What is asked for.
-
-    Attributes:
-        tasks: names of tasks, groups or tags; YAML files; folders of them.
-        include_path: a folder with further tasks that are known by name.
-        num_fewshot: solved examples before each document. None: as the task says.
-        limit: documents of each task, from the first. None: all.
-        trust_code: whether a local task may bring Python code.
-        batch_size: at most; less where that doesn't fit into memory.
-    """
-
-    tasks: tuple[str, ...]
-    include_path: str | None = None
-    num_fewshot: int | None = None
-    limit: int | None = None
-    apply_chat_template: bool = False
-    trust_code: bool = False
-    batch_size: int = 8
-    seed: int = 0
 
 
 def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
@@ -119,12 +96,12 @@ def _values_of(config: Any, key: str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def kept_templates(benchmarks: Benchmarks) -> Iterator[None]:
-    """Templates of tasks that can reach nothing but their document: the harness's own can call any Python."""
+def kept_templates(trusted: bool) -> Iterator[None]:
+    """Unless trusted, templates of tasks reach nothing but their document: the harness's own can call any Python."""
     from lm_eval import utils
 
     before = utils.env
-    if not benchmarks.trust_code:
+    if not trusted:
         utils.env = Environment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
         utils.env.filters |= {name: own for name, own in before.filters.items() if name not in utils.env.filters}
     try:
@@ -133,9 +110,9 @@ def kept_templates(benchmarks: Benchmarks) -> Iterator[None]:
         utils.env = before
 
 
-def load(benchmarks: Benchmarks) -> dict[str, Task]:
+def load(section: EvalSection) -> dict[str, Task]:
     """The tasks by their names in figures; groups and tags are their tasks. Raises UsageError, DataError."""
-    manager, specs = resolve(benchmarks)
+    manager, specs = resolve(section)
     found: dict[str, Task] = {}
     for spec in specs:
         for task in _load_one(manager, spec).values():
@@ -143,7 +120,7 @@ def load(benchmarks: Benchmarks) -> dict[str, Task]:
             other = found.setdefault(name, task)
             if other is not task and _source(other) != _source(task):
                 raise UsageError(f"eval.lm_eval.tasks: {spec}: there are two tasks that figures would call {name}")
-            if getattr(task, "UNSAFE_CODE", False) and not benchmarks.trust_code:
+            if getattr(task, "UNSAFE_CODE", False) and not section.trust_code:
                 raise UsageError(
                     f"eval.lm_eval.tasks: {name} runs code that the model writes; eval.trust_code allows it"
                 )
@@ -187,13 +164,15 @@ def manager_of(folders: tuple[str, ...], defaults: bool) -> Manager:
     return TaskManager(include_path=list(folders), include_defaults=defaults)
 
 
-def resolve(benchmarks: Benchmarks) -> tuple[Manager, list[str]]:
+def resolve(section: EvalSection) -> tuple[Manager, list[str]]:
     """Who knows the tasks, and their names or files; all looked at for code before any is loaded."""
-    folders = tuple(folder for folder in (*benchmarks.tasks, benchmarks.include_path) if folder and _is_folder(folder))
-    if benchmarks.include_path and benchmarks.include_path not in folders:
-        raise UsageError(f"eval.lm_eval.include_path: there is no folder {benchmarks.include_path}")
+    asked = section.lm_eval
+    assert asked is not None
+    folders = tuple(folder for folder in (*asked.tasks, asked.include_path) if folder and _is_folder(folder))
+    if asked.include_path and asked.include_path not in folders:
+        raise UsageError(f"eval.lm_eval.include_path: there is no folder {asked.include_path}")
     manager = manager_of(folders, False)
-    specs = [spec for task in benchmarks.tasks for spec in _specs(task, manager)]
+    specs = [spec for task in asked.tasks for spec in _specs(task, manager)]
     files, missing = _reach(specs, manager)
     for name in missing:
         if Path(name).suffix in (".yaml", ".yml"):
@@ -205,7 +184,7 @@ def resolve(benchmarks: Benchmarks) -> tuple[Manager, list[str]]:
         close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
         hint = near(name, close) if close else ""
         raise UsageError(f"eval.lm_eval.tasks: {name} is no task of lm-evaluation-harness, nor a file{hint}")
-    if not benchmarks.trust_code:
+    if not section.trust_code:
         for file in files:
             refuse_code(file)
     return manager, specs

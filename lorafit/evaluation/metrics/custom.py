@@ -5,23 +5,26 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
-from lorafit.evaluation.inputs import LARGEST_MODULE, module_specs
 from lorafit.evaluation.metrics.metric import AnswerMetric, Judged
 from lorafit.evaluation.results import Metric
 from lorafit.text import first_line, printable
 
+LARGEST_MODULE = 1 << 20
+"""Bytes of a Python file that is looked into."""
 _SPEC = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[A-Za-z_][A-Za-z0-9_]*")
 _SHOWN = 60
 _NOT_CALLED = (ast.Constant, ast.List, ast.Dict, ast.Set, ast.Tuple, ast.JoinedStr, ast.Compare)
@@ -212,3 +215,71 @@ def _number(value: Any, spec: str, judged: Judged) -> float | None:
 def _place(judged: Judged) -> str:
     prompt = printable(" ".join(judged.prompt.split()))
     return f"the row with the prompt '{prompt[:_SHOWN]}{'…' if len(prompt) > _SHOWN else ''}'"
+
+
+def code_files(spec: str) -> dict[str, Path]:
+    """The files of the working directory that `module:function` runs, by path; of an installed module by its name."""
+    module = spec.partition(":")[0]
+    if not all(map(str.isidentifier, module.split("."))):
+        return {}
+    if found := dict(_of_module(module, set())):
+        return found
+    installed = [one.origin for one in module_specs(module) if one.name == module]
+    return {f"module {module}": Path(installed[0] or "")} if installed else {module: Path(module)}
+
+
+def _of_module(name: str, seen: set[str]) -> Iterator[tuple[str, Path]]:
+    """The file of a module in the working directory, those of the packages around it, and of what it imports there.
+
+    What is installed is left to the versions of packages.
+    """
+    if name in seen or name.partition(".")[0] in sys.stdlib_module_names:
+        return
+    seen.add(name)
+    for spec in module_specs(name):
+        file = Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+        if file is None or not file.is_file() or not _is_own(file):
+            continue
+        yield file.relative_to(Path.cwd()).as_posix(), file
+        for other in _imported(file, spec):
+            yield from _of_module(other, seen)
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a file is in the working directory, and not in an environment that is."""
+    here = Path.cwd()
+    environments = [Path(prefix) for prefix in (sys.prefix, sys.base_prefix) if Path(prefix) != here]
+    return file.is_relative_to(here) and not any(map(file.is_relative_to, environments))
+
+
+def module_specs(name: str) -> Iterator[ModuleSpec]:
+    """Where a dotted name is found, outermost first, as `python -m` looks for it. No package is imported."""
+    places: list[str] | None = [str(Path.cwd()), *sys.path]
+    parts = name.split(".")
+    for length in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:length]), places)
+        if spec is None and length == 1:  # such as an editable install's own finder
+            with contextlib.suppress(ValueError):
+                spec = importlib.util.find_spec(parts[0])
+        if spec is None:
+            return
+        yield spec
+        places = list(spec.submodule_search_locations or ())
+
+
+def _imported(file: Path, spec: ModuleSpec) -> Iterator[str]:
+    """The names that a module's code imports, if it is any, and what stands beside them."""
+    try:
+        tree = ast.parse(read_bytes(file, LARGEST_MODULE))
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return
+    package = spec.name if spec.submodule_search_locations is not None else spec.name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*filter(None, above), *filter(None, [node.module])])
+            yield from (name for alias in node.names for name in (base, f"{base}.{alias.name}") if base)
+            if not base:
+                yield from (alias.name for alias in node.names)

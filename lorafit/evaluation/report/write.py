@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lorafit.bounds import read_json
 from lorafit.evaluation.report.html import write_html
 from lorafit.evaluation.report.text import as_junit, as_markdown
 from lorafit.evaluation.results import Results, Sample
@@ -16,13 +14,21 @@ from lorafit.files import staged
 from lorafit.written import References, as_written
 
 if TYPE_CHECKING:
-    from lorafit.run.directory import RunDir
+    pass
 
 FILES = {"samples": "samples.jsonl", "markdown": "report.md", "html": "report.html", "junit": "junit.xml"}
 
 
+class Training(NamedTuple):
+    """What the page says of a run's training: its metrics.jsonl, the manifest's memory, and its merge_report.json."""
+
+    metrics: list[dict[str, Any]]
+    memory: dict[str, Any] | None = None
+    merge: dict[str, Any] | None = None
+
+
 def write_reports(
-    destination: Path, results: Results, samples: Iterable[Sample], run: RunDir, references: References
+    destination: Path, results: Results, samples: Iterable[Sample], training: Training, references: References
 ) -> Results:
     """Write the folder of an evaluation; what stood there is replaced at the end. Returns the results as written.
 
@@ -40,15 +46,7 @@ def write_reports(
         (folder / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (folder / FILES["markdown"]).write_text(as_markdown(results), encoding="utf-8")
         (folder / FILES["junit"]).write_text(as_junit(results), encoding="utf-8")
-        merge = run.merged / "merge_report.json"
-        write_html(
-            folder,
-            results,
-            read_samples(folder),
-            run.metrics_until(sys.maxsize),
-            run.load_manifest().get("memory"),
-            read_json(merge) if merge.is_file() else None,
-        )
+        write_html(folder, results, read_samples(folder), *training)
     return results
 
 

@@ -24,33 +24,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lorafit.errors import LorafitError, MissingError, ModelError, UsageError
+from lorafit.recipe.schema import JudgeSection
 from lorafit.text import printable
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Whom to ask, and how.
-
-    Attributes:
-        base_url: such as `https://host/v1`. Plain http only to this machine or a private address.
-        api_key_env: the name of the environment variable that has the key.
-        rows: pairs that are compared, from the first.
-        prompt: what is asked, with {first} and {second}, and {question} and {expected} if it wants them. The reply's
-            last line has to be A, B or TIE. None: PROMPT.
-        timeout: seconds without a sign of the endpoint.
-        concurrency: pairs that are asked about at a time.
-        insecure: whether plain http may go anywhere. A key never does.
-    """
-
-    base_url: str
-    model: str
-    api_key_env: str | None = None
-    rows: int = 50
-    prompt: str | None = None
-    timeout: float = 60.0
-    max_tokens: int = 256
-    concurrency: int = 4
-    insecure: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +99,7 @@ Which answer is more correct and more useful? End with a line that is only A, B 
 _PLACES = re.compile(r"\{(question|expected|first|second)\}")
 
 
-def question_of(judge: Judge, pair: Pair, first: str, second: str) -> str:
+def question_of(judge: JudgeSection, pair: Pair, first: str, second: str) -> str:
     texts = {"question": pair.question, "expected": pair.expected, "first": first, "second": second}
     # A text would have to know its own hash to write the mark that ends it.
     mark = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
@@ -136,13 +111,15 @@ def question_of(judge: Judge, pair: Pair, first: str, second: str) -> str:
 
 
 TRIES = 3
+AT_ONCE = 4
+"""Pairs that are asked about at a time."""
 _LARGEST_REPLY = 4_000_000  # bytes
 _LONGEST_WAIT = 60.0  # seconds that an endpoint may ask for between two tries
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    judge: Judge
+    judge: JudgeSection
     url: str
     key: str | None = field(repr=False)
     opener: urllib.request.OpenerDirector = field(repr=False)
@@ -162,7 +139,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def endpoint_of(judge: Judge) -> Endpoint:
+def endpoint_of(judge: JudgeSection) -> Endpoint:
+    """Where the judge is asked; whatever can be wrong before the first question. Raises UsageError, MissingError."""
     prompt = judge.prompt or PROMPT
     for place in ("{first}", "{second}"):
         if place not in prompt:
@@ -184,7 +162,7 @@ def _key(variable: str) -> str:
     return key
 
 
-def _check_address(judge: Judge, key: str | None) -> bool:
+def _check_address(judge: JudgeSection, key: str | None) -> bool:
     """Whether it is on this machine or in a private network. Raises UsageError if it may not be asked."""
     where = "eval.judge.base_url"
     try:
@@ -198,7 +176,7 @@ def _check_address(judge: Judge, key: str | None) -> bool:
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or not is_plain:
         raise UsageError(f"{where}: is {printable(judge.base_url)}, and has to be as http://localhost:8000/v1")
     is_local = _is_private(host)
-    if parts.scheme == "http" and not is_local and (key or not judge.insecure):
+    if parts.scheme == "http" and not is_local:
         what = "the key" if key else "questions and answers"
         raise UsageError(f"{where}: {what} would go to {printable(host)} unencrypted; use https://")
     return is_local
@@ -283,13 +261,8 @@ def _reply(endpoint: Endpoint, body: bytes) -> str:
     return content if isinstance(content, str) else ""
 
 
-def check(judge: Judge) -> None:
-    """Whatever can be wrong before the first question. Raises UsageError."""
-    endpoint_of(judge)
-
-
 def compare(
-    judge: Judge, pairs: Iterable[Pair], done: Container[int] = (), sleep: Callable[[float], None] = time.sleep
+    judge: JudgeSection, pairs: Iterable[Pair], done: Container[int] = (), sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[Verdict]:
     """Ask about each pair twice, the second time with the answers swapped; verdicts come in the order of the pairs.
 
@@ -309,16 +282,16 @@ def compare(
         )
         return Verdict(pair.row, score_of(raw[0], raw[1]), (raw[0], raw[1]))
 
-    return _in_order(decide, asked, judge.concurrency)
+    return _in_order(decide, asked)
 
 
-def _in_order(decide: Callable[[Pair], Verdict], pairs: Iterable[Pair], at_once: int) -> Iterator[Verdict]:
-    pool = ThreadPoolExecutor(at_once, thread_name_prefix="judge")
+def _in_order(decide: Callable[[Pair], Verdict], pairs: Iterable[Pair]) -> Iterator[Verdict]:
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge")
     waiting: deque[Future[Verdict]] = deque()
     try:
         for pair in pairs:
             waiting.append(pool.submit(decide, pair))
-            if len(waiting) >= at_once:
+            if len(waiting) >= AT_ONCE:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
