@@ -34,12 +34,6 @@ from lorafit.progress import stage
 from lorafit.run.manifest import versions
 from lorafit.written import References, as_written
 
-DEFAULTS: dict[str, Any] = {
-    "base_weights": "auto", "verify": "auto", "rows": 64,
-    "max_kl": 0.1, "min_top1": 0.9, "max_loss_increase": 0.05, "max_logit_difference": None,
-}  # fmt: skip
-"""Of adapters that no recipe belongs to: those of the recipe's merge section."""
-
 
 @dataclass(frozen=True)
 class Written:
@@ -59,9 +53,7 @@ class Work:
 
     def __init__(self, options: Options, source: Source, others: list[Source], base: Base, console: Console) -> None:
         self.options, self.source, self.others, self.base, self.console = options, source, others, base, console
-        asked = DEFAULTS | (source.plan.merge if source.plan else {})
-        given = {"base_weights": options.base_weights, "verify": options.verify, **options.limits}
-        self.settings = asked | {key: value for key, value in given.items() if value is not None}
+        self.settings = options.settings(source.plan)
         self.limits = {
             key: self.settings[key] for key in ("max_kl", "min_top1", "max_loss_increase", "max_logit_difference")
         }
