@@ -464,7 +464,6 @@ def refusals() -> Iterator[tuple[str, dict[str, Any], type[LorafitError], str]]:
     yield "RUN", {"use": "bas"}, UsageError, "did you mean base"
     yield "BASE", {"use": "base"}, UsageError, "no model 'base'; there are model"
     yield "PLAIN", {"prompts": ("",)}, UsageError, "the prompt is empty"
-    yield "RUN", {"adapters": (("a b", Path("x")),)}, UsageError, "letters, digits"
     yield "RUN", {"adapters": (("base", Path("x")),)}, UsageError, "is taken"
     yield "RUN", {"adapters": (("x", Path("nowhere")),)}, UsageError, "nowhere"
     yield "BASE", {"adapters": (("x", Path("nowhere")),)}, UsageError, "no adapter"
