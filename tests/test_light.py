@@ -41,7 +41,7 @@ for words in json.load(sys.stdin):
     done = CliRunner().invoke(app, words)
     failure = repr(done.exception) if done.exit_code == 1 else done.stderr
     ran.append([" ".join(words), done.exit_code, done.stdout[:200], failure])
-unwanted = {"rich", "pydantic", "huggingface_hub", "pyarrow", "numpy", "matplotlib"} & set(sys.modules)
+unwanted = {"lorafit.recipe", "rich", "pyarrow", "matplotlib"} & set(sys.modules)
 print(json.dumps([ran, sorted(unwanted)]))
 """
 

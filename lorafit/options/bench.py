@@ -49,17 +49,16 @@ class BenchOptions(JsonOptions):
         tuple[str, ...],
         Option(
             "base, adapter, merged, quantized.  [default: what there is]",
-            "--model",
-            "M1,M2",
+            "--model M1,M2",
             parse=parse_models,
             joined=True,
         ),
     ] = ()
     prompt_tokens: Annotated[
-        tuple[int, ...], Option("Tokens of a prompt.", metavar="N1,N2", parse=parse_numbers, joined=True)
+        tuple[int, ...], Option("Tokens of a prompt.", "N1,N2", parse=parse_numbers, joined=True)
     ] = (128, 512)
     new_tokens: Annotated[int, Option("Tokens generated after it.", min=1)] = 64
-    batch: Annotated[tuple[int, ...], Option("Prompts at once.", metavar="N1,N2", parse=parse_numbers, joined=True)] = (
+    batch: Annotated[tuple[int, ...], Option("Prompts at once.", "N1,N2", parse=parse_numbers, joined=True)] = (
         1,
         8,
     )

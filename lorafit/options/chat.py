@@ -28,11 +28,11 @@ class ChatOptions(JsonOptions):
         use: which model answers first; None: what the run trained, or the model itself.
     """
 
-    path: Annotated[str, Argument("RUN|MODEL", "A run directory, a model folder or a hub id.", "runs")]
+    path: Annotated[str, Argument("A run directory, a model folder or a hub id.", "RUN|MODEL", "runs")]
     adapters: Adapters = ()
-    use: Annotated[str | None, Option("The model that answers first.  [default: the run's]", metavar="NAME")] = None
-    prompts: Annotated[tuple[str, ...], Option("Answer this and leave; repeatable, in turn.", "--prompt", "TEXT")] = ()
-    system: Annotated[str | None, Option("The system message.", metavar="TEXT")] = None
+    use: Annotated[str | None, Option("The model that answers first.  [default: the run's]", "NAME")] = None
+    prompts: Annotated[tuple[str, ...], Option("Answer this and leave; repeatable, in turn.", "--prompt TEXT")] = ()
+    system: Annotated[str | None, Option("The system message.", "TEXT")] = None
     max_new_tokens: Annotated[int, Option("Tokens an answer may have.", min=1)] = 512
     temperature: Annotated[float, Option("Temperature of sampling; 0 is greedy.", min=0)] = 0.0
     seed: Annotated[int, Option("Decides what is drawn at a temperature above 0.", min=0)] = 0
