@@ -27,11 +27,11 @@ def command(run: Callable[[Asked], None]) -> Callable[..., None]:
     # the order of __init__, where fields that every command has come last
     fields = [_field(hints[name], name, by_name[name].default) for name in inspect.signature(kind).parameters]
 
-    @reporting
     def typed(**given: Any) -> None:
-        options = kind(**{one.name: one.value(given[one.name]) for one in fields})
-        options.check()
-        run(options)
+        with reporting():
+            options = kind(**{one.name: one.value(given[one.name]) for one in fields})
+            options.check()
+            run(options)
 
     typed.__signature__ = inspect.Signature([one.parameter() for one in fields])  # type: ignore[attr-defined]
     typed.__name__ = run.__name__
