@@ -28,9 +28,7 @@ class InitOptions(Options):
     validation: Annotated[str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", "PATH|FRACTION")] = (
         None
     )
-    gpu: Annotated[str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", "NAME", completes="gpus")] = (
-        None
-    )
+    gpu: Annotated[str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", "NAME", "gpus")] = None
     vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", "SIZE")] = None
     cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
     name: Annotated[str | None, Option("Name of the run, below runs/.  [default: FILE's]", "RUN")] = None

@@ -39,12 +39,8 @@ class ChatOptions(JsonOptions):
 
     def check(self) -> None:
         """Raises UsageError for what no chat can be held with."""
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: has to be at least 1")
-        if not 0 <= self.temperature < math.inf:
+        if not math.isfinite(self.temperature):
             raise UsageError(f"--temperature {self.temperature}: has to be a number from 0")
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed}: has to be at least 0")
 
 
 @dataclass(frozen=True)

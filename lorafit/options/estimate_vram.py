@@ -29,14 +29,14 @@ class EstimateOptions(JsonOptions):
     batch: Annotated[int | None, Option("Short for training.per_device_train_batch_size.")] = None
     gpus: Annotated[
         tuple[str, ...],
-        Option("A GPU that it should fit, such as 'RTX 4090'; repeatable.", "--gpu NAME", completes="gpus"),
+        Option("A GPU that it should fit, such as 'RTX 4090'; repeatable.", "--gpu NAME", "gpus"),
     ] = ()
     sizes: Annotated[
         tuple[str, ...], Option("Memory that it should fit, such as 24GiB; repeatable.", "--vram SIZE")
     ] = ()
     asserted: Annotated[
         tuple[str, ...],
-        Option("Exit with 5 unless it certainly fits; repeatable, for CI.", "--assert-fits GPU|SIZE", completes="gpus"),
+        Option("Exit with 5 unless it certainly fits; repeatable, for CI.", "--assert-fits GPU|SIZE", "gpus"),
     ] = ()
     list_gpus: Annotated[bool, Option("Show which of the known GPUs it fits.")] = False
     world: Annotated[int | None, Option("GPUs that train together.", "--gpus N")] = None
@@ -52,7 +52,7 @@ class EstimateOptions(JsonOptions):
     ] = None
     calibrate: Annotated[
         tuple[Path, ...],
-        Option("How far off the estimates of finished runs were; repeatable.", "RUN", completes="runs"),
+        Option("How far off the estimates of finished runs were; repeatable.", "RUN", "runs"),
     ] = ()
 
     @property

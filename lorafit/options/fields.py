@@ -43,10 +43,8 @@ class Argument(Option):
 
 
 RunPath = Annotated[Path, Argument("A run directory, such as runs/quickstart.", "RUN", "runs")]
-Overrides = Annotated[
-    tuple[str, ...], Option("Override a value of the recipe; repeatable.", "--set KEY=VALUE", completes="keys")
-]
-ForGpu = Annotated[str | None, Option("Plan for this GPU, not what the recipe is meant for.", "NAME", completes="gpus")]
+Overrides = Annotated[tuple[str, ...], Option("Override a value of the recipe; repeatable.", "--set KEY=VALUE", "keys")]
+ForGpu = Annotated[str | None, Option("Plan for this GPU, not what the recipe is meant for.", "NAME", "gpus")]
 Here = Annotated[bool, Option("Plan for this machine.")]
 Locked = Annotated[bool, Option("Refuse any drift from the lock that the run was trained with.")]
 
