@@ -258,9 +258,6 @@ def test_a_run_that_trained_in_full_has_no_adapter(recipe: RecipeMaker, train: T
         ({"prompt_tokens": (0,)}, "--prompt-tokens"),
         ({"batch": ()}, "--batch"),
         ({"batch": (2, 2)}, "twice"),
-        ({"rounds": 0}, "--rounds 0"),
-        ({"new_tokens": 0}, "--new-tokens 0"),
-        ({"seed": -1}, "--seed -1"),
         ({"output": Path("speed.txt")}, "end in .json or .md"),
         ({"output": Path("nowhere/speed.md")}, "there is no folder nowhere"),
     ],
@@ -281,6 +278,10 @@ def test_lists_of_the_command_line() -> None:
     done = CliRunner().invoke(app, ["bench", "runs/none", "--batch", "1;8"])
     assert done.exit_code == 2
     assert done.stderr.startswith("--batch 1;8: has to be numbers")
+    for option, value in (("--rounds", "0"), ("--new-tokens", "0"), ("--seed", "-1")):
+        done = CliRunner().invoke(app, ["bench", "runs/none", option, value])
+        assert done.exit_code == 2
+        assert option in done.stderr
 
 
 @pytest.mark.parametrize("free", [1 << 40, 1 << 10])

@@ -506,7 +506,7 @@ def test_an_interrupt_that_is_lost_comes_again() -> None:
 
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
 
-        @reporting
+        @reporting()
         def command(number: int = number) -> None:
             Destroyed(number)
             for _ in range(1000):

@@ -726,6 +726,7 @@ def test_the_command(run: RunDir, tmp_path: Path) -> None:
     done = runner.invoke(app, ["eval", str(run.path), *few, "--json", "--compare", "base,adapter"])
     assert done.exit_code == 0
     assert list(Results.model_validate_json(done.stdout).models) == ["base", "adapter"]
-    done = runner.invoke(app, ["eval", str(run.path), "--adapter", "nopath"])
-    assert done.exit_code == 2
-    assert "expected NAME=PATH" in done.stderr
+    for adapter in ("nopath", "a b=path"):
+        done = runner.invoke(app, ["eval", str(run.path), "--adapter", adapter])
+        assert done.exit_code == 2
+        assert f"--adapter {adapter}: expected NAME=PATH" in done.stderr

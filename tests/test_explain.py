@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,17 +244,6 @@ def test_the_table_is_readable_in_a_narrow_terminal(recipe: RecipeMaker, monkeyp
     piped = run(path.name, "lora")
     assert any("auto" in line or "all-linear" in line for line in piped.stdout.splitlines())
     assert len([line for line in piped.stdout.splitlines() if line.startswith("  target_modules")]) == 1
-
-
-def test_it_needs_no_torch(family: Path) -> None:
-    code = (
-        "import sys; from lorafit.cli import app\n"
-        "try: app(['explain', 'configs/child.yaml'])\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "assert not {'torch', 'transformers', 'trl', 'peft', 'datasets'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_what_gave_way_to_a_rival_is_said(family: Path) -> None:

@@ -923,19 +923,6 @@ def test_every_key_that_decides_something_is_looked_at(kind: Kind) -> None:
             assert rule.key.rpartition(".")[2] in quoted | ignored, rule.key
 
 
-def test_the_conversion_loads_no_torch(folder: Path) -> None:
-    import subprocess
-    import sys
-
-    (folder / "o.yml").write_text(TRL_DEFAULTS)
-    script = (
-        "import sys; from typer.testing import CliRunner; from lorafit.cli import app; "
-        f"done = CliRunner().invoke(app, ['init', r'{folder / 'r.yaml'}', '--from', r'{folder / 'o.yml'}']); "
-        "assert done.exit_code == 0, done.output; assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
 def axolotl(folder: Path, datasets: str, more: str = "") -> tuple[Conversion, dict[str, Any]]:
     """A small recipe of axolotl's with these data sets, converted."""
     content = (

@@ -6,9 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -818,50 +815,6 @@ def test_validation_rows(rows: int, fraction: float) -> None:
     assert count >= 1 or rows == 1
     assert validation_rows(rows, None) == 0
     assert math.isfinite(count)
-
-
-# --- the light half is light ----------------------------------------------------------------------
-
-PROBE = """
-import sys
-from lorafit.cli import app
-try:
-    app(sys.argv[1:], standalone_mode=False)
-except SystemExit:
-    pass
-heavy = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes"}
-print("HEAVY", sorted(heavy & sys.modules.keys()), file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        (["--help"], "estimate-vram"),
-        (["train", "CONFIG", "--dry-run"], "steps"),
-        (["train", "CONFIG", "--dry-run", "--json"], '"trainable_parameters"'),
-        (["estimate-vram", "CONFIG"], " GiB on the GPU, from "),
-        (["train", "CONFIG", "--dry-run", "--set", "training.optim=none"], "training.optim"),
-    ],
-)
-def test_torch_stays_out(arguments: list[str], shown: str, planner: Planner) -> None:
-    model = planner.folder / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(CONFIG))
-    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": CHATML}))
-    chat = planner.folder / "chat.jsonl"
-    chat.write_text('{"instruction": "a", "output": "b"}\n')
-    planner.load({"model": {"name_or_path": str(model)}, "dataset": {"train": [{"path": str(chat)}]}})
-    config = str(planner.folder / "recipe.yaml")
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, *(config if part == "CONFIG" else part for part in arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"},
-    )
-    assert "HEAVY []" in done.stderr, done.stderr
-    assert shown in done.stdout + done.stderr
 
 
 def test_plan_recipe_reads_the_facts(planner: Planner) -> None:

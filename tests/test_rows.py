@@ -418,13 +418,6 @@ def test_reading_a_large_file_takes_little_memory() -> None:
     assert int(kilobytes) < 30_000
 
 
-def test_no_heavy_imports() -> None:
-    script = (
-        "import sys, lorafit.rows; print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
-    )
-    assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "set()"
-
-
 # --- formats --------------------------------------------------------------------------------------
 
 

@@ -17,14 +17,14 @@ class DiffOptions(JsonOptions):
     paths: Annotated[
         tuple[str, ...],
         Argument(
-            "A B", "Two recipes, each a file, or REV:path from git, as main:a.yaml; or with --against, any.", "recipes"
+            "Two recipes, each a file, or REV:path from git, as main:a.yaml; or with --against, any.", "A B", "recipes"
         ),
     ]
-    against: Annotated[
-        str | None, Option("Compare recipes, folders or patterns with those of a revision.", metavar="REV")
-    ] = None
+    against: Annotated[str | None, Option("Compare recipes, folders or patterns with those of a revision.", "REV")] = (
+        None
+    )
     gpu: ForGpu = None
-    format: Annotated[str, Option("text, markdown or json.", metavar="FORMAT")] = "text"
+    format: Annotated[str, Option("text, markdown or json.", "FORMAT")] = "text"
 
 
 @command

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import typer
 
@@ -23,78 +22,70 @@ from lorafit.written import hidden_in, verbatim
 HEAD_START = 3.0
 """Seconds that the first of several processes has for saying what is wrong."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def reporting(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn expected failures, and SIGTERM, into one message on stderr and their exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        _signals.clear()
-        before = signal.signal(signal.SIGTERM, terminated)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, interrupted)
-        try:
-            with telling(), _heard():
-                return command(*args, **kwargs)
-        except Interrupted as error:
-            fail(str(error), 128 + error.signal_number)
-        except LorafitError as error:
-            fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            fail("interrupted", 130)
-        except BrokenPipeError:
-            sys.stderr.close()
-            raise typer.Exit(0) from None
-        except Exception as error:
-            if _signals:  # some library took what the handler raised for a failure of its own
-                fail("interrupted" if _signals[-1] == signal.SIGINT else "terminated", 128 + _signals[-1])
-            if is_disk_full(error):
-                fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
-            if is_out_of_memory(error):
-                fail(f"out of memory: {error}", DoesNotFitError.exit_code)
-            if isinstance(error, OSError) and error.filename:
-                fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            if signal.getsignal(signal.SIGINT) is interrupted:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    return wrapped
-
-
-_signals: list[int] = []
-"""Signals that came while the command ran."""
-
-
-def interrupted(number: int, _: Any) -> NoReturn:
-    """SIGINT, as Python handles it."""
-    _signals.append(number)
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """Turn expected failures, and signals, into one message on stderr and their exit code."""
+    came: list[int] = []
+    try:
+        with _hearing(came), telling():
+            yield
+    except Interrupted as error:
+        fail(str(error), 128 + error.signal_number)
+    except LorafitError as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise typer.Exit(0) from None
+    except Exception as error:
+        if came:  # some library took what the handler raised for a failure of its own
+            fail("interrupted" if came[-1] == signal.SIGINT else "terminated", 128 + came[-1])
+        if is_disk_full(error):
+            fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
+        if is_out_of_memory(error):
+            fail(f"out of memory: {error}", DoesNotFitError.exit_code)
+        if isinstance(error, OSError) and error.filename:
+            fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
+        raise
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[None]:
-    """Have a signal come again whose exception is lost, as one is that is raised while Python destroys an object."""
-    before = sys.unraisablehook
+def _hearing(came: list[int]) -> Iterator[None]:
+    """Raise what SIGINT and SIGTERM ask for, and note them.
 
-    def hook(lost: sys.UnraisableHookArgs) -> None:
+    A signal comes again whose exception is lost, as one is that is raised while Python destroys an object.
+    """
+
+    def interrupted(number: int, _: Any) -> NoReturn:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def terminated(number: int, _: Any) -> NoReturn:  # outside a training's steps, which save a checkpoint
+        came.append(number)
+        raise Interrupted("terminated; nothing is half written, and a run goes on from its last checkpoint", number)
+
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
         error = lost.exc_value
         if isinstance(error, KeyboardInterrupt):
             _again(signal.SIGINT)
         elif isinstance(error, Interrupted):
             _again(error.signal_number)
         elif isinstance(error, Exception):  # an alarm that is none rings until it is heard
-            before(lost)
+            hook(lost)
 
-    sys.unraisablehook = hook
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    sigterm, sigint = signal.signal(signal.SIGTERM, terminated), signal.getsignal(signal.SIGINT)
+    if sigint is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGTERM, sigterm)
+        if signal.getsignal(signal.SIGINT) is interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _again(number: int) -> None:
@@ -102,12 +93,6 @@ def _again(number: int) -> None:
     timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
     timer.daemon = True
     timer.start()
-
-
-def terminated(number: int, _: Any) -> NoReturn:
-    """SIGTERM outside the steps of a training: what is being written is given up, whole."""
-    _signals.append(number)
-    raise Interrupted("terminated; nothing is half written, and a run goes on from its last checkpoint", number)
 
 
 def is_disk_full(error: BaseException) -> bool:

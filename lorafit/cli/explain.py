@@ -17,7 +17,7 @@ from lorafit.options.fields import Argument, ForGpu, Here, RecipeOptions, hardwa
 
 @dataclass(frozen=True)
 class ExplainOptions(RecipeOptions):
-    key: Annotated[str | None, Argument("[KEY]", "A section, such as training, or a value, such as lora.r.")] = None
+    key: Annotated[str | None, Argument("A section, such as training, or a value, such as lora.r.", "[KEY]")] = None
     gpu: ForGpu = None
     here: Here = False
 

@@ -22,24 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InitOptions(Options):
-    file: Annotated[Path, Argument("[FILE]", "The recipe to write.")] = Path("recipe.yaml")
-    model: Annotated[str | None, Option("Hub id or folder of the base.", metavar="NAME")] = None
-    data: Annotated[str | None, Option("Training rows.", metavar="PATH")] = None
-    validation: Annotated[
-        str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", metavar="PATH|FRACTION")
-    ] = None
-    gpu: Annotated[
-        str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", metavar="NAME", completes="gpus")
-    ] = None
-    vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", metavar="SIZE")] = None
-    cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
-    name: Annotated[str | None, Option("Name of the run, below runs/.  [default: FILE's]", metavar="RUN")] = None
-    source: Annotated[
-        Path | None, Option("Convert a recipe of axolotl, LLaMA-Factory or TRL instead.", "--from", "OTHER")
-    ] = None
-    kind: Annotated[str | None, Option("The tool that --from is of: axolotl, llamafactory or trl.", metavar="TOOL")] = (
+    file: Annotated[Path, Argument("The recipe to write.", "[FILE]")] = Path("recipe.yaml")
+    model: Annotated[str | None, Option("Hub id or folder of the base.", "NAME")] = None
+    data: Annotated[str | None, Option("Training rows.", "PATH")] = None
+    validation: Annotated[str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", "PATH|FRACTION")] = (
         None
     )
+    gpu: Annotated[str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", "NAME", "gpus")] = None
+    vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", "SIZE")] = None
+    cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
+    name: Annotated[str | None, Option("Name of the run, below runs/.  [default: FILE's]", "RUN")] = None
+    source: Annotated[
+        Path | None, Option("Convert a recipe of axolotl, LLaMA-Factory or TRL instead.", "--from OTHER")
+    ] = None
+    kind: Annotated[str | None, Option("The tool that --from is of: axolotl, llamafactory or trl.", "TOOL")] = None
     force: Annotated[bool, Option("Overwrite FILE.")] = False
     to_stdout: Annotated[bool, Option("Print the recipe; write nothing.", "--print")] = False
 

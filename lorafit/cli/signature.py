@@ -27,11 +27,11 @@ def command(run: Callable[[Asked], None]) -> Callable[..., None]:
     # the order of __init__, where fields that every command has come last
     fields = [_field(hints[name], name, by_name[name].default) for name in inspect.signature(kind).parameters]
 
-    @reporting
     def typed(**given: Any) -> None:
-        options = kind(**{one.name: one.value(given[one.name]) for one in fields})
-        options.check()
-        run(options)
+        with reporting():
+            options = kind(**{one.name: one.value(given[one.name]) for one in fields})
+            options.check()
+            run(options)
 
     typed.__signature__ = inspect.Signature([one.parameter() for one in fields])  # type: ignore[attr-defined]
     typed.__name__ = run.__name__
@@ -50,53 +50,41 @@ class _Field:
     name: str
     kind: Any
     default: Any
-    shown: Argument | Option
+    shown: Option
 
     @property
-    def parse(self) -> Callable[[str], Any] | None:
-        return self.shown.parse if isinstance(self.shown, Option) else None
-
-    @property
-    def is_joined(self) -> bool:
-        return isinstance(self.shown, Option) and self.shown.joined
+    def flags(self) -> list[str]:
+        """Its names on the command line."""
+        names = [word for word in self.shown.typed.split() if word.startswith("-")]
+        return names or [f"--{self.name.replace('_', '-')}"]
 
     @property
     def is_repeatable(self) -> bool:
-        return get_origin(self.kind) is tuple and not self.is_joined
+        return get_origin(self.kind) is tuple and not self.shown.joined
 
     @property
     def choices(self) -> tuple[str, ...]:
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
-    @property
-    def flag(self) -> str:
-        flags = self.shown.flags.split() if isinstance(self.shown, Option) else []
-        return flags[-1] if flags else f"--{self.name.replace('_', '-')}"
-
     def parameter(self) -> inspect.Parameter:
         """The field as typer takes it: without the types that only lorafit knows, and None for no values."""
-        kind = str if self.parse or self.choices else get_args(self.kind)[0] if self.is_repeatable else self.kind
+        is_text = self.shown.parse or self.choices
+        kind = str if is_text else get_args(self.kind)[0] if self.is_repeatable else self.kind
         kind = list[kind] if self.is_repeatable else kind  # type: ignore[valid-type]
-        default = self.default
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default)) or None
-        kind = kind if default is not None else kind | None
-        default = inspect.Parameter.empty if default is MISSING else default
+        default = ",".join(map(str, self.default)) or None if isinstance(self.default, tuple) else self.default
         return inspect.Parameter(
-            self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, self._typer()]
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=Annotated[kind if default is not None else kind | None, self._typer()],
         )
 
     def _typer(self) -> Any:
-        completes = self.shown.completes
-        common: dict[str, Any] = {
-            "metavar": self.shown.metavar,
-            "help": self.shown.help,
-            "autocompletion": getattr(complete, completes) if completes else None,
-        }
-        if isinstance(self.shown, Argument):
-            return typer.Argument(**common)
-        flags = self.shown.flags.split() or [self.flag]
-        return typer.Option(*flags, min=self.shown.min, **common)
+        shown, place = self.shown, isinstance(self.shown, Argument)
+        metavar = " ".join(word for word in shown.typed.split() if place or not word.startswith("-"))
+        completion = getattr(complete, shown.completes) if shown.completes else None
+        common: dict[str, Any] = {"metavar": metavar or None, "help": shown.help, "autocompletion": completion}
+        return typer.Argument(**common) if place else typer.Option(*self.flags, min=shown.min, **common)
 
     def value(self, given: Any) -> Any:
         """The field's value of what typer read. Raises UsageError."""
@@ -105,19 +93,19 @@ class _Field:
         if self.is_repeatable:
             return tuple(map(self._parsed, given))
         if self.choices and given not in self.choices:
-            raise UsageError(f"{self.flag}: expected one of {', '.join(self.choices)}, got {given}")
+            raise UsageError(f"{self.flags[-1]}: expected one of {', '.join(self.choices)}, got {given}")
         return self._parsed(given)
 
     def _parsed(self, given: Any) -> Any:
         try:
-            return self.parse(given) if self.parse else given
+            return self.shown.parse(given) if self.shown.parse else given
         except UsageError as error:
-            raise UsageError(f"{self.flag} {error}") from None
+            raise UsageError(f"{self.flags[-1]} {error}") from None
 
 
 def _field(hint: Any, name: str, default: Any) -> _Field:
     kind, shown = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
-    if not isinstance(shown, Argument | Option):
+    if not isinstance(shown, Option):
         raise TypeError(f"{name}: is typed nowhere; annotate it with an Argument or an Option")
     if get_origin(kind) in (Union, UnionType):
         [kind] = [part for part in get_args(kind) if part is not NoneType]

@@ -16,18 +16,16 @@ from lorafit.written import verbatim
 
 @dataclass(frozen=True)
 class ValidateOptions(JsonOptions):
-    paths: Annotated[tuple[str, ...], Argument("PATH", "Recipes, folders of them, or patterns.", "recipes")]
+    paths: Annotated[tuple[str, ...], Argument("Recipes, folders of them, or patterns.", "PATH", "recipes")]
     overrides: Overrides = ()
     deep: Annotated[bool, Option("Tokenize and audit all data as well; loads torch, but no weights.")] = False
     skip: Annotated[
-        tuple[str, ...], Option("Leave a part out, such as data that is elsewhere.", metavar="data|model|memory")
+        tuple[str, ...], Option("Leave a part out, such as data that is elsewhere.", "data|model|memory")
     ] = ()
     gpu: ForGpu = None
     here: Here = False
     strict: Annotated[bool, Option("What can't be checked is a fault.")] = False
-    format: Annotated[str | None, Option("text, json, github, junit or sarif.  [default: text]", metavar="FORMAT")] = (
-        None
-    )
+    format: Annotated[str | None, Option("text, json, github, junit or sarif.  [default: text]", "FORMAT")] = None
 
     def check(self) -> None:
         if self.as_json and self.format not in (None, "json"):

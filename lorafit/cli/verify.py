@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class VerifyOptions(JsonOptions):
     run: RunPath
-    retrain: Annotated[int | None, Option("Repeat the first N steps and compare them.", metavar="N", min=1)] = None
+    retrain: Annotated[int | None, Option("Repeat the first N steps and compare them.", "N", min=1)] = None
     tolerance: Annotated[
-        float | None,
-        Option("Relative difference that --retrain allows.  [default: 0 where all is as it was]", min=0),
+        float | None, Option("Relative difference that --retrain allows.  [default: 0 where all is as it was]", min=0)
     ] = None
 
     def check(self) -> None:

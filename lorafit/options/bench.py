@@ -49,20 +49,16 @@ class BenchOptions(JsonOptions):
         tuple[str, ...],
         Option(
             "base, adapter, merged, quantized.  [default: what there is]",
-            "--model",
-            "M1,M2",
+            "--model M1,M2",
             parse=parse_models,
             joined=True,
         ),
     ] = ()
     prompt_tokens: Annotated[
-        tuple[int, ...], Option("Tokens of a prompt.", metavar="N1,N2", parse=parse_numbers, joined=True)
+        tuple[int, ...], Option("Tokens of a prompt.", "N1,N2", parse=parse_numbers, joined=True)
     ] = (128, 512)
     new_tokens: Annotated[int, Option("Tokens generated after it.", min=1)] = 64
-    batch: Annotated[tuple[int, ...], Option("Prompts at once.", metavar="N1,N2", parse=parse_numbers, joined=True)] = (
-        1,
-        8,
-    )
+    batch: Annotated[tuple[int, ...], Option("Prompts at once.", "N1,N2", parse=parse_numbers, joined=True)] = (1, 8)
     rounds: Annotated[int, Option("Repetitions, models in turn.", min=1)] = 5
     seed: Annotated[int, Option("Decides the prompts' tokens.", min=0)] = 0
     output: Annotated[Path | None, Option("Write a .json or .md file as well.", "-o --output")] = None
@@ -83,16 +79,14 @@ class BenchOptions(JsonOptions):
                 raise UsageError(f"{option}: needs numbers from 1, such as 1,8")
             if len(set(values)) < len(values):
                 raise UsageError(f"{option} {','.join(map(str, values))}: has a number twice")
-        for option, value in (("--new-tokens", self.new_tokens), ("--rounds", self.rounds)):
-            if value < 1:
-                raise UsageError(f"{option} {value}: has to be at least 1")
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed}: has to be at least 0")
-        if self.output is not None and self.output.suffix not in (".json", ".md"):
-            raise UsageError(f"-o {self.output}: has to end in .json or .md, which says what is written")
         if self.output is not None:
-            from lorafit.files import claim_file
+            self._check_output(self.output)
 
-            claim_file(self.output, "bench_version" if self.output.suffix == ".json" else "# Speed of ")
-        if self.output is not None and not self.output.absolute().parent.is_dir():
-            raise UsageError(f"-o {self.output}: there is no folder {self.output.parent}")
+    def _check_output(self, file: Path) -> None:
+        from lorafit.files import claim_file
+
+        if file.suffix not in (".json", ".md"):
+            raise UsageError(f"-o {file}: has to end in .json or .md, which says what is written")
+        claim_file(file, "bench_version" if file.suffix == ".json" else "# Speed of ")
+        if not file.absolute().parent.is_dir():
+            raise UsageError(f"-o {file}: there is no folder {file.parent}")

@@ -28,23 +28,19 @@ class ChatOptions(JsonOptions):
         use: which model answers first; None: what the run trained, or the model itself.
     """
 
-    path: Annotated[str, Argument("RUN|MODEL", "A run directory, a model folder or a hub id.", "runs")]
+    path: Annotated[str, Argument("A run directory, a model folder or a hub id.", "RUN|MODEL", "runs")]
     adapters: Adapters = ()
-    use: Annotated[str | None, Option("The model that answers first.  [default: the run's]", metavar="NAME")] = None
-    prompts: Annotated[tuple[str, ...], Option("Answer this and leave; repeatable, in turn.", "--prompt", "TEXT")] = ()
-    system: Annotated[str | None, Option("The system message.", metavar="TEXT")] = None
+    use: Annotated[str | None, Option("The model that answers first.  [default: the run's]", "NAME")] = None
+    prompts: Annotated[tuple[str, ...], Option("Answer this and leave; repeatable, in turn.", "--prompt TEXT")] = ()
+    system: Annotated[str | None, Option("The system message.", "TEXT")] = None
     max_new_tokens: Annotated[int, Option("Tokens an answer may have.", min=1)] = 512
     temperature: Annotated[float, Option("Temperature of sampling; 0 is greedy.", min=0)] = 0.0
     seed: Annotated[int, Option("Decides what is drawn at a temperature above 0.", min=0)] = 0
 
     def check(self) -> None:
         """Raises UsageError for what no chat can be held with."""
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: has to be at least 1")
-        if not 0 <= self.temperature < math.inf:
+        if not math.isfinite(self.temperature):
             raise UsageError(f"--temperature {self.temperature}: has to be a number from 0")
-        if self.seed < 0:
-            raise UsageError(f"--seed {self.seed}: has to be at least 0")
 
 
 @dataclass(frozen=True)

@@ -21,42 +21,38 @@ class EstimateOptions(JsonOptions):
         world: GPUs that train together.
     """
 
-    config: Annotated[Path | None, Argument("[CONFIG]", "The recipe, a YAML file.", "recipes")] = None
+    config: Annotated[Path | None, Argument("The recipe, a YAML file.", "[CONFIG]", "recipes")] = None
     overrides: Overrides = ()
-    model: Annotated[str | None, Option("A model in place of a recipe, with defaults.", metavar="NAME")] = None
-    method: Annotated[str | None, Option("With --model.  [default: lora]", metavar="lora|qlora|full")] = None
+    model: Annotated[str | None, Option("A model in place of a recipe, with defaults.", "NAME")] = None
+    method: Annotated[str | None, Option("With --model.  [default: lora]", "lora|qlora|full")] = None
     max_length: Annotated[int | None, Option("Short for training.max_length.")] = None
     batch: Annotated[int | None, Option("Short for training.per_device_train_batch_size.")] = None
     gpus: Annotated[
         tuple[str, ...],
-        Option("A GPU that it should fit, such as 'RTX 4090'; repeatable.", "--gpu", "NAME", completes="gpus"),
+        Option("A GPU that it should fit, such as 'RTX 4090'; repeatable.", "--gpu NAME", "gpus"),
     ] = ()
     sizes: Annotated[
-        tuple[str, ...], Option("Memory that it should fit, such as 24GiB; repeatable.", "--vram", "SIZE")
+        tuple[str, ...], Option("Memory that it should fit, such as 24GiB; repeatable.", "--vram SIZE")
     ] = ()
     asserted: Annotated[
         tuple[str, ...],
-        Option(
-            "Exit with 5 unless it certainly fits; repeatable, for CI.", "--assert-fits", "GPU|SIZE", completes="gpus"
-        ),
+        Option("Exit with 5 unless it certainly fits; repeatable, for CI.", "--assert-fits GPU|SIZE", "gpus"),
     ] = ()
     list_gpus: Annotated[bool, Option("Show which of the known GPUs it fits.")] = False
-    world: Annotated[int | None, Option("GPUs that train together.", "--gpus", "N")] = None
-    sharding: Annotated[str | None, Option("none, ddp, fsdp, fsdp_offload, zero1, zero2 or zero3.", metavar="HOW")] = (
-        None
-    )
+    world: Annotated[int | None, Option("GPUs that train together.", "--gpus N")] = None
+    sharding: Annotated[str | None, Option("none, ddp, fsdp, fsdp_offload, zero1, zero2 or zero3.", "HOW")] = None
     sweeps: Annotated[
-        tuple[str, ...], Option("Estimate for each value of a key; repeatable.", "--sweep", "KEY=V1,V2")
+        tuple[str, ...], Option("Estimate for each value of a key; repeatable.", "--sweep KEY=V1,V2")
     ] = ()
     trace: Annotated[bool, Option("Run the real modules on tensors without data: exact, takes seconds.")] = False
-    plot: Annotated[Path | None, Option("Draw it, as .png or .svg.", metavar="FILE")] = None
-    tokens: Annotated[int | None, Option("Tokens of an epoch, for cost.", metavar="N")] = None
+    plot: Annotated[Path | None, Option("Draw it, as .png or .svg.", "FILE")] = None
+    tokens: Annotated[int | None, Option("Tokens of an epoch, for cost.", "N")] = None
     price: Annotated[
-        float | None, Option("Price of one GPU for an hour, for cost; needs --gpu.", "--price-per-hour", "X")
+        float | None, Option("Price of one GPU for an hour, for cost; needs --gpu.", "--price-per-hour X")
     ] = None
     calibrate: Annotated[
         tuple[Path, ...],
-        Option("How far off the estimates of finished runs were; repeatable.", metavar="RUN", completes="runs"),
+        Option("How far off the estimates of finished runs were; repeatable.", "RUN", "runs"),
     ] = ()
 
     @property

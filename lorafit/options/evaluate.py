@@ -47,7 +47,7 @@ def parse_compare(text: str) -> tuple[str, ...]:
 
 Adapters = Annotated[
     tuple[Named, ...],
-    Option("Another adapter, or a run's, on the same base; repeatable.", "--adapter", "NAME=PATH", parse=parse_adapter),
+    Option("Another adapter, or a run's, on the same base; repeatable.", "--adapter NAME=PATH", parse=parse_adapter),
 ]
 
 
@@ -59,15 +59,15 @@ class Options(JsonOptions):
         path: a run, or a recipe, whose run is evaluated by the recipe's eval section as it is now.
     """
 
-    path: Annotated[Path, Argument("RUN|CONFIG", "A run directory, or the recipe of one.", "runs")]
+    path: Annotated[Path, Argument("A run directory, or the recipe of one.", "RUN|CONFIG", "runs")]
     overrides: Annotated[
-        tuple[str, ...], Option("Override a value of the eval section; repeatable.", "--set", "KEY=VALUE")
+        tuple[str, ...], Option("Override a value of the eval section; repeatable.", "--set KEY=VALUE")
     ] = ()
     compare: Annotated[
         tuple[str, ...] | None,
         Option(
             "base, adapter, merged, or paths of other runs.  [default: those that there are]",
-            metavar="M1,M2",
+            "M1,M2",
             parse=parse_compare,
             joined=True,
         ),
@@ -78,12 +78,8 @@ class Options(JsonOptions):
     max_new_tokens: Annotated[
         int | None, Option("Tokens an answer may have.  [default: eval.max_new_tokens]", min=1)
     ] = None
-    fail_under: Annotated[
-        tuple[str, ...], Option("Exit with 6 unless this holds; repeatable, for CI.", metavar="GATE")
-    ] = ()
-    baseline: Annotated[
-        Path | None, Option("An earlier results.json: exit with 6 if it was better.", metavar="FILE")
-    ] = None
+    fail_under: Annotated[tuple[str, ...], Option("Exit with 6 unless this holds; repeatable, for CI.", "GATE")] = ()
+    baseline: Annotated[Path | None, Option("An earlier results.json: exit with 6 if it was better.", "FILE")] = None
     output: Annotated[Path | None, Option("Default: eval/ in the run.", "-o --output")] = None
     resume: Annotated[bool, Option("Go on with an interrupted evaluation.")] = False
     locked: Locked = False

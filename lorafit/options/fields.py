@@ -18,43 +18,33 @@ Completes = Literal["recipes", "runs", "keys", "gpus"]
 
 
 @dataclass(frozen=True)
-class Argument:
-    """How a field is typed by its place. A field of several values takes all that is typed."""
-
-    metavar: str
-    help: str
-    completes: Completes | None = None
-
-
-@dataclass(frozen=True)
 class Option:
     """How a field is typed by a name. A field of several values is repeatable, and a Literal's choices are checked.
 
     Attributes:
-        flags: names, such as `-o --output`; empty: the field's own, with dashes.
-        min: the least number.
+        typed: names and what stands for the value, such as `--set KEY=VALUE`. No name: the field's own, with dashes;
+            no value: its type's.
         parse: makes a value of a text (of each, where the option is repeatable), or raises UsageError, whose message
             begins with the text.
         joined: whether one text holds all values of a field of several, which `parse` takes apart.
+        min: the least number.
     """
 
     help: str
-    flags: str = ""
-    metavar: str | None = None
-    min: float | None = None
+    typed: str = ""
     completes: Completes | None = None
     parse: Callable[[str], Any] | None = None
     joined: bool = False
+    min: float | None = None
 
 
-RunPath = Annotated[Path, Argument("RUN", "A run directory, such as runs/quickstart.", "runs")]
-Overrides = Annotated[
-    tuple[str, ...],
-    Option("Override a value of the recipe; repeatable.", "--set", "KEY=VALUE", completes="keys"),
-]
-ForGpu = Annotated[
-    str | None, Option("Plan for this GPU, not what the recipe is meant for.", metavar="NAME", completes="gpus")
-]
+class Argument(Option):
+    """How a field is typed by its place. A field of several values takes all that is typed."""
+
+
+RunPath = Annotated[Path, Argument("A run directory, such as runs/quickstart.", "RUN", "runs")]
+Overrides = Annotated[tuple[str, ...], Option("Override a value of the recipe; repeatable.", "--set KEY=VALUE", "keys")]
+ForGpu = Annotated[str | None, Option("Plan for this GPU, not what the recipe is meant for.", "NAME", "gpus")]
 Here = Annotated[bool, Option("Plan for this machine.")]
 Locked = Annotated[bool, Option("Refuse any drift from the lock that the run was trained with.")]
 
@@ -78,7 +68,7 @@ class JsonOptions(Options):
 class RecipeOptions(JsonOptions):
     """What a command is asked to do with one recipe."""
 
-    config: Annotated[Path, Argument("CONFIG", "The recipe, a YAML file.", "recipes")]
+    config: Annotated[Path, Argument("The recipe, a YAML file.", "CONFIG", "recipes")]
     overrides: Overrides = ()
 
 

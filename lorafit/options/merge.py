@@ -47,53 +47,46 @@ def _is_number(text: str) -> bool:
 class Options(JsonOptions):
     """A merge as it was asked for. None means: as the recipe's merge section has it, or its default."""
 
-    path: Annotated[Path, Argument("RUN", "A run directory, or a folder with an adapter.", "runs")]
+    path: Annotated[Path, Argument("A run directory, or a folder with an adapter.", "RUN", "runs")]
     overrides: Annotated[
-        tuple[str, ...],
-        Option("Override a value of the merge section; repeatable.", "--set", "KEY=VALUE"),
+        tuple[str, ...], Option("Override a value of the merge section; repeatable.", "--set KEY=VALUE")
     ] = ()
     output: Annotated[Path | None, Option("Default: merged/ in the run.", "-o --output")] = None
     method: Annotated[
-        Literal["auto", "stream", "full"],
-        Option("stream: tensor by tensor; full: in memory.", metavar="auto|stream|full"),
+        Literal["auto", "stream", "full"], Option("stream: tensor by tensor; full: in memory.", "auto|stream|full")
     ] = "auto"
-    base: Annotated[str | None, Option("The base, if not where the run or adapter says.", metavar="NAME")] = None
+    base: Annotated[str | None, Option("The base, if not where the run or adapter says.", "NAME")] = None
     allow_other_base: Annotated[bool, Option("Merge into a base that is not the one of the training.")] = False
     base_weights: Annotated[
         Literal["auto", "original", "dequantized"] | None,
-        Option("For QLoRA: which weights to add to.", metavar="original|dequantized|auto"),
+        Option("For QLoRA: which weights to add to.", "original|dequantized|auto"),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Option("float32, bfloat16 or float16.  [default: as stored]", metavar="TYPE"),
+        Option("float32, bfloat16 or float16.  [default: as stored]", "TYPE"),
     ] = "auto"
     verify: Annotated[
         Literal["auto", "logits", "weights", "none"] | None,
-        Option("How much is proved.  [default: auto]", metavar="logits|weights|none"),
+        Option("How much is proved.  [default: auto]", "logits|weights|none"),
     ] = None
-    weight: Annotated[float, Option("Factor of the run's own adapter.", metavar="X")] = 1.0
+    weight: Annotated[float, Option("Factor of the run's own adapter.", "X")] = 1.0
     additions: Annotated[
         tuple[Addition, ...],
-        Option("Add another adapter, X times; below 0 subtracts. Repeatable.", "--add", "RUN:X", parse=parse_addition),
+        Option("Add another adapter, X times; below 0 subtracts. Repeatable.", "--add RUN:X", parse=parse_addition),
     ] = ()
-    combine: Annotated[Combine, Option("linear, ties, dare_linear, dare_ties or magnitude_prune.", metavar="HOW")] = (
-        "linear"
-    )
-    density: Annotated[float | None, Option("Share of each delta that --combine keeps.", metavar="X")] = None
+    combine: Annotated[Combine, Option("linear, ties, dare_linear, dare_ties or magnitude_prune.", "HOW")] = "linear"
+    density: Annotated[float | None, Option("Share of each delta that --combine keeps.", "X")] = None
     seed: Annotated[int, Option("Decides what DARE drops.", min=0)] = 0
     as_adapter: Annotated[bool, Option("Make one adapter of several (SVD) instead of a model.")] = False
-    rank: Annotated[int | None, Option("Rank of the adapter that --as-adapter makes.", metavar="R", min=1)] = None
+    rank: Annotated[int | None, Option("Rank of the adapter that --as-adapter makes.", "R", min=1)] = None
     quantize: Annotated[
-        Literal["nf4", "fp4"] | None, Option("A 4-bit copy of the merged model as well.", metavar="nf4|fp4")
+        Literal["nf4", "fp4"] | None, Option("A 4-bit copy of the merged model as well.", "nf4|fp4")
     ] = None
     exports: Annotated[
-        tuple[str, ...],
-        Option("f16, bf16, q8_0 …, with an Ollama Modelfile. Repeatable.", "--export", "gguf:KIND"),
+        tuple[str, ...], Option("f16, bf16, q8_0 …, with an Ollama Modelfile. Repeatable.", "--export gguf:KIND")
     ] = ()
-    llama_cpp: Annotated[Path | None, Option("Export by llama.cpp's own converter, in this folder.", metavar="DIR")] = (
-        None
-    )
-    push_to_hub: Annotated[str | None, Option("Upload the merged model, such as me/my-model.", metavar="ID")] = None
+    llama_cpp: Annotated[Path | None, Option("Export by llama.cpp's own converter, in this folder.", "DIR")] = None
+    push_to_hub: Annotated[str | None, Option("Upload the merged model, such as me/my-model.", "ID")] = None
     private: Annotated[bool, Option("With --push-to-hub.")] = False
     check_vllm: Annotated[bool, Option("Only tell whether vLLM can serve the adapter unmerged, and how.")] = False
     overwrite: Annotated[bool, Option("Make anew what is there already; it is kept until that is done.")] = False

@@ -27,15 +27,11 @@ class SmokeOptions(RecipeOptions):
         tolerance: relative; None: DEFAULT_TOLERANCE.
     """
 
-    steps: Annotated[int | None, Option("Optimizer steps.  [default: 5, or the recording's]", metavar="N")] = None
+    steps: Annotated[int | None, Option("Optimizer steps.  [default: 5, or the recording's]", "N")] = None
     record: Annotated[bool, Option("Write the losses to the golden file.")] = False
     compare: Annotated[bool, Option("Exit with 6 unless they are as recorded.", "--check")] = False
-    golden: Annotated[
-        Path | None, Option("The golden file.  [default: beside CONFIG, .golden.json]", metavar="FILE")
-    ] = None
-    tolerance: Annotated[
-        float | None, Option("Relative difference that --check allows.  [default: 0.001]", metavar="X")
-    ] = None
+    golden: Annotated[Path | None, Option("The golden file.  [default: beside CONFIG, .golden.json]", "FILE")] = None
+    tolerance: Annotated[float | None, Option("Relative difference that --check allows.  [default: 0.001]", "X")] = None
 
     @property
     def golden_file(self) -> Path:
