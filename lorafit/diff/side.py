@@ -13,7 +13,7 @@ from lorafit.memory import Estimate, setup_of
 from lorafit.outcome import Planned, planned
 from lorafit.plan import Schedule, SourcePlan, make_schedule, validation_rows
 from lorafit.plan.adapters import adapter_of
-from lorafit.plan.sources import counted
+from lorafit.plan.data import counted
 from lorafit.recipe import Recipe, load
 from lorafit.rows.audit import Audit
 from lorafit.text import first_line, printable

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Literal, TextIO
 from lorafit.errors import UsageError
 
 Write = Callable[[str], None]
-JOINERS = "\n\t\u200c\u200d"
-"""What is no printable character, and harmless: line breaks, tabs, and what holds scripts and emojis together."""
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -86,13 +83,3 @@ def from_stdin(stdin: TextIO) -> tuple[str, ...]:
     if not text.strip():
         raise UsageError("stdin: is empty, so there is no prompt; give one with --prompt")
     return (text,)
-
-
-def harmless(text: str) -> str:
-    """The text with control characters escaped, as a terminal may act on them; line breaks and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
-        for c in text
-    )

@@ -14,6 +14,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
 from lorafit.plan.adapters import Adapter, adapter_told
+from lorafit.plan.methods import SFT, Method
 from lorafit.recipe import Mistake, Recipe
 from lorafit.rows import Format, Shape
 from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
@@ -259,6 +260,11 @@ class Plan:
         for later in ("merge", "eval", "hardware"):
             whole["recipe"].pop(later, None)
         return {part: whole[part] for part in parts} | {"hardware": machine}
+
+    @property
+    def method(self) -> Method:
+        """What it trains by."""
+        return SFT
 
     @functools.cached_property
     def adapter(self) -> Adapter:
