@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from lorafit.bounds import read_json, within
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, Tensor
-from lorafit.recipe import LoraSection, Recipe
+from lorafit.recipe import KeyPath, LoraSection, Recipe
 from lorafit.text import near
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
@@ -30,7 +30,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 class TargetError(ValueError):
     """Targets that don't match; `path` is where in the recipe's lora section."""
 
-    def __init__(self, path: tuple[str | int, ...], message: str) -> None:
+    def __init__(self, path: KeyPath, message: str) -> None:
         super().__init__(message)
         self.path = path
 

@@ -24,7 +24,7 @@ from lorafit.facts.template import (
 from lorafit.plan.methods import method_of
 from lorafit.plan.values import Context, DataPlan, SourcePlan
 from lorafit.progress import stage
-from lorafit.recipe import Recipe, Source
+from lorafit.recipe import KeyPath, Recipe, Source
 from lorafit.rows import (
     COLUMNS,
     OPTIONAL,
@@ -133,7 +133,7 @@ def _given(format: str) -> Format | None:
     return None if format == "auto" else format  # type: ignore[return-value]
 
 
-def _recipe_path(key: str) -> tuple[str | int, ...]:
+def _recipe_path(key: str) -> KeyPath:
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 

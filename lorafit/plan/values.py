@@ -15,7 +15,7 @@ from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
 from lorafit.plan.adapters import Adapter, adapter_told
 from lorafit.plan.methods import SFT, Method
-from lorafit.recipe import Mistake, Recipe
+from lorafit.recipe import KeyPath, Mistake, Recipe
 from lorafit.rows import Format, Shape
 from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
 
@@ -324,8 +324,6 @@ def validation_rows(rows: int, fraction: float | None) -> int:
 
 
 T = TypeVar("T")
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in the recipe."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
-from lorafit.recipe.yaml import Located, Mistake, Position, dotted
+from lorafit.recipe.yaml import KeyPath, Located, Mistake, Position, dotted
 from lorafit.written import References
 
 MOST_WHOLE, MOST = 2**31 - 1, 1e30
@@ -592,7 +592,7 @@ class Recipe(Section):
         """What was written, and where; None for a recipe that was not read."""
         return self._source
 
-    def mistake(self, path: tuple[str | int, ...], message: str) -> Mistake:
+    def mistake(self, path: KeyPath, message: str) -> Mistake:
         """A mistake about the value at `path`, at the place where it was written."""
         if self._source is None:
             return Mistake(Position("recipe"), dotted(path), message)
