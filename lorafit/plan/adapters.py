@@ -101,24 +101,9 @@ class Lora:
             yield replace(tensor, dtype="float32" if MAGNITUDE in tensor.name else dtype)
 
     def arguments(self, targets: Targets | None) -> dict[str, Any]:
-        lora = self.section
-        names: Any = list(targets.names) if targets else lora.target_modules
-        return {
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "lora_dropout": lora.lora_dropout,
-            "target_modules": list(names) if isinstance(names, tuple) else names,
-            "exclude_modules": _list(lora.exclude_modules),
-            "modules_to_save": _list(lora.modules_to_save),
-            "layers_to_transform": _list(lora.layers_to_transform),
-            "rank_pattern": lora.rank_pattern,
-            "alpha_pattern": lora.alpha_pattern,
-            "bias": lora.bias,
-            "use_rslora": lora.use_rslora,
-            "use_dora": lora.use_dora,
-            "init_lora_weights": lora.init_lora_weights,
-            "task_type": "CAUSAL_LM",
-        }
+        names = {"target_modules": list(targets.names)} if targets else {}
+        given = self.section.model_dump(mode="json", exclude={"loraplus_lr_ratio"})  # all but that are LoraConfig's
+        return given | names | {"task_type": "CAUSAL_LM"}
 
 
 Adapter = Full | Lora
@@ -142,10 +127,6 @@ def adapter_told(arguments: Mapping[str, Any] | None) -> Adapter:
         return Full()
     given = {key: value for key, value in arguments.items() if key != "task_type" and value is not None}
     return Lora(LoraSection.model_validate(given))
-
-
-def _list(values: Any) -> list[Any] | None:
-    return None if values is None else list(values)
 
 
 def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
