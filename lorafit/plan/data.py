@@ -83,7 +83,7 @@ def _source(context: Context, source: Source, key: str, reading: Reading) -> Sou
     asked = SourcePlan(
         source.path,
         key,
-        _given(source.format),
+        None if source.format == "auto" else source.format,
         dict(source.columns),
         dict(source.template) if isinstance(source.template, dict) else source.template,
         source.weight,
@@ -127,10 +127,6 @@ def _looked_into(context: Context, source: SourcePlan, reading: Reading) -> Sour
         return dataclasses.replace(source, format=format)
     sha256 = size_digest(source.path) if streamed else digest(source.path)
     return dataclasses.replace(source, format=format, sha256=sha256)
-
-
-def _given(format: str) -> Format | None:
-    return None if format == "auto" else format  # type: ignore[return-value]
 
 
 def _recipe_path(key: str) -> KeyPath:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
 from lorafit.recipe.yaml import KeyPath, Located, Mistake, Position, dotted
+from lorafit.rows import Format
 from lorafit.written import References
 
 MOST_WHOLE, MOST = 2**31 - 1, 1e30
@@ -63,16 +64,7 @@ Tracker = Literal[
     "dagshub",
     "flyte",
 ]
-RowFormat = Literal[
-    "auto",
-    "alpaca",
-    "messages",
-    "sharegpt",
-    "prompt_completion",
-    "text",
-    "preference",
-    "unpaired_preference",
-]
+RowFormat = Literal["auto", Format]
 Trackers = Annotated[tuple[Tracker, ...], Field(strict=False)]
 
 
