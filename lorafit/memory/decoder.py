@@ -19,7 +19,7 @@ from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
 from lorafit.memory.static import BYTES, quantized_tensors, width_of
 from lorafit.memory.tape import Parameter, Value
-from lorafit.plan.adapters import Lora, rank_of
+from lorafit.plan.adapters import Lora, find_targets, rank_of
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -118,8 +118,7 @@ class Decoder:
         setup = self.setup
         quantized = {tensor.name for tensor in quantized_tensors(setup)}
         lora = setup.adapter.section if isinstance(setup.adapter, Lora) else None
-        targets = setup.adapter.targets(setup.facts)
-        adapted = set(targets.modules if targets else ())
+        adapted = set(find_targets(lora, setup.facts).modules) if lora else set()
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(?:\.(weight|bias))?", name)

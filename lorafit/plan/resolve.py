@@ -138,7 +138,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
         quantization_kwargs=for_quantization,
         lora_kwargs=adapter_of(recipe).arguments(targets),
         adapter_dtype=adapter_dtype(context, dtype),
-        loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio if recipe.lora else None,
+        loraplus_lr_ratio=adapter_of(recipe).loraplus_lr_ratio,
         training_kwargs=for_training,
         data=data,
         schedule=None,
