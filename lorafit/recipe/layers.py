@@ -1,4 +1,4 @@
-"""Layers of a recipe: a file over its parents, and `--set` over both. Of rivals the later layer's is kept."""
+"""The layers of a recipe: a file over its parents, and `--set` over both. Of rivals the later one stays."""
 
 from __future__ import annotations
 

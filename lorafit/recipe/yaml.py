@@ -1,4 +1,4 @@
-"""YAML text -> a tree of values that know where they were written.
+"""YAML text -> a tree of values that know where they were written, and the mistakes that are found there.
 
 Reading is stricter than YAML asks for, since a recipe that is misread trains something else:
 scalars follow YAML 1.2's core schema (`1e-4` is a number, `no` is text), duplicate keys, unknown
