@@ -261,24 +261,21 @@ _EXPECTATIONS = {
     "model_attributes_type": "a section of keys",
     "finite_number": "a finite number",
     "none_required": "null",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of at most {le:g}",
 }
+"""By pydantic's name of an error, with its context."""
 
 
 def _expectation(item: Any) -> str:
     context = item.get("ctx", {})
     kind = item["type"]
     if kind in _EXPECTATIONS:
-        return _EXPECTATIONS[kind]
+        return _EXPECTATIONS[kind].format(**context)
     if kind == "literal_error":
         return str(context["expected"]).replace(" or ", ", ").replace(", ", " | ").replace("'", "")
-    if kind == "greater_than":
-        return f"a number above {context['gt']:g}"
-    if kind == "greater_than_equal":
-        return f"a number of at least {context['ge']:g}"
-    if kind == "less_than":
-        return f"a number below {context['lt']:g}"
-    if kind == "less_than_equal":
-        return f"a number of at most {context['le']:g}"
     if kind == "string_pattern_mismatch":
         return str(context["pattern"]).strip("^$()").replace("|", " | ").replace("[0-9]+", "N")
     return str(item["msg"]).removeprefix("Value error, ")
