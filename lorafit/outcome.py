@@ -31,9 +31,9 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, meant_device, meant_hardware
 from lorafit.memory import Estimate, Setup, Sharding, check_size, estimate, judged, known_tensors, setup_of
 from lorafit.plan import Choice, Plan, Schedule, SourcePlan, Training, make_schedule, validation_rows
+from lorafit.plan.data import Reading, counted, plan_sources
 from lorafit.plan.model import choose_dtype
 from lorafit.plan.resolve import examine, with_steps
-from lorafit.plan.sources import Reading, counted, plan_sources
 from lorafit.plan.training import training_kwargs
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError

@@ -20,7 +20,7 @@ from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
 from lorafit.memory.static import BYTES, quantized_tensors, width_of
 from lorafit.memory.tape import Parameter, Value
-from lorafit.plan.adapters import Lora, rank_of
+from lorafit.plan.adapters import Lora, find_targets, rank_of
 
 FUSED_ROWS = 1536
 """From more rows than this on, bitsandbytes makes the weight in 16 bits (backends/cuda/ops.py)."""
@@ -103,8 +103,7 @@ class Decoder:
         setup = self.setup
         quantized = {tensor.name for tensor in quantized_tensors(setup)}
         lora = setup.adapter.section if isinstance(setup.adapter, Lora) else None
-        targets = setup.adapter.targets(setup.facts)
-        adapted = set(targets.modules if targets else ())
+        adapted = set(find_targets(lora, setup.facts).modules) if lora else set()
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in _weights_first(tensors):
             found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(?:\.(weight|bias))?", name)

@@ -175,7 +175,7 @@ def features_of(setup: Setup) -> dict[str, str]:
     """What a setup has in common with others."""
     loss = setup.stack.loss
     sharded = setup.sharding not in ("none", "ddp")
-    kind = "lora" if setup.lora else "full training"
+    kind = "full training" if setup.adapter.trains_base else "lora"
     if setup.quantization:
         kind = "8-bit lora" if setup.quantization.get("load_in_8bit") else "4-bit lora"
     return {

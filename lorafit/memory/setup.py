@@ -104,10 +104,12 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
     training, data = plan.training, plan.data
     cuda = plan.hardware.device == "cuda"
     mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else None
-    batch = training.per_device_train_batch_size
+    batch = training.per_device_train_batch_size * plan.method.sequences
     world = plan.hardware.world_size
     validates = bool(data.validation) or data.validation_fraction is not None
-    eval_batch = training.per_device_eval_batch_size if validates and training.eval_strategy != "no" else 0
+    eval_batch = training.per_device_eval_batch_size * plan.method.sequences
+    if not validates or training.eval_strategy == "no":
+        eval_batch = 0
     return Setup(
         facts=known_tensors(facts),
         batch=batch,

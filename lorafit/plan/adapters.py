@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from lorafit.bounds import read_json, within
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, Tensor
-from lorafit.recipe import LoraSection, Recipe
+from lorafit.recipe import KeyPath, LoraSection, Recipe
 from lorafit.text import near
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
@@ -27,10 +27,14 @@ _QV = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin"}
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-class TargetError(ValueError):
-    """Targets that don't match; `path` is where in the recipe's lora section."""
+Complaint = tuple[KeyPath, str]
+"""A place in the recipe, and what is wrong there."""
 
-    def __init__(self, path: tuple[str | int, ...], message: str) -> None:
+
+class TargetError(ValueError):
+    """Targets that don't match; `path` is where in the recipe, or in its section for the adapter."""
+
+    def __init__(self, path: KeyPath, message: str) -> None:
         super().__init__(message)
         self.path = path
 
@@ -57,12 +61,16 @@ class Full:
     result: ClassVar[Literal["trained"]] = "trained"
     title: ClassVar[str] = "full training"
     scale: ClassVar[None] = None
+    loraplus_lr_ratio: ClassVar[None] = None
 
     def described(self, base: str = "") -> str:
         return "all parameters"
 
     def arguments(self, targets: Targets | None) -> None:
         return None
+
+    def complaints(self, facts: ModelFacts, device: str) -> Iterator[Complaint]:
+        return iter(())
 
     def targets(self, facts: ModelFacts) -> None:
         return None
@@ -93,32 +101,40 @@ class Lora:
         kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
         return f"{kind}{base}, r {lora.r}, alpha {lora.lora_alpha:g}"
 
+    @property
+    def loraplus_lr_ratio(self) -> float | None:
+        return self.section.loraplus_lr_ratio
+
+    def complaints(self, facts: ModelFacts, device: str) -> Iterator[Complaint]:
+        lora = self.section
+        if facts.tensors:
+            if lora.init_lora_weights == "loftq" and device == "cpu":
+                yield ("lora", "init_lora_weights"), "PEFT computes loftq on a GPU, and this is a CPU; use true"
+            return
+        if lora.target_modules in ("attention", "mlp", "qv"):
+            yield (
+                ("lora", "target_modules"),
+                f"can't be expanded for a {facts.model_type} model without its safetensors headers; use all-linear",
+            )
+        if isinstance(lora.target_modules, str) and lora.layers_to_transform is not None:
+            yield ("lora", "layers_to_transform"), "needs a list of target_modules for this model"
+
     def targets(self, facts: ModelFacts) -> Targets:
-        return find_targets(self.section, facts)
+        try:
+            targets = find_targets(self.section, facts)
+            check_modules_to_save(self.section, facts)
+        except TargetError as error:
+            raise TargetError(("lora", *error.path), str(error)) from None
+        return targets
 
     def tensors(self, facts: ModelFacts, targets: Targets | None, dtype: str = "") -> Iterator[Tensor]:
-        for tensor in _trained_tensors(self.section, targets or self.targets(facts), facts):
+        for tensor in _trained_tensors(self.section, targets or find_targets(self.section, facts), facts):
             yield replace(tensor, dtype="float32" if MAGNITUDE in tensor.name else dtype)
 
     def arguments(self, targets: Targets | None) -> dict[str, Any]:
-        lora = self.section
-        names: Any = list(targets.names) if targets else lora.target_modules
-        return {
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "lora_dropout": lora.lora_dropout,
-            "target_modules": list(names) if isinstance(names, tuple) else names,
-            "exclude_modules": _list(lora.exclude_modules),
-            "modules_to_save": _list(lora.modules_to_save),
-            "layers_to_transform": _list(lora.layers_to_transform),
-            "rank_pattern": lora.rank_pattern,
-            "alpha_pattern": lora.alpha_pattern,
-            "bias": lora.bias,
-            "use_rslora": lora.use_rslora,
-            "use_dora": lora.use_dora,
-            "init_lora_weights": lora.init_lora_weights,
-            "task_type": "CAUSAL_LM",
-        }
+        names = {"target_modules": list(targets.names)} if targets else {}
+        given = self.section.model_dump(mode="json", exclude={"loraplus_lr_ratio"})  # all but that are LoraConfig's
+        return given | names | {"task_type": "CAUSAL_LM"}
 
 
 Adapter = Full | Lora
@@ -126,8 +142,9 @@ Adapter = Full | Lora
 
 `trains_base`: whether the base's own weights are trained: then they can't be quantized, and there is nothing to merge;
 `result`: what a run's result is called in evaluations; `title` and `described(base)`: for people; `scale`: what the
-update is multiplied by; `targets(facts)`: the adapted modules (raises TargetError); `tensors(facts, targets, dtype)`:
-every tensor that is trained, in its type; `arguments(targets)`: what PEFT is told.
+update is multiplied by; `loraplus_lr_ratio`: how much faster its B matrices learn; `complaints(facts, device)`: what
+can't be carried out there; `targets(facts)`: the adapted modules (raises TargetError, with the place in the recipe);
+`tensors(facts, targets, dtype)`: every tensor that is trained, in its type; `arguments(targets)`: what PEFT is told.
 """
 
 
@@ -142,10 +159,6 @@ def adapter_told(arguments: Mapping[str, Any] | None) -> Adapter:
         return Full()
     given = {key: value for key, value in arguments.items() if key != "task_type" and value is not None}
     return Lora(LoraSection.model_validate(given))
-
-
-def _list(values: Any) -> list[Any] | None:
-    return None if values is None else list(values)
 
 
 def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:

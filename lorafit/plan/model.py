@@ -6,15 +6,7 @@ from typing import Any
 
 from lorafit.errors import UsageError
 from lorafit.families import family_of
-from lorafit.plan.adapters import (
-    OUTPUT_HEADS,
-    Lora,
-    TargetError,
-    Targets,
-    adapter_of,
-    check_modules_to_save,
-    is_skipped,
-)
+from lorafit.plan.adapters import OUTPUT_HEADS, TargetError, Targets, adapter_of, is_skipped
 from lorafit.plan.values import Context, ModelPlan
 from lorafit.text import near
 
@@ -154,33 +146,27 @@ def _unquantized(context: Context, asked: tuple[str, ...] | None) -> list[str] |
 
 def adapter_targets(context: Context) -> Targets | None:
     """The modules that are adapted; None for training in full, and where only the model can tell."""
-    lora, facts = context.recipe.lora, context.facts
-    if lora is None:
-        return None
-    if not facts.tensors:
-        if lora.target_modules in ("attention", "mlp", "qv"):
-            context.wrong(
-                ("lora", "target_modules"),
-                f"can't be expanded for a {facts.model_type} model without its safetensors headers; use all-linear",
+    adapter, facts = adapter_of(context.recipe), context.facts
+    targets = None
+    if facts.tensors:
+        try:
+            targets = adapter.targets(facts)
+        except TargetError as error:
+            context.wrong(error.path, str(error))
+            return None
+    for path, message in adapter.complaints(facts, context.hardware.device):
+        context.wrong(path, message)
+    if targets is None:
+        if not adapter.trains_base:
+            context.remarks.append(
+                f"The layers of a {facts.model_type} model are not known without its safetensors headers: "
+                "target_modules are checked when the model loads."
             )
-        if isinstance(lora.target_modules, str) and lora.layers_to_transform is not None:
-            context.wrong(("lora", "layers_to_transform"), "needs a list of target_modules for this model")
-        context.remarks.append(
-            f"The layers of a {facts.model_type} model are not known without its safetensors headers: "
-            "target_modules are checked when the model loads."
-        )
         return None
-    try:
-        targets = Lora(lora).targets(facts)
-        check_modules_to_save(lora, facts)
-    except TargetError as error:
-        context.wrong(("lora", *error.path), str(error))
-        return None
-    if lora.init_lora_weights == "loftq" and context.hardware.device == "cpu":
-        context.wrong(("lora", "init_lora_weights"), "PEFT computes loftq on a GPU, and this is a CPU; use true")
     if facts.is_moe:
         context.remarks.append("Experts are fused parameters in transformers 5, so they get no adapter.")
-    context.choose("lora.target_modules", list(targets.names), f"{targets.reason} ({len(targets.modules)} modules)")
+    reason = f"{targets.reason} ({len(targets.modules)} modules)"
+    context.choose("lora.target_modules", list(targets.names), reason)
     return targets
 
 

@@ -16,8 +16,7 @@ from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.judge import endpoint_of
 from lorafit.options.evaluate import RESERVED, sets_of
-from lorafit.plan.values import KeyPath
-from lorafit.recipe import Recipe
+from lorafit.recipe import KeyPath, Recipe
 from lorafit.recipe.schema import EvalSet
 from lorafit.recipe.yaml import dotted
 from lorafit.validate.contents import check_contents, first_rows
