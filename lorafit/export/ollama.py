@@ -64,6 +64,8 @@ def render(template: str, data: dict[str, Any]) -> str:
 
 
 Message = dict[str, Any]
+_END = "{{ end }}"
+_SYSTEM_WORDS = ["lorafitsystem", "lorafitquestion"]
 
 
 @dataclass(frozen=True)
@@ -206,16 +208,14 @@ def _make(jinja: _Jinja) -> tuple[str, str | None]:
     """The Go template, and the system message that the chat template gives itself, if it can stand in SYSTEM."""
     if jinja.depends_on_date():
         raise _CannotExpress("the chat template writes the day's date")
-    why = _CannotExpress("the chat template treats turns in ways that Ollama's templates can't")
     for template, system in _candidates(jinja):
         try:
             difference = _difference(jinja, template, system)
-        except (ValueError, KeyError, IndexError) as error:
+        except ValueError as error:
             difference = str(error)
         if difference is None:
             return template, system
-        why = _CannotExpress(f"the chat template treats turns in ways that Ollama's templates can't ({difference})")
-    raise why
+    raise _CannotExpress(f"the chat template treats turns in ways that Ollama's templates can't ({difference})")
 
 
 @dataclass(frozen=True)
@@ -231,46 +231,36 @@ class _Pieces:
 def _candidates(jinja: _Jinja) -> Iterator[tuple[str, str | None]]:
     """Templates to try, the plainest first."""
     pieces = _find_pieces(jinja)
-    assistant = _turn("assistant", pieces.assistant)
-    user = _turn("user", pieces.user)
+    start, prompt = pieces.start, pieces.prompt
+    assistant, user = _turn("assistant", pieces.assistant), _turn("user", pieces.user)
     if not jinja.knows_system():
-        yield _range(_start(pieces), f"{user}{assistant}", pieces.prompt), None
+        yield _range(_unless_system(start), user + assistant, prompt), None
         return
-    before, after = _around_system(jinja)
+    before, after = _cut(jinja.need([_system("lorafitsystem"), _user("lorafitquestion")]), _SYSTEM_WORDS)[:2]
     if after.endswith(pieces.user[0]):
         around = (before, after.removesuffix(pieces.user[0]))
-        turns = f"{user}{assistant}{_turn('system', around)}"
-        head = pieces.start
-        default = head[len(around[0]) : len(head) - len(around[1])]
-        if default and head == around[0] + default + around[1]:
-            yield _range("", turns, pieces.prompt), default
-        yield _range(_start(pieces), turns, pieces.prompt), None
+        turns = user + assistant + _turn("system", around)
+        default = start[len(around[0]) : len(start) - len(around[1])]
+        if default and start == around[0] + default + around[1]:
+            yield _range("", turns, prompt), default
+        yield _range(_unless_system(start), turns, prompt), None
         # a beginning that is there with and without a system message
-        common = _shared(head, around[0])
-        if common:
-            inner = _turn("system", (around[0].removeprefix(common), around[1]))
-            rest = head.removeprefix(common)
-            opening = quoted(common) + (_unless_system(rest) if rest else "")
-            yield _range(opening, f"{user}{assistant}{inner}", pieces.prompt), None
-    if before == pieces.start + pieces.user[0]:
-        system = f"{{{{ $.System }}}}{quoted(after)}"
+        if common := _shared(start, before):
+            inner = _turn("system", (before.removeprefix(common), around[1]))
+            opening = quoted(common) + _unless_system(start.removeprefix(common))
+            yield _range(opening, user + assistant + inner, prompt), None
+    if before == start + pieces.user[0]:
         for condition in ("(eq $i 1)", "(eq (len (slice $.Messages $i)) 1)"):
-            told = f"{{{{ if and $.System {condition} }}}}{system}{{{{ end }}}}"
-            opener = quoted(pieces.user[0]) + told
-            turn = _turn("user", pieces.user, opener)
-            yield _range(quoted(pieces.start), f"{turn}{assistant}", pieces.prompt), None
+            told = f"{{{{ if and $.System {condition} }}}}{{{{ $.System }}}}{quoted(after)}{_END}"
+            turn = _turn("user", pieces.user, quoted(pieces.user[0]) + told)
+            yield _range(quoted(start), turn + assistant, prompt), None
     # The system message stands before everything, in whatever form.
-    rest = quoted(after)
-    question, answer = _if("user") + "{{ .Content }}", _if("assistant") + "{{ .Content }}"
-    flat = (
-        f"{{{{ if .System }}}}{quoted(before)}{{{{ .System }}}}{rest}{{{{ else }}}}"
-        f"{quoted(pieces.start + pieces.user[0])}{{{{ end }}}}{{{{ range $i, $_ := .Messages }}}}"
-        f"{question}{{{{ if not (eq (len (slice $.Messages $i)) 1) }}}}"
-        f"{quoted(pieces.user[1] + pieces.assistant[0])}{{{{ end }}}}{{{{ end }}}}"
-        f"{answer}{quoted(pieces.assistant[1] + pieces.user[0])}{{{{ end }}}}{{{{ end }}}}"
-        f"{quoted(pieces.prompt if not pieces.user[1] else pieces.user[1] + pieces.prompt)}"
-    )
-    yield flat, None
+    opening = f"{{{{ if .System }}}}{quoted(before)}{{{{ .System }}}}{quoted(after)}{{{{ else }}}}"
+    opening += f"{quoted(start + pieces.user[0])}{_END}"
+    answer = f"{{{{ if not (eq (len (slice $.Messages $i)) 1) }}}}{quoted(pieces.user[1] + pieces.assistant[0])}{_END}"
+    question = _turn("user", ("", ""), after=answer)
+    answered = _turn("assistant", ("", pieces.assistant[1] + pieces.user[0]))
+    yield _range(opening, question + answered, pieces.user[1] + prompt), None
 
 
 def _find_pieces(jinja: _Jinja) -> _Pieces:
@@ -299,12 +289,6 @@ def _find_pieces(jinja: _Jinja) -> _Pieces:
     return _Pieces(start, (question, after), (to_answer.removeprefix(after), end), ending.removeprefix(after))
 
 
-def _around_system(jinja: _Jinja) -> tuple[str, str]:
-    words = ["lorafitsystem", "lorafitquestionone"]
-    before, after, _ = _cut(jinja.need([_system(words[0]), _user(words[1])]), words)
-    return before, after
-
-
 def _cut(text: str, words: list[str]) -> list[str]:
     """The texts around words that occur once each and in this order."""
     parts = []
@@ -321,25 +305,19 @@ def _shared(one: str, other: str) -> str:
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _if(role: str) -> str:
-    return f'{{{{ if eq .Role "{role}" }}}}'
-
-
-def _turn(role: str, around: tuple[str, str], opener: str | None = None) -> str:
+def _turn(role: str, around: tuple[str, str], opener: str | None = None, after: str | None = None) -> str:
+    """A role's turn: its content between two texts, or between pieces of a template."""
     before = quoted(around[0]) if opener is None else opener
-    return f"{_if(role)}{before}{{{{ .Content }}}}{quoted(around[1])}{{{{ end }}}}"
+    after = quoted(around[1]) if after is None else after
+    return f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{_END}'
 
 
 def _unless_system(text: str) -> str:
-    return f"{{{{ if not .System }}}}{quoted(text)}{{{{ end }}}}"
-
-
-def _start(pieces: _Pieces) -> str:
-    return _unless_system(pieces.start) if pieces.start else ""
+    return f"{{{{ if not .System }}}}{quoted(text)}{_END}" if text else ""
 
 
 def _range(start: str, turns: str, prompt: str) -> str:
-    return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{{{{ end }}}}{quoted(prompt)}"
+    return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{_END}{quoted(prompt)}"
 
 
 def _conversations(with_system: bool) -> Iterator[list[Message]]:
