@@ -6,7 +6,7 @@ A family that is not here still trains: its tensors are told from safetensors he
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 _HEAD = "lm_head vocab_size,hidden_size ?!tie_word_embeddings"
@@ -165,6 +165,7 @@ _LATENT_ATTENTION = """
     self_attn.kv_b_proj num_attention_heads*qk_nope_head_dim+num_attention_heads*v_head_dim,kv_lora_rank
     self_attn.o_proj hidden_size,num_attention_heads*v_head_dim +attention_bias
 """
+_SPARSE = _mlp(rest="?!sparse") + _experts("moe_intermediate_size", rest="?sparse")
 _SHARED_EXPERTS = _mlp("mlp.shared_experts", "n_shared_experts*moe_intermediate_size", "?sparse")
 _CORRECTION = "=mlp.gate.e_score_correction_bias num_experts ?sparse"
 _LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
@@ -210,6 +211,7 @@ _NEOX_MLP = """
 """
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
 _GEMMA3_DEFAULTS = {**_GEMMA_DEFAULTS, "num_key_value_heads": 4}
+_GEMMA3_TRAITS = LayerTraits("around", wide_norm=True, scales_embeddings=True)
 _GLM_DEFAULTS = {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
 _BARE = {name: f"transformer.{name}" for name in ("wte.", "wpe.", "h.", "ln_f.", "word_embeddings")}
 _SIGLIP = Family(
@@ -295,7 +297,7 @@ FAMILIES: dict[str, Family] = {
         gguf=Gguf("qwen3", "", "qwen3", "Qwen3ForCausalLM"),
     ),
     "qwen3_moe": Family(
-        _QWEN3_ATTENTION + _mlp(rest="?!sparse") + _experts("moe_intermediate_size", rest="?sparse") + _TWO_NORMS,
+        _QWEN3_ATTENTION + _SPARSE + _TWO_NORMS,
         defaults={"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768},
         traits=LayerTraits(),
     ),
@@ -325,14 +327,14 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         _GEMMA + _FOUR_NORMS,
         defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 4},
-        traits=LayerTraits("around", wide_norm=True, scales_embeddings=True, soft_caps=True),
+        traits=replace(_GEMMA3_TRAITS, soft_caps=True),
         gguf=Gguf("gemma2", "attention.key_length"),
         sdpa=False,
     ),
     "gemma3_text": Family(
         _GEMMA3,
         defaults=_GEMMA3_DEFAULTS,
-        traits=LayerTraits("around", wide_norm=True, scales_embeddings=True),
+        traits=_GEMMA3_TRAITS,
         gguf=Gguf("gemma3", "attention.key_length"),
     ),
     "gemma3": Family(
@@ -402,8 +404,7 @@ FAMILIES: dict[str, Family] = {
         self_attn.q_norm head_dim ?use_qk_norm
         self_attn.k_norm head_dim ?use_qk_norm
         """
-        + _mlp(rest="?!sparse")
-        + _experts("moe_intermediate_size", rest="?sparse")
+        + _SPARSE
         + _CORRECTION
         + _SHARED_EXPERTS
         + _TWO_NORMS,
@@ -438,12 +439,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_LATENT, "num_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407},
     ),
     "deepseek_v3": Family(
-        _LATENT_ATTENTION
-        + _mlp(rest="?!sparse")
-        + _experts("moe_intermediate_size", rest="?sparse")
-        + _CORRECTION
-        + _SHARED_EXPERTS
-        + _TWO_NORMS,
+        _LATENT_ATTENTION + _SPARSE + _CORRECTION + _SHARED_EXPERTS + _TWO_NORMS,
         defaults={
             **_LATENT,
             "num_experts": 256,
@@ -475,7 +471,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 32},
     ),
     "gpt_neox": Family(
-        layer="""
+        """
         attention.query_key_value 3*hidden_size,hidden_size +attention_bias
         attention.dense hidden_size,hidden_size +attention_bias
         """
@@ -484,8 +480,9 @@ FAMILIES: dict[str, Family] = {
         before="gpt_neox.embed_in vocab_size,hidden_size",
         after=f"gpt_neox.final_layer_norm hidden_size +yes\n{_HEAD}",
         layers="gpt_neox.layers",
-        stored={"embed_out.": "lm_head."},
         defaults={"attention_bias": True},
+        stored={"embed_out.": "lm_head."},
+        peft_targets=("query_key_value",),
     ),
     "falcon": Family(
         """
@@ -575,25 +572,8 @@ FAMILIES: dict[str, Family] = {
     "codegen": Family(sdpa=False, peft_targets=("qkv_proj",)),
     "mpt": Family(sdpa=False, peft_targets=("Wqkv",)),
 }
-FAMILIES |= dict.fromkeys(
-    (
-        "deepseek_v4",
-        "falcon_mamba",
-        "flint",
-        "gpt_neo",
-        "gpt_neox_japanese",
-        "gptj",
-        "granite_swa",
-        "granitemoe_swa",
-        "hy_v4",
-        "inkling2_text",
-        "mamba",
-        "mamba2",
-        "mimo_v2_flash",
-        "openai-gpt",
-        "rwkv",
-        "vaultgemma",
-        "xglm",
-    ),
-    Family(sdpa=False),
+_NO_SDPA = (
+    *("deepseek_v4", "falcon_mamba", "flint", "gpt_neo", "gpt_neox_japanese", "gptj", "granite_swa", "granitemoe_swa"),
+    *("hy_v4", "inkling2_text", "mamba", "mamba2", "mimo_v2_flash", "openai-gpt", "rwkv", "vaultgemma", "xglm"),
 )
+FAMILIES |= dict.fromkeys(_NO_SDPA, Family(sdpa=False))

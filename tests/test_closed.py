@@ -12,6 +12,7 @@ import pytest
 
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, known_models, layout, read_facts
+from lorafit.facts.layouts import as_loaded
 from lorafit.families import FAMILIES
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
 
@@ -169,6 +170,15 @@ def test_closed_form_and_trace_agree(family: str) -> None:
     assert set(MODELS) == {name for name, family in FAMILIES.items() if family.traits}
     apart = differences(drawn(family), family)
     assert not apart, "\n" + "\n".join(apart)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_headers_give_the_figures_of_formulas(family: str) -> None:
+    """Headers have tensors in order of name: a layer's bias before its weight."""
+    case = chosen(USUAL, family)
+    stored = sorted(case.facts.tensors, key=lambda tensor: tensor.name)
+    facts = replace(case.facts, tensors=as_loaded(case.facts.config, stored))
+    assert estimate(replace(case, facts=facts)).allocated == estimate(case).allocated
 
 
 @pytest.mark.parametrize("factor", FACTORS)

@@ -88,7 +88,7 @@ _MOST_OF_A_TOKENIZER = 1 << 30
 
 
 def _digest(path: Path) -> str | None:
-    """Of the tokenizer's files; None where the vocabulary is not there (yet)."""
+    """SHA-256 of the tokenizer's files; None where the vocabulary is not there (yet)."""
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     if not files or files[0].name not in TOKENIZER_FILES[:3]:
         return None

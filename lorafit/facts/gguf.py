@@ -23,48 +23,50 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
         raise ModelError(f"{name}: no such file (looked in {Path.cwd()})") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: not a whole GGUF file: {error}") from None
-    family = str(metadata.get("general.architecture", ""))
-    known = {entry.gguf.read: name for name, entry in FAMILIES.items() if entry.gguf.read}
-    if family not in known:
-        others = ", ".join(known)
-        raise ModelError(f"{name}: GGUF files of the architecture {family!r} are not supported; these are: {others}")
-
-    def need(key: str) -> Any:
-        if f"{family}.{key}" not in metadata:
-            raise ModelError(f"{name}: the GGUF header has no {family}.{key}")
-        return metadata[f"{family}.{key}"]
+    architecture = str(metadata.get("general.architecture", ""))
+    known = {family.gguf.read: model_type for model_type, family in FAMILIES.items() if family.gguf.read}
+    if architecture not in known:
+        raise ModelError(
+            f"{name}: GGUF files of the architecture {architecture!r} are not supported; these are: {', '.join(known)}"
+        )
 
     tokens = metadata.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     config: dict[str, Any] = {
-        "model_type": known[family],
-        "hidden_size": need("embedding_length"),
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
-        "num_attention_heads": need("attention.head_count"),
-        "vocab_size": metadata.get(f"{family}.vocab_size") or len(tokens) or need("vocab_size"),
-        "max_position_embeddings": need("context_length"),
-        "tie_word_embeddings": "output.weight" not in names,
+        key: metadata[f"{architecture}.{where}"]
+        for key, where in {**_NEEDED, **_OPTIONAL, "head_dim": FAMILIES[known[architecture]].gguf.head_dim}.items()
+        if f"{architecture}.{where}" in metadata
     }
-    head_dim = FAMILIES[known[family]].gguf.head_dim
-    for key, where in (("num_key_value_heads", "attention.head_count_kv"), ("head_dim", head_dim)):
-        if f"{family}.{where}" in metadata:
-            config[key] = metadata[f"{family}.{where}"]
-
+    config["vocab_size"] = config.get("vocab_size") or len(tokens) or None
+    if missing := next((where for key, where in _NEEDED.items() if config.get(key) is None), None):
+        raise ModelError(f"{name}: the GGUF header has no {architecture}.{missing}")
+    config |= {"model_type": known[architecture], "tie_word_embeddings": "output.weight" not in names}
     check_sizes(name, config)
+    return ModelFacts(name, "gguf", "the GGUF header", config, tuple(layout(config)), _tokenizer(metadata, tokens))
 
+
+def _tokenizer(metadata: dict[str, Any], tokens: list[str]) -> TokenizerFacts:
     def token(key: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
         return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else None
 
     template = metadata.get("tokenizer.chat_template")
-    template = template if isinstance(template, str) else None
     shaping = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     sha256 = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
-    tokenizer = TokenizerFacts(token("eos"), token("padding"), token("bos"), template, sha256)
-    return ModelFacts(name, "gguf", "the GGUF header", config, tuple(layout(config)), tokenizer)
+    template = template if isinstance(template, str) else None
+    return TokenizerFacts(token("eos"), token("padding"), token("bos"), template, sha256)
 
 
+_NEEDED = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length",
+}
+_OPTIONAL = {"num_key_value_heads": "attention.head_count_kv"}
+"""config.json's keys, and what a header calls them behind its architecture's name."""
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 

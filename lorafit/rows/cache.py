@@ -3,6 +3,7 @@
     <cache>/lorafit/rows/<key>/   one source, tokenized: rows.arrow and audit.json
     <cache>/lorafit/sets/<key>/   what a recipe makes of its sources: audit.json, the order, the packs
     <cache>/lorafit/digests/      of weight files that were read whole, by their place, size, times and inode
+    <cache>/lorafit/headers/      of a hub model's weights that are not here, by its commit (see facts/hub.py)
 
 Changing a byte of a data file, the tokenizer, the template, a setting or lorafit's own code gives another key. Entries
 are whole or absent, and compared with their seals when they are read; one process makes an entry while others wait, and

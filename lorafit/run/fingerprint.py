@@ -60,7 +60,7 @@ def model_fingerprint(plan: Plan) -> Fingerprint:
 
 
 def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
-    """The same for a model's name and revision."""
+    """The fingerprint of a base by its name and revision, as `model_fingerprint` gives it."""
     path = expanded(asked)
     if path.is_file():
         named = {"fingerprint_version": VERSION, "model": path.name, "revision": None, "commit": None}
@@ -96,7 +96,7 @@ def changed_base(plan: Plan, run: RunDir) -> list[str]:
 
 
 def changed_source(plan: Plan, run: RunDir) -> list[str]:
-    """The same of the base that the recipe names, such as a GGUF file itself. Raises ModelError."""
+    """What has changed in the base that the recipe names, such as a GGUF file itself. Raises ModelError."""
     recorded = run.base_files()
     return differences(recorded, model_fingerprint(plan)) if recorded else []
 
@@ -170,7 +170,7 @@ def summary(fingerprint: Fingerprint) -> Fingerprint:
 
 
 def _weights_like(side: Fingerprint, other: Fingerprint) -> Fingerprint:
-    """Of a run from a GGUF file, the folder that it became, where the other side is a folder."""
+    """A side as it is compared: for a run from a GGUF file the folder that it became, where the other is a folder."""
     if side.get("dequantized") and _part(other, "tensors") and not _part(side, "tensors"):
         return dict(side["dequantized"])
     return side
