@@ -64,7 +64,7 @@ def measured(run: Path, scratch: Path, console: Console) -> list[str]:
         ]
     del adapter
     for kind in ("dequantized", "original"):
-        folder = merge(Options(run, scratch / kind, base_weights=kind, limits={"max_kl": 1e9}), console)
+        folder = merge(Options(run, ("merge.max_kl=1e9",), scratch / kind, base_weights=kind), console)
         for name, where in (
             (f"{kind} base", folder),
             (f"{kind} base, then NF4 again", quantized_copy(folder, "nf4")),

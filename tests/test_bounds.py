@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 from lorafit import bounds
 from lorafit.cli import app
-from lorafit.cli.common import reporting
+from lorafit.cli.exits import reporting
 from lorafit.errors import DataError, ModelError, UsageError
 from lorafit.rows import read_rows
 

@@ -203,7 +203,7 @@ class TestMistakes:
 
     def test_what_only_another_process_meets(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("RANK", "3")
-        monkeypatch.setattr("lorafit.cli.common.HEAD_START", 0)
+        monkeypatch.setattr("lorafit.cli.exits.HEAD_START", 0)
         code, _, err = lorafit("train", tmp_path / "nowhere.yaml")
         assert code == 2
         assert err.startswith("process 3: ")

@@ -151,18 +151,3 @@ def test_gpus(place: Path) -> None:
 )
 def test_says_nothing_where_something_is_wrong(place: Path, environment: dict[str, str]) -> None:
     assert "rror" not in ask(place, **environment).stdout
-
-
-def test_loads_nothing_heavy(place: Path) -> None:
-    code = (
-        "import sys; sys.argv[0] = 'lorafit'; from lorafit.cli import app\n"
-        "from lorafit.cli.complete import answer\n"
-        "try:\n answer(app)\nexcept SystemExit:\n pass\n"
-        "print(*{'torch', 'transformers', 'huggingface_hub'} & set(sys.modules), file=sys.stderr)"
-    )
-    words = {"_LORAFIT_COMPLETE": "complete_bash", "COMP_WORDS": "lorafit\ntrain\n", "COMP_CWORD": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=place, env=os.environ | words, capture_output=True, text=True, check=True
-    )
-    assert "configs/" in done.stdout
-    assert done.stderr.strip() == ""

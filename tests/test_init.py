@@ -12,7 +12,7 @@ import pytest
 from conftest import conversation, write_jsonl
 from typer.testing import CliRunner, Result
 
-import lorafit.cli.starting
+import lorafit.cli.init
 from lorafit.cli import app
 from lorafit.init.write import Document, Line, recipe_of, scalar
 from lorafit.recipe import Recipe
@@ -144,7 +144,7 @@ def test_without_a_terminal_the_missing_options_are_named(
 
 
 def test_on_a_terminal_it_asks(tmp_path: Path, tiny_model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lorafit.cli.starting, "is_terminal", lambda: True)
+    monkeypatch.setattr(lorafit.cli.init, "is_terminal", lambda: True)
     done = init(tmp_path / "r.yaml", "--data", rows, input=f"{tiny_model}\n16GiB\n")
     assert done.exit_code == 0, done.output
     assert "Base model" in done.stderr

@@ -197,7 +197,9 @@ def test_an_unquantized_run_has_nothing_to_dequantize(run: RunDir) -> None:
 
 
 def test_a_4_bit_copy_is_measured(quantized: Path, tmp_path: Path) -> None:
-    folder = merged(quantized, output=tmp_path / "m", quantize="nf4", limits={"max_kl": 1.0, "min_top1": 0.1})
+    folder = merged(
+        quantized, output=tmp_path / "m", quantize="nf4", overrides=("merge.max_kl=1.0", "merge.min_top1=0.1")
+    )
     assert report_of(folder)["base_weights"]["used"] == "original"
     copy = AutoModelForCausalLM.from_pretrained(tmp_path / "m-nf4", device_map={"": "cpu"})
     assert copy.config.quantization_config.bnb_4bit_quant_type == "nf4"
@@ -208,9 +210,9 @@ def test_a_4_bit_copy_is_measured(quantized: Path, tmp_path: Path) -> None:
 
 def test_a_4_bit_copy_that_lost_the_adapter_is_not_kept(quantized: Path, tmp_path: Path) -> None:
     """Dequantized weights lie where 4-bit rounding puts them, so rounding again undoes small changes."""
-    limits = {"max_kl": 1e-6, "min_top1": 0.0, "max_loss_increase": 10.0}
+    limits = ("merge.max_kl=1e-6", "merge.min_top1=0.0", "merge.max_loss_increase=10.0")
     with pytest.raises(GateError, match=r"m-nf4\.unverified: .*--base-weights original"):
-        merged(quantized, output=tmp_path / "m", base_weights="dequantized", quantize="nf4", limits=limits)
+        merged(quantized, output=tmp_path / "m", base_weights="dequantized", quantize="nf4", overrides=limits)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m", "m-nf4.unverified"]
 
 
@@ -220,7 +222,7 @@ def test_a_4_bit_copy_that_lost_the_adapter_is_not_kept(quantized: Path, tmp_pat
 def test_beyond_a_limit_nothing_but_the_unverified_model_is_left(quantized: Path, tmp_path: Path) -> None:
     destination = tmp_path / "out" / "m"
     with pytest.raises(GateError, match=r"m\.unverified: not verified: .*merge\.max_kl is 1e-08.*dequantized"):
-        merged(quantized, output=destination, base_weights="original", limits={"max_kl": 1e-8})
+        merged(quantized, output=destination, base_weights="original", overrides=("merge.max_kl=1e-8",))
     assert [entry.name for entry in destination.parent.iterdir()] == ["m.unverified"]
     report = report_of(destination.with_name("m.unverified"))
     assert report["verification"]["breaches"]
@@ -251,7 +253,7 @@ def test_a_wrong_merge_is_not_kept(run: RunDir, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
         with pytest.raises(GateError, match="not verified"):
-            merged(run.path, method="full", limits={"max_kl": 1e-4})
+            merged(run.path, method="full", overrides=("merge.max_kl=1e-4",))
     assert not run.merged.exists()
     assert not hidden(run.path)
 
@@ -339,8 +341,9 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         (["--private"], "--push-to-hub"),
         (["--as-adapter", "--rank", "2", "--push-to-hub", "me/x"], "can't go with"),
         (["--export", "onnx"], "gguf"),
-        (["--max-kl", "-1"], "--max-kl: expected a number from 0"),
-        (["--min-top1", "1.5"], "--min-top1: expected a share"),
+        (["--set", "merge.max_kl=-1"], "--set merge.max_kl=-1: merge.max_kl: "),
+        (["--set", "eval.limit=3"], "--set eval.limit=3: a merge can change the merge section only"),
+        (["--set", "merge.min_top1=1.5"], "--set merge.min_top1=1.5: merge.min_top1: "),
         (["--quantize", "int4"], "--quantize: expected one of nf4, fp4"),
     ],
 )
@@ -673,9 +676,9 @@ def test_exports_replace_only_exports(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "m-gguf").write_text("a file")
     with pytest.raises(UsageError, match="m-gguf: is a file"):
         merged(run.path, output=tmp_path / "m", exports=("gguf:f16",))
-    limits = {"max_kl": 9.0, "min_top1": 0.0, "max_loss_increase": 9.0}
+    limits = ("merge.max_kl=9.0", "merge.min_top1=0.0", "merge.max_loss_increase=9.0")
     for _ in range(2):
-        merged(run.path, output=tmp_path / "n", quantize="fp4", limits=limits)
+        merged(run.path, output=tmp_path / "n", quantize="fp4", overrides=limits)
     assert (tmp_path / "n-fp4" / "config.json").is_file(), "a copy of before is replaced"
 
 

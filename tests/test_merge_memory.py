@@ -56,7 +56,7 @@ def measured(adapter: Path, output: Path, base: Path, answer: Any) -> None:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    merge(Options(adapter, output, base=str(base), verify="weights"), Console(file=io.StringIO()))
+    merge(Options(adapter, output=output, base=str(base), verify="weights"), Console(file=io.StringIO()))
     over.set()
     thread.join()
     answer.put(max(peaks) - before)

@@ -57,7 +57,7 @@ def expected(adapter: Path) -> dict[str, bytes]:
 
 
 def run(adapter: Path, output: Path) -> Path:
-    return merge(Options(adapter, output, verify="weights", overwrite=True), Console(file=io.StringIO()))
+    return merge(Options(adapter, output=output, verify="weights", overwrite=True), Console(file=io.StringIO()))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -176,12 +176,12 @@ class TestGolden:
     def test_holds(self, smoke: Smoke, recorded: Path) -> None:
         text = recorded.with_suffix(".golden.json").read_text()
         assert str(recorded.parent) not in text
-        report = smoke(recorded, check=True)
+        report = smoke(recorded, compare=True)
         assert len(report.steps) == 4
         assert (report.failures, report.changed) == ((), ())
 
     def test_sees_another_learning_rate(self, smoke: Smoke, recorded: Path) -> None:
-        (failure,) = smoke(recorded, "training.learning_rate=0.0101", check=True).failures
+        (failure,) = smoke(recorded, "training.learning_rate=0.0101", compare=True).failures
         assert "step 2: learning rate" in failure
         assert "training.learning_rate 0.01 -> 0.0101" in failure
 
@@ -190,24 +190,24 @@ class TestGolden:
         template.write_text(
             CHATML.replace("message['role']", "message['role'] + ':'").replace("assistant\n", "assistant:\n")
         )
-        (failure,) = smoke(recorded, f"model.chat_template={template}", check=True).failures
+        (failure,) = smoke(recorded, f"model.chat_template={template}", compare=True).failures
         assert "step 1:" in failure
         assert "tokens, recorded" in failure
         assert "tokenizer chat template has changed" in failure
 
     def test_sees_other_rows(self, smoke: Smoke, recorded: Path, rows: Path) -> None:
         rows.write_text(rows.read_text().replace("the", "a cat"))
-        (failure,) = smoke(recorded, check=True).failures
+        (failure,) = smoke(recorded, compare=True).failures
         assert "data dataset.train.0 has changed" in failure
 
     def test_sees_what_shows_only_in_the_weights(self, smoke: Smoke, recorded: Path) -> None:
-        (failure,) = smoke(recorded, "training.adam_beta2=0.9", check=True).failures
+        (failure,) = smoke(recorded, "training.adam_beta2=0.9", compare=True).failures
         assert "distance that the weights moved" in failure
 
     def test_allows_what_the_tolerance_does(self, smoke: Smoke, recorded: Path) -> None:
         change = "training.weight_decay=0.001"
-        (failure,) = smoke(recorded, change, check=True, tolerance=1e-9).failures
-        report = smoke(recorded, change, check=True, tolerance=0.05)
+        (failure,) = smoke(recorded, change, compare=True, tolerance=1e-9).failures
+        report = smoke(recorded, change, compare=True, tolerance=0.05)
         assert report.failures == ()
         assert report.changed == ("training.weight_decay default -> 0.001",)
         assert report.changed[0] in failure
@@ -224,7 +224,7 @@ class TestGolden:
 
     def test_is_not_compared_with_a_stand_in(self, smoke: Smoke, recorded: Path) -> None:
         with pytest.raises(GateError, match="was recorded with the model's own tokenizer"):
-            smoke(recorded, "model.name_or_path=meta-llama/Llama-3.2-1B", check=True)
+            smoke(recorded, "model.name_or_path=meta-llama/Llama-3.2-1B", compare=True)
 
     @pytest.mark.parametrize(
         ("content", "said"),
@@ -247,7 +247,7 @@ class TestGolden:
         if content is not None:
             file.write_text(content)
         with pytest.raises(UsageError, match=said) as error:
-            smoke(recipe(), check=True, golden=file)
+            smoke(recipe(), compare=True, golden=file)
         assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(

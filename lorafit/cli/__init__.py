@@ -1,30 +1,82 @@
 """The command line: parse, call, print. The only place that prints results or exits.
 
-Heavy modules are imported inside the commands that need them.
+A command's module is named by it, and imported when the command runs or its own help is asked for. Heavy modules are
+imported inside the commands.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from lorafit.cli.checking import validate
-from lorafit.cli.common import reporting, show
 from lorafit.cli.complete import COMPLETE, answer
-from lorafit.cli.evaluation import bench, chat, evaluate
-from lorafit.cli.locking import lock, verify
-from lorafit.cli.memory import estimate_vram
-from lorafit.cli.merging import merge
-from lorafit.cli.review import diff, explain
-from lorafit.cli.smoking import smoke
-from lorafit.cli.starting import init
-from lorafit.cli.training import preview, train
 from lorafit.written import guard_streams
+
+COMMANDS = {
+    "Write a recipe": {
+        "init": "Write a first recipe, with settings that fit; or convert another tool's.",
+        "explain": "Show every value of a recipe, who set it where, and what it was set over.",
+        "diff": "Compare two recipes by meaning, and say what follows from the change; exits with 7 if they differ.",
+        "schema": "Print the recipe's JSON Schema (2020-12).",
+    },
+    "Check it": {
+        "validate": "Check recipes: keys, values, target modules, data, memory. Every fault at its line, in a moment.",
+        "estimate-vram": "Estimate a recipe's memory from tensor shapes, without weights or a GPU, and say where it "
+        "fits.",
+        "preview": "Show the data as the model will see it, and audit it; exits with 3 if training would be refused.",
+        "smoke": "Run a recipe's whole pipeline for a few steps with a tiny random model, on the CPU.",
+        "lock": "Write beside a recipe what it comes to: values, commits, hashes, versions; or check it.",
+    },
+    "Train": {
+        "train": "Train as a recipe says, into its run directory.",
+        "verify": "Compute a run's hashes once more, and see that it trains again as it did.",
+    },
+    "Judge what came of it": {
+        "eval": "Compare base, adapter and merged model on the same rows, with intervals, gates and reports.",
+        "bench": "Measure how fast base, adapter, merged and quantized model answer, and how much memory each takes.",
+    },
+    "Use it": {
+        "merge": "Merge an adapter into its base, prove the result, and save it as a model that transformers loads "
+        "alone.",
+        "chat": "Talk to a model in the terminal, and switch between base and adapters on the fly.",
+    },
+}
+"""What each command does, by what it is for, in the order in which a recipe goes through them."""
+
+
+class Commands(TyperGroup):
+    """The commands, listed by what they are for, each imported when it is needed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        names = {name: about for group in COMMANDS.values() for name, about in group.items()}
+        self.commands = {name: TyperCommand(name, help=about) for name, about in names.items()}
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        listed = self.commands.get(name)
+        if listed is None:
+            return None
+        module = name.replace("-", "_")
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name, help=listed.help)(getattr(importlib.import_module(f"lorafit.cli.{module}"), module))
+        return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        widest = max(map(len, self.commands))
+        room = formatter.width - 6 - widest
+        for title, group in COMMANDS.items():
+            with formatter.section(title):
+                rows = [(name.ljust(widest), self.commands[name].get_short_help_str(room)) for name in group]
+                formatter.write_dl(rows)
+
 
 app = typer.Typer(
     name="lorafit",
+    cls=Commands,
     help="Fine-tune a language model from one YAML recipe, and know that it is true.",
     no_args_is_help=True,
     add_completion=True,
@@ -32,30 +84,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-app.command()(init)
-app.command()(validate)
-app.command()(explain)
-app.command()(diff)
-app.command()(lock)
-app.command()(smoke)
-app.command("estimate-vram")(estimate_vram)
-app.command()(preview)
-app.command()(train)
-app.command()(verify)
-app.command("eval")(evaluate)
-app.command()(merge)
-app.command()(chat)
-app.command()(bench)
-
-
-@app.command()
-@reporting
-def schema() -> None:
-    """Print the recipe's JSON Schema (2020-12)."""
-    from lorafit.recipe.docs import json_schema
-
-    show(json_schema())
 
 
 @app.callback(invoke_without_command=True)

@@ -7,14 +7,11 @@ land in the line that is being typed.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import re
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,56 +19,35 @@ Candidates: TypeAlias = list[str | tuple[str, str]]
 """Values, or values with a help text."""
 
 COMPLETE = "_LORAFIT_COMPLETE"
-_KEY_BEFORE = "_LORAFIT_KEY"
-"""The key of which bash completes the value: it takes `=` for a word of its own."""
 _MOST_READ = 64 * 1024
 _RECIPE = re.compile(rb"^(model|extends)\s*:", re.MULTILINE)
 _UNSAFE = re.compile(r"([^\w@%+=:,./~-])")
+_PLAIN = {"string", "number", "integer", "boolean"}
 
 
-def quietly(candidates: Callable[[str], Candidates]) -> Callable[[str], Candidates]:
-    """No candidates where something goes wrong."""
-
-    @functools.wraps(candidates)
-    def guarded(incomplete: str) -> Candidates:
-        try:
-            return candidates(incomplete)
-        except Exception:  # noqa: BLE001 - whatever it is, the line that is typed is not the place to say it
-            return []
-
-    return guarded
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-@quietly
 def recipes(incomplete: str) -> Candidates:
     """Recipe files, and folders on the way to them."""
     return list(_paths(incomplete, _is_recipe))
 
 
-@quietly
 def runs(incomplete: str) -> Candidates:
     """Run directories, and folders on the way to them; at first those below runs/."""
-    found = list(_paths(incomplete, _is_run))
-    if not incomplete:
-        found += [path for path in _paths("runs/", _is_run) if path not in found]
-    return list(found)
+    found = _paths(incomplete, _is_run)
+    more = _paths("runs/", _is_run) if not incomplete and Path("runs").is_dir() else []
+    return list(dict.fromkeys([*found, *more]))
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
     """What is wanted and begins so, and folders. A single folder is entered: shells put a space behind it."""
-    typed, _, begin = incomplete.rpartition("/")
-    typed += "/" if "/" in incomplete else ""
+    typed, slash, begin = incomplete.rpartition("/")
     found = []
-    for path in sorted(Path(typed or ".").expanduser().iterdir()):
+    for path in sorted(Path(typed + slash or ".").expanduser().iterdir()):
         if not path.name.startswith(begin) or (path.name.startswith((".", "__")) and not begin):
             continue
         if wanted(path):
-            found.append(typed + path.name)
+            found.append(typed + slash + path.name)
         elif path.is_dir():
-            found.append(f"{typed}{path.name}/")
+            found.append(f"{typed}{slash}{path.name}/")
     if len(found) == 1 and found[0].endswith("/"):
         return _paths(found[0], wanted) or found
     return found
@@ -91,141 +67,105 @@ def _is_run(path: Path) -> bool:
     return (path / "plan.json").is_file()
 
 
-# --- keys of the recipe ---------------------------------------------------------------------------
-
-
-@quietly
-def keys(incomplete: str) -> Candidates:
-    """Keys of the recipe with what they mean; after `key=`, its values."""
-    before = os.environ.get(_KEY_BEFORE)
-    if before:
-        return [value for value in _values(before) if value.startswith(incomplete)]
-    key, sign, begin = incomplete.partition("=")
-    if sign:
-        return [f"{key}={value}" for value in _values(key) if value.startswith(begin)]
-    found: list[tuple[str, str]] = []
-    for name, field in _fields(incomplete):
-        if name.startswith(incomplete):
-            found.append((f"{name}=", _first_sentence(field.description)))
-    if len(found) == 1:  # with more than one candidate, shells put no space behind what they have in common
-        name, meaning = found[0]
-        return [found[0], *((f"{name}{value}", meaning) for value in _values(name[:-1]))]
-    return list(found)
-
-
-def _fields(typed: str) -> Iterator[tuple[str, Any]]:
-    """Every key that holds a value, with pydantic's field; items of lists have the number that is typed, else 0."""
-    from lorafit.recipe.load import section_at, sections
-
-    numbers = iter(re.findall(r"\.(\d+)\.", typed))
-    number = next(numbers, "0")
-    for path, section in sections():
-        shown: tuple[str, ...] = ()
-        for depth, step in enumerate(path):
-            parent = section_at(path[:depth])
-            listed = parent is not None and _is_list(parent.model_fields[step].annotation)
-            shown = (*shown, step, number) if listed else (*shown, step)
-        for name, field in section.model_fields.items():
-            if section_at((*path, name)) is None or _has_values(field.annotation):
-                yield ".".join((*shown, name)), field
-
-
-def _is_list(annotation: Any) -> bool:
-    return any(typing.get_origin(part) is tuple for part in _parts(annotation))
-
-
-def _has_values(annotation: Any) -> bool:
-    return any(part in (str, int, float, bool) for part in _parts(annotation))
-
-
-def _parts(annotation: Any) -> Iterator[Any]:
-    """The alternatives of a type."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        for part in typing.get_args(annotation):
-            yield from _parts(part)
-    elif origin is typing.Annotated:
-        yield from _parts(typing.get_args(annotation)[0])
-    else:
-        yield annotation
-
-
-def _values(key: str) -> list[str]:
-    """The choices of a key's field, or else its default."""
-    field = next((field for name, field in _fields(key) if name == key), None)
-    if field is None:
-        return []
-    found: dict[str, None] = {}
-    for part in _parts(field.annotation):
-        if typing.get_origin(part) is typing.Literal:
-            found |= {str(choice): None for choice in typing.get_args(part)}
-        elif part is bool:
-            found |= {"true": None, "false": None}
-        elif part is type(None):
-            found["null"] = None
-    default = field.default
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        found = {str(default): None} | found
-    return list(found)
-
-
-def _first_sentence(text: str | None) -> str:
-    return re.split(r"(?<=[.:;])\s", " ".join((text or "").split()), maxsplit=1)[0].rstrip(".:;")
-
-
-# --- GPUs -----------------------------------------------------------------------------------------
-
-
-@quietly
 def gpus(incomplete: str) -> Candidates:
-    """Names of known GPUs, however they are capitalized."""
+    """Names of known GPUs."""
     from lorafit.gpus import GPUS
 
     return [gpu.name for gpu in GPUS if gpu.name.startswith(incomplete)]
 
 
-# --- the protocol ---------------------------------------------------------------------------------
+def keys(incomplete: str) -> Candidates:
+    """Keys of the recipe with what they mean; after `key=`, its values."""
+    fields = dict(_fields(incomplete))
+    key, sign, begin = incomplete.partition("=")
+    if sign:
+        return [f"{key}={value}" for value in _values(fields.get(key, {})) if value.startswith(begin)]
+    found = {name: _meaning(field) for name, field in fields.items() if name.startswith(incomplete)}
+    made: Candidates = [(f"{name}=", meaning) for name, meaning in found.items()]
+    if len(found) == 1:  # with more than one candidate, shells put no space behind what they have in common
+        [(name, meaning)] = found.items()
+        made += [(f"{name}={value}", meaning) for value in _values(fields[name])]
+    return made
+
+
+def _fields(typed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every key that holds a value, with its JSON schema; items of lists have the number that is typed, else 0."""
+    from lorafit.recipe.docs import json_schema
+
+    schema = json_schema()
+    number = next(iter(re.findall(r"\.(\d+)\.", typed)), "0")
+    open_sections = [("", schema)]
+    for where, section in open_sections:
+        for name, field in section["properties"].items():
+            nested = False
+            for form in _forms(field):
+                listed = "items" in form
+                reference = (form["items"] if listed else form).get("$ref")
+                if reference:
+                    nested = True
+                    below = f"{where}{name}.{number}." if listed else f"{where}{name}."
+                    open_sections.append((below, schema["$defs"][reference.rpartition("/")[2]]))
+            holds_value = not nested or any(form.get("type") in _PLAIN for form in _forms(field))
+            if holds_value and name != "extends":
+                yield where + name, field
+
+
+def _forms(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """The alternatives of a field, but for a reference to the environment."""
+    return [form for form in field.get("anyOf", [field]) if "pattern" not in form]
+
+
+def _values(field: dict[str, Any]) -> list[str]:
+    """The default of a number, and the choices of a field."""
+    default = field.get("default")
+    is_number = isinstance(default, int | float) and not isinstance(default, bool)
+    found = {str(default): None} if is_number else {}
+    for form in _forms(field):
+        constant = [form["const"]] if "const" in form else []
+        of_type = {"boolean": ["true", "false"], "null": ["null"]}.get(form.get("type", ""), [])
+        found |= dict.fromkeys(map(str, [*form.get("enum", constant), *of_type]))
+    return list(found)
+
+
+def _meaning(field: dict[str, Any]) -> str:
+    """The first sentence of a field's description."""
+    text = " ".join(field.get("description", "").split())
+    return re.split(r"(?<=[.:;])\s", text, maxsplit=1)[0].rstrip(".:;")
 
 
 def answer(app: Callable[[], Any]) -> None:
     """Answer a shell, silently where something goes wrong, and exit."""
-    asked = os.environ.get(COMPLETE, "")
-    quoted = False
-    if asked == "complete_bash":
-        with contextlib.suppress(Exception):
-            changed, quoted = bash_words(os.environ)
-            os.environ |= changed
-    said, code = io.StringIO(), 0
+    said, code = io.StringIO(), 1
+    candidate: Callable[[str], str] = str
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
         try:
+            if os.environ[COMPLETE] == "complete_bash":
+                candidate = _bash_words()
             app()
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 0
-        except Exception:  # noqa: BLE001 - as above
-            code = 1
-    text = said.getvalue()
-    if asked == "complete_bash" and not quoted:
-        text = "".join(_UNSAFE.sub(r"\\\1", line) + "\n" for line in text.splitlines())
-    sys.stdout.write(text)
+        except Exception:  # noqa: BLE001 - whatever it is, the line that is typed is not the place to say it
+            said.truncate(0)
+    sys.stdout.write("".join(f"{candidate(line)}\n" for line in said.getvalue().splitlines()))
     sys.exit(code)
 
 
-def bash_words(environment: Mapping[str, str]) -> tuple[dict[str, str], bool]:
-    """What to change of bash's words, one a line, where a key and its `=` are words of their own.
+def _bash_words() -> Callable[[str], str]:
+    """Join a key and its value in bash's words, where `=` is a word of its own.
 
-    Returns also whether the word that is completed began with a quote, in which bash wants no backslashes.
+    Returns what makes a candidate of an answer: as bash would type it, with backslashes but in quotes.
     """
-    words = environment["COMP_WORDS"].split("\n")
-    at = int(environment["COMP_CWORD"])
-    current = words[at] if at < len(words) else ""
-    before = words[:at]
-    key = None
-    if current == "=" and before:
-        *before, key = before
-        current = ""
-    elif len(before) > 1 and before[-1] == "=":
-        *before, key, _ = before
-    changed = {}
-    if key is not None and before and before[-1] == "--set":
-        changed = {"COMP_WORDS": "\n".join((*before, current)), "COMP_CWORD": str(len(before)), _KEY_BEFORE: key}
-    return changed, current.startswith(("'", '"'))
+    words = os.environ["COMP_WORDS"].split("\n")[: int(os.environ["COMP_CWORD"]) + 1]
+    quoted = words[-1].startswith(("'", '"'))
+    before, value = (words[:-1], "") if words[-1] == "=" else (words[:-2], words[-1])
+    key = ""
+    if before and "=" in words[-2:]:
+        key = f"{before.pop()}="
+        words = [*before, key + value]
+        os.environ |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(before))}
+
+    def candidate(text: str) -> str:
+        text = text.removeprefix(key)
+        return text if quoted else _UNSAFE.sub(r"\\\1", text)
+
+    return candidate

@@ -1,16 +1,13 @@
-"""Speed and memory of a run's models: merged against unmerged, and quantized.
-
-options (here) -> models (found and loaded) -> measure (one model, one shape, timed) -> make (all of them, in rounds) ->
-report (types, medians with intervals) and show (tables). Options, report and show are light, the others import torch.
-"""
+"""What the command line asks of a benchmark, checked before anything is loaded. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from lorafit.errors import UsageError
-from lorafit.files import claim_file
+from lorafit.options.fields import JsonOptions, Option, RunPath
 from lorafit.text import near
 
 MODELS = ("base", "adapter", "trained", "merged", "quantized")
@@ -25,26 +22,50 @@ class Shape:
     batch: int
 
 
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Numbers such as `128,512`. Raises UsageError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{text}: has to be numbers with commas between, such as 1,8") from None
+
+
+def parse_models(text: str) -> tuple[str, ...]:
+    """Names such as `adapter,merged`."""
+    return tuple(part.strip() for part in text.split(","))
+
+
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(JsonOptions):
     """A benchmark as it was asked for.
 
     Attributes:
         models: names of MODELS; empty: all that the run has.
-        new_tokens: decoding steps after each prompt.
-        rounds: how often each model is timed on each shape.
-        seed: of the prompts' tokens, and of the bootstrap.
         output: where the report goes as well, as .json or .md.
     """
 
-    run: Path
-    models: tuple[str, ...] = ()
-    prompt_tokens: tuple[int, ...] = (128, 512)
-    new_tokens: int = 64
-    batch: tuple[int, ...] = (1, 8)
-    rounds: int = 5
-    seed: int = 0
-    output: Path | None = None
+    run: RunPath
+    models: Annotated[
+        tuple[str, ...],
+        Option(
+            "base, adapter, merged, quantized.  [default: what there is]",
+            "--model",
+            "M1,M2",
+            parse=parse_models,
+            joined=True,
+        ),
+    ] = ()
+    prompt_tokens: Annotated[
+        tuple[int, ...], Option("Tokens of a prompt.", metavar="N1,N2", parse=parse_numbers, joined=True)
+    ] = (128, 512)
+    new_tokens: Annotated[int, Option("Tokens generated after it.", min=1)] = 64
+    batch: Annotated[tuple[int, ...], Option("Prompts at once.", metavar="N1,N2", parse=parse_numbers, joined=True)] = (
+        1,
+        8,
+    )
+    rounds: Annotated[int, Option("Repetitions, models in turn.", min=1)] = 5
+    seed: Annotated[int, Option("Decides the prompts' tokens.", min=0)] = 0
+    output: Annotated[Path | None, Option("Write a .json or .md file as well.", "-o --output")] = None
 
     @property
     def shapes(self) -> list[Shape]:
@@ -70,19 +91,8 @@ class BenchOptions:
         if self.output is not None and self.output.suffix not in (".json", ".md"):
             raise UsageError(f"-o {self.output}: has to end in .json or .md, which says what is written")
         if self.output is not None:
+            from lorafit.files import claim_file
+
             claim_file(self.output, "bench_version" if self.output.suffix == ".json" else "# Speed of ")
         if self.output is not None and not self.output.absolute().parent.is_dir():
             raise UsageError(f"-o {self.output}: there is no folder {self.output.parent}")
-
-
-def parse_numbers(option: str, text: str) -> tuple[int, ...]:
-    """The value of an option such as `128,512`. Raises UsageError."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{option} {text}: has to be numbers with commas between, such as 1,8") from None
-
-
-def parse_models(text: str) -> tuple[str, ...]:
-    """The value of `--model`, such as `adapter,merged`."""
-    return tuple(part.strip() for part in text.split(","))

@@ -1,48 +1,41 @@
-"""Talking to a run's models, or to any model, in the terminal: text in the training's form, adapters switched at once.
-
-options (here) -> rooms (models loaded) -> room (an answer, streamed) -> conversation (what was said, and the commands)
--> make (the story). This module is light.
-"""
+"""What the command line asks of a chat, and what comes of it. No torch."""
 
 from __future__ import annotations
 
 import math
-import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TextIO
+from typing import Annotated, Literal, TextIO
 
 from lorafit.errors import UsageError
+from lorafit.options.evaluate import Adapters
+from lorafit.options.fields import Argument, JsonOptions, Option
 
 Write = Callable[[str], None]
 JOINERS = "\n\t\u200c\u200d"
 """What is no printable character, and harmless: line breaks, tabs, and what holds scripts and emojis together."""
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
-class ChatOptions:
+class ChatOptions(JsonOptions):
     """A chat as it was asked for.
 
     Attributes:
-        path: a run, a model's folder, or a model's id on the hub.
         adapters: more adapters on the same base: names, and runs or adapter folders.
         prompts: a conversation to have instead of asking for prompts.
-        temperature: 0 is greedy; else answers are drawn from the model's whole distribution.
-        seed: of what is drawn; the n-th answer of a chat is drawn alike every time.
+        seed: decides what is drawn; the n-th answer of a chat is drawn alike every time.
         use: which model answers first; None: what the run trained, or the model itself.
     """
 
-    path: str
-    adapters: tuple[tuple[str, Path], ...] = ()
-    prompts: tuple[str, ...] = ()
-    system: str | None = None
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    seed: int = 0
-    use: str | None = None
+    path: Annotated[str, Argument("RUN|MODEL", "A run directory, a model folder or a hub id.", "runs")]
+    adapters: Adapters = ()
+    use: Annotated[str | None, Option("The model that answers first.  [default: the run's]", metavar="NAME")] = None
+    prompts: Annotated[tuple[str, ...], Option("Answer this and leave; repeatable, in turn.", "--prompt", "TEXT")] = ()
+    system: Annotated[str | None, Option("The system message.", metavar="TEXT")] = None
+    max_new_tokens: Annotated[int, Option("Tokens an answer may have.", min=1)] = 512
+    temperature: Annotated[float, Option("Temperature of sampling; 0 is greedy.", min=0)] = 0.0
+    seed: Annotated[int, Option("Decides what is drawn at a temperature above 0.", min=0)] = 0
 
     def check(self) -> None:
         """Raises UsageError for what no chat can be held with."""
@@ -52,9 +45,6 @@ class ChatOptions:
             raise UsageError(f"--temperature {self.temperature}: has to be a number from 0")
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed}: has to be at least 0")
-        for name, path in self.adapters:
-            if not NAME.fullmatch(name):
-                raise UsageError(f"--adapter {name}={path}: a name consists of letters, digits, _ and -")
 
 
 @dataclass(frozen=True)

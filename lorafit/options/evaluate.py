@@ -5,49 +5,85 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from lorafit.errors import UsageError
-from lorafit.run.directory import RunDir, located
+from lorafit.options.fields import Argument, JsonOptions, Locked, Option
+
+if TYPE_CHECKING:
+    from lorafit.run.directory import RunDir
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 RESERVED = ("base", "adapter", "trained", "merged", "baseline")
 """Names of models that are always the run's own, and of what gates compare with."""
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """A model by a name of its own."""
 
     name: str
     path: Path
 
 
+def parse_adapter(text: str) -> Named:
+    """`NAME=PATH`. Raises UsageError."""
+    name, equals, path = text.partition("=")
+    if not equals or not path or not _NAME.fullmatch(name):
+        raise UsageError(f"{text}: expected NAME=PATH, the name of letters, digits, _ and -")
+    return Named(name, Path(path))
+
+
+def parse_compare(text: str) -> tuple[str, ...]:
+    """Names and paths, separated by commas. Raises UsageError."""
+    parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise UsageError(f"{text}: names no model; expected some of base, adapter, merged, or paths of runs")
+    return parts
+
+
+Adapters = Annotated[
+    tuple[Named, ...],
+    Option("Another adapter, or a run's, on the same base; repeatable.", "--adapter", "NAME=PATH", parse=parse_adapter),
+]
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(JsonOptions):
     """An evaluation as it was asked for. None means: as the recipe's eval section has it, or its default.
 
     Attributes:
         path: a run, or a recipe, whose run is evaluated by the recipe's eval section as it is now.
-        overrides: KEY=VALUE of the eval section.
-        compare: base, adapter (or trained), merged, or paths of other runs or merged models.
-        adapters: more adapters on the run's base.
-        data: rows to take for the held-out ones.
-        fail_under: gates besides the recipe's.
-        baseline: an earlier results.json.
-        resume: go on with an interrupted evaluation.
     """
 
-    path: Path
-    overrides: tuple[str, ...] = ()
-    compare: tuple[str, ...] | None = None
-    adapters: tuple[Named, ...] = ()
-    data: Path | None = None
-    limit: int | None = None
-    max_new_tokens: int | None = None
-    fail_under: tuple[str, ...] = ()
-    baseline: Path | None = None
-    output: Path | None = None
-    resume: bool = False
+    path: Annotated[Path, Argument("RUN|CONFIG", "A run directory, or the recipe of one.", "runs")]
+    overrides: Annotated[
+        tuple[str, ...], Option("Override a value of the eval section; repeatable.", "--set", "KEY=VALUE")
+    ] = ()
+    compare: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "base, adapter, merged, or paths of other runs.  [default: those that there are]",
+            metavar="M1,M2",
+            parse=parse_compare,
+            joined=True,
+        ),
+    ] = None
+    adapters: Adapters = ()
+    data: Annotated[Path | None, Option("Rows to evaluate on instead of the held-out ones.")] = None
+    limit: Annotated[int | None, Option("Rows to generate answers for.  [default: eval.limit]", min=1)] = None
+    max_new_tokens: Annotated[
+        int | None, Option("Tokens an answer may have.  [default: eval.max_new_tokens]", min=1)
+    ] = None
+    fail_under: Annotated[
+        tuple[str, ...], Option("Exit with 6 unless this holds; repeatable, for CI.", metavar="GATE")
+    ] = ()
+    baseline: Annotated[
+        Path | None, Option("An earlier results.json: exit with 6 if it was better.", metavar="FILE")
+    ] = None
+    output: Annotated[Path | None, Option("Default: eval/ in the run.", "-o --output")] = None
+    resume: Annotated[bool, Option("Go on with an interrupted evaluation.")] = False
+    locked: Locked = False
+    show_rows: Annotated[int, Option("Answers to print.", "--show", min=0)] = 3
 
     def check(self) -> None:
         """Raises UsageError for what doesn't go together."""
@@ -68,25 +104,9 @@ class Options:
 
     def destination(self, run: RunDir) -> Path:
         """The folder that is written: what --output says, or eval/ in the run."""
+        from lorafit.run.directory import located
+
         return located(self.output) if self.output else run.eval
-
-
-def parse_adapter(text: str) -> Named:
-    """`NAME=PATH`. Raises UsageError."""
-    name, equals, path = text.partition("=")
-    if not equals or not path or not _NAME.fullmatch(name):
-        raise UsageError(f"--adapter {text}: expected NAME=PATH, the name of letters, digits, _ and -")
-    return Named(name, Path(path))
-
-
-def parse_compare(text: str | None) -> tuple[str, ...] | None:
-    """Names and paths, separated by commas. Raises UsageError."""
-    if text is None:
-        return None
-    parts = tuple(part.strip() for part in text.split(",") if part.strip())
-    if not parts:
-        raise UsageError("--compare: names no model; expected some of base, adapter, merged, or paths of runs")
-    return parts
 
 
 def name_of(path: str, taken: list[str]) -> str:

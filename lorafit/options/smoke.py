@@ -1,13 +1,13 @@
-"""`lorafit smoke`: a recipe's whole pipeline for a few steps, with a tiny random model of the same architecture."""
+"""What the command line asks of a smoke run, and what comes of it. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lorafit.errors import UsageError
-from lorafit.files import claim_file
+from lorafit.options.fields import Option, RecipeOptions
 
 DEFAULT_STEPS = 5
 LEAST_STEPS = 3
@@ -17,36 +17,41 @@ DEFAULT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class SmokeOptions:
+class SmokeOptions(RecipeOptions):
     """What the command line asks for.
 
     Attributes:
-        steps: None: the recording's with check, else DEFAULT_STEPS.
+        steps: None: the recording's with --check, else DEFAULT_STEPS.
+        compare: whether the losses are compared with the golden file's.
         golden: None: beside the recipe.
         tolerance: relative; None: DEFAULT_TOLERANCE.
     """
 
-    config: Path
-    overrides: tuple[str, ...] = ()
-    steps: int | None = None
-    record: bool = False
-    check: bool = False
-    golden: Path | None = None
-    tolerance: float | None = None
+    steps: Annotated[int | None, Option("Optimizer steps.  [default: 5, or the recording's]", metavar="N")] = None
+    record: Annotated[bool, Option("Write the losses to the golden file.")] = False
+    compare: Annotated[bool, Option("Exit with 6 unless they are as recorded.", "--check")] = False
+    golden: Annotated[
+        Path | None, Option("The golden file.  [default: beside CONFIG, .golden.json]", metavar="FILE")
+    ] = None
+    tolerance: Annotated[
+        float | None, Option("Relative difference that --check allows.  [default: 0.001]", metavar="X")
+    ] = None
 
     @property
     def golden_file(self) -> Path:
         return self.golden or self.config.with_suffix(".golden.json")
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """Raises UsageError for options that don't go together."""
         if self.record:
+            from lorafit.files import claim_file
+
             claim_file(self.golden_file, "lorafit_golden")
-        if self.record and self.check:
+        if self.record and self.compare:
             raise UsageError("--record and --check exclude each other")
-        if self.golden is not None and not (self.record or self.check):
+        if self.golden is not None and not (self.record or self.compare):
             raise UsageError("--golden: goes with --record or --check")
-        if self.tolerance is not None and not self.check:
+        if self.tolerance is not None and not self.compare:
             raise UsageError("--tolerance: goes with --check")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise UsageError(f"--tolerance {self.tolerance:g}: expected a number above 0 and below 1")

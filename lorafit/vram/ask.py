@@ -9,46 +9,12 @@ from typing import Any
 from lorafit.errors import UsageError
 from lorafit.gpus import Device, find_gpu, parse_device, parse_memory, sized
 from lorafit.hardware import meant_device
+from lorafit.options.estimate_vram import EstimateOptions
 from lorafit.text import gib
 from lorafit.vram.answer import Answer, Question, answer, as_dict, failures, subject_of
 from lorafit.vram.cost import UNKNOWN, Spending, spending
 from lorafit.vram.cost import as_dict as spending_dict
 from lorafit.vram.sweep import as_typed, parse_sweeps
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The command's options, as typed.
-
-    Attributes:
-        gpus: names; the plan is made for the first.
-        sizes: amounts of memory.
-        asserted: either.
-        world: GPUs that train together.
-    """
-
-    config: Path | None = None
-    model: str | None = None
-    method: str | None = None
-    overrides: tuple[str, ...] = ()
-    max_length: int | None = None
-    batch: int | None = None
-    gpus: tuple[str, ...] = ()
-    sizes: tuple[str, ...] = ()
-    asserted: tuple[str, ...] = ()
-    world: int | None = None
-    sharding: str | None = None
-    sweeps: tuple[str, ...] = ()
-    trace: bool = False
-    plot: Path | None = None
-    tokens: int | None = None
-    price: float | None = None
-
-    @property
-    def short(self) -> list[tuple[str, str, int]]:
-        """Options that are short for overrides: (option, override, value)."""
-        keys = (("max-length", "max_length", self.max_length), ("batch", "per_device_train_batch_size", self.batch))
-        return [(option, f"training.{key}={value}", value) for option, key, value in keys if value is not None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +41,7 @@ class Reply:
         return as_dict(self.answer) | {"cost": cost, "failures": self.failures}
 
 
-def ask(asked: Asked) -> Reply:
+def ask(asked: EstimateOptions) -> Reply:
     """Raises UsageError, RecipeError and ModelError."""
     gpus = [find_gpu(name) for name in asked.gpus]
     sizes = [parse_memory(text) for text in asked.sizes]

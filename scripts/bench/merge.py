@@ -125,7 +125,7 @@ def with_lorafit(base: Path, adapter: Path, output: Path, verify: str) -> str:
     from lorafit.options.merge import Options
 
     meter = Meter()
-    merge(Options(adapter, output, base=str(base), verify=verify, overwrite=True), Console(stderr=True))  # type: ignore[arg-type]
+    merge(Options(adapter, output=output, base=str(base), verify=verify, overwrite=True), Console(stderr=True))  # type: ignore[arg-type]
     return meter.result()
 
 

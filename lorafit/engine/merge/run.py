@@ -156,11 +156,7 @@ class Merging:
 
     def __init__(self, options: Options, source: Source, others: list[Source], base: Base, console: Console) -> None:
         self.options, self.source, self.others, self.base, self.console = options, source, others, base, console
-        given = {"base_weights": options.base_weights, "verify": options.verify, **options.limits}
-        self.settings = MergeSection.model_validate(
-            (source.plan.merge if source.plan else {})
-            | {key: value for key, value in given.items() if value is not None}
-        )
+        self.settings = MergeSection.model_validate(options.settings(source.plan))
         self.limits: dict[str, float | None] = {name: getattr(self.settings, name) for name in LIMITS}
         self.remarks: list[str] = []
         self.dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -69,8 +69,8 @@ def smoke(options: SmokeOptions) -> Report:
     Raises LorafitError for what is wrong with the recipe, its data, or a golden file; GateError where a loss is not
     finite or another kind of tokenizer was recorded. The report's failures are those of a run that went through.
     """
-    options.validate()
-    golden = read_golden(options.golden_file) if options.check else None
+    options.check()
+    golden = read_golden(options.golden_file) if options.compare else None
     began = time.monotonic()
     recipe = Recipe.load(options.config, options.overrides)
     meant = _meant(recipe, options.config)

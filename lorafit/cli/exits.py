@@ -1,4 +1,4 @@
-"""What all commands share: the arguments that recur, and how failures, results and remarks are said."""
+"""How commands end: results printed, failures said with their exit codes, signals heard."""
 
 from __future__ import annotations
 
@@ -12,39 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from lorafit.cli.complete import gpus, keys, recipes, runs
 from lorafit.errors import DoesNotFitError, Interrupted, LorafitError, UsageError, is_out_of_memory
-from lorafit.progress import telling
+from lorafit.progress import talk, telling
 from lorafit.written import hidden_in, verbatim
-
-if TYPE_CHECKING:
-    from lorafit.hardware import Hardware
-    from lorafit.plan import Plan
-    from lorafit.run.directory import RunDir
-
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.", autocompletion=recipes)]
-RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/quickstart.", autocompletion=runs)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable.", autocompletion=keys),
-]
-ForGpu = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu", metavar="NAME", help="Plan for this GPU, not what the recipe is meant for.", autocompletion=gpus
-    ),
-]
-Here = Annotated[bool, typer.Option("--here", help="Plan for this machine.")]
-Locked = Annotated[bool, typer.Option("--locked", help="Refuse any drift from the lock that the run was trained with.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
 
 HEAD_START = 3.0
 """Seconds that the first of several processes has for saying what is wrong."""
@@ -164,39 +138,17 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def make_plan(config: Path, overrides: list[str] | None, count_rows: bool = False) -> Plan:
-    from lorafit.plan import plan_recipe
-    from lorafit.recipe import Recipe
-
-    return plan_recipe(Recipe.load(config, overrides or ()), config, count_rows=count_rows)
+def remark(line: str, style: str = "") -> None:
+    """Say something on stderr that is no failure."""
+    talk().print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def hardware_for(gpu: str | None, here: bool = False) -> Hardware | None:
-    """What --gpu and --here ask to plan for; None: what a recipe is meant for. Raises UsageError."""
-    if gpu is not None and here:
-        raise UsageError("--gpu and --here exclude each other")
-    from lorafit.gpus import find_gpu
-    from lorafit.hardware import detect, hardware_of
-
-    return hardware_of(find_gpu(gpu)) if gpu is not None else detect() if here else None
+def warn(line: str) -> None:
+    """Say what the user should look at."""
+    remark(line, "yellow")
 
 
-def check_locked(path: Path) -> None:
-    """Refuse drift from the lock that a run was trained with; a recipe's run is where it says. Raises DriftError."""
-    from lorafit.lock import check_run
-
-    check_run(run_of(path))
-
-
-def run_of(path: Path) -> RunDir:
-    """A run by its directory or its recipe. Raises RecipeError."""
-    from lorafit.recipe import Recipe
-    from lorafit.run.directory import RunDir, located
-
-    return RunDir(located(Recipe.load(path).output_dir or f"runs/{path.stem}" if path.is_file() else path))
-
-
-def show(value: Any) -> None:
+def print_json(value: Any) -> None:
     text = json.dumps(hidden_in(value), indent=2, ensure_ascii=False)
     with verbatim():
         typer.echo(text)

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
 
 import typer
 
-from lorafit.cli.common import AsJson, Config, Overrides, fail, reporting, show
+from lorafit.cli.exits import fail, print_json
+from lorafit.cli.signature import command
 from lorafit.errors import GateError
-
-if TYPE_CHECKING:
-    from lorafit.options.smoke import Report
+from lorafit.options.smoke import Report, SmokeOptions
 
 
-@reporting
-def smoke(
-    config: Config,
-    overrides: Overrides = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", metavar="N", help="Optimizer steps.  [default: 5, or the recording's]")
-    ] = None,
-    record: Annotated[bool, typer.Option("--record", help="Write the losses to the golden file.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 6 unless they are as recorded.")] = False,
-    golden: Annotated[
-        Path | None,
-        typer.Option("--golden", metavar="FILE", help="The golden file.  [default: beside CONFIG, .golden.json]"),
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option("--tolerance", metavar="X", help="Relative, for --check.  [default: 0.001]")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Run a recipe's whole pipeline for a few steps with a tiny random model, on the CPU."""
-    from lorafit.options.smoke import SmokeOptions
-
-    options = SmokeOptions(config, tuple(overrides or ()), steps, record, check, golden, tolerance)
-    options.validate()
+@command
+def smoke(options: SmokeOptions) -> None:
     from lorafit.engine.quiet import hush
 
     hush()
@@ -52,15 +29,9 @@ def smoke(
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
-    show(as_dict(report)) if as_json else print_report(report, recorded=record)
+    print_json(asdict(report)) if options.as_json else print_report(report, recorded=options.record)
     if report.failures:
         fail("\n".join(report.failures), GateError.exit_code)
-
-
-def as_dict(report: Report) -> dict[str, object]:
-    import dataclasses
-
-    return dataclasses.asdict(report)
 
 
 def print_report(report: Report, recorded: bool) -> None:

@@ -1,0 +1,52 @@
+"""`lorafit diff`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.signature import command
+from lorafit.errors import DriftError, UsageError
+from lorafit.options.fields import Argument, ForGpu, JsonOptions, Option, hardware_for
+
+
+@dataclass(frozen=True)
+class DiffOptions(JsonOptions):
+    paths: Annotated[
+        tuple[str, ...],
+        Argument(
+            "A B", "Two recipes, each a file, or REV:path from git, as main:a.yaml; or with --against, any.", "recipes"
+        ),
+    ]
+    against: Annotated[
+        str | None, Option("Compare recipes, folders or patterns with those of a revision.", metavar="REV")
+    ] = None
+    gpu: ForGpu = None
+    format: Annotated[str, Option("text, markdown or json.", metavar="FORMAT")] = "text"
+
+
+@command
+def diff(options: DiffOptions) -> None:
+    from lorafit.diff.text import FORMATS
+
+    paths, format = options.paths, options.format
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: not one of {', '.join(FORMATS)}")
+    if options.against is None and len(paths) != 2:
+        raise UsageError(f"expected two recipes, got {len(paths)}; to compare with a revision, give --against")
+    from lorafit.diff.compare import difference
+    from lorafit.diff.pull_request import compare_all, shown
+
+    format = "json" if options.as_json else format
+    hardware = hardware_for(options.gpu)
+    if options.against is not None:
+        many = compare_all(options.against, paths, hardware)
+        text, differs = shown(many, format), many.differs
+    else:
+        found = difference(paths[0], paths[1], hardware)
+        text, differs = FORMATS[format](found).rstrip("\n"), bool(found.changes)
+    typer.echo(text)
+    if differs:
+        raise typer.Exit(DriftError.exit_code)

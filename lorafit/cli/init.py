@@ -1,0 +1,177 @@
+"""`lorafit init`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorafit.cli.exits import remark, warn
+from lorafit.cli.signature import command
+from lorafit.errors import LorafitError, UsageError
+from lorafit.options.fields import Argument, Option, Options
+from lorafit.written import from_home
+
+if TYPE_CHECKING:
+    from lorafit.init.propose import Wish
+    from lorafit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class InitOptions(Options):
+    file: Annotated[Path, Argument("[FILE]", "The recipe to write.")] = Path("recipe.yaml")
+    model: Annotated[str | None, Option("Hub id or folder of the base.", metavar="NAME")] = None
+    data: Annotated[str | None, Option("Training rows.", metavar="PATH")] = None
+    validation: Annotated[
+        str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", metavar="PATH|FRACTION")
+    ] = None
+    gpu: Annotated[
+        str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", metavar="NAME", completes="gpus")
+    ] = None
+    vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", metavar="SIZE")] = None
+    cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
+    name: Annotated[str | None, Option("Name of the run, below runs/.  [default: FILE's]", metavar="RUN")] = None
+    source: Annotated[
+        Path | None, Option("Convert a recipe of axolotl, LLaMA-Factory or TRL instead.", "--from", "OTHER")
+    ] = None
+    kind: Annotated[str | None, Option("The tool that --from is of: axolotl, llamafactory or trl.", metavar="TOOL")] = (
+        None
+    )
+    force: Annotated[bool, Option("Overwrite FILE.")] = False
+    to_stdout: Annotated[bool, Option("Print the recipe; write nothing.", "--print")] = False
+
+    def check(self) -> None:
+        if self.cpu and (self.gpu or self.vram):
+            raise UsageError("--cpu and --gpu or --vram exclude each other")
+        if not self.to_stdout:
+            self.refuse_overwriting(self.file)
+        if self.source is not None and (self.model or self.data or self.validation or self.name):
+            raise UsageError(
+                "--from takes everything from the other recipe; it goes with --kind, --gpu, --vram and --cpu"
+            )
+        if self.source is None and self.kind is not None:
+            raise UsageError("--kind says whose recipe --from is; give both")
+
+    def refuse_overwriting(self, file: Path) -> None:
+        """Raises UsageError for a file that may not, or can't, be written."""
+        if file.is_dir():
+            raise UsageError(f"{file}: is a folder; give the name of a file")
+        if file.exists() and not file.is_file():
+            raise UsageError(f"{file}: is no file that can be replaced")
+        if file.exists() and not self.force:
+            raise UsageError(f"{file}: is there already; --force overwrites it, --print only shows")
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: there is no folder {file.parent}")
+
+
+@command
+def init(options: InitOptions) -> None:
+    if options.source is not None:
+        convert_other(options.source, options)
+        return
+    wish = wished(options)
+    from lorafit.init.propose import first_recipe
+
+    made = first_recipe(wish)
+    for line in made.remarks:
+        remark(line)
+    deliver(made.document.text(), options, {})
+
+
+def wished(options: InitOptions) -> Wish:
+    """The options; on a terminal the missing ones are asked for. Raises UsageError."""
+    from lorafit.gpus import parse_device
+    from lorafit.init.propose import Wish
+
+    model, data, gpu, vram, cpu = options.model, options.data, options.gpu, options.vram, options.cpu
+    needed = {"--model": model, "--data": data, "--gpu, --vram or --cpu": gpu or vram or cpu}
+    missing = [option for option, given in needed.items() if not given]
+    if missing and not is_terminal():
+        raise UsageError(f"missing: {'; '.join(missing)} (on a terminal, init asks for them)")
+    model = model or typer.prompt("Base model (hub id or folder)", err=True)
+    data = data or typer.prompt("Training rows (file, folder or hub id)", err=True)
+    if not (gpu or vram or cpu):
+        device = typer.prompt("GPU (a name, memory such as 24GiB, or cpu)", default=here(), err=True)
+        if device.strip().lower() == "cpu":
+            cpu = True
+        else:
+            known = parse_device(device).gpu
+            gpu, vram = (known.name, None) if known else (None, device.strip())
+    return Wish(model, data, options.name or options.file.stem, options.validation, gpu, vram, cpu)
+
+
+def here() -> str:
+    """This machine, as an answer to the question for the GPU."""
+    from lorafit.gpus import known_gpu
+    from lorafit.hardware import detect
+
+    hardware = detect()
+    if hardware.device == "cpu":
+        return "cpu"
+    gpu = known_gpu(hardware.name, hardware.memory_bytes) if hardware.memory_bytes else None
+    return gpu.name if gpu else f"{(hardware.memory_bytes or 0) >> 20}MiB"
+
+
+def is_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def deliver(text: str, options: InitOptions, beside: dict[Path, str]) -> None:
+    """Check the recipe, write or print it, and say how to go on. Raises RecipeError for what is no recipe."""
+    from lorafit.files import write_text
+    from lorafit.init.write import recipe_of
+
+    text = from_home(text)
+    recipe = recipe_of(text, options.file)
+    if options.to_stdout:
+        typer.echo(text, nl=False)
+        for path in beside:
+            remark(f"{path}: named by the recipe, but not written, as --print says")
+    else:
+        for path, content in (beside | {options.file: text}).items():
+            write_text(path, content)
+    for line in doubts(recipe):
+        warn(f"not ready to train: {line}")
+    if not options.to_stdout:
+        remark(f"{options.file} is written. Next:")
+        for name in ("validate", "estimate-vram", "preview", "train"):
+            remark(f"  lorafit {name} {options.file}")
+
+
+def doubts(recipe: Recipe) -> list[str]:
+    """What a plan for the machine that the recipe is meant for finds wrong."""
+    from lorafit.facts import read_facts
+    from lorafit.hardware import meant_hardware
+    from lorafit.plan.resolve import make_plan
+
+    try:
+        facts = read_facts(recipe.model.name_or_path, recipe.model.revision)
+        make_plan(recipe, facts, meant_hardware(recipe), count_rows=False)
+    except LorafitError as error:
+        return str(error).splitlines()
+    return []
+
+
+def convert_other(source: Path, options: InitOptions) -> None:
+    """Convert another tool's recipe, and list what has no equivalent."""
+    from lorafit.init.peers import PEERS, convert
+    from lorafit.recipe import RecipeError
+
+    found, conversion = convert(source, options.file, options.kind)
+    for key, value in (("gpu", options.gpu), ("vram", options.vram), ("device", "cpu" if options.cpu else None)):
+        if value:
+            conversion.put(f"hardware.{key}", value)
+    if not options.to_stdout:
+        for path in conversion.beside:
+            options.refuse_overwriting(path)
+    remark(f"{source}: {PEERS[found].title}'s, {'as --kind says' if options.kind else 'by its keys'}")
+    for line in conversion.said():
+        warn(line)
+    try:
+        deliver(conversion.document().text(), options, conversion.beside)
+    except RecipeError as error:
+        wrong = [f"{source}: can't be converted: {mistake.path}: {mistake.message}" for mistake in error.mistakes]
+        raise UsageError("\n".join(wrong)) from None
