@@ -1,4 +1,4 @@
-"""What the tools share: transformers' own options, held-out rows, evaluation, saving, sources, and chat templates."""
+"""What the tools have in common: transformers' options, held-out rows, evaluation, saving, and chat templates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lorafit.errors import LorafitError, UsageError
 from lorafit.facts import read_facts
 from lorafit.facts.template import trl_templates
 from lorafit.init.peers.convert import (
+    NO_EFFECT,
     Conversion,
     Rules,
     above_zero,
@@ -66,15 +67,13 @@ PEFT_DEFAULTS = {
 }
 """What PEFT adapts in families where it is not the query and value, if nothing is asked for."""
 
-TRANSFORMERS: Rules = table(
+COMMON: Rules = table(
+    becomes("trust_remote_code", "model.trust_remote_code", flag),
+    becomes("lora_alpha", "lora.lora_alpha", number),
+    becomes("lora_dropout", "lora.lora_dropout", number),
     becomes("learning_rate", "training.learning_rate", above_zero),
-    becomes("per_device_train_batch_size", "training.per_device_train_batch_size", count),
-    becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", count),
-    decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
     decides("warmup_ratio warmup_steps", "training.warmup_ratio, training.warmup_steps"),
-    decides("lr_scheduler_type", "training.lr_scheduler_type"),
     becomes("lr_scheduler_kwargs", "training.lr_scheduler_kwargs", mapping),
-    decides("optim", "training.optim"),
     becomes("weight_decay", "training.weight_decay", number),
     becomes("adam_beta1", "training.adam_beta1", number),
     becomes("adam_beta2", "training.adam_beta2", number),
@@ -84,13 +83,27 @@ TRANSFORMERS: Rules = table(
     becomes("seed", "training.seed", whole),
     becomes("dataloader_num_workers", "training.dataloader_num_workers", whole),
     becomes("output_dir", "output_dir", text),
+    becomes("save_total_limit", "training.save_total_limit", limit),
+    decides("load_best_model_at_end", "training.load_best_model_at_end"),
+    lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
+    lost("deepspeed fsdp fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
+    lost(
+        "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
+    ),
+)
+"""Keys that mean the same to all three tools."""
+TRANSFORMERS: Rules = table(
+    COMMON,
+    becomes("per_device_train_batch_size", "training.per_device_train_batch_size", count),
+    becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", count),
+    decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
+    decides("lr_scheduler_type", "training.lr_scheduler_type"),
+    decides("optim", "training.optim"),
     decides("bf16 fp16", "model.dtype"),
     decides("logging_steps logging_strategy", "training.logging_steps"),
     decides("eval_strategy evaluation_strategy eval_steps", "training.eval_strategy, training.eval_steps"),
     decides("save_strategy save_steps", "training.save_strategy, training.save_steps"),
     decides("per_device_eval_batch_size", "training.per_device_eval_batch_size"),
-    decides("load_best_model_at_end", "training.load_best_model_at_end"),
-    becomes("save_total_limit", "training.save_total_limit", limit),
     decides("report_to", "training.report_to"),
     decides("group_by_length train_sampling_strategy", "training.train_sampling_strategy"),
     idle(
@@ -113,11 +126,6 @@ TRANSFORMERS: Rules = table(
         "push_to_hub hub_* push_to_hub_*", "lorafit pushes nothing by itself; see `lorafit merge --help`", "every_save"
     ),
     lost("resume_from_checkpoint", "an unfinished run goes on with `lorafit train --resume`"),
-    lost("deepspeed fsdp fsdp_config fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
-    lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
-    lost(
-        "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
-    ),
     lost("label_smoothing_factor optim_args optim_target_modules auto_find_batch_size full_determinism", ""),
     lost("data_seed", "rows are shuffled by training.seed", chosen=(0,)),
     lost("average_tokens_across_devices", "every learned token counts the same, whatever the process", True),
@@ -131,8 +139,7 @@ def schedule(c: Conversion, epochs_key: str, epochs: float) -> None:
     steps = c.get("max_steps", whole, -1)
     if steps > 0:
         c.put("training.max_steps", steps, "max_steps")
-        if c.given(epochs_key):
-            c.fates[epochs_key] = "no effect on what is learned: max_steps has the last word"
+        c.no_effect(epochs_key, why="max_steps has the last word")
     elif c.given(epochs_key):
         c.put("training.num_train_epochs", c.get(epochs_key, above_zero, epochs), epochs_key)
     else:
@@ -146,7 +153,7 @@ def scheduler(c: Conversion, key: str, default: str) -> None:
         if c.lines.pop("training.lr_scheduler_kwargs", None):
             c.note("lr_scheduler_kwargs", f"no equivalent: they are those of '{name}'")
         name = default
-    c.put("training.lr_scheduler_type", name, key if c.given(key) else f"{c.title}'s default")
+    c.put("training.lr_scheduler_type", name, c.why(key))
 
 
 def optimizer(c: Conversion, key: str) -> None:
@@ -154,7 +161,7 @@ def optimizer(c: Conversion, key: str) -> None:
     if name not in OPTIMIZERS:
         c.note(key, f"'{name}': no equivalent; {FUSED} is written in its place")
         name = FUSED
-    c.put("training.optim", OPTIMIZERS[name], key if c.given(key) else f"{c.title}'s default")
+    c.put("training.optim", OPTIMIZERS[name], c.why(key))
 
 
 def warmup(c: Conversion) -> None:
@@ -249,9 +256,7 @@ def evaluation(c: Conversion, per_epoch: tuple[str, str] = ("", ""), logged: int
         steps = c.get(f"{what}_steps", number, 0.0)
         often = c.get(key, whole, 0) if key else 0
         if what == "eval" and not has_rows:
-            for name in (given, "eval_steps", key):
-                if c.given(name):
-                    c.fates[name] = "no effect on what is learned: there are no validation rows"
+            c.no_effect(given, "eval_steps", key, why="there are no validation rows")
             continue
         source = key if often else f"{what}_steps" if steps else given
         if often:
@@ -340,22 +345,18 @@ def quiet_evaluation(c: Conversion) -> None:
     """transformers evaluates and keeps the best only if it is told to."""
     patience = c.value("training.early_stopping_patience")
     if c.value("dataset.validation") is None:
-        for key in ("early_stopping_steps", "load_best_model_at_end", "per_device_eval_batch_size"):
-            if c.given(key):
-                c.fates[key] = "no effect on what is learned: there are no validation rows"
+        keys = ("early_stopping_steps", "load_best_model_at_end", "per_device_eval_batch_size")
+        c.no_effect(*keys, why="there are no validation rows")
         c.lines.pop("training.early_stopping_patience", None)
         return
-    if "training.eval_strategy" not in c.lines:
-        c.put("training.eval_strategy", "no", f"{c.title}'s default")
+    c.default("training.eval_strategy", "no")
     rows = c.get("per_device_eval_batch_size", whole, 0)
     if rows:
         c.put("training.per_device_eval_batch_size", rows, "per_device_eval_batch_size")
     if c.value("training.eval_strategy") == "no":
         if patience:
             c.lines.pop("training.early_stopping_patience")
-            c.fates["early_stopping_steps"] = "no effect on what is learned: there are no evaluations"
-        best = False
+            c.fates["early_stopping_steps"] = f"{NO_EFFECT}: there are no evaluations"
+        c.put("training.load_best_model_at_end", False, c.why("load_best_model_at_end"))
     else:
-        best = c.get("load_best_model_at_end", flag, False)
-    given = c.given("load_best_model_at_end")
-    c.put("training.load_best_model_at_end", best, "load_best_model_at_end" if given else f"{c.title}'s default")
+        c.choose("training.load_best_model_at_end", "load_best_model_at_end", flag, False)
