@@ -8,9 +8,9 @@ from lorafit.errors import DataError, ModelError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware
 from lorafit.plan import Choice, Plan, SourcePlan, Training, make_plan
+from lorafit.plan.data import plan_sources
 from lorafit.plan.model import choose_dtype
 from lorafit.plan.resolve import examine
-from lorafit.plan.sources import plan_sources
 from lorafit.plan.training import training_kwargs
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError

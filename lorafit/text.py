@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +12,22 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
+_HARMLESS = "\n\t\u200c\u200d"
+"""What is no printable character, and harmless: line breaks, tabs, and what holds scripts and emojis together."""
+
+
 def printable(text: str) -> str:
     """The text on one line: control characters, line breaks and lone surrogates are escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    """The text with control characters escaped, as a terminal may act on them; line breaks, tabs and spaces stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in _HARMLESS or unicodedata.category(c) == "Zs" else printable(c) for c in text)
 
 
 def first_line(error: object) -> str:

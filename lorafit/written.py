@@ -116,13 +116,17 @@ def _unset(what: str, name: str) -> str:
 def from_home(text: str) -> str:
     """Text with `~` for the home folder."""
     home = os.path.expanduser("~").rstrip("/")
-    return _homes(home).sub("~", text) if home.startswith("/") else text
+    if not home.startswith("/"):
+        return text
+    places, pattern = _homes(home)
+    return pattern.sub("~", text) if any(place in text for place in places) else text
 
 
 @functools.lru_cache
-def _homes(home: str) -> re.Pattern[str]:
-    places = "|".join(map(re.escape, dict.fromkeys((home, os.path.realpath(home)))))
-    return re.compile(rf"(?:(?<![\w.~/-])|(?<=://))(?:{places})(?![\w.-])")
+def _homes(home: str) -> tuple[tuple[str, ...], re.Pattern[str]]:
+    places = tuple(dict.fromkeys((home, os.path.realpath(home))))
+    either = "|".join(map(re.escape, places))
+    return places, re.compile(rf"(?:(?<![\w.~/-])|(?<=://))(?:{either})(?![\w.-])")
 
 
 def _each(value: T, change: Callable[[str, str], str], key: str = "", keys: bool = False) -> T:
@@ -141,16 +145,25 @@ def _each(value: T, change: Callable[[str, str], str], key: str = "", keys: bool
     return cast(T, changed)
 
 
-def _swaps(references: Iterable[str]) -> list[tuple[str, str]]:
+def _swaps(references: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """What to write for which text, the longest first."""
+    return _swaps_of(tuple((text, value_of(text) or "") for text in references))
+
+
+@functools.lru_cache(maxsize=8)
+def _swaps_of(values: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
     found: dict[str, str] = {}
-    for text in references:
+    for text, value in values:
         match = REFERENCE.fullmatch(text)
-        is_secret = match is not None and _SECRET_NAME.search(match["name"]) is not None
-        for part in _parts(value_of(text) or "", is_secret):
+        for part in _parts(value, match is not None and _is_secret(match["name"])):
             for spelt in (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]):
                 found.setdefault(spelt, text)
-    return sorted(found.items(), key=lambda item: -len(item[0]))
+    return tuple(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_secret(variable: str) -> bool:
+    return _SECRET_NAME.search(variable) is not None
 
 
 def _parts(value: str, is_secret: bool) -> Iterator[str]:
@@ -165,7 +178,7 @@ def _parts(value: str, is_secret: bool) -> Iterator[str]:
         yield from (part for part in (host, host.partition("@")[0], f"/{path.rstrip('/')}") if len(part) >= 6)
 
 
-def _swapped(text: str, swaps: list[tuple[str, str]]) -> str:
+def _swapped(text: str, swaps: Iterable[tuple[str, str]]) -> str:
     for before, after in swaps:
         if before in text:
             start, end = (r"(?<!\w)", r"(?!\w)") if len(before) < 12 else ("", "")  # it may be a part of other words
@@ -185,9 +198,10 @@ def remember(references: References) -> None:
 
 def hidden(text: str) -> str:
     """Text for people: no value of a reference or of a variable that holds a key, and no password of a URL."""
-    keys = (name for name in os.environ if _SECRET_NAME.search(name))
+    keys = (name for name in os.environ if _is_secret(name))
     held = (f"${{{name}}}" for name in keys if not os.environ[name].startswith(("/", "~", ".")))  # a file of keys
-    return _PASSWORD.sub(lambda match: f"{match[1] or match[2]}…", _swapped(text, _swaps([*_read, *held])))
+    text = _swapped(text, _swaps((*_read, *held)))
+    return _PASSWORD.sub(lambda match: f"{match[1] or match[2]}…", text) if "://" in text or "=" in text else text
 
 
 def hidden_in(value: T) -> T:

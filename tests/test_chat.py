@@ -24,8 +24,9 @@ from lorafit.engine.data.prepare import prepare
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.files import SEAL
-from lorafit.options.chat import ChatOptions, Turn, from_stdin, harmless
+from lorafit.options.chat import ChatOptions, Turn, from_stdin
 from lorafit.run.directory import RunDir
+from lorafit.text import harmless
 
 NEW = 12
 """Tokens of the answers here."""

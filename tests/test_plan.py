@@ -19,7 +19,8 @@ import yaml
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, TokenizerFacts, layout
 from lorafit.hardware import Hardware
-from lorafit.plan import NO_SDPA, Plan, make_plan, make_schedule, plan_recipe, validation_rows
+from lorafit.plan import NO_SDPA, Plan, Training, make_plan, make_schedule, plan_recipe, validation_rows
+from lorafit.plan.methods import SFT
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import sections
 from lorafit.recipe.schema import Source
@@ -745,6 +746,11 @@ def kwargs(**values: Any) -> dict[str, Any]:
     return usual | values
 
 
+def training(**values: Any) -> Training:
+    everything = dict.fromkeys(field.name for field in dataclasses.fields(Training))
+    return Training.of(everything | kwargs(**values))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("epochs", [0.01, 1, 2.5, 3])
 def test_steps_are_counted_as_transformers_counts_them(world: int, epochs: float) -> None:
@@ -782,21 +788,28 @@ def test_steps_are_counted_as_transformers_counts_them(world: int, epochs: float
                         num_train_epochs=epochs,
                     )
                     counted = Counter().set_initial_training_values(SimpleNamespace(**values), Loader(rows, batch))
-                    schedule = make_schedule(rows, values, world)
+                    schedule = make_schedule(rows, training(**values), world)
                     assert (schedule.steps_per_epoch, schedule.total_steps) == (counted[1], counted[-1])
 
 
 def test_evaluations_and_checkpoints_of_an_epoch_become_steps() -> None:
-    schedule = make_schedule(100, kwargs(eval_strategy="epoch"), 1)
+    schedule = make_schedule(100, training(eval_strategy="epoch"), 1)
     assert (schedule.steps_per_epoch, schedule.total_steps) == (7, 21)
     assert (schedule.eval_steps, schedule.save_steps) == (7, 7)
-    short = make_schedule(100, kwargs(eval_strategy="epoch", max_steps=5), 1)
+    short = make_schedule(100, training(eval_strategy="epoch", max_steps=5), 1)
     assert (short.eval_steps, short.save_steps) == (5, 5)
-    own = make_schedule(100, kwargs(eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=6), 1)
+    own = make_schedule(100, training(eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=6), 1)
     assert (own.eval_steps, own.save_steps) == (3, 6)
-    assert make_schedule(100, kwargs(eval_strategy="steps", eval_steps=3), 1).save_steps == 3
-    none = make_schedule(100, kwargs(save_strategy="no"), 1)
+    assert make_schedule(100, training(eval_strategy="steps", eval_steps=3), 1).save_steps == 3
+    none = make_schedule(100, training(save_strategy="no"), 1)
     assert (none.eval_steps, none.save_steps) == (None, None)
+
+
+def test_what_a_method_does_not_read_is_refused(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = dataclasses.replace(SFT, name="of pairs", reads={"preference": ""})
+    monkeypatch.setattr("lorafit.plan.data.method_of", lambda recipe: pairs)
+    with pytest.raises(DataError, match=r"dataset.train.0: of pairs .* prompt_completion"):
+        planner()
 
 
 def test_the_schedule_leaves_the_held_out_rows_out(planner: Planner) -> None:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from lorafit.facts import ModelFacts, Tensor, layout, read_facts
 from lorafit.hardware import Hardware
 from lorafit.plan import make_plan
-from lorafit.plan.adapters import TargetError, find_targets, is_skipped, trainable_parameters
+from lorafit.plan.adapters import Full, Lora, TargetError, adapter_told, find_targets, is_skipped
 from lorafit.recipe import DatasetSection, LoraSection, ModelSection, Recipe
 
 CPU = Hardware("cpu", "a CPU", None, None, False)
@@ -109,7 +109,28 @@ def test_what_matches_nothing_says_what_is_near(values: dict[str, Any], path: tu
 
 
 def test_without_an_adapter_everything_is_trained() -> None:
-    assert trainable_parameters(None, None, LLAMA) == LLAMA.parameters
+    assert sum(tensor.size for tensor in Full().tensors(LLAMA, None)) == LLAMA.parameters
+
+
+@pytest.mark.parametrize(
+    ("section", "result", "described", "scale"),
+    [
+        (None, "trained", "all parameters", None),
+        ({"r": 4, "lora_alpha": 8}, "adapter", "LoRA on a base, r 4, alpha 8", 2),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, "adapter", "rsLoRA on a base, r 4, alpha 8", 4),
+        ({"r": 4, "lora_alpha": 8, "use_dora": True}, "adapter", "DoRA on a base, r 4, alpha 8", 2),
+    ],
+)
+def test_a_description_is_read_back_from_what_peft_is_told(
+    section: dict[str, Any] | None, result: str, described: str, scale: float | None
+) -> None:
+    asked = Full() if section is None else Lora(LoraSection.model_validate(section))
+    targets = asked.targets(LLAMA)
+    told = adapter_told(asked.arguments(targets))
+    for one in (asked, told):
+        assert (one.result, one.described(" on a base"), one.scale) == (result, described, scale)
+        assert one.trains_base is (section is None)
+    assert [*told.tensors(LLAMA, None, "bfloat16")] == [*asked.tensors(LLAMA, targets, "bfloat16")]
 
 
 @pytest.mark.parametrize(

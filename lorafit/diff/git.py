@@ -40,7 +40,7 @@ class Entry:
 
 
 @dataclass
-class Revision:
+class Revision(Disk):
     """The files of one revision. What is named outside of the repository is read from the disk.
 
     Attributes:

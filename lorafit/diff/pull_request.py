@@ -16,7 +16,6 @@ from lorafit.diff.text import FORMATS
 from lorafit.hardware import Hardware
 from lorafit.recipe import RecipeError, load
 from lorafit.recipe.layers import Disk, read_recipe
-from lorafit.recipe.yaml import SourceMistakes
 from lorafit.text import printable
 from lorafit.validate.find import ENDINGS, find
 from lorafit.written import hidden_in
@@ -88,7 +87,7 @@ def _is_whole(file: Path, store: Revision | None = None) -> bool:
     """Whether a file is a recipe rather than a part of some, which they extend."""
     try:
         root = read_recipe(file, (), lambda _: True, store=store or Disk()).root.value
-    except SourceMistakes:
+    except RecipeError:
         return True  # for whoever reads it next to report
     return bool({"model", "dataset"} & set(root))
 

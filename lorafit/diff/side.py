@@ -12,7 +12,8 @@ from lorafit.hardware import Hardware, meant_device, meant_hardware
 from lorafit.memory import Estimate, setup_of
 from lorafit.outcome import Planned, planned
 from lorafit.plan import Schedule, SourcePlan, make_schedule, validation_rows
-from lorafit.plan.sources import counted
+from lorafit.plan.adapters import adapter_of
+from lorafit.plan.data import counted
 from lorafit.recipe import Recipe, load
 from lorafit.rows.audit import Audit
 from lorafit.text import first_line, printable
@@ -68,10 +69,7 @@ class Side(Opened):
     @property
     def scale(self) -> float | None:
         """What the adapter's update is multiplied by; None for training in full."""
-        lora = self.recipe.lora
-        if lora is None:
-            return None
-        return lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
+        return adapter_of(self.recipe).scale
 
     @property
     def tokens(self) -> int | None:

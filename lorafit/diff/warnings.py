@@ -218,11 +218,10 @@ def _scale(pair: Pair) -> Iterator[Warned]:
 
 
 def _adapter(pair: Pair) -> Iterator[Warned]:
-    old, new = pair.before.recipe.lora, pair.after.recipe.lora
-    size = trained(pair)
-    if (old is None) != (new is None):
-        what = "an adapter is trained instead of all parameters" if old is None else "all parameters are trained"
-        yield Warned("lora", f"The lora section was {'added' if old is None else 'removed'}: {what}{size}.")
+    was_full, size = pair.before.recipe.trains_base, trained(pair)
+    if was_full != pair.after.recipe.trains_base:
+        what = "an adapter is trained instead of all parameters" if was_full else "all parameters are trained"
+        yield Warned("lora", f"The lora section was {'added' if was_full else 'removed'}: {what}{size}.")
         return
     for change in pair.changed("lora.target_modules"):
         plans = [side.plan.plan for side in (pair.before, pair.after)]

@@ -270,7 +270,7 @@ def weights(setup: Setup, ledger: Ledger) -> Iterator[Storage]:
             size = -(-tensor.size // per_byte)
             yield Storage(ledger, share(setup, packed_bytes(setup, tensor) - size, "weights"), "weights")
         yield Storage(ledger, share(setup, size, "weights"), "weights")
-    if setup.lora is not None:
+    if not setup.adapter.trains_base:
         for tensor in trained(setup):
             yield Storage(ledger, share(setup, tensor.size * BYTES[tensor.dtype], "weights"), "adapter")
 

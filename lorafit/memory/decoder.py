@@ -17,9 +17,9 @@ from lorafit.facts import Tensor
 from lorafit.memory.operations import Anchor, Operations
 from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
-from lorafit.memory.static import BYTES, lora_section, quantized_tensors, width_of
+from lorafit.memory.static import BYTES, quantized_tensors, width_of
 from lorafit.memory.tape import Parameter, Value
-from lorafit.plan.adapters import find_targets, rank_of
+from lorafit.plan.adapters import Lora, find_targets, rank_of
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -85,7 +85,7 @@ class Decoder:
         self.embedding = self._plain(next(t for n, t in tensors.items() if n.endswith("embed_tokens.weight")))
         self.final_norm = self._plain(tensors["model.norm.weight"])
         self.head = self._plain(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else self.embedding
-        if self.head is self.embedding and setup.lora is None:
+        if self.head is self.embedding and setup.adapter.trains_base:
             self.head.uses = 2
         elif self.head is self.embedding:  # saved modules are copies, each of its own
             name = "lm_head.weight"
@@ -99,7 +99,7 @@ class Decoder:
 
     def _plain(self, tensor: Tensor) -> Parameter:
         trains = self._trains(tensor.name)
-        copied = trains and self.setup.lora is not None
+        copied = trains and not self.setup.adapter.trains_base
         width = BYTES[self.setup.adapter_dtype] if copied else width_of(self.setup, tensor.name)
         return self._made(tensor.size, width, trains)
 
@@ -117,7 +117,7 @@ class Decoder:
     def _layers(self, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         setup = self.setup
         quantized = {tensor.name for tensor in quantized_tensors(setup)}
-        lora = lora_section(setup) if setup.lora is not None else None
+        lora = setup.adapter.section if isinstance(setup.adapter, Lora) else None
         adapted = set(find_targets(lora, setup.facts).modules) if lora else set()
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
@@ -170,14 +170,14 @@ class Decoder:
         checkpointing = setup.checkpointing != "none" and do.ledger.recording
         if self.embedding.trained:
             x = do.made(x, [Anchor()], self._embedding_gradient)
-        elif setup.lora is not None and setup.checkpointing != "none":
+        elif not setup.adapter.trains_base and setup.checkpointing != "none":
             x = do.made(x, [Anchor()], lambda g: [None])  # enable_input_require_grads
         if self.family.get("embedding_scale") or self.family.get("scaled"):
             x = do.scale(x)
         shared = [x, *self._rotary(batch)]  # transformers holds the embeddings through the whole pass
         mask = self._mask(batch)
         for layer in self.layers:
-            trains = setup.lora is None or any(
+            trains = setup.adapter.trains_base or any(
                 isinstance(part, Linear) and part.down is not None for part in layer.values()
             )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorafit.facts import ModelFacts
 from lorafit.plan import Plan
+from lorafit.plan.adapters import Adapter, adapter_told
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 LossPath = Literal["fused", "logits", "logits_shifted", "logits_upcast", "liger", "compact"]
@@ -80,6 +82,10 @@ class Setup:
     sharding: Sharding = "none"
     stack: Stack = field(default_factory=Stack)
 
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        return adapter_told(self.lora)
+
     @property
     def tokens(self) -> int:
         """Tokens in one pass, padding included."""
@@ -94,10 +100,12 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
     training, data = plan.training, plan.data
     cuda = plan.hardware.device == "cuda"
     mixed = "bfloat16" if training.bf16 else "float16" if training.fp16 else None
-    batch = training.per_device_train_batch_size
+    batch = training.per_device_train_batch_size * plan.method.sequences
     world = plan.hardware.world_size
     validates = bool(data.validation) or data.validation_fraction is not None
-    eval_batch = training.per_device_eval_batch_size if validates and training.eval_strategy != "no" else 0
+    eval_batch = training.per_device_eval_batch_size * plan.method.sequences
+    if not validates or training.eval_strategy == "no":
+        eval_batch = 0
     return Setup(
         facts=facts,
         batch=batch,

@@ -50,7 +50,7 @@ class Shards:
             (t.name, packed_bytes(setup, t) if t.name in quantized else t.size * BYTES[setup.dtype])
             for t in setup.facts.tensors
         ]
-        held += [(t.name, t.size * BYTES[t.dtype]) for t in trained(setup)] if setup.lora is not None else []
+        held += [(t.name, t.size * BYTES[t.dtype]) for t in trained(setup)] if not setup.adapter.trains_base else []
         width = BYTES[setup.stack.autocast] if setup.stack.autocast else BYTES[setup.dtype]
         for name, size in held:
             cast = size if name in quantized else size * min(width, BYTES[setup.dtype]) // BYTES[setup.dtype]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from math import prod
 
 from lorafit.facts import Tensor
 from lorafit.memory.estimate import Term
 from lorafit.memory.setup import Setup
-from lorafit.plan.adapters import MAGNITUDE, find_targets, is_skipped, trained_tensors
-from lorafit.recipe import LoraSection
+from lorafit.plan.adapters import is_skipped
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK = 64
@@ -109,17 +107,10 @@ def packed_bytes(setup: Setup, tensor: Tensor) -> int:
 
 
 def trained(setup: Setup) -> list[Tensor]:
-    """What is trained, with the type it is kept in: DoRA's magnitudes in float32 whatever the adapter's type."""
-    if setup.lora is None:
-        return [replace(tensor, dtype=setup.dtype) for tensor in setup.facts.tensors]
-    lora = lora_section(setup)
-    tensors = trained_tensors(lora, find_targets(lora, setup.facts), setup.facts)
-    return [replace(t, dtype="float32" if MAGNITUDE in t.name else setup.adapter_dtype) for t in tensors]
-
-
-def lora_section(setup: Setup) -> LoraSection:
-    values = {key: value for key, value in (setup.lora or {}).items() if key != "task_type" and value is not None}
-    return LoraSection.model_validate(values)
+    """What is trained, with the type it is kept in."""
+    adapter = setup.adapter
+    dtype = setup.dtype if adapter.trains_base else setup.adapter_dtype
+    return list(adapter.tensors(setup.facts, None, dtype))
 
 
 def trained_bytes(setup: Setup) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, TextIO
@@ -13,8 +12,6 @@ from lorafit.options.evaluate import Adapters
 from lorafit.options.fields import Argument, JsonOptions, Option
 
 Write = Callable[[str], None]
-JOINERS = "\n\t\u200c\u200d"
-"""What is no printable character, and harmless: line breaks, tabs, and what holds scripts and emojis together."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,3 @@ def from_stdin(stdin: TextIO) -> tuple[str, ...]:
     if not text.strip():
         raise UsageError("stdin: is empty, so there is no prompt; give one with --prompt")
     return (text,)
-
-
-def harmless(text: str) -> str:
-    """The text with control characters escaped, as a terminal may act on them; line breaks and tabs stay."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in JOINERS or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
-        for c in text
-    )

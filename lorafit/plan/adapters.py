@@ -1,33 +1,40 @@
-"""Adapters: which modules get one, checked against the model's real names, its exact size, and what PEFT is told."""
+"""What may be trained of a model, and what follows from it: one description for each tuner, which everybody asks.
+
+Below them: which modules get an adapter, checked against the model's real names.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from lorafit.bounds import read_json, within
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, Tensor
-from lorafit.plan.values import Context
-from lorafit.recipe import LoraSection
+from lorafit.recipe import KeyPath, LoraSection, Recipe
 from lorafit.text import near
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
 MAGNITUDE = "lora_magnitude_vector"
+"""In the name of DoRA's magnitudes, which stay float32 whatever the adapter's type."""
 PRESETS = ("all-linear", "attention", "mlp", "qv")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
 _QV = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin"}
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-class TargetError(ValueError):
-    """Targets that don't match; `path` is where in the recipe's lora section."""
+Complaint = tuple[KeyPath, str]
+"""A place in the recipe, and what is wrong there."""
 
-    def __init__(self, path: tuple[str | int, ...], message: str) -> None:
+
+class TargetError(ValueError):
+    """Targets that don't match; `path` is where in the recipe, or in its section for the adapter."""
+
+    def __init__(self, path: KeyPath, message: str) -> None:
         super().__init__(message)
         self.path = path
 
@@ -44,6 +51,114 @@ class Targets:
     modules: tuple[str, ...]
     names: tuple[str, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class Full:
+    """Training in full: the base's own weights are trained, and nothing stands beside them."""
+
+    trains_base: ClassVar[bool] = True
+    result: ClassVar[Literal["trained"]] = "trained"
+    title: ClassVar[str] = "full training"
+    scale: ClassVar[None] = None
+    loraplus_lr_ratio: ClassVar[None] = None
+
+    def described(self, base: str = "") -> str:
+        return "all parameters"
+
+    def arguments(self, targets: Targets | None) -> None:
+        return None
+
+    def complaints(self, facts: ModelFacts, device: str) -> Iterator[Complaint]:
+        return iter(())
+
+    def targets(self, facts: ModelFacts) -> None:
+        return None
+
+    def tensors(self, facts: ModelFacts, targets: Targets | None, dtype: str = "") -> Iterator[Tensor]:
+        return (replace(tensor, dtype=dtype) for tensor in facts.tensors)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA and its relatives: DoRA, rank-stabilized scaling, LoRA+, and other starts."""
+
+    section: LoraSection
+
+    trains_base: ClassVar[bool] = False
+    result: ClassVar[Literal["adapter"]] = "adapter"
+
+    @property
+    def title(self) -> str:
+        return f"LoRA r={self.section.r}"
+
+    @property
+    def scale(self) -> float:
+        return self.section.lora_alpha / (self.section.r**0.5 if self.section.use_rslora else self.section.r)
+
+    def described(self, base: str = "") -> str:
+        lora = self.section
+        kind = "DoRA" if lora.use_dora else "rsLoRA" if lora.use_rslora else "LoRA"
+        return f"{kind}{base}, r {lora.r}, alpha {lora.lora_alpha:g}"
+
+    @property
+    def loraplus_lr_ratio(self) -> float | None:
+        return self.section.loraplus_lr_ratio
+
+    def complaints(self, facts: ModelFacts, device: str) -> Iterator[Complaint]:
+        lora = self.section
+        if facts.tensors:
+            if lora.init_lora_weights == "loftq" and device == "cpu":
+                yield ("lora", "init_lora_weights"), "PEFT computes loftq on a GPU, and this is a CPU; use true"
+            return
+        if lora.target_modules in ("attention", "mlp", "qv"):
+            yield (
+                ("lora", "target_modules"),
+                f"can't be expanded for a {facts.model_type} model without its safetensors headers; use all-linear",
+            )
+        if isinstance(lora.target_modules, str) and lora.layers_to_transform is not None:
+            yield ("lora", "layers_to_transform"), "needs a list of target_modules for this model"
+
+    def targets(self, facts: ModelFacts) -> Targets:
+        try:
+            targets = find_targets(self.section, facts)
+            check_modules_to_save(self.section, facts)
+        except TargetError as error:
+            raise TargetError(("lora", *error.path), str(error)) from None
+        return targets
+
+    def tensors(self, facts: ModelFacts, targets: Targets | None, dtype: str = "") -> Iterator[Tensor]:
+        for tensor in _trained_tensors(self.section, targets or find_targets(self.section, facts), facts):
+            yield replace(tensor, dtype="float32" if MAGNITUDE in tensor.name else dtype)
+
+    def arguments(self, targets: Targets | None) -> dict[str, Any]:
+        names = {"target_modules": list(targets.names)} if targets else {}
+        given = self.section.model_dump(mode="json", exclude={"loraplus_lr_ratio"})  # all but that are LoraConfig's
+        return given | names | {"task_type": "CAUSAL_LM"}
+
+
+Adapter = Full | Lora
+"""What is trained of a model. Every description answers the same questions:
+
+`trains_base`: whether the base's own weights are trained: then they can't be quantized, and there is nothing to merge;
+`result`: what a run's result is called in evaluations; `title` and `described(base)`: for people; `scale`: what the
+update is multiplied by; `loraplus_lr_ratio`: how much faster its B matrices learn; `complaints(facts, device)`: what
+can't be carried out there; `targets(facts)`: the adapted modules (raises TargetError, with the place in the recipe);
+`tensors(facts, targets, dtype)`: every tensor that is trained, in its type; `arguments(targets)`: what PEFT is told.
+"""
+
+
+def adapter_of(recipe: Recipe) -> Adapter:
+    """What a recipe trains."""
+    return Full() if recipe.lora is None else Lora(recipe.lora)
+
+
+def adapter_told(arguments: Mapping[str, Any] | None) -> Adapter:
+    """What is trained where PEFT is told this; None: it is told nothing."""
+    if arguments is None:
+        return Full()
+    given = {key: value for key, value in arguments.items() if key != "task_type" and value is not None}
+    return Lora(LoraSection.model_validate(given))
 
 
 def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
@@ -216,14 +331,7 @@ def rank_of(lora: LoraSection, module: str) -> int:
     return next((r for key, r in lora.rank_pattern.items() if pattern_matches(key, module)), lora.r)
 
 
-def trainable_parameters(lora: LoraSection | None, targets: Targets | None, facts: ModelFacts) -> int:
-    """Trainable parameters by formula. Without an adapter, every parameter."""
-    if lora is None or targets is None:
-        return facts.parameters
-    return sum(tensor.size for tensor in trained_tensors(lora, targets, facts))
-
-
-def trained_tensors(lora: LoraSection, targets: Targets, facts: ModelFacts) -> Iterator[Tensor]:
+def _trained_tensors(lora: LoraSection, targets: Targets, facts: ModelFacts) -> Iterator[Tensor]:
     """Every tensor that an adapter trains: A (r x in) and B (out x r) of each adapted matrix, and what is asked beside.
 
     DoRA adds its magnitudes (one per output); `bias` adds existing biases; modules_to_save add a
@@ -261,72 +369,3 @@ def check_modules_to_save(lora: LoraSection, facts: ModelFacts) -> None:
     for index, name in enumerate(lora.modules_to_save or ()):
         if not any(_is_named(module, name) for module in modules):
             raise TargetError(("modules_to_save", index), f"'{name}' is no module of the model{near(name, modules)}")
-
-
-def adapter_targets(context: Context) -> Targets | None:
-    """The modules that are adapted; None for training in full, and where only the model can tell."""
-    lora, facts = context.recipe.lora, context.facts
-    if lora is None:
-        return None
-    if not facts.tensors:
-        if lora.target_modules in ("attention", "mlp", "qv"):
-            context.wrong(
-                ("lora", "target_modules"),
-                f"can't be expanded for a {facts.model_type} model without its safetensors headers; use all-linear",
-            )
-        if isinstance(lora.target_modules, str) and lora.layers_to_transform is not None:
-            context.wrong(("lora", "layers_to_transform"), "needs a list of target_modules for this model")
-        context.remarks.append(
-            f"The layers of a {facts.model_type} model are not known without its safetensors headers: "
-            "target_modules are checked when the model loads."
-        )
-        return None
-    try:
-        targets = find_targets(lora, facts)
-        check_modules_to_save(lora, facts)
-    except TargetError as error:
-        context.wrong(("lora", *error.path), str(error))
-        return None
-    if lora.init_lora_weights == "loftq" and context.hardware.device == "cpu":
-        context.wrong(("lora", "init_lora_weights"), "PEFT computes loftq on a GPU, and this is a CPU; use true")
-    if facts.is_moe:
-        context.remarks.append("Experts are fused parameters in transformers 5, so they get no adapter.")
-    context.choose("lora.target_modules", list(targets.names), f"{targets.reason} ({len(targets.modules)} modules)")
-    return targets
-
-
-def lora_kwargs(lora: LoraSection | None, targets: Targets | None) -> dict[str, Any] | None:
-    """For LoraConfig; None for training in full."""
-    if lora is None:
-        return None
-    names: Any = list(targets.names) if targets else lora.target_modules
-    return {
-        "r": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "target_modules": list(names) if isinstance(names, tuple) else names,
-        "exclude_modules": _list(lora.exclude_modules),
-        "modules_to_save": _list(lora.modules_to_save),
-        "layers_to_transform": _list(lora.layers_to_transform),
-        "rank_pattern": lora.rank_pattern,
-        "alpha_pattern": lora.alpha_pattern,
-        "bias": lora.bias,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "init_lora_weights": lora.init_lora_weights,
-        "task_type": "CAUSAL_LM",
-    }
-
-
-def adapter_dtype(context: Context, dtype: str) -> str:
-    """The type of the trained adapter's weights."""
-    if context.recipe.lora is None:
-        return dtype
-    if context.recipe.quantization and dtype == "bfloat16":
-        reason = "as QLoRA does it (arXiv:2305.14314); DoRA's magnitudes stay float32"
-        return context.choose("adapter dtype", "bfloat16", reason)
-    return context.choose("adapter dtype", "float32", "small updates get lost in 16 bits")
-
-
-def _list(values: Any) -> list[Any] | None:
-    return None if values is None else list(values)

@@ -1,12 +1,13 @@
-"""How rows become tokens: their length, the chat template, what is learned, padding."""
+"""The data sources with their formats and rows, and how rows become tokens: length, chat template, padding."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lorafit.bounds import LARGEST_TEMPLATE, read_text
 from lorafit.errors import DataError, ModelError
@@ -20,14 +21,116 @@ from lorafit.facts.template import (
     variables,
     with_defaults,
 )
+from lorafit.plan.methods import method_of
 from lorafit.plan.values import Context, DataPlan, SourcePlan
-from lorafit.recipe import Recipe
-from lorafit.rows import Fault, read_rows, to_example
-from lorafit.text import first_line, near
+from lorafit.progress import stage
+from lorafit.recipe import KeyPath, Recipe, Source
+from lorafit.rows import (
+    COLUMNS,
+    OPTIONAL,
+    Fault,
+    Format,
+    Row,
+    detect_format,
+    digest,
+    is_local,
+    read_rows,
+    size_digest,
+    to_example,
+)
+from lorafit.text import first_line, near, printable
 from lorafit.written import expanded
 
 _ROWS = 1000
 """First rows of a source that are looked at for reasoning; the audit counts them all."""
+
+
+Reading = Literal["nothing", "formats", "digests"]
+"""How far sources are looked into: not at all, their first rows, or whole for their hash."""
+
+
+def plan_sources(context: Context, reading: Reading) -> tuple[list[SourcePlan], list[SourcePlan]]:
+    """The sources of training rows and those of validation rows. Those that can't be read are noted as faults."""
+    dataset = context.recipe.dataset
+    validation = dataset.validation if isinstance(dataset.validation, tuple) else ()
+    return (
+        [_source(context, source, f"dataset.train.{i}", reading) for i, source in enumerate(dataset.train)],
+        [_source(context, source, f"dataset.validation.{i}", reading) for i, source in enumerate(validation)],
+    )
+
+
+def counted(source: SourcePlan) -> SourcePlan:
+    """The source with its number of rows, if it is local."""
+    if source.hub is not None:
+        return source
+    found = itertools.islice(read_rows(source.path), source.max_rows)
+    with stage(f"counting {source.path}", unit="rows") as counting:
+        for _ in found:
+            counting.done += 1
+    return dataclasses.replace(source, rows=int(counting.done))
+
+
+def unread_columns(row: Row, format: Format, source: SourcePlan) -> list[str]:
+    """A row's columns that its format does not read. A template may read any."""
+    if source.template is not None:
+        return []
+    known = {source.columns.get(name, name) for name in (*COLUMNS[format], *OPTIONAL[format])}
+    read = known | {name.split(".")[0] for name in known}
+    return [printable(name) for name in row.fields if name not in read]
+
+
+def _source(context: Context, source: Source, key: str, reading: Reading) -> SourcePlan:
+    asked = SourcePlan(
+        source.path,
+        key,
+        None if source.format == "auto" else source.format,
+        dict(source.columns),
+        dict(source.template) if isinstance(source.template, dict) else source.template,
+        source.weight,
+        source.max_rows,
+    )
+    if not is_local(source.path):
+        hub = {"split": source.split, "name": source.name, "revision": source.revision}
+        return dataclasses.replace(asked, hub=hub)
+    for name in ("split", "name", "revision"):
+        if name in source.model_fields_set:
+            context.wrong((*_recipe_path(key), name), "is for hub data sets; this is a local path")
+    if reading == "nothing":
+        return asked
+    try:
+        return _looked_into(context, asked, reading)
+    except DataError as error:
+        context.faults.append(((*_recipe_path(key), "path"), error))
+        return asked
+
+
+def _looked_into(context: Context, source: SourcePlan, reading: Reading) -> SourcePlan:
+    """The source with its format and, if asked for, its hash. Raises DataError."""
+    key = source.key
+    first = next(read_rows(source.path), None)
+    if first is None:
+        raise DataError(f"{source.path}: there are no rows")
+    format = source.format
+    if format is None:
+        format, reason = detect_format(first, source.columns, source.template, key)
+        context.choose(f"{key}.format", format, reason)
+    unread = unread_columns(first, format, source)
+    if unread:
+        context.remarks.append(f"{key}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}.")
+    method = method_of(context.recipe)
+    if format not in method.reads:
+        raise DataError(f"{key}: {method.name} learns nothing from rows in the format {format}")
+    if remark := method.reads[format]:
+        context.remarks.append(f"{key}: {remark}.")
+    streamed = context.recipe.dataset.streaming and key.startswith("dataset.train")
+    if reading == "formats":
+        return dataclasses.replace(source, format=format)
+    sha256 = size_digest(source.path) if streamed else digest(source.path)
+    return dataclasses.replace(source, format=format, sha256=sha256)
+
+
+def _recipe_path(key: str) -> KeyPath:
+    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def choose_max_length(context: Context) -> int:
@@ -102,7 +205,7 @@ def plan_data(
         excess_length_strategy=recipe.dataset.excess_length_strategy,
         streaming=recipe.dataset.streaming,
         shuffle=recipe.training.train_sampling_strategy != "sequential",
-        audit=recipe.dataset.audit.model_dump(),
+        audit=recipe.dataset.audit.model_dump(include=set(method_of(recipe).rules)),
         date=datetime.date.today().isoformat() if template and uses_date(template) else None,
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
         chat_template_kwargs=template_kwargs,

@@ -1,11 +1,11 @@
-"""How the model is loaded: its type, its attention, its quantization."""
+"""How the model is loaded, and what is put on it: its type, attention, quantization and adapter."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.plan.adapters import OUTPUT_HEADS, Targets, is_skipped, trainable_parameters
+from lorafit.plan.adapters import OUTPUT_HEADS, TargetError, Targets, adapter_of, is_skipped
 from lorafit.plan.values import Context, ModelPlan
 from lorafit.text import near
 
@@ -47,12 +47,12 @@ def choose_dtype(context: Context) -> str:
     if asked != "auto":
         if asked == "float16" and hardware.device == "cpu":
             context.wrong(("model", "dtype"), "float16 can't be trained on a CPU; use auto")
-        elif asked == "float16" and recipe.lora is None:
+        elif asked == "float16" and recipe.trains_base:
             context.wrong(("model", "dtype"), "float16 weights can't be trained in full; use auto")
         if asked == "bfloat16" and not hardware.fast_bf16:
             context.remarks.append(f"bfloat16 is slow on {hardware.name}, which has no fast arithmetic for it.")
         return context.choose(key, asked, "as the recipe says")
-    if recipe.lora is None:
+    if recipe.trains_base:
         return context.choose(key, "float32", "training in full: small updates get lost in 16-bit weights")
     if hardware.fast_bf16:
         return context.choose(key, "bfloat16", f"{hardware.name} has fast bfloat16 arithmetic")
@@ -64,7 +64,7 @@ def choose_dtype(context: Context) -> str:
 
 def mixed_dtype(context: Context, dtype: str) -> str | None:
     """The 16-bit type that arithmetic is done in, if any."""
-    if context.recipe.lora is None and context.on_gpu and context.hardware.fast_bf16:
+    if context.recipe.trains_base and context.on_gpu and context.hardware.fast_bf16:
         return "bfloat16"
     return None if dtype == "float32" else dtype
 
@@ -170,16 +170,51 @@ def _unquantized(context: Context, asked: tuple[str, ...] | None) -> list[str] |
     return list(context.choose("quantization.llm_int8_skip_modules", list(dict.fromkeys((*asked, *heads))), reason))
 
 
+def adapter_targets(context: Context) -> Targets | None:
+    """The modules that are adapted; None for training in full, and where only the model can tell."""
+    adapter, facts = adapter_of(context.recipe), context.facts
+    targets = None
+    if facts.tensors:
+        try:
+            targets = adapter.targets(facts)
+        except TargetError as error:
+            context.wrong(error.path, str(error))
+            return None
+    for path, message in adapter.complaints(facts, context.hardware.device):
+        context.wrong(path, message)
+    if targets is None:
+        if not adapter.trains_base:
+            context.remarks.append(
+                f"The layers of a {facts.model_type} model are not known without its safetensors headers: "
+                "target_modules are checked when the model loads."
+            )
+        return None
+    if facts.is_moe:
+        context.remarks.append("Experts are fused parameters in transformers 5, so they get no adapter.")
+    reason = f"{targets.reason} ({len(targets.modules)} modules)"
+    context.choose("lora.target_modules", list(targets.names), reason)
+    return targets
+
+
+def adapter_dtype(context: Context, dtype: str) -> str:
+    """The type of the trained adapter's weights."""
+    if context.recipe.trains_base:
+        return dtype
+    if context.recipe.quantization and dtype == "bfloat16":
+        reason = "as QLoRA does it (arXiv:2305.14314); DoRA's magnitudes stay float32"
+        return context.choose("adapter dtype", "bfloat16", reason)
+    return context.choose("adapter dtype", "float32", "small updates get lost in 16 bits")
+
+
 def model_plan(context: Context, targets: Targets | None) -> ModelPlan:
     facts = context.facts
-    known = bool(facts.tensors)
-    trainable = trainable_parameters(context.recipe.lora, targets, facts) if known else 0
+    trained = adapter_of(context.recipe).tensors(facts, targets) if facts.tensors else ()
     return ModelPlan(
         name_or_path=facts.name,
         kind=facts.kind,
         source=facts.source,
         model_type=facts.model_type,
         parameters=facts.parameters,
-        trainable_parameters=trainable,
+        trainable_parameters=sum(tensor.size for tensor in trained),
         adapted_modules=len(targets.modules) if targets else 0,
     )

@@ -13,10 +13,16 @@ from lorafit.errors import DataError, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.facts.template import syntax_error
 from lorafit.hardware import Hardware, detect, elsewhere
-from lorafit.plan.adapters import adapter_dtype, adapter_targets, lora_kwargs
-from lorafit.plan.data import choose_max_length, plan_data, read_chat_template
-from lorafit.plan.model import choose_dtype, model_kwargs, model_plan, quantization_kwargs
-from lorafit.plan.sources import Reading, counted, plan_sources
+from lorafit.plan.adapters import adapter_of
+from lorafit.plan.data import Reading, choose_max_length, counted, plan_data, plan_sources, read_chat_template
+from lorafit.plan.model import (
+    adapter_dtype,
+    adapter_targets,
+    choose_dtype,
+    model_kwargs,
+    model_plan,
+    quantization_kwargs,
+)
 from lorafit.plan.training import long_warmup, training_kwargs
 from lorafit.plan.values import Choice, Context, Plan, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
@@ -130,9 +136,9 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
         choices=context.choices,
         model_kwargs=for_model,
         quantization_kwargs=for_quantization,
-        lora_kwargs=lora_kwargs(recipe.lora, targets),
+        lora_kwargs=adapter_of(recipe).arguments(targets),
         adapter_dtype=adapter_dtype(context, dtype),
-        loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio if recipe.lora else None,
+        loraplus_lr_ratio=adapter_of(recipe).loraplus_lr_ratio,
         training_kwargs=for_training,
         data=data,
         schedule=None,

@@ -13,7 +13,9 @@ from typing import Any, Literal, TypeVar
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
-from lorafit.recipe import Mistake, Recipe
+from lorafit.plan.adapters import Adapter, adapter_told
+from lorafit.plan.methods import SFT, Method
+from lorafit.recipe import KeyPath, Mistake, Recipe
 from lorafit.rows import Format, Shape
 from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
 
@@ -259,6 +261,16 @@ class Plan:
             whole["recipe"].pop(later, None)
         return {part: whole[part] for part in parts} | {"hardware": machine}
 
+    @property
+    def method(self) -> Method:
+        """What it trains by."""
+        return SFT
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        """What is trained of the model."""
+        return adapter_told(self.lora_kwargs)
+
     @functools.cached_property
     def training(self) -> Training:
         return Training.of(self.training_kwargs)
@@ -312,8 +324,6 @@ def validation_rows(rows: int, fraction: float | None) -> int:
 
 
 T = TypeVar("T")
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in the recipe."""
 
 
 @dataclass

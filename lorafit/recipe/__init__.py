@@ -4,7 +4,7 @@
 mistake at once, each at the file, line and column where it was written.
 """
 
-from lorafit.recipe.load import RecipeError, load
+from lorafit.recipe.load import load
 from lorafit.recipe.schema import (
     DatasetSection,
     LoraSection,
@@ -14,10 +14,11 @@ from lorafit.recipe.schema import (
     Source,
     TrainingSection,
 )
-from lorafit.recipe.yaml import Mistake, Position
+from lorafit.recipe.yaml import KeyPath, Mistake, Position, RecipeError
 
 __all__ = [
     "DatasetSection",
+    "KeyPath",
     "LoraSection",
     "Mistake",
     "ModelSection",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -20,7 +20,7 @@ from lorafit.recipe.yaml import (
     Mistake,
     Position,
     Reader,
-    SourceMistakes,
+    RecipeError,
     compose,
     dotted,
     once,
@@ -60,30 +60,15 @@ class Draft:
     complete: bool
 
 
-class Store(Protocol):
-    """Where recipe files stand, such as on the disk."""
+class Disk:
+    """Where recipe files stand: on the disk, or, by a subclass, elsewhere."""
 
     def real(self, file: Path) -> str:
         """A name that is the same however the file is reached. Raises ValueError for what is no path."""
-
-    def shown(self, file: Path) -> str:
-        """The name of a file for people."""
-
-    def exists(self, file: Path) -> bool: ...
-
-    def is_file(self, file: Path) -> bool: ...
-
-    def read(self, file: Path, most: int) -> bytes:
-        """The first bytes of a file. Raises OSError."""
-
-
-class Disk:
-    """The files that are there."""
-
-    def real(self, file: Path) -> str:
         return os.path.realpath(file)
 
     def shown(self, file: Path) -> str:
+        """The name of a file for people."""
         return str(file)
 
     def exists(self, file: Path) -> bool:
@@ -93,6 +78,7 @@ class Disk:
         return os.path.isfile(file)
 
     def read(self, file: Path, most: int) -> bytes:
+        """The first bytes of a file. Raises OSError."""
         with opened(file) as stream:
             return stream.read(most)
 
@@ -102,11 +88,11 @@ def read_recipe(
     overrides: Iterable[str],
     is_key: Callable[[str], bool],
     environment: Mapping[str, str] | None = None,
-    store: Store | None = None,
+    store: Disk | None = None,
 ) -> Draft:
     """Read a recipe, everything it `extends:`, and `--set` arguments.
 
-    Raises SourceMistakes when the file itself can't be read; other mistakes are in the draft.
+    Raises RecipeError when the file itself can't be read; other mistakes are in the draft.
 
     Args:
         is_key: whether a key may be meant to be a recipe's: of a file that has none, nothing is said but that.
@@ -114,7 +100,7 @@ def read_recipe(
     files = _Files(is_key, os.environ if environment is None else environment, store or Disk())
     root = files.load(path, (), Position(files.store.shown(path)))
     if root is None:
-        raise SourceMistakes(*files.mistakes)
+        raise RecipeError(files.mistakes)
     root = _overridden(root, overrides, files.environment, files.mistakes)
     return Draft(root, files.mistakes, files.complete)
 
@@ -144,7 +130,7 @@ class _Files:
 
     is_key: Callable[[str], bool]
     environment: Mapping[str, str]
-    store: Store = field(default_factory=Disk)
+    store: Disk = field(default_factory=Disk)
     mistakes: list[Mistake] = field(default_factory=list)
     complete: bool = True
     _read: dict[str, Located | None] = field(default_factory=dict)
@@ -160,7 +146,7 @@ class _Files:
                 self._read[real] = None
                 self._read[real] = self._with_parents(file, self._content(file), (*trail, real))
             return self._read[real]
-        except SourceMistakes as error:
+        except RecipeError as error:
             self._unreadable(*error.mistakes)
             return None
 
@@ -174,7 +160,7 @@ class _Files:
         try:
             real = self.store.real(file)
         except ValueError as error:  # such as a NUL character
-            raise SourceMistakes(Mistake(named_at, "extends" if trail else "", f"is not a path: {error}")) from None
+            raise RecipeError([Mistake(named_at, "extends" if trail else "", f"is not a path: {error}")]) from None
         if not trail:
             return real
         if real in trail:
@@ -186,7 +172,7 @@ class _Files:
         elif real not in self._read and len(self._read) >= MAX_FILES:
             wrong = f"needs more than {MAX_FILES} files"
         if wrong:
-            raise SourceMistakes(Mistake(named_at, "extends", wrong))
+            raise RecipeError([Mistake(named_at, "extends", wrong)])
         return real
 
     def _content(self, file: Path) -> Located:
@@ -198,22 +184,20 @@ class _Files:
         except UnicodeDecodeError as error:
             before = data[: error.start]
             place = Position(shown, before.count(b"\n") + 1, error.start - before.rfind(b"\n"))
-            raise SourceMistakes(Mistake(place, "", "is not UTF-8 text")) from None
+            raise RecipeError([Mistake(place, "", "is not UTF-8 text")]) from None
         except IsADirectoryError:
-            raise SourceMistakes(Mistake(start, "", not_a_folder(file))) from None
+            raise RecipeError([Mistake(start, "", not_a_folder(file))]) from None
         except OSError as error:
-            raise SourceMistakes(Mistake(start, "", f"can't be read: {error.strerror or error}")) from None
+            raise RecipeError([Mistake(start, "", f"can't be read: {error.strerror or error}")]) from None
         if len(data) > MAX_BYTES:
-            raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
+            raise RecipeError([Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe")])
         reader = Reader(shown, self.environment)
         try:
             node = compose(text, shown)
-        except SourceMistakes as error:
+        except RecipeError as error:
             if any(self.is_key(key) for key in _KEY.findall(text)):
                 raise
-            raise SourceMistakes(
-                *(replace(one, message=_QUOTED.sub("", one.message)) for one in error.mistakes)
-            ) from None
+            raise RecipeError(replace(one, message=_QUOTED.sub("", one.message)) for one in error.mistakes) from None
         if not isinstance(node, yaml.MappingNode):
             reader.fail(node, (), "a recipe is a mapping of sections, such as `model:`")
         if node.value and not any(isinstance(key, yaml.ScalarNode) and self.is_key(key.value) for key, _ in node.value):
@@ -263,30 +247,30 @@ def _overridden(
     layer = Located({}, root.position)
     given = tuple(arguments)
     for argument in given:
-        with contextlib.suppress(SourceMistakes):
+        with contextlib.suppress(RecipeError):
             layer = _apply_override(layer, argument, environment)
     root = give_way(root, layer)
     for argument in given:
         try:
             root = _apply_override(root, argument, environment)
-        except SourceMistakes as error:
+        except RecipeError as error:
             mistakes += error.mistakes
     return root
 
 
 def _apply_override(root: Located, argument: str, environment: Mapping[str, str]) -> Located:
-    """Apply one `--set a.b=value` argument; the value is read as YAML. Raises SourceMistakes."""
+    """Apply one `--set a.b=value` argument; the value is read as YAML. Raises RecipeError."""
     name, equals, text = argument.partition("=")
     position = Position(f"--set {shorten(argument)}")
     steps = tuple(step.strip() for step in name.split("."))
     if not equals or not all(steps) or len(steps) > MAX_DEPTH:
-        raise SourceMistakes(Mistake(position, "", "expected key=value, such as training.learning_rate=1e-4"))
+        raise RecipeError([Mistake(position, "", "expected key=value, such as training.learning_rate=1e-4")])
     if steps[0] == "extends":
-        raise SourceMistakes(Mistake(position, "extends", "can't be set; write it in the file"))
+        raise RecipeError([Mistake(position, "extends", "can't be set; write it in the file")])
     try:
         value = read_yaml(text, position.file, environment)
-    except SourceMistakes as error:
-        raise SourceMistakes(*(Mistake(position, dotted(steps), m.message) for m in error.mistakes)) from None
+    except RecipeError as error:
+        raise RecipeError(Mistake(position, dotted(steps), m.message) for m in error.mistakes) from None
     return _override(root, steps, _placed(value, position), position, ())
 
 
@@ -318,12 +302,12 @@ def _override(
         items = list(node.value)
         if step not in map(str, range(len(items))):
             what = f"{dotted(trail)} is a list of {len(items)}; give an index, from 0"
-            raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
+            raise RecipeError([Mistake(position, dotted((*trail, step)), what)])
         items[int(step)] = _override(items[int(step)], rest, new, position, (*trail, step))
         return replace(node, value=items)
     if node.value is not None and not isinstance(node.value, dict):
         what = f"{dotted(trail)} is a single value and has no keys"
-        raise SourceMistakes(Mistake(position, dotted((*trail, step)), what))
+        raise RecipeError([Mistake(position, dotted((*trail, step)), what)])
     content = dict(node.value or {})
     if rest:
         child = content.get(step, Located(None, position, position))
@@ -343,7 +327,7 @@ _PAIRS = (
     ("training.lr_scheduler_kwargs.min_lr", "training.lr_scheduler_kwargs.min_lr_rate"),
     ("quantization.load_in_4bit", "quantization.load_in_8bit"),
 )
-_OF_4_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+OF_4_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 _Path = tuple[str, ...]
 
 
@@ -352,7 +336,7 @@ def _rivals() -> Iterator[tuple[_Path, _Path, tuple[object, ...] | None]]:
     for one, other in _PAIRS:
         yield _path(one), _path(other), None
         yield _path(other), _path(one), None
-    for name in _OF_4_BITS:
+    for name in OF_4_BITS:
         yield ("quantization", "load_in_8bit"), ("quantization", name), None
     yield ("quantization", "load_in_4bit"), ("quantization", "llm_int8_threshold"), None
     for name in ("gpu", "vram"):

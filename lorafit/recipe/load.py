@@ -15,16 +15,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lorafit.errors import LorafitError
-from lorafit.recipe.layers import Draft, Store, read_recipe
+from lorafit.recipe.layers import Disk, Draft, read_recipe
 from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.yaml import Located, Mistake, SourceMistakes, dotted, holds, shorten
+from lorafit.recipe.yaml import KeyPath, Located, Mistake, RecipeError, dotted, holds, shorten
 from lorafit.written import Reference, remember, value_of
 
 MAX_SUGGESTIONS = 100
 """Unknown keys that get a suggestion; finding one takes a while, and no recipe has so many."""
-KeyPath = tuple[str | int, ...]
 
 _ALIASES = {
     "lr": "training.learning_rate",
@@ -63,35 +61,14 @@ _ELSEWHERE = {
 """What other tools have as keys and lorafit elsewhere, for the hint only."""
 
 
-class RecipeError(LorafitError):
-    """Everything that is wrong in a recipe, one line each.
-
-    Attributes:
-        mistakes: in the order of the files' lines.
-    """
-
-    exit_code = 2
-
-    def __init__(self, mistakes: Iterable[Mistake]) -> None:
-        unique = {str(mistake): mistake for mistake in mistakes}
-        self.mistakes = tuple(
-            sorted(unique.values(), key=lambda m: (m.position.file, m.position.line or 0, m.position.column or 0))
-        )
-        super().__init__("\n".join(map(str, self.mistakes)))
-
-
 def load(
     path: str | Path,
     overrides: Iterable[str] = (),
     environment: Mapping[str, str] | None = None,
-    store: Store | None = None,
+    store: Disk | None = None,
 ) -> Recipe:
     """Read a recipe file with its parents and `--set` overrides, from the disk or another store. Raises RecipeError."""
-    try:
-        draft = read_recipe(Path(path), overrides, _is_key, environment, store)
-    except SourceMistakes as error:
-        raise RecipeError(error.mistakes) from None
-    return validate(draft)
+    return validate(read_recipe(Path(path), overrides, _is_key, environment, store))
 
 
 def validate(draft: Draft) -> Recipe:

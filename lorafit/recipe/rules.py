@@ -10,10 +10,12 @@ from collections.abc import Iterator
 
 from lorafit.errors import UsageError
 from lorafit.gpus import find_gpu, parse_memory
+from lorafit.recipe.layers import OF_4_BITS
 from lorafit.recipe.schema import EvalSet, Recipe, Source
+from lorafit.recipe.yaml import KeyPath
 from lorafit.rows import COLUMNS, OPTIONAL, check_template
 
-Complaint = tuple[tuple[str | int, ...], str]
+Complaint = tuple[KeyPath, str]
 BUILT_IN_SETS = ("general", "chat")
 SCHEDULE_KWARGS = {
     "cosine": ("num_cycles",),
@@ -27,7 +29,6 @@ SCHEDULE_KWARGS = {
     ),
 }
 """What transformers' schedules take; the others take nothing."""
-FOUR_BIT_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 
 def cross_check(recipe: Recipe) -> Iterator[Complaint]:
@@ -46,19 +47,17 @@ def _quantization(recipe: Recipe) -> Iterator[Complaint]:
     quantization = recipe.quantization
     if quantization is None:
         return
-    given = quantization.model_fields_set
     if quantization.load_in_4bit == quantization.load_in_8bit:
         yield (
             ("quantization", "load_in_4bit"),
             "set exactly one of load_in_4bit and load_in_8bit to true, or remove the section",
         )
-    elif quantization.load_in_8bit:
-        for name in FOUR_BIT_FIELDS:
-            if name in given:
-                yield ("quantization", name), "has no effect with load_in_8bit; remove it"
-    elif "llm_int8_threshold" in given:
-        yield ("quantization", "llm_int8_threshold"), "has no effect with load_in_4bit; remove it"
-    if recipe.lora is None:
+    else:
+        bits, others = (8, OF_4_BITS) if quantization.load_in_8bit else (4, ("llm_int8_threshold",))
+        for name in others:
+            if name in quantization.model_fields_set:
+                yield ("quantization", name), f"has no effect with load_in_{bits}bit; remove it"
+    if recipe.trains_base:
         yield (
             ("quantization",),
             "quantized weights can't be trained in full; add `lora: {}`, or remove quantization",
@@ -101,7 +100,6 @@ def _lora(recipe: Recipe) -> Iterator[Complaint]:
 
 def _dataset(recipe: Recipe) -> Iterator[Complaint]:
     dataset, training = recipe.dataset, recipe.training
-    given = training.model_fields_set
     sources = [(("dataset", "train"), dataset.train)]
     if isinstance(dataset.validation, tuple):
         sources.append((("dataset", "validation"), dataset.validation))
@@ -122,17 +120,17 @@ def _dataset(recipe: Recipe) -> Iterator[Complaint]:
     if dataset.validation is not None:
         return
     needs = "needs validation rows; add dataset.validation, such as 0.1"
-    if training.early_stopping_patience is not None:
-        yield ("training", "early_stopping_patience"), needs
-    if training.load_best_model_at_end is True:
-        yield ("training", "load_best_model_at_end"), needs
-    if training.eval_strategy in ("steps", "epoch"):
-        yield ("training", "eval_strategy"), needs
-    if "per_device_eval_batch_size" in given:
-        yield ("training", "per_device_eval_batch_size"), needs
+    for name, is_asked in (
+        ("early_stopping_patience", training.early_stopping_patience is not None),
+        ("load_best_model_at_end", training.load_best_model_at_end is True),
+        ("eval_strategy", training.eval_strategy in ("steps", "epoch")),
+        ("per_device_eval_batch_size", "per_device_eval_batch_size" in training.model_fields_set),
+    ):
+        if is_asked:
+            yield ("training", name), needs
 
 
-def _columns(path: tuple[str | int, ...], source: Source | EvalSet) -> Iterator[Complaint]:
+def _columns(path: KeyPath, source: Source | EvalSet) -> Iterator[Complaint]:
     """The names in `columns` and `template` have to be the format's."""
     formats = COLUMNS if source.format == "auto" else [source.format]
     known = {column: None for name in formats for column in (*COLUMNS[name], *OPTIONAL[name])}
@@ -177,10 +175,9 @@ def _streaming(recipe: Recipe) -> Iterator[Complaint]:
 
 def _training(recipe: Recipe) -> Iterator[Complaint]:
     training = recipe.training
-    if training.max_steps is not None and training.num_train_epochs is not None:
-        yield ("training", "max_steps"), "give either max_steps or num_train_epochs"
-    if training.warmup_steps is not None and training.warmup_ratio is not None:
-        yield ("training", "warmup_steps"), "give either warmup_steps or warmup_ratio"
+    for one, other in (("max_steps", "num_train_epochs"), ("warmup_steps", "warmup_ratio")):
+        if getattr(training, one) is not None and getattr(training, other) is not None:
+            yield ("training", one), f"give either {one} or {other}"
     if training.global_batch_size is not None:
         size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
         if steps != "auto":
@@ -236,7 +233,7 @@ def _hardware(recipe: Recipe) -> Iterator[Complaint]:
 
 
 def _merge(recipe: Recipe) -> Iterator[Complaint]:
-    if recipe.lora is None and "merge" in recipe.model_fields_set:
+    if recipe.trains_base and "merge" in recipe.model_fields_set:
         yield ("merge",), "training in full leaves no adapter to merge; add `lora: {}`, or remove merge"
     elif recipe.quantization is None and recipe.merge.base_weights != "auto":
         yield ("merge", "base_weights"), "has no effect without quantization; remove it"
@@ -275,9 +272,7 @@ def _eval(recipe: Recipe) -> Iterator[Complaint]:
             yield ("eval", "gates", number), str(error)
 
 
-def _metrics(
-    path: tuple[str | int, ...], specs: tuple[str | dict[str, str], ...], trusted: bool
-) -> Iterator[Complaint]:
+def _metrics(path: KeyPath, specs: tuple[str | dict[str, str], ...], trusted: bool) -> Iterator[Complaint]:
     """Metrics that there are none of, and code that is not trusted.
 
     What a metric needs, such as trusted code and files, is looked for later.

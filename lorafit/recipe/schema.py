@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
-from lorafit.recipe.yaml import Located, Mistake, Position, dotted
+from lorafit.recipe.yaml import KeyPath, Located, Mistake, Position, dotted
+from lorafit.rows import Format
 from lorafit.written import References
 
 MOST_WHOLE, MOST = 2**31 - 1, 1e30
@@ -63,16 +64,7 @@ Tracker = Literal[
     "dagshub",
     "flyte",
 ]
-RowFormat = Literal[
-    "auto",
-    "alpaca",
-    "messages",
-    "sharegpt",
-    "prompt_completion",
-    "text",
-    "preference",
-    "unpaired_preference",
-]
+RowFormat = Literal["auto", Format]
 Trackers = Annotated[tuple[Tracker, ...], Field(strict=False)]
 
 
@@ -572,6 +564,11 @@ class Recipe(Section):
             values = cls.model_validate(values).model_dump(mode="json", exclude_defaults=True)
         return cls.of(values, written, overrides, references)
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether the base's own weights are trained, for want of a section for an adapter."""
+        return self.lora is None
+
     def remember_source(self, root: Located, references: References) -> None:
         """Keep where each value was written, for mistakes that only the plan can see, and what of it is a reference."""
         self._source = root
@@ -587,7 +584,7 @@ class Recipe(Section):
         """What was written, and where; None for a recipe that was not read."""
         return self._source
 
-    def mistake(self, path: tuple[str | int, ...], message: str) -> Mistake:
+    def mistake(self, path: KeyPath, message: str) -> Mistake:
         """A mistake about the value at `path`, at the place where it was written."""
         if self._source is None:
             return Mistake(Position("recipe"), dotted(path), message)

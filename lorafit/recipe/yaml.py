@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,9 +17,12 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
+from lorafit.errors import LorafitError
 from lorafit.text import printable
 from lorafit.written import REFERENCE, Reference, remember
 
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a recipe."""
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
 MAX_DEPTH = 64
@@ -92,7 +95,7 @@ class Located:
         """The value without positions."""
         return self.each(lambda _, child: child.plain())
 
-    def find(self, path: tuple[str | int, ...]) -> tuple[Located, tuple[str | int, ...]]:
+    def find(self, path: KeyPath) -> tuple[Located, KeyPath]:
         """The deepest node on `path` that exists, and the path to it."""
         node, done = self, 0
         for step in path:
@@ -101,7 +104,7 @@ class Located:
             node, done = node.value[step], done + 1
         return node, path[:done]
 
-    def place(self, path: tuple[str | int, ...]) -> Position:
+    def place(self, path: KeyPath) -> Position:
         """Where what is at `path` was written; a section, and what isn't there, by the key above it."""
         node, found = self.find(path)
         by_key = found != path or isinstance(node.value, dict)
@@ -130,15 +133,24 @@ def holds(value: Any, step: str | int) -> bool:
     return isinstance(value, dict) and step in value
 
 
-class SourceMistakes(Exception):
-    """Mistakes that leave nothing to go on with; `lorafit.recipe.load` turns them into a RecipeError."""
+class RecipeError(LorafitError):
+    """Everything that is wrong in a recipe, one line each.
 
-    def __init__(self, *mistakes: Mistake) -> None:
-        super().__init__("\n".join(map(str, mistakes)))
-        self.mistakes = mistakes
+    Attributes:
+        mistakes: in the order of the files' lines.
+    """
+
+    exit_code = 2
+
+    def __init__(self, mistakes: Iterable[Mistake]) -> None:
+        unique = {str(mistake): mistake for mistake in mistakes}
+        self.mistakes = tuple(
+            sorted(unique.values(), key=lambda m: (m.position.file, m.position.line or 0, m.position.column or 0))
+        )
+        super().__init__("\n".join(map(str, self.mistakes)))
 
 
-def dotted(path: tuple[str | int, ...]) -> str:
+def dotted(path: KeyPath) -> str:
     """`("dataset", "train", 0, "path")` -> `dataset.train.0.path`."""
     return ".".join(map(str, path))
 
@@ -215,15 +227,15 @@ class Reader:
     def at(self, mark: yaml.Mark) -> Position:
         return Position(self.file, mark.line + 1, mark.column + 1)
 
-    def mistake(self, node: yaml.Node, path: tuple[str | int, ...], message: str) -> None:
+    def mistake(self, node: yaml.Node, path: KeyPath, message: str) -> None:
         self.mistakes.append(Mistake(self.at(node.start_mark), dotted(path), message))
 
-    def fail(self, node: yaml.Node, path: tuple[str | int, ...], message: str) -> NoReturn:
+    def fail(self, node: yaml.Node, path: KeyPath, message: str) -> NoReturn:
         self.mistake(node, path, message)
-        raise SourceMistakes(*self.mistakes)
+        raise RecipeError(self.mistakes)
 
-    def read(self, node: yaml.Node, path: tuple[str | int, ...] = ()) -> _Expanded:
-        """The value of a node. Raises SourceMistakes when aliases make it endless or too large."""
+    def read(self, node: yaml.Node, path: KeyPath = ()) -> _Expanded:
+        """The value of a node. Raises RecipeError when aliases make it endless or too large."""
         if id(node) in self._done:
             return self._done[id(node)]
         if id(node) in self._open:
@@ -244,16 +256,16 @@ class Reader:
         self._done[id(node)] = _Expanded(located, size, height)
         return self._done[id(node)]
 
-    def _limit(self, node: yaml.Node, path: tuple[str | int, ...], size: int) -> None:
+    def _limit(self, node: yaml.Node, path: KeyPath, size: int) -> None:
         if size > MAX_NODES:
             self.fail(node, path, _TOO_MANY)
 
-    def _tag(self, node: yaml.Node, path: tuple[str | int, ...], expected: str) -> None:
+    def _tag(self, node: yaml.Node, path: KeyPath, expected: str) -> None:
         if node.tag != expected:
             tag = shorten(node.tag.replace("tag:yaml.org,2002:", "!!"))
             self.mistake(node, path, f"tags such as {tag} are not read; remove it")
 
-    def _text(self, node: yaml.Node, path: tuple[str | int, ...], text: str) -> str:
+    def _text(self, node: yaml.Node, path: KeyPath, text: str) -> str:
         """The text with lone surrogates (from an escape such as "\\ud800", or bytes) noted and replaced."""
         self._tag(node, path, _STR)
         try:
@@ -263,7 +275,7 @@ class Reader:
             return text.encode(errors="replace").decode()
         return text
 
-    def _scalar(self, node: yaml.ScalarNode, path: tuple[str | int, ...]) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         text = self._text(node, path, node.value)
         reference = REFERENCE.fullmatch(text) if node.style != "'" else None
         if reference:
@@ -285,13 +297,13 @@ class Reader:
             self.mistake(node, path, "this number is too large; quote it if it is text")
             return None
 
-    def _sequence(self, node: yaml.Node, path: tuple[str | int, ...]) -> tuple[list[Located], int, int]:
+    def _sequence(self, node: yaml.Node, path: KeyPath) -> tuple[list[Located], int, int]:
         self._tag(node, path, _SEQ)
         items = [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
         size, height = sum(item.size for item in items), max((item.height for item in items), default=0)
         return [item.located for item in items], 1 + size, 1 + height
 
-    def _mapping(self, node: yaml.MappingNode, path: tuple[str | int, ...]) -> tuple[dict[str, Located], int, int]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> tuple[dict[str, Located], int, int]:
         self._tag(node, path, _MAP)
         own: dict[str, Located] = {}
         merged: dict[str, Located] = {}
@@ -347,10 +359,10 @@ def _syntax(error: yaml.MarkedYAMLError) -> str:
 
 
 def compose(text: str, file: str) -> yaml.Node:
-    """The syntax tree of the only document in a text. Raises SourceMistakes."""
+    """The syntax tree of the only document in a text. Raises RecipeError."""
     start = Position(file, 1, 1)
     if len(text) > MAX_BYTES:
-        raise SourceMistakes(Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe"))
+        raise RecipeError([Mistake(start, "", f"is larger than {MAX_BYTES // 1024} KiB: not a recipe")])
     loader = None
     try:
         loader = _Loader(text)
@@ -358,25 +370,25 @@ def compose(text: str, file: str) -> yaml.Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = Position(file, mark.line + 1, mark.column + 1) if mark else start
-        raise SourceMistakes(Mistake(position, "", shorten(_syntax(error), 200))) from None
+        raise RecipeError([Mistake(position, "", shorten(_syntax(error), 200))]) from None
     except ReaderError as error:
         before = text[: error.position]
         position = Position(file, before.count("\n") + 1, len(before) - before.rfind("\n"))
         character = ord(text[error.position])
-        raise SourceMistakes(Mistake(position, "", f"the character #x{character:04x} is not allowed in YAML")) from None
+        raise RecipeError([Mistake(position, "", f"the character #x{character:04x} is not allowed in YAML")]) from None
     except (ValueError, OverflowError):  # chr() of an escape such as "\UFFFFFFFF"; int() of a %YAML version
         mark = loader.get_mark() if loader else None
         position = Position(file, mark.line + 1, mark.column + 1) if mark else start
-        raise SourceMistakes(Mistake(position, "", "not YAML: this escape or number is out of range")) from None
+        raise RecipeError([Mistake(position, "", "not YAML: this escape or number is out of range")]) from None
     if node is None:
-        raise SourceMistakes(Mistake(start, "", "is empty"))
+        raise RecipeError([Mistake(start, "", "is empty")])
     return node
 
 
 def read_yaml(text: str, file: str, environment: Mapping[str, str] | None = None) -> Located:
-    """Parse one YAML document into Located values. Raises SourceMistakes."""
+    """Parse one YAML document into Located values. Raises RecipeError."""
     reader = Reader(file, os.environ if environment is None else environment)
     located = reader.read(compose(text, file)).located
     if reader.mistakes:
-        raise SourceMistakes(*reader.mistakes)
+        raise RecipeError(reader.mistakes)
     return located

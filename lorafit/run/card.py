@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     """Write README.md with the front matter that model hubs read."""
     plan = plan.as_written()
-    lora = plan.lora_kwargs
-    head: dict[str, Any] = {"library_name": "peft" if lora else "transformers", "tags": ["lorafit"]} | _base_of(plan)
-    load = _load_adapter(path.with_name("adapter_config.json")) if lora else _LOAD
+    whole = plan.adapter.trains_base
+    head: dict[str, Any] = {"library_name": "transformers" if whole else "peft", "tags": ["lorafit"]} | _base_of(plan)
+    load = _LOAD if whole else _load_adapter(path.with_name("adapter_config.json"))
     _write(path, head, plan.name, "Trained with lorafit.", _rows(plan, manifest), load, manifest["versions"])
 
 
@@ -99,11 +99,6 @@ def _write(
 
 
 def _method(plan: Plan) -> str:
-    lora = plan.lora_kwargs
-    if lora is None:
-        return "all parameters"
-    kind = "DoRA" if lora["use_dora"] else "rsLoRA" if lora["use_rslora"] else "LoRA"
-    if plan.quantization_kwargs:
-        bits = "4-bit" if plan.quantization_kwargs.get("load_in_4bit") else "8-bit"
-        kind += f" on a {bits} base"
-    return f"{kind}, r {lora['r']}, alpha {lora['lora_alpha']:g}"
+    quantization = plan.quantization_kwargs
+    bits = "4-bit" if quantization and quantization.get("load_in_4bit") else "8-bit"
+    return plan.adapter.described(f" on a {bits} base" if quantization else "")

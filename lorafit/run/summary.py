@@ -11,9 +11,7 @@ from rich.text import Text
 from lorafit.console import Console, print_line, print_table, table
 from lorafit.plan import Plan
 from lorafit.rows.audit import RULES, Audit, Limits, findings
-
-_HARMLESS = "\n\t\u00a0\u3000\u200c\u200d"
-"""Line breaks, spaces, and what joins letters and emoji."""
+from lorafit.text import harmless
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -70,11 +68,11 @@ def print_audit(audit: Audit, limits: Limits, console: Console | None = None) ->
         share = f"{source.supervised_tokens / source.tokens:.0%}" if source.tokens else ""
         numbers = (source.read, source.rows, source.tokens)
         counts.add_row(
-            Text(_printable(name + source.path)),
+            Text(harmless(name + source.path)),
             *(f"{n:,}" for n in numbers),
             share,
             f"{source.longest:,}",
-            Text(_printable(dropped)),
+            Text(harmless(dropped)),
         )
     print_table(console, counts)
     print_findings(audit, limits, console)
@@ -85,7 +83,7 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
     for one in findings(audit, limits):
         limit = "no limit" if one.limit is None else f"limit {one.limit:.4g}"
         line = f"{one} {RULES[one.rule]} ({limit}); the first: {one.finding.first}"
-        print_line(console, _printable(line), "red" if one.is_breach else "yellow")
+        print_line(console, harmless(line), "red" if one.is_breach else "yellow")
     for source in (*audit.train, *audit.validation):
         if source.reasoning or source.empty_reasoning:
             none = source.read - source.reasoning - source.empty_reasoning
@@ -93,7 +91,7 @@ def print_findings(audit: Audit, limits: Limits, console: Console) -> None:
                 f"{source.path}: {source.reasoning:,} rows have reasoning, {none:,} none; before the answers of "
                 f"{source.empty_reasoning:,} the chat template writes an empty block of it"
             )
-            print_line(console, _printable(line))
+            print_line(console, harmless(line))
     part, held_out = audit.training_rows, audit.validation_rows
     packs = f" in {part.packs:,} packed rows" if part.packs is not None else ""
     others = f"; {held_out.rows:,} validation rows" if held_out else ""
@@ -116,13 +114,13 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
         title = (
             f"{row['place'] or report['part']} · row {row['number']}: {row['tokens']} tokens, {row['learned']} learned"
         )
-        console.print(Text(_printable(title), style="bold"), soft_wrap=True)
+        console.print(Text(harmless(title), style="bold"), soft_wrap=True)
         text = Text()
         for learned, segments in itertools.groupby(row["segments"], key=lambda segment: segment["learned"]):
             text.append("⟦" * (plain and learned))
             for segment in segments:
                 style = ("bold green", "green") if learned else ("cyan", "dim")
-                text.append(_printable(segment["text"]), style[not segment["special"]])
+                text.append(harmless(segment["text"]), style[not segment["special"]])
             text.append("⟧" * (plain and learned))
         console.print(text, soft_wrap=True)
         if "input_ids" in row:
@@ -155,8 +153,3 @@ def _print_lengths(report: dict[str, Any], console: Console) -> None:
             f"packing {made} {packing['packed_rows']:,} rows of {packing['rows']:,}, {packing['efficiency']:.0%} full; "
             f"unpacked batches hold {packing['efficiency_without']:.0%} tokens, the rest is padding",
         )
-
-
-def _printable(text: str) -> str:
-    """Text without the characters by which data could command a terminal."""
-    return "".join(c if c.isprintable() or c in _HARMLESS else ascii(c)[1:-1] for c in text)

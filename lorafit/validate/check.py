@@ -13,9 +13,9 @@ from lorafit.hardware import meant_device, meant_hardware, missing_packages
 from lorafit.memory import Estimate, Setup, estimate, setup_of
 from lorafit.plan import Plan
 from lorafit.plan.resolve import examine
-from lorafit.plan.values import Context, KeyPath
+from lorafit.plan.values import Context
 from lorafit.progress import each
-from lorafit.recipe import Recipe, RecipeError
+from lorafit.recipe import KeyPath, Recipe, RecipeError
 from lorafit.rows import Row
 from lorafit.run.directory import RunDir, located
 from lorafit.text import gib, near

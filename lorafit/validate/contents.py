@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import DataError
-from lorafit.plan.values import KeyPath
-from lorafit.recipe import Source
+from lorafit.recipe import KeyPath, Source
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to_example
 from lorafit.rows.cells import Shape

@@ -15,8 +15,8 @@ from lorafit.evaluation.metrics.known import JSON_DEFAULTS
 from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.options.evaluate import RESERVED
-from lorafit.plan.values import KeyPath
-from lorafit.recipe import Recipe
+from lorafit.plan.adapters import adapter_of
+from lorafit.recipe import KeyPath, Recipe
 from lorafit.recipe.schema import EvalSet
 from lorafit.recipe.yaml import dotted
 from lorafit.validate.contents import check_contents, first_rows
@@ -80,8 +80,8 @@ def _check_gate(found: Findings, path: KeyPath, text: str) -> None:
     recipe, section = found.recipe, found.recipe.eval
     sets = {HELD_OUT: EvalSet(name=HELD_OUT)} | {one.name: one for one in section.sets}
     sets |= {name: EvalSet(name=name, role="forgetting") for name in section.forgetting}
-    own = "trained" if recipe.lora is None else "adapter"
-    models = {name: name for name in (BASE, own, *(["merged"] if recipe.lora else []))}
+    own = adapter_of(recipe).result
+    models = {name: name for name in (BASE, own, *([] if recipe.trains_base else ["merged"]))}
     metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
     for name in parse(text).figures():
         figure = name.removeprefix(BASELINE)

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError, UsageError
 from lorafit.hardware import Hardware
-from lorafit.plan.values import KeyPath
-from lorafit.recipe import Mistake, Position, Recipe, RecipeError
+from lorafit.recipe import KeyPath, Mistake, Position, Recipe, RecipeError
 from lorafit.recipe.yaml import dotted
 
 RULES = {2: "recipe", 3: "data", 4: "model", 5: "memory"}

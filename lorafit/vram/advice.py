@@ -213,7 +213,7 @@ def _smaller_states(case: Case) -> Iterator[Change]:
 
 def _four_bits(case: Case) -> Iterator[Change]:
     asked = case.recipe.quantization
-    if case.recipe.lora is None or (asked is not None and asked.load_in_4bit):
+    if case.recipe.trains_base or (asked is not None and asked.load_in_4bit):
         return
     override = "quantization.load_in_4bit=true" if asked is None else "quantization={load_in_4bit: true}"
     yield Change("base in 4 bits (QLoRA)", "the base's weights are rounded; slower", (override,))
@@ -227,7 +227,7 @@ def _shorter_rows(case: Case) -> Iterator[Change]:
 
 
 def _adapter(case: Case) -> Iterator[Change]:
-    if case.recipe.lora is None:
+    if case.recipe.trains_base:
         costs = "only an adapter is trained; wants a higher learning rate"
         yield Change("LoRA in place of full training", costs, ("lora={}",), True)
         overrides = ("lora={}", "quantization.load_in_4bit=true")

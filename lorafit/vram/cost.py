@@ -275,8 +275,8 @@ def work_of(case: Case, tokens: Tokens) -> Work:
     head = head_parameters(facts)
     return Work(
         active_parameters=active_parameters(facts),
-        adapter_parameters=sum(tensor.size for tensor in trained(setup)) if setup.lora is not None else 0,
-        trains_base=setup.lora is None,
+        adapter_parameters=sum(tensor.size for tensor in trained(setup)) if not setup.adapter.trains_base else 0,
+        trains_base=setup.adapter.trains_base,
         tokens=tokens.per_epoch,
         layers=facts.layers or 0,
         attention_width=heads * (_positive(config, "head_dim") or hidden // heads),

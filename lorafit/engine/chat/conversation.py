@@ -20,9 +20,9 @@ from lorafit.engine.evaluate.arithmetic import autocast
 from lorafit.engine.evaluate.models import Loaded
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import BASE
-from lorafit.options.chat import ChatOptions, Turn, Write, harmless
+from lorafit.options.chat import ChatOptions, Turn, Write
 from lorafit.rows import Message
-from lorafit.text import first_line, near
+from lorafit.text import first_line, harmless, near
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
         with contextlib.ExitStack() as held:  # only while they load, so that a chat is in no other command's way
             run, plan = held.enter_context(open_run(options.path))
             names, contenders = {}, [base_of(run, plan)]
-            if plan.lora_kwargs is None:
+            if plan.adapter.trains_base:
                 names, first = {"trained": BASE}, "trained"
                 contenders = [Contender(first, "trained", str(run.model), plan, run)]
                 if options.adapters:

@@ -14,12 +14,13 @@ import pyarrow as pa
 from datasets import Dataset
 
 from lorafit.engine.data.encode import TokenRow
+from lorafit.plan.methods import SFT
 from lorafit.rows.audit import SourceAudit, source_from_dict
 
 Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 """A key, the learned tokens and the length of each row: what is compared, split and counted without reading tokens."""
 NUMBERS = np.dtype([("key", "<i8"), ("learned", "<i4"), ("length", "<i4")])
-TRAINED = ["input_ids", "labels"]
+TRAINED = list(SFT.columns)
 """The columns that the trainer takes; the others are for people and for the audit."""
 _TOKENS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(

@@ -81,7 +81,7 @@ def base_of(run: RunDir, plan: Plan) -> Contender:
 
 def result_of(run: RunDir, plan: Plan, name: str | None = None) -> Contender:
     """What a run trained: its adapter, or its model if it trained in full."""
-    kind: Kind = "trained" if plan.lora_kwargs is None else "adapter"
+    kind = plan.adapter.result
     folder = run.model if kind == "trained" else run.adapter
     return Contender(name or kind, kind, str(folder), plan, run, _digest(folder))
 
@@ -108,7 +108,7 @@ def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextl
         return adapter_at(name, path, run, plan)
     other, its = held.enter_context(open_run(path))
     check_same_base(run, other)
-    if its.lora_kwargs is None:
+    if its.adapter.trains_base:
         raise UsageError(f"--adapter {name}={path}: the run trained in full and has no adapter")
     return Contender(name, "adapter", str(other.adapter), plan, run, _digest(other.adapter))
 

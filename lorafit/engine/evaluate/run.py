@@ -160,7 +160,7 @@ def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared)
     section = plan.eval
     demands = [(parse(text), f"eval.gates.{number}") for number, text in enumerate(section["gates"])]
     named = {figure.removeprefix(BASELINE).split(".")[0] for demand, _ in demands for figure in demand.figures()}
-    own = "trained" if plan.lora_kwargs is None else "adapter"
+    own = plan.adapter.result
     models = {name: name for name in (BASE, own, *([] if own == "trained" else ["merged"]))}
     read = {*named, *(spec["name"] for spec in section["sets"])}
     if prepared.validation is None:

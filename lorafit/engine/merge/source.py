@@ -66,7 +66,7 @@ def open_source(path: Path) -> Iterator[Source]:
         yield Source(folder, None, None, config, str(name), config.get("revision"))
         return
     with open_run(folder) as (run, plan):
-        if plan.lora_kwargs is None:
+        if plan.adapter.trains_base:
             raise UsageError(f"{run.path}: trained in full, so there is nothing to merge; the model is {run.model}")
         config = read_json(run.adapter / "adapter_config.json")
         _check_weights(run.adapter)

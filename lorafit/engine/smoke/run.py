@@ -166,7 +166,7 @@ def _unchanged(movement: Movement, plan: Plan) -> Iterator[str]:
     still = [
         (name.removeprefix("base_model.model."), reached)
         for name, reached in movement.still()
-        if plan.lora_kwargs is not None or not any(part in name for part in ("vision", "visual", "audio"))
+        if not plan.adapter.trains_base or not any(part in name for part in ("vision", "visual", "audio"))
     ]
     for reached, why in (
         (False, "no gradient ever reached it"),

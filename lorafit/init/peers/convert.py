@@ -16,7 +16,7 @@ from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
 from lorafit.init.write import Document, Line
 from lorafit.recipe import RecipeError
-from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, SourceMistakes, compose, parse_scalar, shorten
+from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, compose, parse_scalar, shorten
 from lorafit.text import near, printable
 
 
@@ -47,10 +47,7 @@ def read_peer(file: Path) -> Located:
     except UnicodeDecodeError:
         raise UsageError(f"{file}: is not UTF-8 text") from None
     reader = _Dialect(str(file), {})
-    try:
-        root = reader.read(compose(text, str(file))).located
-    except SourceMistakes as error:
-        raise RecipeError(error.mistakes) from None
+    root = reader.read(compose(text, str(file))).located
     if reader.mistakes:
         raise RecipeError(reader.mistakes)
     if not isinstance(root.value, dict):

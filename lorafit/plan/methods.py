@@ -1,0 +1,51 @@
+"""Methods of training, and what everybody but a method's own module in `lorafit.engine` has to know of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorafit.recipe import Recipe
+from lorafit.rows import Format
+from lorafit.rows.audit import RULES
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of training.
+
+    Attributes:
+        name: as its users know it.
+        reads: the formats of rows that it learns from, each with what of a row is not learned, if anything.
+        columns: of a tokenized row, those that its trainer takes.
+        sequences: how many sequences a row puts through the model at once.
+        rules: the audit's rules that its rows are held to.
+    """
+
+    name: str
+    reads: Mapping[Format, str]
+    columns: tuple[str, ...]
+    sequences: int
+    rules: tuple[str, ...]
+
+
+SFT = Method(
+    name="supervised fine-tuning",
+    reads={
+        "alpaca": "",
+        "messages": "",
+        "sharegpt": "",
+        "prompt_completion": "",
+        "text": "",
+        "preference": "of each pair the chosen answer is learned",
+        "unpaired_preference": "the rows whose label is false are left out",
+    },
+    columns=("input_ids", "labels"),
+    sequences=1,
+    rules=tuple(RULES),
+)
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method that a recipe asks for; there is one so far."""
+    return SFT
