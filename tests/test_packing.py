@@ -23,7 +23,8 @@ from lorafit.engine.methods.sft import build as build_trainer
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.engine.trainer import Trainer, check_isolation
 from lorafit.errors import ModelError
-from lorafit.plan import NO_SDPA, plan_recipe
+from lorafit.families import family_of
+from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.run.directory import RunDir
 
@@ -76,7 +77,7 @@ def packed_rows(recipe: RecipeMaker, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [(family, kind) for family in FAMILIES for kind in ("sdpa", "eager") if kind == "eager" or family not in NO_SDPA],
+    [(family, kind) for family in FAMILIES for kind in ("sdpa", "eager") if kind == "eager" or family_of(family).sdpa],
 )
 def test_logits_of_a_packed_row_are_those_of_the_row_alone(family: str, attention: str, packed_rows: Any) -> None:
     packed = packed_rows(packing=True)[0].train

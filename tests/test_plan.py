@@ -18,8 +18,9 @@ import yaml
 
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, TokenizerFacts, layout
+from lorafit.families import FAMILIES
 from lorafit.hardware import Hardware
-from lorafit.plan import NO_SDPA, Plan, Training, make_plan, make_schedule, plan_recipe, validation_rows
+from lorafit.plan import Plan, Training, make_plan, make_schedule, plan_recipe, validation_rows
 from lorafit.plan.methods import SFT
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import sections
@@ -167,9 +168,9 @@ def test_attention(planner: Planner) -> None:
 def test_which_models_know_no_sdpa() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for model_type in (*NO_SDPA, "llama", "mistral", "granite", "qwen2", "qwen3", "gemma", "gemma3_text", "phi3"):
+    for model_type, family in FAMILIES.items():
         model_class = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(model_type))]
-        assert model_class._supports_sdpa is (model_type not in NO_SDPA), model_type
+        assert model_class._supports_sdpa is family.sdpa, model_type
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,9 @@ class TestRuns:
         assert report.inputs["model"]["architecture"] == "qwen3_moe"
 
     def test_gguf(self, smoke: Smoke, recipe: RecipeMaker, tmp_path: Path) -> None:
-        from lorafit.export.gguf import write_gguf
+        from lorafit.export.gguf import export_gguf
 
-        write_gguf(make_model(tmp_path / "plain"), tmp_path / "m.gguf", "f32")
+        export_gguf(make_model(tmp_path / "plain"), tmp_path / "m.gguf", "f32")
         report = smoke(recipe(model={"name_or_path": str(tmp_path / "m.gguf")}), steps=3)
         assert (report.tokenizer, report.failures) == ("real", ())
 

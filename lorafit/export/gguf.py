@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,15 +48,15 @@ def parse_export(text: str, llama_cpp: Path | None = None) -> str:
 def export_gguf(folder: Path, destination: Path, kind: str, llama_cpp: Path | None = None) -> str:
     """Write a merged model folder as a GGUF file; returns which program wrote it, "lorafit" or "llama.cpp".
 
-    llama.cpp writes it if its folder is given. Raises UsageError, ModelError, DoesNotFitError; nothing is left then.
+    llama.cpp writes it if its folder is given. The file is written beside its place, flushed and renamed, so that it is
+    whole or absent. Raises UsageError, ModelError for what isn't known exactly, and DoesNotFitError for a full disk.
     """
     _check(kind, llama_cpp, f"gguf:{kind}")
-    if llama_cpp is not None:
-        convert(folder, destination, kind, llama_cpp)
-        return "llama.cpp"
-
-    write_gguf(folder, destination, kind)
-    return "lorafit"
+    write = partial(_write, folder, kind) if llama_cpp is None else _converter(folder, kind, llama_cpp)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with beside(destination) as place:
+        write(place, destination.stem)
+    return "lorafit" if llama_cpp is None else "llama.cpp"
 
 
 def _check(kind: str, llama_cpp: Path | None, where: str) -> None:
@@ -72,45 +73,39 @@ _CONVERTED = ("f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
 """What convert_hf_to_gguf.py writes by itself (--outtype)."""
 
 
-def convert(folder: Path, destination: Path, kind: str, llama_cpp: Path) -> None:
-    """Run llama.cpp's convert_hf_to_gguf.py, and llama-quantize for kinds that it leaves to that program.
+def _converter(folder: Path, kind: str, llama_cpp: Path) -> Callable[[Path, str], None]:
+    """Runs llama.cpp's convert_hf_to_gguf.py, and llama-quantize for kinds that it leaves to that program.
 
     The script runs with this Python. llama-quantize is looked for in `llama_cpp`, its build/bin and bin, and PATH. The
-    16-bit file between the two is deleted. Nothing is left if a program fails. Raises ModelError in one line with
-    the last line of what the program said.
+    16-bit file between the two is deleted. Raises ModelError in one line with the last line of what a program said.
     """
     script = llama_cpp / "convert_hf_to_gguf.py"
     if not script.is_file():
         raise ModelError(
             f"{llama_cpp}: there is no convert_hf_to_gguf.py; --llama-cpp is the folder of a llama.cpp clone"
         )
-    direct = kind in _CONVERTED
-    quantize = None if direct else _find_quantize(llama_cpp)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with beside(destination) as partial:
+    quantize = None if kind in _CONVERTED else _find_quantize(llama_cpp)
+
+    def convert(file: Path, outtype: str) -> None:
+        _run([sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", outtype], file)
+
+    def write(file: Path, _: str) -> None:
         if quantize is None:
-            _convert(script, folder, partial, kind)
-            return
-        between = partial.with_suffix(".16bit")
+            return convert(file, kind)
+        between = file.with_suffix(".16bit")
         config = read_json(folder / "config.json")
-        half = "bf16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "f16"
         try:
-            _convert(script, folder, between, half)
-            _run([str(quantize), str(between), str(partial), kind.upper()], partial)
+            convert(between, "bf16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "f16")
+            _run([str(quantize), str(between), str(file), kind.upper()], file)
         finally:
             between.unlink(missing_ok=True)
 
-
-def _convert(script: Path, folder: Path, file: Path, kind: str) -> None:
-    _run([sys.executable, str(script), str(folder), "--outfile", str(file), "--outtype", kind], file)
+    return write
 
 
 def _find_quantize(llama_cpp: Path) -> Path:
-    for place in (llama_cpp, llama_cpp / "build" / "bin", llama_cpp / "bin"):
-        found = shutil.which("llama-quantize", path=str(place))
-        if found:
-            return Path(found)
-    found = shutil.which("llama-quantize")
+    places = [str(llama_cpp), str(llama_cpp / "build" / "bin"), str(llama_cpp / "bin"), None]  # None is PATH
+    found = next(filter(None, (shutil.which("llama-quantize", path=place) for place in places)), None)
     if found:
         return Path(found)
     raise ModelError(
@@ -133,9 +128,6 @@ def _run(command: list[str], made: Path) -> None:
         raise ModelError(f"{name} ended without writing its file")
 
 
-NATIVE_KINDS = KINDS
-"""What this writer can write."""
-
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
 """general.file_type of each kind, as llama.cpp numbers them."""
 _BLOCK = 32
@@ -145,19 +137,12 @@ _AT_A_TIME = 16 << 20
 """Numbers that are read and converted together."""
 
 
-def write_gguf(folder: Path, destination: Path, kind: str) -> None:
-    """Write a merged model (config.json, safetensors, tokenizer) as a GGUF file; replaces what stands there.
+def _write(folder: Path, kind: str, place: Path, name: str) -> None:
+    """Write a merged model (config.json, safetensors, tokenizer).
 
     Matrices get the kind; norms, biases and all that has one dimension stay in float32, as llama.cpp has it. With
-    the kinds of 4 and 5 bits, embeddings and output head get q8_0; rows that don't divide by 32 get f16. The file is
-    written beside its place, flushed and renamed, so that it is whole or absent.
-
-    Raises ModelError for what isn't known exactly, and DoesNotFitError for a full disk.
+    the kinds of 4 and 5 bits, embeddings and output head get q8_0; rows that don't divide by 32 get f16.
     """
-    if kind not in NATIVE_KINDS:
-        raise ModelError(
-            f"{kind}: not among the kinds that lorafit writes: {', '.join(NATIVE_KINDS)}; use --llama-cpp DIR"
-        )
     try:
         import gguf
     except ImportError:
@@ -169,14 +154,12 @@ def write_gguf(folder: Path, destination: Path, kind: str) -> None:
     files = weight_files(folder) or [folder / "model.safetensors"]
     layout = make_layout(folder, config, by_name(map(read_shard, files)))
     vocabulary = read_vocabulary(folder, layout.vocabulary)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with beside(destination) as partial:
-        writer = gguf.GGUFWriter(partial, layout.architecture)
-        try:
-            _add_metadata(writer, layout, vocabulary, destination.stem, kind)
-            _write_tensors(writer, layout, kind)
-        finally:
-            writer.close()
+    writer = gguf.GGUFWriter(place, layout.architecture)
+    try:
+        _add_metadata(writer, layout, vocabulary, name, kind)
+        _write_tensors(writer, layout, kind)
+    finally:
+        writer.close()
 
 
 def _add_metadata(writer: GGUFWriter, layout: Layout, vocabulary: Vocabulary, name: str, kind: str) -> None:

@@ -38,24 +38,21 @@ def push(folder: Path, repo: str, private: bool) -> str:
     except OfflineModeIsEnabled:
         raise ModelError(f"{repo}: can't be pushed offline; unset HF_HUB_OFFLINE") from None
     except HfHubHTTPError as error:
-        raise _refusal(repo, error.response.status_code if error.response is not None else None, error) from None
-    except OSError as error:  # the errors of connections are of this kind, or come with it below
-        raise ModelError(f"{repo}: the hub can't be reached: {_told(error)}; try again when online") from None
+        status = error.response.status_code if error.response is not None else None
+        raise ModelError(f"{repo}: {_REFUSALS.get(status) or f'the hub refused: {_told(error)}'}") from None
     except Exception as error:
-        if not type(error).__module__.startswith(("httpx", "httpcore")):
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore")):
             raise
         raise ModelError(f"{repo}: the hub can't be reached: {_told(error)}; try again when online") from None
     return str(made)
 
 
-def _refusal(repo: str, status: int | None, error: Exception) -> ModelError:
-    if status == 401:
-        return ModelError(f"{repo}: the hub doesn't accept the login; run: hf auth login, with a token that may write")
-    if status == 403:
-        return ModelError(f"{repo}: the login may not write there; use a token with write access, or another owner")
-    if status == 404:
-        return ModelError(f"{repo}: the owner doesn't exist, or the login can't see it")
-    return ModelError(f"{repo}: the hub refused: {_told(error)}")
+_REFUSALS = {
+    401: "the hub doesn't accept the login; run: hf auth login, with a token that may write",
+    403: "the login may not write there; use a token with write access, or another owner",
+    404: "the owner doesn't exist, or the login can't see it",
+}
+"""What a hub's answers mean, by HTTP status."""
 
 
 def _told(error: Exception) -> str:

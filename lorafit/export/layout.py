@@ -17,19 +17,12 @@ import numpy.typing as npt
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import refused
 from lorafit.facts import Tensor
+from lorafit.families import FAMILIES, family_of
 
 Value = bool | int | float | str
 Rows = npt.NDArray[np.float32]
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Stored types that can be read: plain floats of 16 or 32 bits."""
-
-_CLASSES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "mistral": ("llama", "MistralForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-}
-"""transformers' model type: the architecture in GGUF, and the class."""
 
 _BLOCK = {
     "input_layernorm": "attn_norm",
@@ -80,12 +73,13 @@ class Layout:
 
 def make_layout(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:
     """Metadata and tensor names of a model; what isn't known exactly raises a ModelError that names it."""
-    family = config.get("model_type")
-    if family not in _CLASSES:
-        raise refused(folder, f"the architecture is {family!r} (known: {', '.join(_CLASSES)})")
-    architecture, class_name = _CLASSES[family]
-    classes = config.get("architectures") or [class_name]
-    if classes != [class_name]:
+    model_type = config.get("model_type")
+    family = family_of(str(model_type)).gguf
+    if not family.written:
+        known = ", ".join(name for name, entry in FAMILIES.items() if entry.gguf.written)
+        raise refused(folder, f"the architecture is {model_type!r} (known: {known})")
+    classes = config.get("architectures") or [family.written_class]
+    if classes != [family.written_class]:
         raise refused(folder, f"the model is a {classes[0]}")
     if config.get("quantization_config"):
         raise ModelError(f"{folder}: the weights are quantized; export a model that is merged into 16 or 32 bits")
@@ -99,7 +93,7 @@ def make_layout(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         raise ModelError(f"{folder / 'config.json'}: holds what can't be used: {error}") from None
     placed = _place(folder, config, tensors, int(sizes["block_count"]))
     _check_shapes(folder, sizes, placed)
-    return Layout(architecture, metadata, placed, _rope_factors(folder, config), int(sizes["vocab_size"]))
+    return Layout(family.written, metadata, placed, _rope_factors(folder, config), int(sizes["vocab_size"]))
 
 
 def read_rows(tensor: Tensor, begin: int, end: int) -> Rows:

@@ -1,12 +1,7 @@
-"""The part of Go's templates that our Modelfiles use, rendered here so that they can be checked.
-
-Text; `{{ .Field }}`, `{{ $.Field }}`, `{{ "text" }}`; `if`, `else if`, `else`, `range $i, $_ := .List`, `end`; the
-functions eq, and, not, len, slice, sub-expressions in parentheses. Meanings: https://pkg.go.dev/text/template.
-"""
+"""Modelfiles for Ollama: a Go template that renders what the chat template renders, checked by rendering both."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +15,24 @@ from lorafit.bounds import within
 from lorafit.errors import ModelError
 from lorafit.facts.template import in_parts, light_environment
 
-_ACTION = re.compile(r'\{\{((?:"(?:\\.|[^"\\])*"|[^"{}])*)\}\}', re.DOTALL)
-_WORD = re.compile(r'"(?:\\.|[^"\\])*"|[()]|[^\s()]+')
+_ACTION = re.compile(r"\{\{ (.*?) \}\}")
+_ACTIONS = {
+    '"{{"': "{{ '{{' }}",
+    ".Content": "{{ dot.Content }}",
+    ".System": "{{ dot.System }}",
+    "$.System": "{{ root.System }}",
+    'if eq .Role "system"': "{% if dot.Role == 'system' %}",
+    'if eq .Role "user"': "{% if dot.Role == 'user' %}",
+    'if eq .Role "assistant"': "{% if dot.Role == 'assistant' %}",
+    "if .System": "{% if dot.System %}",
+    "if not .System": "{% if not dot.System %}",
+    "if and $.System (eq $i 1)": "{% if root.System and loop.index0 == 1 %}",
+    "if and $.System (eq (len (slice $.Messages $i)) 1)": "{% if root.System and loop.last %}",
+    "if not (eq (len (slice $.Messages $i)) 1)": "{% if not loop.last %}",
+    "else": "{% else %}",
+    "range $i, $_ := .Messages": "{% for dot in dot.Messages %}",
+}
+"""The actions of Go's templates that our Modelfiles have (https://pkg.go.dev/text/template), as Jinja has them."""
 
 
 def quoted(text: str) -> str:
@@ -30,138 +41,31 @@ def quoted(text: str) -> str:
 
 
 def render(template: str, data: dict[str, Any]) -> str:
-    """Render a template with fields. Raises ValueError for what isn't in the part."""
-    parts = list(_split(template))
-    end, nodes = _parse(parts, 0)
-    if end != len(parts):
-        raise ValueError("an end or else without its if")
-    return "".join(_render(nodes, data, {"$": data}))
-
-
-@dataclass
-class _Text:
-    text: str
-
-
-@dataclass
-class _Show:
-    words: list[str]
-
-
-@dataclass
-class _If:
-    branches: list[tuple[list[str] | None, list[Any]]]
-
-
-@dataclass
-class _Range:
-    names: list[str]
-    words: list[str]
-    body: list[Any]
-
-
-def _split(template: str) -> Iterator[str | list[str]]:
-    """Texts, and actions as lists of words."""
-    at = 0
-    for match in _ACTION.finditer(template):
-        if match.start() > at:
-            yield template[at : match.start()]
-        yield _WORD.findall(match[1])
-        at = match.end()
-    if at < len(template):
-        yield template[at:]
-
-
-def _parse(parts: list[str | list[str]], at: int) -> tuple[int, list[Any]]:
-    """Nodes up to the `else` or `end` at the place that is returned."""
-    nodes: list[Any] = []
-    while at < len(parts):
-        part = parts[at]
-        if isinstance(part, str):
-            nodes.append(_Text(part))
-        elif part[:1] in (["else"], ["end"]):
-            break
-        elif part[0] == "if":
-            branches: list[tuple[list[str] | None, list[Any]]] = []
-            condition: list[str] | None = part[1:]
-            while True:
-                at, body = _parse(parts, at + 1)
-                branches.append((condition, body))
-                word = parts[at]
-                if word == ["end"]:
-                    break
-                condition = list(word[2:]) if word[1:2] == ["if"] else None
-            nodes.append(_If(branches))
-        elif part[0] == "range":
-            head, _, source = " ".join(part[1:]).rpartition(":=")
-            at, body = _parse(parts, at + 1)
-            nodes.append(_Range([name for name in re.split(r"[,\s]+", head) if name], source.split(), body))
+    """Render one of our Go templates with fields. Raises ValueError for an action that none of them has."""
+    open_blocks: list[str] = []
+    texts: list[str] = []
+    parts = []
+    for index, part in enumerate(_ACTION.split(template)):
+        if index % 2 == 0:
+            parts.append(f"{{{{ texts[{len(texts)}] }}}}")
+            texts.append(part)
+        elif part == "end" and open_blocks:
+            parts.append(f"{{% end{open_blocks.pop()} %}}")
+        elif part in _ACTIONS:
+            parts.append(_ACTIONS[part])
+            open_blocks += [word for word in ("if", "for") if f"{{% {word} " in _ACTIONS[part]]
         else:
-            nodes.append(_Show(part))
-        at += 1
-    return at, nodes
-
-
-def _render(nodes: list[Any], dot: Any, names: dict[str, Any]) -> Iterator[str]:
-    for node in nodes:
-        if isinstance(node, _Text):
-            yield node.text
-        elif isinstance(node, _Show):
-            yield str(_value(list(node.words), dot, names))
-        elif isinstance(node, _If):
-            for condition, body in node.branches:
-                if condition is None or _value(list(condition), dot, names):
-                    yield from _render(body, dot, names)
-                    break
-        else:
-            for index, item in enumerate(_value(list(node.words), dot, names)):
-                inner = dict(zip(node.names, (index, item), strict=False))
-                yield from _render(node.body, item, names | inner)
-
-
-def _value(words: list[str], dot: Any, names: dict[str, Any]) -> Any:
-    """One call or operand: takes its words from the list, up to its end or a closing parenthesis."""
-    operands = []
-    while words and words[0] != ")":
-        word = words.pop(0)
-        if word == "(":
-            operands.append(_value(words, dot, names))
-            words.pop(0)
-        else:
-            operands.append(_operand(word, dot, names))
-    function, *given = operands
-    return function(*given) if callable(function) else function
-
-
-def _operand(word: str, dot: Any, names: dict[str, Any]) -> Any:
-    if word.startswith('"'):
-        return json.loads(word)
-    if word.isdigit():
-        return int(word)
-    if word.startswith("."):
-        return dot[word[1:]]
-    if word.startswith("$"):
-        name, _, field = word.partition(".")
-        return names[name][field] if field else names[name]
-    if word in _FUNCTIONS:
-        return _FUNCTIONS[word]
-    raise ValueError(f"{word!r} is not known")
-
-
-def _and(*values: Any) -> Any:
-    return next((value for value in values if not value), values[-1])
-
-
-_FUNCTIONS: dict[str, Any] = {
-    "eq": lambda first, *others: first in others,
-    "and": _and,
-    "not": lambda value: not value,
-    "len": len,
-    "slice": lambda values, begin: values[begin:],
-}
+            raise ValueError(f"{part!r} is not known here")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    try:
+        return environment.from_string("".join(parts)).render(dot=data, root=data, texts=texts)
+    except jinja2.TemplateError as error:
+        raise ValueError(str(error)) from None
 
 
 Message = dict[str, Any]
+_END = "{{ end }}"
+_SYSTEM_WORDS = ["lorafitsystem", "lorafitquestion"]
 
 
 @dataclass(frozen=True)
@@ -304,16 +208,14 @@ def _make(jinja: _Jinja) -> tuple[str, str | None]:
     """The Go template, and the system message that the chat template gives itself, if it can stand in SYSTEM."""
     if jinja.depends_on_date():
         raise _CannotExpress("the chat template writes the day's date")
-    why = _CannotExpress("the chat template treats turns in ways that Ollama's templates can't")
     for template, system in _candidates(jinja):
         try:
             difference = _difference(jinja, template, system)
-        except (ValueError, KeyError, IndexError) as error:
+        except ValueError as error:
             difference = str(error)
         if difference is None:
             return template, system
-        why = _CannotExpress(f"the chat template treats turns in ways that Ollama's templates can't ({difference})")
-    raise why
+    raise _CannotExpress(f"the chat template treats turns in ways that Ollama's templates can't ({difference})")
 
 
 @dataclass(frozen=True)
@@ -329,46 +231,36 @@ class _Pieces:
 def _candidates(jinja: _Jinja) -> Iterator[tuple[str, str | None]]:
     """Templates to try, the plainest first."""
     pieces = _find_pieces(jinja)
-    assistant = _turn("assistant", pieces.assistant)
-    user = _turn("user", pieces.user)
+    start, prompt = pieces.start, pieces.prompt
+    assistant, user = _turn("assistant", pieces.assistant), _turn("user", pieces.user)
     if not jinja.knows_system():
-        yield _range(_start(pieces), f"{user}{assistant}", pieces.prompt), None
+        yield _range(_unless_system(start), user + assistant, prompt), None
         return
-    before, after = _around_system(jinja)
+    before, after = _cut(jinja.need([_system("lorafitsystem"), _user("lorafitquestion")]), _SYSTEM_WORDS)[:2]
     if after.endswith(pieces.user[0]):
         around = (before, after.removesuffix(pieces.user[0]))
-        turns = f"{user}{assistant}{_turn('system', around)}"
-        head = pieces.start
-        default = head[len(around[0]) : len(head) - len(around[1])]
-        if default and head == around[0] + default + around[1]:
-            yield _range("", turns, pieces.prompt), default
-        yield _range(_start(pieces), turns, pieces.prompt), None
+        turns = user + assistant + _turn("system", around)
+        default = start[len(around[0]) : len(start) - len(around[1])]
+        if default and start == around[0] + default + around[1]:
+            yield _range("", turns, prompt), default
+        yield _range(_unless_system(start), turns, prompt), None
         # a beginning that is there with and without a system message
-        common = _shared(head, around[0])
-        if common:
-            inner = _turn("system", (around[0].removeprefix(common), around[1]))
-            rest = head.removeprefix(common)
-            opening = quoted(common) + (_unless_system(rest) if rest else "")
-            yield _range(opening, f"{user}{assistant}{inner}", pieces.prompt), None
-    if before == pieces.start + pieces.user[0]:
-        system = f"{{{{ $.System }}}}{quoted(after)}"
+        if common := _shared(start, before):
+            inner = _turn("system", (before.removeprefix(common), around[1]))
+            opening = quoted(common) + _unless_system(start.removeprefix(common))
+            yield _range(opening, user + assistant + inner, prompt), None
+    if before == start + pieces.user[0]:
         for condition in ("(eq $i 1)", "(eq (len (slice $.Messages $i)) 1)"):
-            told = f"{{{{ if and $.System {condition} }}}}{system}{{{{ end }}}}"
-            opener = quoted(pieces.user[0]) + told
-            turn = _turn("user", pieces.user, opener)
-            yield _range(quoted(pieces.start), f"{turn}{assistant}", pieces.prompt), None
+            told = f"{{{{ if and $.System {condition} }}}}{{{{ $.System }}}}{quoted(after)}{_END}"
+            turn = _turn("user", pieces.user, quoted(pieces.user[0]) + told)
+            yield _range(quoted(start), turn + assistant, prompt), None
     # The system message stands before everything, in whatever form.
-    rest = quoted(after)
-    question, answer = _if("user") + "{{ .Content }}", _if("assistant") + "{{ .Content }}"
-    flat = (
-        f"{{{{ if .System }}}}{quoted(before)}{{{{ .System }}}}{rest}{{{{ else }}}}"
-        f"{quoted(pieces.start + pieces.user[0])}{{{{ end }}}}{{{{ range $i, $_ := .Messages }}}}"
-        f"{question}{{{{ if not (eq (len (slice $.Messages $i)) 1) }}}}"
-        f"{quoted(pieces.user[1] + pieces.assistant[0])}{{{{ end }}}}{{{{ end }}}}"
-        f"{answer}{quoted(pieces.assistant[1] + pieces.user[0])}{{{{ end }}}}{{{{ end }}}}"
-        f"{quoted(pieces.prompt if not pieces.user[1] else pieces.user[1] + pieces.prompt)}"
-    )
-    yield flat, None
+    opening = f"{{{{ if .System }}}}{quoted(before)}{{{{ .System }}}}{quoted(after)}{{{{ else }}}}"
+    opening += f"{quoted(start + pieces.user[0])}{_END}"
+    answer = f"{{{{ if not (eq (len (slice $.Messages $i)) 1) }}}}{quoted(pieces.user[1] + pieces.assistant[0])}{_END}"
+    question = _turn("user", ("", ""), after=answer)
+    answered = _turn("assistant", ("", pieces.assistant[1] + pieces.user[0]))
+    yield _range(opening, question + answered, pieces.user[1] + prompt), None
 
 
 def _find_pieces(jinja: _Jinja) -> _Pieces:
@@ -397,12 +289,6 @@ def _find_pieces(jinja: _Jinja) -> _Pieces:
     return _Pieces(start, (question, after), (to_answer.removeprefix(after), end), ending.removeprefix(after))
 
 
-def _around_system(jinja: _Jinja) -> tuple[str, str]:
-    words = ["lorafitsystem", "lorafitquestionone"]
-    before, after, _ = _cut(jinja.need([_system(words[0]), _user(words[1])]), words)
-    return before, after
-
-
 def _cut(text: str, words: list[str]) -> list[str]:
     """The texts around words that occur once each and in this order."""
     parts = []
@@ -419,25 +305,19 @@ def _shared(one: str, other: str) -> str:
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _if(role: str) -> str:
-    return f'{{{{ if eq .Role "{role}" }}}}'
-
-
-def _turn(role: str, around: tuple[str, str], opener: str | None = None) -> str:
+def _turn(role: str, around: tuple[str, str], opener: str | None = None, after: str | None = None) -> str:
+    """A role's turn: its content between two texts, or between pieces of a template."""
     before = quoted(around[0]) if opener is None else opener
-    return f"{_if(role)}{before}{{{{ .Content }}}}{quoted(around[1])}{{{{ end }}}}"
+    after = quoted(around[1]) if after is None else after
+    return f'{{{{ if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{_END}'
 
 
 def _unless_system(text: str) -> str:
-    return f"{{{{ if not .System }}}}{quoted(text)}{{{{ end }}}}"
-
-
-def _start(pieces: _Pieces) -> str:
-    return _unless_system(pieces.start) if pieces.start else ""
+    return f"{{{{ if not .System }}}}{quoted(text)}{_END}" if text else ""
 
 
 def _range(start: str, turns: str, prompt: str) -> str:
-    return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{{{{ end }}}}{quoted(prompt)}"
+    return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{_END}{quoted(prompt)}"
 
 
 def _conversations(with_system: bool) -> Iterator[list[Message]]:

@@ -1,15 +1,14 @@
-"""How what can't be written exactly is refused."""
+"""A model folder's tokenizer as a GGUF file has it: tokens, types, merges or scores, and how text is split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafit.bounds import LARGEST_TEMPLATE, read_text
 from lorafit.bounds import read_json as facts_json
 from lorafit.errors import ModelError
+from lorafit.facts.folder import tokenizer_facts
 
 
 def refused(folder: Path, what: str) -> ModelError:
@@ -99,7 +98,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         kind, pre = "gpt2", _pre(folder, tokenizer)
         merges = [f"{left} {right}" for left, right in pairs]
     add_bos, add_eos = _adds(folder, tokenizer, settings)
-    template = chat_template(folder, settings)
+    facts = tokenizer_facts(folder)
+    template = facts.chat_template if facts else None
     special = _special(folder, settings, ids)
     return Vocabulary(kind, pre, tokens, types, scores, merges, special, add_bos, add_eos, prefix, template)
 
@@ -107,17 +107,6 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 def read_json(file: Path) -> dict[str, Any]:
     """An object; empty without the file. Raises ModelError."""
     return facts_json(file) if file.is_file() else {}
-
-
-def chat_template(folder: Path, settings: dict[str, Any] | None = None) -> str | None:
-    """The chat template of a model folder, the one named default where there are several."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file, LARGEST_TEMPLATE)
-    template = (read_json(folder / "tokenizer_config.json") if settings is None else settings).get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
 
 
 def _pair(folder: Path, merge: str | list[str]) -> tuple[str, str]:
@@ -240,24 +229,21 @@ def _adds(folder: Path, tokenizer: dict[str, Any], settings: dict[str, Any]) -> 
     """
     bos, eos = _content(settings.get("bos_token")), _content(settings.get("eos_token"))
     if "add_bos_token" in settings or "add_eos_token" in settings:
-        return (
-            bos is not None and bool(settings.get("add_bos_token")),
-            eos is not None and bool(settings.get("add_eos_token")),
-        )
-    around: tuple[list[str], list[str]] = ([], [])
+        adds_bos, adds_eos = bool(settings.get("add_bos_token")), bool(settings.get("add_eos_token"))
+        return bos is not None and adds_bos, eos is not None and adds_eos
+    before: list[str] = []
+    after: list[str] = []
     for step in _parts(tokenizer.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing":
-            after = False
-            for piece in step["single"]:
-                if "Sequence" in piece:
-                    after = True
-                else:
-                    around[after].append(piece["SpecialToken"]["id"])
+            pieces = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in step["single"]]
+            text = pieces.index(None) if None in pieces else len(pieces)
+            before += [piece for piece in pieces[:text] if piece]
+            after += [piece for piece in pieces[text:] if piece]
         elif step["type"] != "ByteLevel":
             raise refused(folder, f"the tokenizer ends with {step['type']!r}")
-    if around[0] not in ([], [bos]) or around[1] not in ([], [eos]):
-        raise refused(folder, f"the tokenizer puts {[*around[0], *around[1]]} around every text")
-    return bool(around[0]), bool(around[1])
+    if before not in ([], [bos]) or after not in ([], [eos]):
+        raise refused(folder, f"the tokenizer puts {[*before, *after]} around every text")
+    return bool(before), bool(after)
 
 
 def _content(token: Any) -> str | None:
@@ -279,14 +265,13 @@ def _special(folder: Path, settings: dict[str, Any], ids: dict[str, int]) -> dic
     if "eos" not in special and more:
         special["eos"] = more.pop(0)
     for index in sorted(more, key=lambda index: texts.get(index) in _STOPS_BY_NAME):
-        if texts.get(index) == "<|eom_id|>":
+        text = texts.get(index)
+        if text == "<|eom_id|>":
             special["eom"] = index
         elif "eot" not in special:
             special["eot"] = index
-        elif "eom" not in special and texts.get(index) not in _STOPS_BY_NAME:
-            special["eom"] = index
-        elif texts.get(index) not in _STOPS_BY_NAME:
-            raise refused(folder, f"generation also stops at {texts.get(index)!r}, for which there is no key left")
+        elif text not in _STOPS_BY_NAME and special.setdefault("eom", index) != index:
+            raise refused(folder, f"generation also stops at {text!r}, for which there is no key left")
     return special
 
 
@@ -295,9 +280,5 @@ def stop_ids(folder: Path) -> list[int]:
     for file in ("generation_config.json", "config.json"):
         given = read_json(folder / file).get("eos_token_id")
         if given is not None:
-            return list(_ints(given if isinstance(given, list) else [given]))
+            return [index for index in (given if isinstance(given, list) else [given]) if isinstance(index, int)]
     return []
-
-
-def _ints(values: Iterable[Any]) -> Iterable[int]:
-    return (value for value in values if isinstance(value, int))

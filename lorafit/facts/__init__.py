@@ -1,8 +1,8 @@
 """What the base model is, read from small files: no torch, no transformers, no weights.
 
-Sources, best first: the headers of safetensors files (the real tensors), a GGUF file's header,
-config.json (tensors by the family's layout), or, when a hub can't be reached, the few
-configurations bundled in known_models.json.
+Sources, best first: the headers of safetensors files (the real tensors; of a hub model that is not
+downloaded, over HTTP), a GGUF file's header, config.json (tensors by the family's layout), or, when
+a hub can't be reached, the few configurations bundled in known_models.json.
 """
 
 from __future__ import annotations

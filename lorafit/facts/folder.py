@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import LARGEST_TEMPLATE, read_bytes, read_json, read_text
 from lorafit.errors import ModelError
-from lorafit.facts.layouts import is_tied, layout
+from lorafit.facts.layouts import as_loaded, layout
 from lorafit.facts.model import ModelFacts, Tensor, TokenizerFacts, check_sizes
-from lorafit.facts.safetensors import stored_tensors, weight_files
+from lorafit.facts.safetensors import Shard, read_shard, weight_files
 
 
 def from_folder(name: str, path: Path) -> ModelFacts:
@@ -27,41 +26,25 @@ def from_folder(name: str, path: Path) -> ModelFacts:
     for file in weights:
         if not file.is_file():
             raise ModelError(f"{name}: {file.name} is missing, which model.safetensors.index.json names")
-    return ModelFacts(name, "folder", *tensors_of(config, weights, "no safetensors files"), tokenizer_facts(path))
+    known = described(config, map(read_shard, weights), "", "no safetensors files")
+    return ModelFacts(name, "folder", *known, tokenizer_facts(path))
 
 
-def tensors_of(
-    config: dict[str, Any], weights: list[Path], otherwise: str
+def described(
+    config: dict[str, Any], shards: Iterable[Shard], place: str, otherwise: str
 ) -> tuple[str, dict[str, Any], tuple[Tensor, ...]]:
-    """Where the tensors are known from, the configuration, and the tensors."""
-    stored = [tensor for file in weights for tensor in stored_tensors(file)]
+    """Where the tensors are known from, the configuration, and the tensors.
+
+    Args:
+        place: where the headers were read, if not on this disk.
+        otherwise: why it is the configuration if there are no headers.
+    """
+    files = list(shards)
+    stored = [tensor for shard in files for tensor in shard.tensors]
     if not stored or "quantization_config" in config:  # packed tensors don't have the layers' shapes
         return f"config.json ({otherwise})", config, tuple(layout(config))
-    source = f"the headers of {len(weights)} safetensors file{'s' * (len(weights) != 1)}"
-    return source, config, tuple(_as_loaded(config, stored))
-
-
-_BUFFER = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias)$")
-_TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-
-
-def _as_loaded(config: dict[str, Any], tensors: list[Tensor]) -> Iterator[Tensor]:
-    """Stored tensors as the loaded model has them as parameters.
-
-    Tied heads are counted once, stored buffers are left out, and GPT-2's layers, which are stored
-    in x out and often without their prefix, look like everyone's.
-    """
-    gpt2 = config.get("model_type") == "gpt2"
-    bare = gpt2 and not any(tensor.name.startswith("transformer.") for tensor in tensors)
-    for tensor in tensors:
-        name, shape = tensor.name, tensor.shape
-        if (is_tied(config) and name.endswith("lm_head.weight")) or _BUFFER.search(name):
-            continue
-        if gpt2 and name.endswith("attn.bias") and len(shape) == 4:  # the causal mask
-            continue
-        if gpt2 and _TRANSPOSED.search(name):
-            shape = shape[::-1]
-        yield Tensor(f"transformer.{name}" if bare and not name.startswith("lm_head") else name, shape, tensor.dtype)
+    source = f"the headers of {len(files)} safetensors file{'s' * (len(files) != 1)}{place}"
+    return source, config, as_loaded(config, stored)
 
 
 def tokenizer_facts(path: Path) -> TokenizerFacts | None:

@@ -13,6 +13,7 @@ from lorafit.bounds import opened
 from lorafit.errors import ModelError
 from lorafit.facts.layouts import layout
 from lorafit.facts.model import ModelFacts, TokenizerFacts, check_sizes
+from lorafit.families import FAMILIES
 
 
 def from_gguf(name: str, path: Path) -> ModelFacts:
@@ -23,9 +24,10 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: not a whole GGUF file: {error}") from None
     family = str(metadata.get("general.architecture", ""))
-    if family not in GGUF_FAMILIES:
-        known = ", ".join(GGUF_FAMILIES)
-        raise ModelError(f"{name}: GGUF files of the architecture {family!r} are not supported; these are: {known}")
+    known = {entry.gguf.read: name for name, entry in FAMILIES.items() if entry.gguf.read}
+    if family not in known:
+        others = ", ".join(known)
+        raise ModelError(f"{name}: GGUF files of the architecture {family!r} are not supported; these are: {others}")
 
     def need(key: str) -> Any:
         if f"{family}.{key}" not in metadata:
@@ -35,7 +37,7 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
     tokens = metadata.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     config: dict[str, Any] = {
-        "model_type": GGUF_FAMILIES[family],
+        "model_type": known[family],
         "hidden_size": need("embedding_length"),
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
@@ -44,7 +46,8 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
         "max_position_embeddings": need("context_length"),
         "tie_word_embeddings": "output.weight" not in names,
     }
-    for key, where in (("num_key_value_heads", "attention.head_count_kv"), ("head_dim", _GGUF_HEAD_DIM.get(family))):
+    head_dim = FAMILIES[known[family]].gguf.head_dim
+    for key, where in (("num_key_value_heads", "attention.head_count_kv"), ("head_dim", head_dim)):
         if f"{family}.{where}" in metadata:
             config[key] = metadata[f"{family}.{where}"]
 
@@ -62,17 +65,6 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
     return ModelFacts(name, "gguf", "the GGUF header", config, tuple(layout(config)), tokenizer)
 
 
-GGUF_FAMILIES = {"llama": "llama", "gemma3": "gemma3_text"} | {
-    same: same for same in ("mistral", "qwen2", "qwen3", "phi3", "gemma2")
-}
-"""Architectures that transformers dequantizes and whose layout is known, with transformers' name."""
-_GGUF_HEAD_DIM = {
-    "llama": "rope.dimension_count",
-    "mistral": "rope.dimension_count",
-    "gemma2": "attention.key_length",
-    "gemma3": "attention.key_length",
-}
-"""Where transformers takes head_dim from; elsewhere it takes its default (integrations/ggml.py)."""
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 

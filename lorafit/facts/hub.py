@@ -1,23 +1,28 @@
-"""Facts of a hub model: cached files first, then the network, then the bundled configurations."""
+"""Facts of a hub model: cached files first, then headers over HTTP, then the bundled configurations and formulas."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lorafit.bounds import read_json
-from lorafit.errors import ModelError
-from lorafit.facts.folder import tensors_of, tokenizer_facts
+from lorafit.errors import DoesNotFitError, ModelError
+from lorafit.facts.folder import described, tokenizer_facts
 from lorafit.facts.layouts import layout
-from lorafit.facts.model import ModelFacts, check_sizes
-from lorafit.facts.safetensors import weight_files
+from lorafit.facts.model import ModelFacts, Tensor, check_sizes
+from lorafit.facts.safetensors import Shard, hub_shards, read_shard, weight_files
+from lorafit.files import own_digest, write_text
+from lorafit.rows.cache import cache_folder
 
 
 class UnreachableError(ModelError):
@@ -56,7 +61,7 @@ def spare_retries() -> None:
 
 
 def from_hub(name: str, revision: str | None) -> ModelFacts:
-    """Cached files first, then the network, then the bundled configuration."""
+    """The facts of a hub model. Raises ModelError, UnreachableError where the hub can't be asked for it."""
     spare_retries()
     found = {file: _hub_file(name, file, revision) for file in ("config.json", "tokenizer_config.json")}
     if found["config.json"] is None:
@@ -74,10 +79,51 @@ def from_hub(name: str, revision: str | None) -> ModelFacts:
     folder = found["config.json"].parent
     config = read_json(found["config.json"])
     check_sizes(name, config)
-    weights = weight_files(folder)
-    if not all(file.is_file() for file in weights):  # not downloaded yet, or in part
-        weights = []
-    return ModelFacts(name, "hub", *tensors_of(config, weights, "from the hub"), tokenizer_facts(folder))
+    weights, place, otherwise = weight_files(folder), "", "from the hub"
+    shards: Iterable[Shard] = map(read_shard, weights)
+    if not weights or not all(file.is_file() for file in weights):  # not downloaded yet, or in part
+        shards, place = (), " on the hub"
+        if "quantization_config" not in config:
+            shards, problem = _hub_headers(name, folder.name)
+            otherwise += f"; {problem}" if problem else ""
+    return ModelFacts(name, "hub", *described(config, shards, place, otherwise), tokenizer_facts(folder))
+
+
+@functools.cache
+def _hub_headers(name: str, commit: str) -> tuple[tuple[Shard, ...], str]:
+    """The headers of a model's weights that are not here, and why there are none if they can't be had.
+
+    They are kept in lorafit's cache: those of a commit don't change.
+    """
+    key = hashlib.sha256(f"{name.lower()}@{commit}".encode()).hexdigest()[:32]
+    place = cache_folder() / "headers" / f"{key}.json"
+    known = _kept_headers(place)
+    if known is not None:
+        return known, ""
+    if hub_unreachable():
+        return (), ""
+    try:
+        found = hub_shards(name, commit)
+    except ModelError as error:
+        return (), str(error).removeprefix(f"{name}: ")
+    files = {shard.name: [(t.name, t.dtype, t.shape) for t in shard.tensors] for shard in found}
+    with contextlib.suppress(OSError, DoesNotFitError):
+        place.parent.mkdir(exist_ok=True)
+        write_text(place, json.dumps({"files": files, "sha256": own_digest({"files": files})}))
+    return found, ""
+
+
+def _kept_headers(place: Path) -> tuple[Shard, ...] | None:
+    try:
+        known = dict(json.loads(place.read_text(encoding="utf-8")))
+        if known.get("sha256") != own_digest(known):
+            return None
+        return tuple(
+            Shard(file, b"", tuple(Tensor(name, tuple(shape), dtype) for name, dtype, shape in tensors), 0)
+            for file, tensors in known["files"].items()
+        )
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _hub_file(name: str, file: str, revision: str | None) -> Path | None:

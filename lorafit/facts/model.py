@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.errors import ModelError
+from lorafit.families import family_of
 
 Kind = Literal["folder", "gguf", "hub", "bundled"]
 
@@ -136,12 +137,13 @@ class ModelFacts:
 
         transformers replaces torch's own class only (integrations/bitsandbytes.py: replace_with_bnb_linear).
         """
-        if self.model_type in _OWN_LINEAR:
+        family = family_of(self.model_type)
+        if not family.plain_linear:
             return {}
-        last = _LAST_LINEAR.get(self.model_type)
-        if last is None or any("norm" in tensor.name or tensor.name.startswith("lm_head") for tensor in self.tensors):
+        ends = (tensor.name for tensor in self.tensors if "norm" in tensor.name or tensor.name.startswith("lm_head"))
+        if not family.last_linear or any(ends):
             return self._matrices
-        kept = f".layers.{(self.layers or 0) - 1}.{last}"
+        kept = f".layers.{(self.layers or 0) - 1}.{family.last_linear}"
         return {module: tensor for module, tensor in self._matrices.items() if not module.endswith(kept)}
 
     @cached_property
@@ -172,10 +174,6 @@ _NOT_LINEAR = re.compile(
     r"|norm|\.experts(\.|$)|(mlp|block_sparse_moe|feed_forward)\.(gate|router)(\.layer)?$"
     r"|embed|rotary|(^|\.)vision_tower\.head\.attention\."
 )
-_OWN_LINEAR = ("falcon",)
-"""Families whose layers are of a subclass of torch.nn.Linear."""
-_LAST_LINEAR = {"olmo": "mlp.down_proj", "opt": "fc2"}
-"""The last linear layer of families that may end without norm or head: transformers keeps a model's last module."""
 _NOT_TEXT = re.compile(r"(^|\.)(vision|visual|audio)")
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files: those that a model folder is loaded from, and their headers. No tensor is read here."""
+"""Safetensors files: those that a model is loaded from, and their headers, in a folder or over HTTP on a hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from lorafit.bounds import opened, read_json
 from lorafit.errors import ModelError
 from lorafit.facts.model import Tensor
 from lorafit.files import is_inside
-from lorafit.text import printable
+from lorafit.progress import stage
+from lorafit.text import first_line, printable
 
 _MAX_HEADER_BYTES = 100_000_000
 """What safetensors itself reads at most."""
+_HUB_SECONDS = 5.0
+"""How long a hub may be silent."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,30 @@ def read_shard(file: Path) -> Shard:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not a whole safetensors file: {error}") from None
     return Shard(file.name, prefix + text, tensors, size)
+
+
+def hub_shards(name: str, revision: str) -> tuple[Shard, ...]:
+    """The headers of a hub model's safetensors files, over HTTP and without the weights, in order of name.
+
+    Empty for a model that has no such files. Raises ModelError where they can't be read, such as without access.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        disable_progress_bars()
+    try:
+        with stage(f"reading the headers of {name}'s safetensors files"):
+            found = HfApi().get_safetensors_metadata(name, revision=revision, timeout=_HUB_SECONDS).files_metadata
+        return tuple(
+            Shard(file, b"", tuple(_tensor(Path(file), key, vars(tensors[key]), 0) for key in sorted(tensors)), 0)
+            for file, tensors in ((file, found[file].tensors) for file in sorted(found))
+        )
+    except NotASafetensorsRepoError:
+        return ()
+    except Exception as error:  # noqa: BLE001 - the client raises whatever its HTTP library does
+        raise ModelError(f"{name}: the headers of its safetensors files can't be read: {first_line(error)}") from None
 
 
 def by_name(shards: Iterable[Shard]) -> dict[str, Tensor]:

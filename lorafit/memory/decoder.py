@@ -14,6 +14,7 @@ from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.facts import Tensor
+from lorafit.families import family_of
 from lorafit.memory.operations import Anchor, Operations
 from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
@@ -21,23 +22,6 @@ from lorafit.memory.static import BYTES, quantized_tensors, width_of
 from lorafit.memory.tape import Parameter, Value
 from lorafit.plan.adapters import Lora, find_targets, rank_of
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "smollm3": {},
-    "granite": {"scaled": True},
-    "phi3": {},
-    "gemma": {"norm": "gemma", "embedding_scale": True},
-    "gemma2": {"norm": "gemma", "embedding_scale": True, "norms": "around", "softcap": True},
-    "gemma3_text": {"norm": "gemma", "embedding_scale": True, "norms": "around"},
-    "olmo2": {"norms": "after"},
-    "mixtral": {},
-    "qwen3_moe": {},
-    "olmoe": {},
-}
-"""Families whose layers are known here, and how they differ from Llama's."""
 FUSED_ROWS = 1536
 """From more rows than this on, bitsandbytes makes the weight in 16 bits (backends/cuda/ops.py)."""
 
@@ -70,11 +54,12 @@ class Decoder:
         self.setup, self.do = setup, operations
         self.shards = Shards(setup, operations) if setup.sharding in GRADIENTS_SHARDED else None
         kind = str(config.get("model_type", setup.facts.model_type))
-        if kind not in FAMILIES:
+        traits = family_of(kind).traits
+        if traits is None:
             raise ModelError(
                 f"{setup.facts.name}: the activations of a {kind} model are not known in closed form; use --trace"
             )
-        self.family = FAMILIES[kind]
+        self.traits = traits
         self.width = BYTES[setup.dtype]
         self.hidden_size: int = config["hidden_size"]
         heads: int = config["num_attention_heads"]
@@ -120,7 +105,7 @@ class Decoder:
         lora = setup.adapter.section if isinstance(setup.adapter, Lora) else None
         adapted = set(find_targets(lora, setup.facts).modules) if lora else set()
         layers: dict[int, dict[str, Any]] = {}
-        for name, tensor in tensors.items():
+        for name, tensor in _weights_first(tensors):
             found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(?:\.(weight|bias))?", name)
             if not found:
                 continue
@@ -172,7 +157,7 @@ class Decoder:
             x = do.made(x, [Anchor()], self._embedding_gradient)
         elif not setup.adapter.trains_base and setup.checkpointing != "none":
             x = do.made(x, [Anchor()], lambda g: [None])  # enable_input_require_grads
-        if self.family.get("embedding_scale") or self.family.get("scaled"):
+        if self.traits.scales_embeddings or self.traits.scales_residuals:
             x = do.scale(x)
         shared = [x, *self._rotary(batch)]  # transformers holds the embeddings through the whole pass
         mask = self._mask(batch)
@@ -213,7 +198,7 @@ class Decoder:
         return self.do.new(rows * length * length, 1 if setup.attention == "sdpa" else self.width)
 
     def _layer(self, x: Value, layer: dict[str, Any], batch: int, mask: Value | None) -> Value:
-        norms = self.family.get("norms", "before")
+        norms = self.traits.norms
         hidden = self.hidden_size
         residual = x
         h = x
@@ -236,7 +221,7 @@ class Decoder:
 
     def _residual(self, residual: Value, h: Value) -> Value:
         self.do.label = "hidden states"
-        if self.family.get("scaled"):
+        if self.traits.scales_residuals:
             h = self.do.scale(h)
         return self.do.add(residual, h)
 
@@ -249,7 +234,7 @@ class Decoder:
         before = x.width
         h = do.to(x, 4)
         h = do.times(h, do.function_of_result(do.mean(do.square(h), size)))
-        if self.family.get("norm") == "gemma":
+        if self.traits.wide_norm:
             return do.to(do.times_weight(h, Parameter(weight.elements, 4, weight.trained)), before)
         h = do.to(h, before)
         return do.times_weight(h, weight)
@@ -376,7 +361,7 @@ class Decoder:
         rows = q.elements // (self.heads * self.head_dim)
         scores = self._product(q, k, pairs)
         scores = do.scale(scores)
-        if self.family.get("softcap"):
+        if self.traits.soft_caps:
             scores = do.scale(do.function_of_result(do.scale(scores)))
         if mask is not None or length > 1:
             scores = do.copied(scores)
@@ -599,3 +584,11 @@ class Decoder:
 
     def _dropped(self, x: Value) -> Value:
         return self.do.dropout(x) if self.do.training and (self.setup.lora or {}).get("lora_dropout") else x
+
+
+def _weights_first(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Tensors in their order, but each module's weight before its bias, which headers have in order of name."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(tensors):
+        places.setdefault(name.rpartition(".")[0], place)
+    return sorted(tensors.items(), key=lambda item: (places[item[0].rpartition(".")[0]], item[0].endswith(".bias")))

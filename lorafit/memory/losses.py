@@ -129,7 +129,7 @@ def _whole(decoder: Decoder, batch: int) -> tuple[Value, object]:
     hidden = decoder.hidden(batch)
     do.label = LOGITS
     logits = _head(decoder, hidden)
-    if decoder.family.get("softcap") and stack.loss == "logits":
+    if decoder.traits.soft_caps and stack.loss == "logits":
         logits = do.scale(do.function_of_result(do.scale(logits)))
     if stack.loss == "logits_upcast":
         logits = do.to(logits, 4)

@@ -7,12 +7,10 @@ what is shown before a run is what runs. No torch, no transformers.
 
 from __future__ import annotations
 
-from lorafit.plan.model import NO_SDPA
 from lorafit.plan.resolve import dated, make_plan, plan_recipe, with_audit
 from lorafit.plan.values import Choice, DataPlan, Plan, Schedule, SourcePlan, Training, make_schedule, validation_rows
 
 __all__ = [
-    "NO_SDPA",
     "Choice",
     "DataPlan",
     "Plan",

@@ -5,37 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.errors import UsageError
+from lorafit.families import family_of
 from lorafit.plan.adapters import OUTPUT_HEADS, TargetError, Targets, adapter_of, is_skipped
 from lorafit.plan.values import Context, ModelPlan
 from lorafit.text import near
 
-NO_SDPA = frozenset(
-    (
-        "bloom",
-        "codegen",
-        "deepseek_v4",
-        "falcon_mamba",
-        "flint",
-        "gemma2",
-        "gpt_neo",
-        "gpt_neox_japanese",
-        "gpt_oss",
-        "gptj",
-        "granite_swa",
-        "granitemoe_swa",
-        "hy_v4",
-        "inkling2_text",
-        "mamba",
-        "mamba2",
-        "mimo_v2_flash",
-        "mpt",
-        "openai-gpt",
-        "rwkv",
-        "vaultgemma",
-        "xglm",
-    )
-)
-"""Models that transformers does not run with sdpa: it knows no soft caps and no attention sinks, or was never added."""
 FLASH_NEEDS = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
 """The compute capability from which a kernel runs."""
 
@@ -90,11 +64,11 @@ def _attention(context: Context, dtype: str) -> str:
     asked, key = context.recipe.model.attn_implementation, "model.attn_implementation"
     family, hardware = context.facts.model_type, context.hardware
     if asked == "auto":
-        if family in NO_SDPA:
+        if not family_of(family).sdpa:
             return context.choose(key, "eager", f"transformers does not run {family} models with sdpa")
         return context.choose(key, "sdpa", "fast everywhere and part of torch")
     wrong = None
-    if asked == "sdpa" and family in NO_SDPA:
+    if asked == "sdpa" and not family_of(family).sdpa:
         wrong = f"transformers does not run {family} models with sdpa"
     elif asked in FLASH_NEEDS:
         major, minor = needed = FLASH_NEEDS[asked]

@@ -11,6 +11,7 @@ from lorafit.bounds import expand
 from lorafit.errors import LorafitError, UsageError
 from lorafit.facts import read_facts
 from lorafit.facts.template import trl_templates
+from lorafit.families import family_of
 from lorafit.init.peers.convert import (
     NO_EFFECT,
     Conversion,
@@ -55,18 +56,6 @@ CHATML = (
     "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NOT_LEARNED = "only how fast it runs, or what is shown"
-PEFT_DEFAULTS = {
-    "gpt2": ["c_attn"],
-    "gpt_bigcode": ["c_attn"],
-    "bloom": ["query_key_value"],
-    "gpt_neox": ["query_key_value"],
-    "falcon": ["query_key_value"],
-    "codegen": ["qkv_proj"],
-    "mpt": ["Wqkv"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-}
-"""What PEFT adapts in families where it is not the query and value, if nothing is asked for."""
-
 COMMON: Rules = table(
     becomes("trust_remote_code", "model.trust_remote_code", flag),
     becomes("lora_alpha", "lora.lora_alpha", number),
@@ -227,7 +216,7 @@ def peft_default_targets(c: Conversion) -> None:
         family = read_facts(str(c.value("model.name_or_path"))).model_type
     except LorafitError:
         family = ""
-    c.put("lora.target_modules", PEFT_DEFAULTS.get(family, "qv"), "PEFT's default, if nothing is said")
+    c.put("lora.target_modules", list(family_of(family).peft_targets) or "qv", "PEFT's default, if nothing is said")
     if not family:
         c.note("lora_target_modules", "is not given: PEFT's default for most models, query and value, is written")
 
