@@ -176,8 +176,8 @@ def test_the_conversation_goes_on_in_the_form_of_the_training(run: RunDir, base:
 
 def test_tokens_are_those_of_a_training_row(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
-    tokens = module.Room.tokens
-    monkeypatch.setattr(module.Room, "tokens", lambda *given: seen.append(tokens(*given)) or seen[-1])
+    tokens = module.Session.tokens
+    monkeypatch.setattr(module.Session, "tokens", lambda *given: seen.append(tokens(*given)) or seen[-1])
     talk(run.path, prompts=("the dogs",), system="say yes", max_new_tokens=1)
     talk(run.path, prompts=("the the",), max_new_tokens=1)
     plan = run.load_plan()
@@ -214,8 +214,8 @@ def test_the_end_of_a_turn_ends_an_answer_where_the_model_does_not_know_it(
     folder = make_model(place / "ends", eos_token_id=0)
     make_tokenizer(folder, eos_token="<|endoftext|>")
     seen: list[list[int]] = []
-    ends = module.Room.ends
-    monkeypatch.setattr(module.Room, "ends", lambda *given: seen.append(ends(*given)) or seen[-1])
+    ends = module.Session.ends
+    monkeypatch.setattr(module.Session, "ends", lambda *given: seen.append(ends(*given)) or seen[-1])
     talk(folder, prompts=("one",), max_new_tokens=1)
     assert AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(seen[0]) == ["<|endoftext|>", "<|im_end|>"]
 
@@ -273,8 +273,8 @@ def test_compare_asks_every_model_and_keeps_nothing(run: RunDir, other: RunDir, 
 
 def test_the_system_message_changes_and_turns_are_kept(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[dict[str, str]]] = []
-    tokens = module.Room.tokens
-    monkeypatch.setattr(module.Room, "tokens", lambda room, said: seen.append(said) or tokens(room, said))
+    tokens = module.Session.tokens
+    monkeypatch.setattr(module.Session, "tokens", lambda room, said: seen.append(said) or tokens(room, said))
     talk(run.path, "one", "/system say no", "two", "/system", "three", "/reset", "four", system="say yes")
     roles = [[message["role"] for message in said] for said in seen]
     assert roles == [
@@ -309,8 +309,8 @@ def interrupting(terminal: Terminal, after: int) -> Callable[[str], None]:
 
 def test_ctrl_c_stops_an_answer_and_keeps_it(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[dict[str, str]]] = []
-    tokens = module.Room.tokens
-    monkeypatch.setattr(module.Room, "tokens", lambda room, said: seen.append(said) or tokens(room, said))
+    tokens = module.Session.tokens
+    monkeypatch.setattr(module.Session, "tokens", lambda room, said: seen.append(said) or tokens(room, said))
     terminal = Terminal("one two", "three")
     options = ChatOptions(str(run.path), max_new_tokens=40, use="base")
     before = signal.getsignal(signal.SIGINT)

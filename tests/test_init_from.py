@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lorafit.cli import app
 from lorafit.errors import UsageError
-from lorafit.init.peers import KINDS, MAPPINGS, convert
+from lorafit.init.peers import KINDS, PEERS, convert
 from lorafit.init.peers.convert import Conversion, Kind, find
 from lorafit.init.write import recipe_of
 from lorafit.recipe import Recipe, RecipeError
@@ -387,7 +387,7 @@ def test_every_key_is_mapped_or_listed_or_explained(folder: Path, name: str) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_names_only_keys_that_recipes_have(kind: Kind) -> None:
-    rules = MAPPINGS[kind]
+    rules = PEERS[kind].RULES
     assert len({rule.key for rule in rules}) == len(rules)
     for rule in rules:
         for target in filter(None, rule.target.split(", ")):
@@ -753,7 +753,7 @@ def test_trl_knows_no_key_that_the_table_does_not(folder: Path) -> None:
     from trl import ModelConfig, ScriptArguments, SFTConfig
 
     known = {field.name for kind in (SFTConfig, ModelConfig, ScriptArguments) for field in dataclasses.fields(kind)}
-    assert not {name for name in known if find(MAPPINGS["trl"], name) is None}
+    assert not {name for name in known if find(PEERS["trl"].RULES, name) is None}
 
 
 def test_trl_in_full(folder: Path) -> None:
@@ -869,7 +869,7 @@ def test_a_recipe_whose_model_and_data_are_elsewhere_is_still_written(folder: Pa
 def test_any_value_is_converted_or_refused(folder: Path, name: str) -> None:
     kind, content = RECIPES[name]
     values = ("3", "-1", "0", "0.5", "x", "[1]", "{a: 1}", "true", ".nan", "1e400", "'${A}'")
-    for rule in MAPPINGS[kind]:  # type: ignore[index]
+    for rule in PEERS[kind].RULES:  # type: ignore[index]
         if "[]" in rule.key or "*" in rule.key:
             continue
         others = re.sub(rf"(?m)^{rule.key}:.*\n((  |- ).*\n)*", "", content)
@@ -881,7 +881,7 @@ def test_any_value_is_converted_or_refused(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("value", ["3", "x", "[1]", "[x]", "{a: 1}", "{a: [x]}", "true", "", "0.5", "[[1]]"])
 def test_any_value_of_a_data_set_is_converted_or_refused(folder: Path, value: str) -> None:
     for kind in ("chat_template", "sharegpt", "completion", "alpaca", "{field_instruction: q}"):
-        for rule in MAPPINGS["axolotl"]:
+        for rule in PEERS["axolotl"].RULES:
             name = rule.key.removeprefix("datasets[].")
             if name != rule.key:
                 entry = {"path": "a/b", "type": kind} | {name: value}
@@ -911,14 +911,12 @@ def test_every_key_that_decides_something_is_looked_at(kind: Kind) -> None:
     import lorafit.init.peers as module
 
     folder = Path(module.__file__).parent
-    files = [
-        file for file in folder.glob("*.py") if file.stem.startswith(kind) or file.stem in ("common", "evaluation")
-    ]
+    files = [file for file in folder.glob("*.py") if file.stem.startswith(kind) or file.stem == "transformers"]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if "decides(" not in line]
     quoted = {*re.findall(r"""["']([a-z_0-9]+)["']""", "\n".join(lines))}
     quoted |= {f"{what}_{when}" for what in ("eval", "save") for when in ("steps", "strategy")}  # made of two parts
     ignored = {"ds_type", "logging_strategy"}  # the file's name tells; how often it logs, not when
-    for rule in MAPPINGS[kind]:
+    for rule in PEERS[kind].RULES:
         if rule.fate == "decides" and rule.target:
             assert rule.key.rpartition(".")[2] in quoted | ignored, rule.key
 

@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 from yaml import safe_dump
 
 from lorafit.cli import app
-from lorafit.engine.merge.run import merge
-from lorafit.engine.merge.work import Work
+from lorafit.engine.merge.run import Merging, merge
 from lorafit.engine.train import train as run_training
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.files import LOCK, SEAL
@@ -603,10 +602,10 @@ def test_too_little_disk_is_known_before_anything_is_written(run: RunDir, monkey
 
 
 def test_too_little_memory_is_known_before_anything_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.engine.merge.work.available_memory", lambda: 1000)
+    monkeypatch.setattr("lorafit.engine.merge.run.available_memory", lambda: 1000)
     with pytest.raises(DoesNotFitError, match="of memory"):
         merged(run.path)
-    monkeypatch.setattr("lorafit.engine.merge.work.available_memory", lambda: 500 << 20)
+    monkeypatch.setattr("lorafit.engine.merge.run.available_memory", lambda: 500 << 20)
     report = report_of(merged(run.path))
     assert report["verification"]["level"] == "weights"
     assert "of memory" in report["verification"]["reason"]
@@ -650,16 +649,16 @@ def test_two_merges_into_one_destination_are_not_mixed(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = foreign(run, tmp_path / "one"), foreign(run, tmp_path / "other")
-    write, met = Work.write, list[str]()
+    write, met = Merging.write, list[str]()
 
-    def meanwhile(self: Work, kind: str, folder: Path) -> Any:
+    def meanwhile(self: Merging, kind: str, folder: Path) -> Any:
         if self.source.adapter == one:
             with pytest.raises(UsageError, match="another process is writing it"):
                 merged(other, output=tmp_path / "m", verify="weights")
             met.append(kind)
         return write(self, kind, folder)
 
-    monkeypatch.setattr(Work, "write", meanwhile)
+    monkeypatch.setattr(Merging, "write", meanwhile)
     assert report_of(merged(one, output=tmp_path / "m", verify="weights"))["adapter"] == str(one)
     assert met
     (tmp_path / ".m.partial").mkdir()  # a killed one's, which nobody holds
@@ -746,7 +745,7 @@ def test_tied_embeddings_stay_tied_in_both_kinds_of_base_weights(tmp_path: Path)
 
 
 def test_a_logit_that_is_no_number_is_the_largest_difference() -> None:
-    from lorafit.engine.merge.verify import Reference, Row, breaches
+    from lorafit.engine.merge.verify import Probe, Reference, breaches
 
     class Broken:
         def eval(self) -> None: ...
@@ -754,7 +753,7 @@ def test_a_logit_that_is_no_number_is_the_largest_difference() -> None:
         def __call__(self, **_: Any) -> Any:
             return type("Output", (), {"logits": torch.full((1, 4, 8), float("nan"))})
 
-    rows = [Row([1, 2, 3, 4], [0, 1, 2])]
+    rows = [Probe([1, 2, 3, 4], [0, 1, 2])]
     figures = Reference(rows, "", [torch.zeros(3, 8)], 0.0, 0.0).compare(Broken())
     assert breaches(figures, {"max_logit_difference": 1.0})
 

@@ -25,13 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lorafit.engine.merge.edits import Combination
 from lorafit.engine.merge.folder import write_config
-from lorafit.engine.merge.quantized import RoundTrip
+from lorafit.engine.merge.run import check_headers
 from lorafit.engine.merge.skeleton import attach, empty_model, read_config, resized
 from lorafit.engine.merge.stream import Merged, stream
-from lorafit.engine.merge.task import Task
+from lorafit.engine.merge.task import RoundTrip, Task
 from lorafit.engine.merge.tensors import Store, write_index
 from lorafit.engine.merge.verify import in_float32
-from lorafit.engine.merge.work import check_headers
 from lorafit.errors import ModelError
 
 VOCABULARY = 160

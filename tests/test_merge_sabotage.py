@@ -148,9 +148,9 @@ def test_out_of_disk(writes: int, direct: bool, adapter: Path, tmp_path: Path, m
             raise OSError(errno.EINVAL, "Invalid argument")
         return opened(path, flags, *more, **others)
 
-    monkeypatch.setattr("lorafit.engine.merge.writer.os.pwrite", full)
+    monkeypatch.setattr("lorafit.engine.merge.tensors.os.pwrite", full)
     if not direct:
-        monkeypatch.setattr("lorafit.engine.merge.writer.os.open", indirect)
+        monkeypatch.setattr("lorafit.engine.merge.tensors.os.open", indirect)
     output = tmp_path / "merged"
     result = CliRunner().invoke(app, ["merge", str(adapter), "--output", str(output), "--verify", "weights"])
     assert result.exit_code == 5, result.output
@@ -164,7 +164,7 @@ def test_space_that_can_not_be_reserved_is_known_at_once(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lorafit.engine.merge.writer.os.posix_fallocate", refuse)
+    monkeypatch.setattr("lorafit.engine.merge.tensors.os.posix_fallocate", refuse)
     result = CliRunner().invoke(app, ["merge", str(adapter), "-o", str(tmp_path / "m"), "--verify", "weights"])
     assert result.exit_code == 5
     assert not list(tmp_path.iterdir())
@@ -195,10 +195,10 @@ def test_other_file_systems(
     def no_fallocate(*_: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr("lorafit.engine.merge.writer.os.open", open_)
-    monkeypatch.setattr("lorafit.engine.merge.writer.os.pwrite", pwrite_)
+    monkeypatch.setattr("lorafit.engine.merge.tensors.os.open", open_)
+    monkeypatch.setattr("lorafit.engine.merge.tensors.os.pwrite", pwrite_)
     if fault == "no fallocate":
-        monkeypatch.setattr("lorafit.engine.merge.writer.os.posix_fallocate", no_fallocate)
+        monkeypatch.setattr("lorafit.engine.merge.tensors.os.posix_fallocate", no_fallocate)
     assert contents(run(adapter, tmp_path / "merged")) == expected
 
 

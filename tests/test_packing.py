@@ -16,13 +16,12 @@ from conftest import WORDS, RecipeMaker, conversation, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MambaConfig, OPTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import lorafit.engine.isolation
+import lorafit.engine.trainer
 from lorafit.engine.data.encode import IGNORED
 from lorafit.engine.data.prepare import prepare
-from lorafit.engine.isolation import check_isolation
 from lorafit.engine.methods.sft import build as build_trainer
 from lorafit.engine.tokenizer import load_tokenizer
-from lorafit.engine.trainer import Trainer
+from lorafit.engine.trainer import Trainer, check_isolation
 from lorafit.errors import ModelError
 from lorafit.families import family_of
 from lorafit.plan import plan_recipe
@@ -249,4 +248,4 @@ def test_the_thresholds_are_above_rounding() -> None:
     ).to(torch.bfloat16)
     with pytest.raises(ModelError):
         check_isolation(as_trainer(model))
-    assert lorafit.engine.isolation.FIRST != lorafit.engine.isolation.SECOND
+    assert lorafit.engine.trainer.FIRST != lorafit.engine.trainer.SECOND

@@ -163,7 +163,7 @@ def convert_other(source: Path, options: InitOptions) -> None:
     if not options.to_stdout:
         for path in conversion.beside:
             options.refuse_overwriting(path)
-    remark(f"{source}: {PEERS[found].title}'s, {'as --kind says' if options.kind else 'by its keys'}")
+    remark(f"{source}: {PEERS[found].TITLE}'s, {'as --kind says' if options.kind else 'by its keys'}")
     for line in conversion.said():
         warn(line)
     try:

@@ -53,76 +53,45 @@ _RUN = ("run", "moving")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+class _Inside:
+    """A path in a run directory, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunDir, _: type[RunDir]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths of a run, and what is in them."""
 
     path: Path
 
-    @property
-    def recipe(self) -> Path:
-        """What the user wrote, byte for byte."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def lock_file(self) -> Path:
-        """The recipe's lock, of a run with --locked."""
-        return self.path / "recipe.lock"
-
-    @property
-    def plan_file(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The result of a run with an adapter."""
-        return self.path / "adapter"
-
-    @property
-    def model(self) -> Path:
-        """The result of a run that trained in full."""
-        return self.path / "model"
-
-    @property
-    def base(self) -> Path:
-        """The base that a GGUF file was dequantized to."""
-        return self.path / "base"
-
-    @property
-    def fingerprint(self) -> Path:
-        """What the base was as the run began, see lorafit.run.fingerprint."""
-        return self.path / "fingerprint.json"
-
-    @property
-    def start(self) -> Path:
-        """The untrained adapter, kept for starts that change the base (PiSSA, OLoRA) or read data."""
-        return self.path / "start"
-
-    @property
-    def eval(self) -> Path:
-        return self.path / "eval"
-
-    @property
-    def merged(self) -> Path:
-        return self.path / "merged"
-
-    @property
-    def replaced(self) -> Path:
-        """Where `--overwrite` keeps the run before until the new one is finished."""
-        return self.path / ".replaced"
+    recipe = _Inside("recipe.yaml")
+    """What the user wrote, byte for byte."""
+    lock_file = _Inside("recipe.lock")
+    """The recipe's lock, of a run with --locked."""
+    plan_file = _Inside("plan.json")
+    fingerprint = _Inside("fingerprint.json")
+    """What the base was as the run began, see lorafit.run.fingerprint."""
+    manifest = _Inside("manifest.json")
+    metrics = _Inside("metrics.jsonl")
+    """One JSON object per logged step."""
+    checkpoints = _Inside("checkpoints")
+    adapter = _Inside("adapter")
+    """The result of a run with an adapter."""
+    model = _Inside("model")
+    """The result of a run that trained in full."""
+    base = _Inside("base")
+    """The base that a GGUF file was dequantized to."""
+    start = _Inside("start")
+    """The untrained adapter, kept for starts that change the base (PiSSA, OLoRA) or read data."""
+    eval = _Inside("eval")
+    merged = _Inside("merged")
+    replaced = _Inside(".replaced")
+    """Where `--overwrite` keeps the run before until the new one is finished."""
 
     @property
     def result(self) -> Path | None:

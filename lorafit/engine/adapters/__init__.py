@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from lorafit.engine.adapters import lora
 from lorafit.plan import Plan
+from lorafit.plan.adapters import Lora
 from lorafit.run.directory import RunDir
 
 
@@ -26,9 +27,10 @@ class Adapter(Protocol):
         """Bring the adapter, which is on the trainer's model, to its start."""
 
 
-ADAPTERS: dict[str, Adapter] = {"lora": lora}
+ADAPTERS: dict[type, Adapter] = {Lora: lora}
+"""By the descriptions of lorafit.plan.adapters."""
 
 
 def adapter_of(plan: Plan) -> Adapter | None:
     """The kind of adapter that a plan trains; None for training in full."""
-    return ADAPTERS["lora"] if plan.lora_kwargs is not None else None
+    return None if plan.adapter.trains_base else ADAPTERS[type(plan.adapter)]

@@ -196,7 +196,7 @@ def _quantized_at(folder: Path, run: RunDir, plan: Plan) -> NamedModel:
     return dataclasses.replace(merged, path=str(folder))
 
 
-class Sides:
+class SharedBase:
     """A base and an adapter on it, of which one runs at a time.
 
     The base runs as it was loaded, without PEFT's modules: those cost time even where the adapter is turned off.
@@ -233,7 +233,7 @@ def fit_together(plan: Plan, loadings: int) -> bool:
 
 
 @contextlib.contextmanager
-def loaded(group: list[NamedModel]) -> Iterator[Sides]:
+def loaded(group: list[NamedModel]) -> Iterator[SharedBase]:
     """Models that share a base, as an evaluation loads them, but with their own heads; until the block ends."""
     first = group[0]
     plan = first.plan
@@ -250,12 +250,12 @@ def loaded(group: list[NamedModel]) -> Iterator[Sides]:
     base.config.use_cache = True
     base.eval()
     adapter = next((Path(one.path) for one in group if one.kind == "adapter"), None)
-    sides = Sides(base, adapter)
+    shared = SharedBase(base, adapter)
     del base
     try:
-        yield sides
+        yield shared
     finally:
-        del sides
+        del shared
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

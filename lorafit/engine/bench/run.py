@@ -28,7 +28,7 @@ from lorafit.engine.bench.measure import (
     Clock,
     Pass,
     Runnable,
-    Sides,
+    SharedBase,
     contenders_of,
     draw_tokens,
     fit_together,
@@ -97,10 +97,10 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> Benc
     together = fit_together(plan, len(loadings))
     for turns in [loadings] if together else [[group] for group in loadings]:
         with contextlib.ExitStack() as stack:
-            models: list[tuple[NamedModel, Sides]] = []
+            models: list[tuple[NamedModel, SharedBase]] = []
             for group in turns:
-                sides = stack.enter_context(loaded(group))
-                models += [(one, sides) for one in group]
+                shared = stack.enter_context(loaded(group))
+                models += [(one, shared) for one in group]
             model = models[0][1].use(models[0][0].kind == "adapter")
             device = model.device
             _check_lengths(options, model)
@@ -108,7 +108,7 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> Benc
             passes = (options.rounds + 1) * len(prompts) * len(models)
             with stage("timing", passes, "passes") as timed:
                 measured |= _measure(models, prompts, options, timed, clock)
-            del model, models, sides  # before the next ones load
+            del model, models, shared  # before the next ones load
     timings = tuple(_timings(measured, options))
     reference = next((name for name in ("adapter", "trained") if name in measured), next(iter(measured)))
     load, remarks = busy.end()
@@ -130,7 +130,7 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> Benc
 
 
 def _measure(
-    models: list[tuple[NamedModel, Sides]],
+    models: list[tuple[NamedModel, SharedBase]],
     prompts: dict[Shape, torch.Tensor],
     options: BenchOptions,
     timed: Stage,
@@ -140,17 +140,17 @@ def _measure(
     passes: dict[str, dict[Shape, list[Pass]]] = {one.name: {shape: [] for shape in prompts} for one, _ in models}
     for number in range(options.rounds + 1):
         for shape, ids in prompts.items():
-            for contender, sides in models if number % 2 else reversed(models):
-                model = sides.use(contender.kind == "adapter")
+            for contender, shared in models if number % 2 else reversed(models):
+                model = shared.use(contender.kind == "adapter")
                 done = run_pass(model, ids.to(model.device), options.new_tokens, clock)
                 if number:
                     passes[contender.name][shape].append(done)
                 timed.advance()
-    return {one.name: _Measured(passes[one.name], _described(one, sides, passes[one.name])) for one, sides in models}
+    return {one.name: _Measured(passes[one.name], _described(one, shared, passes[one.name])) for one, shared in models}
 
 
-def _described(contender: NamedModel, sides: Sides, passes: dict[Shape, list[Pass]]) -> BenchModel:
-    model = sides.use(contender.kind == "adapter")
+def _described(contender: NamedModel, shared: SharedBase, passes: dict[Shape, list[Pass]]) -> BenchModel:
+    model = shared.use(contender.kind == "adapter")
     longest = max(passes, key=lambda shape: shape.prompt_tokens)
     last = passes[longest][-1]
     quantization = contender.quantization

@@ -26,7 +26,7 @@ from lorafit.text import first_line, harmless, near
 
 
 @dataclass(frozen=True)
-class Room:
+class Session:
     """The models, in memory, and the form that a conversation takes for them.
 
     Attributes:
@@ -208,7 +208,7 @@ class Conversation:
         turns: every answer that was given, kept or not.
     """
 
-    room: Room
+    session: Session
     options: ChatOptions
     console: Console
     write: Write
@@ -216,7 +216,7 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.using = self.room.first
+        self.using = self.session.first
         self.system = ""
         self.set_system((self.options.system or "").strip())
 
@@ -225,7 +225,7 @@ class Conversation:
 
     def run(self, read: Callable[[str], str]) -> None:
         """Read prompts and commands until there is an end to it."""
-        self.say(f"{', '.join(self.room.names)}; /help tells what there is to do", "dim")
+        self.say(f"{', '.join(self.session.names)}; /help tells what there is to do", "dim")
         interrupted = False
         while True:
             try:
@@ -275,15 +275,15 @@ class Conversation:
     def switch(self, name: str) -> None:
         """Let another model answer; without a name, say which there are."""
         if name:
-            self.using = known(name, self.room.names)
+            self.using = known(name, self.session.names)
         else:
-            self.say("\n".join(f"{'*' if one == self.using else ' '} {one}" for one in self.room.names))
+            self.say("\n".join(f"{'*' if one == self.using else ' '} {one}" for one in self.session.names))
 
     def set_system(self, text: str) -> None:
         """Have a system message from now on. Raises UsageError, and DataError if the template refuses it."""
-        if text and self.room.template is None:
+        if text and self.session.template is None:
             raise UsageError("there is no chat template, so there is no place for a system message")
-        if text and text.split()[0] not in self.room.text([_message("system", text), _message("user", "x")]):
+        if text and text.split()[0] not in self.session.text([_message("system", text), _message("user", "x")]):
             self.say("the chat template leaves out the system message", "yellow")
         self.system = text
 
@@ -300,7 +300,7 @@ class Conversation:
         if not said:
             raise UsageError("/compare: there is no prompt yet; give one after it")
         seed = self._seed
-        for name in self.room.names:
+        for name in self.session.names:
             self.say(f"{name}:", "bold")
             if self._answer(name, said, seed).ended == "stopped":
                 return
@@ -312,7 +312,7 @@ class Conversation:
     def _answer(self, name: str, said: list[Message], seed: int | None = None) -> Turn:
         system: list[Message] = [_message("system", self.system)] if self.system else []
         seed = self._seed if seed is None else seed
-        turn = self.room.answer(name, [*system, *said], self.options, seed, lambda text: self.write(harmless(text)))
+        turn = self.session.answer(name, [*system, *said], self.options, seed, lambda text: self.write(harmless(text)))
         if not turn.answer.endswith("\n"):
             self.write("\n")
         self.turns.append(turn)

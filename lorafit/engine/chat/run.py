@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lorafit.bounds import read_json
 from lorafit.console import Console
-from lorafit.engine.chat.conversation import Conversation, Room, known
+from lorafit.engine.chat.conversation import Conversation, Session, known
 from lorafit.engine.data.render import ChatTemplate, special_tokens
 from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded
 from lorafit.engine.model import loading
@@ -33,19 +33,19 @@ from lorafit.written import expanded
 
 
 @contextlib.contextmanager
-def open_room(options: ChatOptions, console: Console) -> Iterator[Room]:
+def open_session(options: ChatOptions, console: Console) -> Iterator[Session]:
     """Load what was named, until the block ends. Raises UsageError, ModelError, DoesNotFitError."""
     taken = ["base", "adapter", "trained", "model"]
     for name, path in options.adapters:
         if name in taken:
             raise UsageError(f"--adapter {name}={path}: the name {name!r} is taken; give it another")
         taken.append(name)
-    with _run_room(options, console) if RunDir(located(options.path)).is_run else _model_room(options, console) as room:
-        yield room
+    with _of_run(options, console) if RunDir(located(options.path)).is_run else _of_model(options, console) as session:
+        yield session
 
 
 @contextlib.contextmanager
-def _run_room(options: ChatOptions, console: Console) -> Iterator[Room]:
+def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
     with contextlib.ExitStack() as models:
         with contextlib.ExitStack() as held:  # only while they load, so that a chat is in no other command's way
             run, plan = held.enter_context(open_run(options.path))
@@ -69,7 +69,7 @@ def _run_room(options: ChatOptions, console: Console) -> Iterator[Room]:
             elif template is None:
                 _tell(console, _untemplated(options.path))
             model = models.enter_context(loaded(contenders))
-        yield Room(model, names, first, tokenizer, template)
+        yield Session(model, names, first, tokenizer, template)
 
 
 def _is_plain(plan: Plan) -> bool:
@@ -78,7 +78,7 @@ def _is_plain(plan: Plan) -> bool:
 
 
 @contextlib.contextmanager
-def _model_room(options: ChatOptions, console: Console) -> Iterator[Room]:
+def _of_model(options: ChatOptions, console: Console) -> Iterator[Session]:
     """A model by itself, with adapters on it."""
     name = options.path
     _check_model(name)
@@ -102,7 +102,7 @@ def _model_room(options: ChatOptions, console: Console) -> Iterator[Room]:
     for given, folder in folders.items():
         here.add(given, folder)
     try:
-        yield Room(here, names, first, tokenizer, template)
+        yield Session(here, names, first, tokenizer, template)
     finally:
         del here
         gc.collect()
@@ -170,8 +170,8 @@ def chat(options: ChatOptions, console: Console, read: Callable[[str], str], wri
     """
     options.check()
     hush_progress()
-    with open_room(options, console) as room:
-        talk = Conversation(room, options, console, write)
+    with open_session(options, console) as session:
+        talk = Conversation(session, options, console, write)
         if options.prompts:
             for prompt in options.prompts:
                 talk.ask(prompt)

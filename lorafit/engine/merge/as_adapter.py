@@ -5,41 +5,43 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 from lorafit.engine.merge.edits import LayerEdit
-from lorafit.engine.merge.folder import copy_tokenizer, write_json
+from lorafit.engine.merge.folder import combined, copy_tokenizer, write_json
 from lorafit.engine.merge.skeleton import attach, empty_model
 from lorafit.engine.merge.stream import combined_delta
-from lorafit.engine.merge.work import Work
 from lorafit.errors import GateError, UsageError
 from lorafit.files import staged
 from lorafit.progress import each
 from lorafit.run.manifest import versions
 from lorafit.written import as_written
 
+if TYPE_CHECKING:
+    from lorafit.engine.merge.run import Merging
+
 EXACT_BELOW = 1024
 """Smaller side up to which the decomposition is exact; above, it is randomized (torch.svd_lowrank), with power
 iterations. Randomized or not, the error that is reported is that of what is written."""
 
 
-def make_adapter(work: Work, destination: Path) -> Path:
+def make_adapter(merging: Merging, destination: Path) -> Path:
     """Write a plain LoRA adapter of one rank for the (combined) delta, and report what the truncation loses.
 
     The scale is 1 (lora_alpha = r), and the singular values are shared evenly by A and B. Raises UsageError for
     changes that are no matrices, such as biases, and GateError if the written adapter gives other deltas.
     """
     began = time.perf_counter()
-    work.prepare()
-    if not work.tasks:
-        raise UsageError(f"{work.source.shown}: can't be made a plain adapter: {work.method_reason}")
+    merging.prepare()
+    if not merging.tasks:
+        raise UsageError(f"{merging.source.shown}: can't be made a plain adapter: {merging.method_reason}")
     # DoRA's deltas depend on the base: that of the training, unless another one was asked for
-    trained_on = "original" if work.settings["base_weights"] == "original" else "dequantized"
-    task, rank = work.tasks.get(trained_on, work.tasks["original"]), work.options.rank
+    trained_on = "original" if merging.settings.base_weights == "original" else "dequantized"
+    task, rank = merging.tasks.get(trained_on, merging.tasks["original"]), merging.options.rank
     assert rank is not None
     tensors: dict[str, torch.Tensor] = {}
     targets: list[dict[str, Any]] = []
@@ -70,34 +72,32 @@ def make_adapter(work: Work, destination: Path) -> Path:
         target_modules=[target["module"] for target in targets],
         rank_pattern=ranks,
         alpha_pattern=dict(ranks),
-        base_model_name_or_path=as_written(work.base.name, work.references),
+        base_model_name_or_path=as_written(merging.base.name, merging.references),
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
     with staged(destination, "merge") as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        if work.tokenizer is not None:
-            copy_tokenizer(work.tokenizer, folder)
-        _check(work, folder, tensors)
+        if merging.tokenizer is not None:
+            copy_tokenizer(merging.tokenizer, folder)
+        _check(merging, folder, tensors)
         errors = [target["truncation_error"] for target in targets]
         report = {
             "report_version": 2,
             "verdict": "One adapter of several; its layers give what was decomposed.",
-            "adapter": work.source.shown,
-            "additions": [{"adapter": str(a.path), "weight": a.weight} for a in work.options.additions],
-            "weight": work.options.weight,
-            "combine": {"method": work.options.combine, "density": work.options.density, "seed": work.options.seed},
-            "base": {"name": work.base.name, "checked": work.base.checked},
+            "adapter": merging.source.shown,
+            "additions": [{"adapter": str(a.path), "weight": a.weight} for a in merging.options.additions],
+            **combined(merging),
             "rank": rank,
             "truncation_error": {"largest": max(errors), "mean": math.fsum(errors) / len(errors)},
             "targets": targets,
             "seconds": round(time.perf_counter() - began, 3),
             "versions": versions(),
         }
-        write_json(folder / "merge_report.json", as_written(report, work.references))
-    work.console.print(
-        f"rank {rank}: the truncation loses {report['truncation_error']['mean']:.2%} of a delta's norm in the mean, "  # type: ignore[index]
+        write_json(folder / "merge_report.json", as_written(report, merging.references))
+    merging.console.print(
+        f"rank {rank}: the truncation loses {report['truncation_error']['mean']:.2%} of a delta's norm in the mean, "
         f"{max(errors):.2%} at most",
         highlight=False,
         soft_wrap=True,
@@ -117,9 +117,9 @@ def _decomposed(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
     return u[:, :rank], s[:rank], v[:, :rank]
 
 
-def _check(work: Work, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _check(merging: Merging, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """PEFT must find a layer for every tensor, with the scale that was meant. Raises GateError."""
-    attached = attach(empty_model(work.config), folder)
+    attached = attach(empty_model(merging.config), folder)
     for name, edits in attached.edits.items():
         layer = next(edit.layer for edit in edits if isinstance(edit, LayerEdit))
         if layer.scaling["default"] != 1:

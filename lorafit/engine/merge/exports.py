@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lorafit.console import Console
 from lorafit.engine.merge.folder import copy_tokenizer, write_report
-from lorafit.engine.merge.verify import PROBES, Reference, breaches, compare_folder
+from lorafit.engine.merge.verify import PROBES, Agreement, Reference, breaches, compare_folder
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import cannot_load, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, is_out_of_memory
@@ -41,7 +42,7 @@ def make_exports(
         made.append(quantized_copy(merged, options.quantize))
         if reference is not None:
             figures = compare_folder(reference, made[-1])
-            verification["exports"][f"merged, then {options.quantize}"] = figures.as_dict()
+            verification["exports"][f"merged, then {options.quantize}"] = asdict(figures)
             _gate(made[-1], breaches(figures, verification["limits"]), report["base_weights"]["used"])
     if options.exports:
         made.append(gguf_files(options, merged, report, reference, console))
@@ -184,19 +185,19 @@ def compare_gguf(folder: Path, gguf: Path, token_rows: list[list[int]]) -> dict[
     rows = [row for row in token_rows if row]
     if not rows:
         raise ModelError(f"{gguf}: there are no tokens to compare the file on")
-    expected = list(_log_probabilities(folder, None, rows))
-    same = positions = 0
-    divergence = 0.0
-    for first, other in zip(expected, _log_probabilities(folder, gguf, rows), strict=True):
-        if first.shape != other.shape:
-            raise ModelError(f"{gguf}: has {other.shape[-1]:,} tokens, the model {first.shape[-1]:,}")
-        same += int((first.argmax(-1) == other.argmax(-1)).sum())
-        divergence += float((first.exp() * (first - other)).sum())
-        positions += len(first)
-    return {"top1_agreement": same / positions, "mean_kl": divergence / positions, "positions": float(positions)}
+    expected = list(_logits(folder, None, rows))
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for first, other in zip(expected, _logits(folder, gguf, rows), strict=True):
+            if first.shape != other.shape:
+                raise ModelError(f"{gguf}: has {other.shape[-1]:,} tokens, the model {first.shape[-1]:,}")
+            yield first, other
+
+    found = Agreement.of(pairs())
+    return {"top1_agreement": found.top1, "mean_kl": found.kl, "positions": float(found.positions)}
 
 
-def _log_probabilities(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[torch.Tensor]:
+def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[torch.Tensor]:
     """(tokens, vocabulary) for each row; the model is gone when all are done."""
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -219,7 +220,6 @@ def _log_probabilities(folder: Path, gguf: Path | None, rows: list[list[int]]) -
     model.eval()
     for row in each(rows, f"comparing {(gguf or folder).name}", len(rows)):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([row])).logits[0]
-        yield torch.log_softmax(logits.float(), -1)
+            yield model(input_ids=torch.tensor([row])).logits[0].float()
     del model
     gc.collect()

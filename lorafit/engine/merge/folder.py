@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorafit.bounds import read_json
 from lorafit.engine.tokenizer import tokenizer_of
 from lorafit.facts import TOKENIZER_FILES, TokenizerFacts
 from lorafit.facts.folder import tokenizer_facts
 from lorafit.facts.template import inspect_template
-from lorafit.files import write_text
+from lorafit.files import file_digest, write_text
+from lorafit.run.manifest import versions
+from lorafit.written import as_written
+
+if TYPE_CHECKING:
+    from lorafit.engine.merge.run import Merging
+    from lorafit.engine.merge.stream import Merged
+    from lorafit.engine.merge.verify import Proof
 
 TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _KEPT = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*")
@@ -100,6 +109,93 @@ def write_json(file: Path, value: Any) -> None:
 
 
 FILES = ("merge_report.json", "merge_report.md")
+"""The report, for programs and for people."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A merged folder as it was written."""
+
+    folder: Path
+    merged: int
+    targets: list[Merged]
+    untied: bool
+    dtype: str
+    bytes: int
+    seconds: float
+
+
+def combined(merging: Merging) -> dict[str, Any]:
+    """The part of a report that says how adapters were combined, and on which base."""
+    options, base = merging.options, merging.base
+    return {
+        "weight": options.weight,
+        "combine": {"method": options.combine, "density": options.density, "seed": options.seed},
+        "base": {"name": base.name, "checked": base.checked},
+    }
+
+
+def build_report(merging: Merging, written: Written, kind: str, reason: str, proof: Proof) -> dict[str, Any]:
+    """What merge_report.json says."""
+    reference, weights = proof.reference, merging.source.adapter / "adapter_model.safetensors"
+    kept = [target.kept for target in written.targets]
+    if kept and statistics.median(kept) < 0.5:
+        merging.say(
+            f"Rounding to {written.dtype} leaves {statistics.median(kept):.0%} of what the adapter changes in the "
+            "middle weight: the adapter's work is partly lost in the merged model. Use the adapter itself, or "
+            "--dtype float32."
+        )
+    if written.untied:
+        merging.say("embeddings and head were one tensor and are two now: the adapter treats them differently")
+    added = zip(merging.others, merging.options.additions, strict=True)
+    report = {
+        "report_version": 2,
+        "verdict": _verdict(proof, merging.method),
+        "adapter": merging.source.shown,
+        "adapter_sha256": file_digest(weights) if weights.is_file() else None,
+        "additions": [{"adapter": other.shown, "weight": addition.weight} for other, addition in added],
+        **combined(merging),
+        "base_weights": {
+            "used": kind,
+            "reason": reason,
+            "quantization": merging.source.quantization,
+            "figures": {name: asdict(value) for name, value in proof.figures.items()},
+        },
+        "method": {"used": merging.method, "reason": merging.method_reason},
+        "dtype": written.dtype,
+        "bytes": written.bytes,
+        "seconds": round(written.seconds, 3),
+        "untied": written.untied,
+        "merged_weights": written.merged,
+        "targets": [asdict(target) for target in written.targets],
+        "verification": {
+            "level": proof.level,
+            "reason": proof.reason,
+            "rows": reference.shown if reference else None,
+            "positions": sum(len(kept) for kept in reference.logits) if reference else 0,
+            "adapter": {"loss": reference.loss, "base_kl": reference.base_kl} if reference else None,
+            "figures": asdict(proof.figures[kind]) if proof.figures else None,
+            "exports": {},
+            "limits": merging.limits,
+            "breaches": proof.breaches,
+        },
+        "remarks": merging.remarks,
+        "versions": versions(),
+    }
+    return as_written(report, merging.references)
+
+
+def _verdict(proof: Proof, method: str) -> str:
+    if proof.breaches:
+        return "Not verified: beyond the limits."
+    if proof.level == "weights" and method == "full":
+        return "Not verified: merged by PEFT in memory into finite numbers; neither weights nor answers were compared."
+    shown = {
+        "logits": "Verified: the merged model, loaded by transformers alone, answers as the adapter on its base does.",
+        "weights": "Verified by weights: every target is merged and sound; answers were not compared.",
+        "none": "Not verified, as asked.",
+    }
+    return shown[proof.level]
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

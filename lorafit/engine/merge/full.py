@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lorafit.engine.merge.quantized import RoundTrip
+from lorafit.engine.merge.task import RoundTrip
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import cannot_load
 from lorafit.errors import GateError, ModelError

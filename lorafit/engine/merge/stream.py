@@ -18,8 +18,7 @@ import torch
 
 from lorafit.engine.merge.edits import LayerEdit, Replacement
 from lorafit.engine.merge.task import Job, Task
-from lorafit.engine.merge.tensors import DTYPES, as_bytes
-from lorafit.engine.merge.writer import Writer
+from lorafit.engine.merge.tensors import DTYPES, Writer, as_bytes
 from lorafit.errors import GateError
 from lorafit.facts import Shard, Tensor
 

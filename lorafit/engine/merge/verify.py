@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ KEPT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Row:
+class Probe:
     """Token ids, and the positions whose next token is looked at."""
 
     ids: list[int]
@@ -59,11 +60,8 @@ class Figures:
     top1: float
     logit_difference: float
 
-    def as_dict(self) -> dict[str, float]:
-        return dataclasses.asdict(self)
 
-
-def rows_to_compare(source: Source, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[Row], str]:
+def rows_to_compare(source: Source, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[Probe], str]:
     """The run's held-out rows, spread over all of them, or a few texts; and what they are, in words."""
     why = "the adapter's run is not known"
     if source.plan is not None:
@@ -76,9 +74,9 @@ def rows_to_compare(source: Source, tokenizer: PreTrainedTokenizerBase, count: i
             rows = []
             for index in chosen:
                 ids, labels = held[index]["input_ids"], held[index]["labels"]
-                rows.append(Row(ids, [at - 1 for at, label in enumerate(labels) if label != IGNORED and at]))
+                rows.append(Probe(ids, [at - 1 for at, label in enumerate(labels) if label != IGNORED and at]))
             return [row for row in rows if row.positions], f"{len(rows)} held-out rows"
-    rows = [Row(ids := tokenizer(text)["input_ids"], list(range(len(ids) - 1))) for text in PROBES]
+    rows = [Probe(ids := tokenizer(text)["input_ids"], list(range(len(ids) - 1))) for text in PROBES]
     return [row for row in rows if row.positions], f"{len(PROBES)} built-in texts ({why})"
 
 
@@ -92,7 +90,7 @@ class Reference:
         base_kl: mean divergence from the adapter's distribution to that of the base alone: how much it changes.
     """
 
-    rows: list[Row]
+    rows: list[Probe]
     shown: str
     logits: list[torch.Tensor]
     loss: float
@@ -101,17 +99,41 @@ class Reference:
     def compare(self, model: Any) -> Figures:
         """The figures of a model, which is loaded in float32."""
         loss, made = _run(model, self.rows, [len(kept) for kept in self.logits], "the merged model's answers")
+        found = Agreement.of(zip(self.logits, made, strict=True))
+        return Figures(loss, loss - self.loss, found.kl, found.kl_max, found.top1, found.logit_difference)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the logits of a model are from those of another one.
+
+    Attributes:
+        kl: mean Kullback-Leibler divergence from the first one's distribution to the other's, in nats.
+        top1: share of positions with the same most likely token.
+        logit_difference: the largest, of all positions and tokens.
+    """
+
+    positions: int
+    kl: float
+    kl_max: float
+    top1: float
+    logit_difference: float
+
+    @staticmethod
+    def of(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Agreement:
+        """Compare (positions, vocabulary) logits of the one with those of the other, row by row."""
         total = top = worst = apart = 0.0
-        count = sum(len(kept) for kept in self.logits)
-        for mine, its in zip(self.logits, made, strict=True):
+        count = 0
+        for mine, its in pairs:
             width = min(mine.shape[-1], its.shape[-1])  # a padded vocabulary
             mine, its = mine[:, :width], its[:, :width]
             each = _kl(mine, its)
+            count += len(mine)
             total += float(each.sum())
             worst = _larger(worst, float(each.max()))
             top += float((mine.argmax(-1) == its.argmax(-1)).sum())
             apart = _larger(apart, float((mine - its).abs().max()))
-        return Figures(loss, loss - self.loss, total / count, worst, top / count, apart)
+        return Agreement(count, total / count, worst, top / count, apart)
 
 
 def _larger(one: float, other: float) -> float:
@@ -125,7 +147,7 @@ def _kl(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
     return (one.exp() * (one - other)).sum(-1).clamp_min(0)  # rounding makes it less at times
 
 
-def measure(source: Source, base: Base, rows: list[Row], shown: str) -> Reference:
+def measure(source: Source, base: Base, rows: list[Probe], shown: str) -> Reference:
     """Run the adapter on its base as it was trained: that base's type and quantization, in float32 arithmetic."""
     model = load_adapter(as_trained(source, base), source.adapter)
     vocabulary = int(model.get_base_model().get_input_embeddings().weight.shape[0])
@@ -134,12 +156,11 @@ def measure(source: Source, base: Base, rows: list[Row], shown: str) -> Referenc
     loss, logits = _run(model, rows, keep, "the adapter's answers")
     with model.disable_adapter():
         _, of_base = _run(model, rows, keep, "the base's answers")
-    total = sum(float(_kl(mine, its).sum()) for mine, its in zip(logits, of_base, strict=True))
-    return Reference(rows, shown, logits, loss, total / sum(keep))
+    return Reference(rows, shown, logits, loss, Agreement.of(zip(logits, of_base, strict=True)).kl)
 
 
 @torch.no_grad()
-def _run(model: Any, rows: list[Row], keep: list[int], what: str) -> tuple[float, list[torch.Tensor]]:
+def _run(model: Any, rows: list[Probe], keep: list[int], what: str) -> tuple[float, list[torch.Tensor]]:
     """The mean loss over all positions of all rows, and the logits of some positions of each."""
     model.eval()
     total, count, kept = 0.0, 0, []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lorafit.engine.data.encode import TokenRow
 from lorafit.engine.data.render import Renderer
 from lorafit.engine.methods import sft
+from lorafit.plan import methods
 from lorafit.plan.values import DataPlan, Plan
 from lorafit.rows import Row, Shape
 from lorafit.rows.audit import SourceAudit
@@ -32,6 +33,7 @@ class Method(Protocol):
         """See that the model learns from rows as the plan says. Raises ModelError."""
 
 
-METHODS: dict[str, Method] = {"sft": sft}
-SFT = METHODS["sft"]
+METHODS: dict[str, Method] = {methods.SFT.name: sft}
+"""By the descriptions of lorafit.plan.methods."""
+SFT = METHODS[methods.SFT.name]
 """The method of every plan, while there is one."""

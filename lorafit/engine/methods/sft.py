@@ -68,7 +68,7 @@ def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenize
 
 def check(trainer: Trainer, plan: Plan) -> None:
     """See that packed rows don't see each other. Raises ModelError."""
-    from lorafit.engine.isolation import check_isolation
+    from lorafit.engine.trainer import check_isolation
 
     if plan.data.packing:
         with stage("checking that packed rows don't see each other"):

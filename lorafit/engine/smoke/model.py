@@ -171,7 +171,7 @@ END = "<|im_end|>"
 _LIKE_A_TOKEN = re.compile(r"<\|?[A-Za-z][\w/-]*\|?>|\[/?[A-Z]+\]|</s>")
 
 
-def real_tokenizer(facts: ModelFacts, revision: str | None) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(facts: ModelFacts, revision: str | None) -> PreTrainedTokenizerBase | None:
     """The model's own tokenizer; None where the hub or its cache does not give it. Raises ModelError for local ones."""
     local = facts.kind in ("folder", "gguf")
     if facts.kind == "bundled":
@@ -188,7 +188,7 @@ def real_tokenizer(facts: ModelFacts, revision: str | None) -> PreTrainedTokeniz
     return tokenizer
 
 
-def stand_in(template: str | None) -> PreTrainedTokenizerBase:
+def small_tokenizer(template: str | None) -> PreTrainedTokenizerBase:
     """A small byte-level tokenizer, the same every time, that knows the control tokens of the recipe's template.
 
     It is made from lorafit's own texts, not from the data, so that a change of the data changes the rows alone.

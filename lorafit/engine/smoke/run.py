@@ -31,8 +31,8 @@ from lorafit.engine.smoke.golden import (
     read_golden,
     record,
 )
-from lorafit.engine.smoke.model import real_tokenizer, stand_in, write_tiny_model
-from lorafit.engine.smoke.settings import Size, afford, smoke_recipe
+from lorafit.engine.smoke.model import own_tokenizer, small_tokenizer, write_tiny_model
+from lorafit.engine.smoke.settings import Size, size_for, smoke_recipe
 from lorafit.engine.train import train
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.facts import ModelFacts, read_facts
@@ -80,8 +80,8 @@ def smoke(options: SmokeOptions) -> Report:
         kind = "stand-in" if tiny.stand_in else "real"
         if golden is not None:
             check_tokenizer(golden, kind, options.golden_file)
-        watch = Watch()
-        with watch.watching():
+        movement = Movement()
+        with movement.recording():
             run = train(tiny.plan, options.config.read_bytes(), Start(), Console(stderr=True, quiet=True))
         metrics = run.metrics_until(tiny.plan.training.max_steps)
     report = Report(
@@ -91,12 +91,12 @@ def smoke(options: SmokeOptions) -> Report:
         tokenizer_note=_tokenizer_note(meant[1], tiny),
         rows=tiny.size.rows,
         rows_per_step=tiny.size.batch * tiny.size.accumulation,
-        steps=tuple(_read_steps(metrics, watch)),
+        steps=tuple(_read_steps(metrics, movement)),
         validation_loss=next((entry["eval_loss"] for entry in reversed(metrics) if "eval_loss" in entry), None),
         replaced=tiny.replaced,
         inputs=_inputs(recipe, meant[0], tiny),
         seconds=0.0,
-        failures=tuple(_unchanged(watch, tiny.plan)),
+        failures=tuple(_unchanged(movement, tiny.plan)),
     )
     if golden is not None:
         report = _checked(report, golden, options)
@@ -133,10 +133,10 @@ def _folder() -> Iterator[Path]:
 
 def _made(recipe: Recipe, meant: Plan, facts: ModelFacts, steps: int, folder: Path) -> _Tiny:
     """The tiny model and the plan to train it."""
-    own = real_tokenizer(facts, recipe.model.revision)
-    tokenizer = own or stand_in(meant.data.chat_template)
+    own = own_tokenizer(facts, recipe.model.revision)
+    tokenizer = own or small_tokenizer(meant.data.chat_template)
     tiny, sizes = write_tiny_model(facts, tokenizer, recipe, folder / "model")
-    size = afford(meant, tiny, steps)
+    size = size_for(meant, tiny, steps)
     changed, replaced = smoke_recipe(recipe, meant, facts, tiny, steps, size, str(folder / "run"), own is None)
     plan = make_plan(changed, tiny, detect_cpu(), "smoke", count_rows=False)
     if plan.data.date is not None:
@@ -147,10 +147,10 @@ def _made(recipe: Recipe, meant: Plan, facts: ModelFacts, steps: int, folder: Pa
 # --- what came of it ------------------------------------------------------------------------------
 
 
-def _read_steps(metrics: list[dict[str, Any]], watch: Watch) -> Iterator[Step]:
+def _read_steps(metrics: list[dict[str, Any]], movement: Movement) -> Iterator[Step]:
     seen = 0
     entries = [entry for entry in metrics if "loss" in entry]
-    for entry, moved in zip(entries, watch.moved, strict=True):
+    for entry, moved in zip(entries, movement.moved, strict=True):
         tokens = int(entry.get("num_tokens", seen))
         step = Step(
             entry["step"], entry["loss"], entry["grad_norm"], entry["learning_rate"], tokens - seen, round(moved, 9)
@@ -161,11 +161,11 @@ def _read_steps(metrics: list[dict[str, Any]], watch: Watch) -> Iterator[Step]:
         yield step
 
 
-def _unchanged(watch: Watch, plan: Plan) -> Iterator[str]:
+def _unchanged(movement: Movement, plan: Plan) -> Iterator[str]:
     """What was to be trained and never moved. In full training, only the language model's part is."""
     still = [
         (name.removeprefix("base_model.model."), reached)
-        for name, reached in watch.still()
+        for name, reached in movement.still()
         if not plan.adapter.trains_base or not any(part in name for part in ("vision", "visual", "audio"))
     ]
     for reached, why in (
@@ -235,7 +235,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class Watch:
+class Movement:
     """What happened to the trained tensors.
 
     Attributes:
@@ -249,8 +249,8 @@ class Watch:
         self._reached: set[int] = set()
 
     @contextmanager
-    def watching(self) -> Iterator[Watch]:
-        """Watch every optimizer of this process until the block ends."""
+    def recording(self) -> Iterator[Movement]:
+        """Movement every optimizer of this process until the block ends."""
         hooks = [
             register_module_forward_pre_hook(self._learn_names),
             register_optimizer_step_pre_hook(self._before),

@@ -43,7 +43,7 @@ class Draft:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a run can afford: rows in a pass, passes in a step, the most tokens in a row, rows read of each source.
+    """Rows in a pass, passes in a step, the most tokens in a row, rows read of each source.
 
     Attributes:
         tokens: in a pass, roughly.
@@ -169,11 +169,11 @@ def _training(draft: Draft, recipe: Recipe, meant: Plan, steps: int, size: Size)
     for name in ("global_batch_size", "num_train_epochs", "warmup_steps", "report_to", "dataloader_num_workers"):
         section.pop(name, None)
     section |= {"max_steps": steps, "logging_steps": 1, "gradient_checkpointing": planned.gradient_checkpointing}
-    afford = "a tiny model on a CPU takes more for too long"
+    why = "a tiny model on a CPU takes more for too long"
     batch, passes = planned.per_device_train_batch_size, planned.gradient_accumulation_steps
-    draft.replace("training.per_device_train_batch_size", batch, size.batch, afford)
-    draft.replace("training.gradient_accumulation_steps", passes, size.accumulation, afford)
-    draft.replace("training.max_length", meant.data.max_length, size.max_length, afford)
+    draft.replace("training.per_device_train_batch_size", batch, size.batch, why)
+    draft.replace("training.gradient_accumulation_steps", passes, size.accumulation, why)
+    draft.replace("training.max_length", meant.data.max_length, size.max_length, why)
     if recipe.dataset.validation is not None:
         section["per_device_eval_batch_size"] = min(planned.per_device_eval_batch_size, HELD_OUT_ROWS)
     if any(part in planned.optim for part in CUDA_ONLY_OPTIMIZERS):
@@ -231,7 +231,7 @@ long row to a CPU's attention, tokens x tokens x width of all layers' queries.""
 BYTES_PER_TOKEN = 3
 
 
-def afford(meant: Plan, tiny: ModelFacts, steps: int) -> Size:
+def size_for(meant: Plan, tiny: ModelFacts, steps: int) -> Size:
     """How much of the planned batch a CPU does in a second or two."""
     batch = meant.training.per_device_train_batch_size
     passes = meant.training.gradient_accumulation_steps

@@ -5,18 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.init.peers.axolotl_data import DATASET_RULES, set_template, sources
-from lorafit.init.peers.common import (
-    NOT_LEARNED,
-    OPTIMIZATION,
-    evaluation,
-    held_out,
-    logging,
-    optimizer,
-    peft_default_targets,
-    sampling,
-    schedule,
-    scheduler,
-)
 from lorafit.init.peers.convert import (
     Conversion,
     Rules,
@@ -36,9 +24,22 @@ from lorafit.init.peers.convert import (
     text,
     whole,
 )
+from lorafit.init.peers.transformers import (
+    COMMON,
+    NOT_LEARNED,
+    evaluation,
+    held_out,
+    logging,
+    optimizer,
+    peft_default_targets,
+    sampling,
+    schedule,
+    scheduler,
+)
 
 TITLE = "axolotl"
-MARKS = ("base_model", "micro_batch_size", "sequence_len", "adapter", "val_set_size", "sample_packing")
+NAMED = "base_model"
+MARKS: tuple[str, ...] = ("base_model", "micro_batch_size", "sequence_len", "adapter", "val_set_size", "sample_packing")
 """Keys by which a recipe is known to be axolotl's."""
 
 _ANOTHER_START = "training would start from something else than the base model"
@@ -48,7 +49,6 @@ _LAYERS = "which weights are trained would be others"
 RULES: Rules = table(
     becomes("base_model", "model.name_or_path", text),
     becomes("revision_of_model", "model.revision", text),
-    becomes("trust_remote_code", "model.trust_remote_code", flag),
     decides("bf16 fp16 bfloat16 float16 float32", "model.dtype"),
     decides(
         "flash_attention sdp_attention eager_attention attn_implementation xformers_attention flex_attention",
@@ -58,8 +58,6 @@ RULES: Rules = table(
     decides("load_in_4bit load_in_8bit", "quantization"),
     decides("adapter", "lora, quantization"),
     becomes("lora_r", "lora.r", count),
-    becomes("lora_alpha", "lora.lora_alpha", number),
-    becomes("lora_dropout", "lora.lora_dropout", number),
     decides("lora_target_modules lora_target_linear", "lora.target_modules"),
     becomes("lora_modules_to_save", "lora.modules_to_save", names),
     becomes("peft_layers_to_transform", "lora.layers_to_transform", indices),
@@ -93,7 +91,7 @@ RULES: Rules = table(
         "wandb_project wandb_mode use_wandb use_tensorboard use_mlflow mlflow_experiment_name use_comet",
         "training.report_to",
     ),
-    OPTIMIZATION,
+    COMMON,
     DATASET_RULES,
     refused("rl reward_model process_reward_model", _OTHER_LOSS),
     refused("pretraining_dataset", "lorafit does no pretraining; name the rows as datasets of type completion"),
@@ -133,12 +131,10 @@ RULES: Rules = table(
     decides("special_tokens plugins peft", ""),
     lost("wandb_* mlflow_* comet_* tensorboard_*", "a tracker's own settings come from its environment variables"),
     lost("hub_* push_dataset_to_hub", "lorafit pushes nothing by itself", "every_save"),
-    lost("deepspeed fsdp fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
     lost(
         "tensor_parallel_size context_parallel_size sequence_parallel_degree dp_shard_size", "lorafit shares by DDP", 1
     ),
     lost("resume_from_checkpoint auto_resume_from_checkpoints", "use `lorafit train --resume`"),
-    lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
     lost("tokens added_tokens_overrides resize_token_embeddings_to_32x", "lorafit adds no tokens to a vocabulary"),
     lost("tokenizer_config", "the tokenizer is the model's own"),
     lost("default_system_message", "the chat template decides it; see model.chat_template"),
@@ -151,9 +147,6 @@ RULES: Rules = table(
     lost("loss_watchdog_threshold loss_watchdog_patience", "a loss that is not finite stops the training by itself"),
     lost("embedding_lr embedding_lr_scale lr_groups lr_quadratic_warmup cosine_constant_lr_ratio lr_div_factor", ""),
     lost("auto_find_batch_size", "see `lorafit estimate-vram` for what fits"),
-    lost(
-        "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
-    ),
     lost("do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split", "see the eval section"),
     lost(
         "rope_scaling rope_theta overrides_of_model_config overrides_of_model_kwargs s2_attention use_pose pose_*", ""
@@ -182,9 +175,7 @@ def assemble(c: Conversion) -> None:
         c.note("learning_rate", "is not given, which axolotl wants; lorafit's default is 2e-4")
     logging(c)
     sampling(c)
-    c.default("training.max_length", 512)
-    for target, value in (("training.weight_decay", 0.0), ("training.max_grad_norm", 1.0), ("training.seed", 42)):
-        c.default(target, value)
+    c.defaults(max_length=512, weight_decay=0.0, max_grad_norm=1.0, seed=42)
     _validation(c)
     _trackers(c)
     _words(c)
@@ -245,8 +236,7 @@ def _too_long(c: Conversion) -> None:
     strategy = c.get("excess_length_strategy", text, "drop")
     if strategy not in ("drop", "truncate"):
         c.refuse("excess_length_strategy", f"lorafit knows drop and truncate, not {strategy}")
-    why = c.why("excess_length_strategy")
-    c.put("dataset.excess_length_strategy", strategy, why)
+    c.put("dataset.excess_length_strategy", strategy, c.why("excess_length_strategy"))
 
 
 def _precision(c: Conversion, adapter: bool) -> None:
@@ -293,9 +283,7 @@ def _template(c: Conversion) -> None:
     if not c.value("dataset.train") or not any(
         s["format"] in ("messages", "sharegpt") for s in c.value("dataset.train")
     ):
-        for key in ("chat_template", "chat_template_jinja"):
-            if c.given(key):
-                c.fates[key] = "no effect on what is learned: the rows are no conversations"
+        c.no_effect("chat_template", "chat_template_jinja", why="the rows are no conversations")
         return
     if "model.chat_template" not in c.lines:
         set_template(c, "chat_template", name, jinja)
@@ -310,8 +298,7 @@ def _batches(c: Conversion) -> None:
     if total:
         c.put("training.gradient_accumulation_steps", max(total // rows, 1), "batch_size / micro_batch_size")
     else:
-        why = c.why("gradient_accumulation_steps")
-        c.put("training.gradient_accumulation_steps", c.get("gradient_accumulation_steps", count, 1), why)
+        c.choose("training.gradient_accumulation_steps", "gradient_accumulation_steps", count, 1)
     checkpointing = c.plain("gradient_checkpointing")
     if isinstance(checkpointing, str) and checkpointing in ("offload", "offload_disk", "unsloth"):
         c.note("gradient_checkpointing", f"'{checkpointing}': no equivalent; plain checkpointing is written")
@@ -340,18 +327,17 @@ def _schedule(c: Conversion) -> None:
 def _validation(c: Conversion) -> None:
     if "dataset.validation" not in c.lines:
         held_out(c, "val_set_size")
-    elif c.given("val_set_size"):
-        c.fates["val_set_size"] = "no effect on what is learned: test_datasets are the validation rows"
+    else:
+        c.no_effect("val_set_size", why="test_datasets are the validation rows")
     evaluation(c, ("evals_per_epoch", "saves_per_epoch"))
     if c.value("dataset.validation") is None:
-        for key in ("early_stopping_patience", "eval_batch_size", "load_best_model_at_end"):
-            if c.given(key):
-                c.fates[key] = "no effect on what is learned: there are no validation rows"
+        keys = ("early_stopping_patience", "eval_batch_size", "load_best_model_at_end")
+        c.no_effect(*keys, why="there are no validation rows")
         c.lines.pop("training.early_stopping_patience", None)
         c.lines.pop("training.per_device_eval_batch_size", None)
         return
-    best = c.get("load_best_model_at_end", flag, bool(c.value("training.early_stopping_patience")))
-    c.put("training.load_best_model_at_end", best, c.why("load_best_model_at_end"))
+    stops = bool(c.value("training.early_stopping_patience"))
+    c.choose("training.load_best_model_at_end", "load_best_model_at_end", flag, stops)
 
 
 def _trackers(c: Conversion) -> None:
@@ -379,8 +365,8 @@ def _words(c: Conversion) -> None:
     others = [name for name, token in tokens.items() if token and name != "pad_token"]
     if others:
         c.note("special_tokens", f"{', '.join(others)}: no equivalent (the tokenizer keeps its own special tokens)")
-    elif c.given("special_tokens"):
-        c.fates["special_tokens"] = "no effect on what is learned: padding is masked"
+    else:
+        c.no_effect("special_tokens", why="padding is masked")
     plugins: list[str] = c.get("plugins", names, [])
     strange = [name for name in plugins if not any(part in str(name) for part in ("liger", "cut_cross_entropy"))]
     c.fates["plugins"] = "no effect on what is learned: faster kernels" if not strange else c.fates.get("plugins", "")

@@ -7,7 +7,6 @@ import re
 import string
 from typing import Any
 
-from lorafit.init.peers.common import beside_recipe, chat_template
 from lorafit.init.peers.convert import (
     Conversion,
     Rules,
@@ -21,6 +20,7 @@ from lorafit.init.peers.convert import (
     text,
     words,
 )
+from lorafit.init.peers.transformers import beside_recipe, chat_template
 from lorafit.rows import is_local
 from lorafit.rows.turns import ROLES
 

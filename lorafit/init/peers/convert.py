@@ -55,11 +55,10 @@ def read_peer(file: Path) -> Located:
     return root
 
 
-# --- values as those tools read them: PyYAML's, and text that is a number ---------------------------
+# --- values as those tools read them: PyYAML's, and text that is a number; each raises ValueError ---
 
 
 def flag(value: Any) -> bool:
-    """Raises ValueError."""
     word = value.strip().lower() if isinstance(value, str) else value
     known: dict[Any, bool] = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
     if isinstance(word, str) and word in known:
@@ -70,7 +69,6 @@ def flag(value: Any) -> bool:
 
 
 def number(value: Any) -> float:
-    """Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError("expected a number")
     try:
@@ -83,7 +81,6 @@ def number(value: Any) -> float:
 
 
 def above_zero(value: Any) -> float:
-    """Raises ValueError."""
     found = number(value)
     if found <= 0:
         raise ValueError("expected a number above 0")
@@ -91,12 +88,11 @@ def above_zero(value: Any) -> float:
 
 
 def above_zero_or_none(value: Any) -> float | None:
-    """None for 0, which is as good as nothing. Raises ValueError."""
+    """None for 0, which is as good as nothing."""
     return above_zero(value) if number(value) else None
 
 
 def whole(value: Any) -> int:
-    """Raises ValueError."""
     found = number(value)
     if found != int(found):
         raise ValueError("expected a whole number")
@@ -104,14 +100,13 @@ def whole(value: Any) -> int:
 
 
 def text(value: Any) -> str:
-    """Raises ValueError."""
     if not isinstance(value, str) or not value:
         raise ValueError("expected text")
     return value
 
 
 def names(value: Any) -> list[str]:
-    """A list of names, or one text with commas between. Raises ValueError."""
+    """A list of names, or one text with commas between."""
     parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     if not isinstance(parts, list) or not all(isinstance(part, str) and part for part in parts):
         raise ValueError("expected a list of names")
@@ -119,48 +114,44 @@ def names(value: Any) -> list[str]:
 
 
 def count(value: Any) -> int:
-    """Raises ValueError."""
     if (found := whole(value)) <= 0:
         raise ValueError("expected a whole number above 0")
     return found
 
 
 def limit(value: Any) -> int | None:
-    """A number of which 0 and less mean that there is none. Raises ValueError."""
+    """A number of which 0 and less mean that there is none."""
     found = whole(value)
     return found if found > 0 else None
 
 
 def indices(value: Any) -> list[int]:
-    """Raises ValueError."""
     if not isinstance(value, list):
         raise ValueError("expected a list of whole numbers")
     return [whole(item) for item in value]
 
 
 def words(value: Any) -> list[str]:
-    """Raises ValueError."""
     if not isinstance(value, list):
         raise ValueError("expected a list of words")
     return [text(item) for item in value]
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("expected a mapping")
     return value
 
 
 def data_sets(value: Any) -> list[dict[str, Any]]:
-    """A list of mappings that isn't empty. Raises ValueError."""
+    """A list of mappings that isn't empty."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise ValueError("expected a list of data sets, such as [{path: …}]")
     return value
 
 
 def file_names(value: Any) -> list[str]:
-    """The files of `data_files`: one, several, or those of the split train. Raises ValueError."""
+    """The files of `data_files`: one, several, or those of the split train."""
     if isinstance(value, dict):
         value = value.get("train", [])
     return [text(value)] if isinstance(value, str) else words(value or [])
@@ -299,14 +290,29 @@ class Conversion:
         """Set a value of the recipe; where it comes from stands beside it."""
         self.lines[target] = Line(value, why)
 
-    def why(self, *keys: str) -> str:
-        """The first of the keys that is given; else that the value is the tool's default."""
-        return next((key for key in keys if self.given(key)), f"{self.title}'s default")
+    def why(self, key: str) -> str:
+        """Where a value comes from that a key decides: the key, or the tool's default."""
+        return key if self.given(key) else f"{self.title}'s default"
+
+    def choose(self, target: str, key: str, read: Callable[[Any], T], default: T) -> None:
+        """Set a value that a key gives, or the tool's default."""
+        self.put(target, self.get(key, read, default), self.why(key))
 
     def default(self, target: str, value: Any) -> None:
-        """A value that the tool has where nothing is said."""
+        """Set the value that the tool has where nothing is said."""
         if target not in self.lines:
-            self.put(target, value, self.why())
+            self.put(target, value, f"{self.title}'s default")
+
+    def defaults(self, **training: Any) -> None:
+        """Set values of the training section that the tool has where nothing is said."""
+        for name, value in training.items():
+            self.default(f"training.{name}", value)
+
+    def no_effect(self, *keys: str, why: str) -> None:
+        """Say of the keys that are given that they change nothing of what is learned."""
+        for key in keys:
+            if self.given(key):
+                self.fates[key] = f"{NO_EFFECT}: {why}"
 
     def value(self, target: str) -> Any:
         return self.lines[target].value if target in self.lines else None

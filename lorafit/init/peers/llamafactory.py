@@ -7,7 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import read_text
-from lorafit.init.peers.common import (
+from lorafit.init.peers.convert import (
+    Conversion,
+    Rules,
+    above_zero,
+    becomes,
+    count,
+    decides,
+    flag,
+    idle,
+    lost,
+    names,
+    refused,
+    table,
+    text,
+    whole,
+)
+from lorafit.init.peers.transformers import (
     NOT_LEARNED,
     TRANSFORMERS,
     chat_template,
@@ -21,23 +37,6 @@ from lorafit.init.peers.common import (
     scheduler,
     trackers,
     warmup,
-)
-from lorafit.init.peers.convert import (
-    Conversion,
-    Rules,
-    above_zero,
-    becomes,
-    count,
-    decides,
-    flag,
-    idle,
-    lost,
-    names,
-    number,
-    refused,
-    table,
-    text,
-    whole,
 )
 
 INFO = "dataset_info.json"
@@ -71,8 +70,8 @@ def sources(c: Conversion) -> None:
             asked: list[str] = c.get(key, names, [])
             found = [_source(c, key, name, folder, info) for name in asked]
             c.put(target, [one | ({"max_rows": most} if most else {}) for one in found], key)
-    if c.given("eval_dataset") and c.given("val_size"):
-        c.fates["val_size"] = "no effect on what is learned: eval_dataset are the validation rows"
+    if c.given("eval_dataset"):
+        c.no_effect("val_size", why="eval_dataset are the validation rows")
 
 
 def _info(c: Conversion, folder: Path) -> dict[str, Any]:
@@ -160,7 +159,17 @@ def _alpaca(columns: dict[str, str]) -> dict[str, Any]:
 
 
 TITLE = "LLaMA-Factory"
-MARKS = ("stage", "finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_rank", "lora_target", "val_size")
+NAMED = "model_name_or_path"
+MARKS: tuple[str, ...] = (
+    "stage",
+    "finetuning_type",
+    "cutoff_len",
+    "template",
+    "dataset_dir",
+    "lora_rank",
+    "lora_target",
+    "val_size",
+)
 """Keys by which a recipe is known to be LLaMA-Factory's."""
 
 _OTHER_METHOD = "lorafit trains with LoRA, QLoRA, or all weights"
@@ -169,7 +178,6 @@ _NO_IMAGES = "for images, videos and audio only"
 RULES: Rules = table(
     becomes("model_name_or_path", "model.name_or_path", text),
     becomes("model_revision", "model.revision", text),
-    becomes("trust_remote_code", "model.trust_remote_code", flag),
     decides("flash_attn", "model.attn_implementation"),
     decides("template", "model.chat_template"),
     decides("stage", "", "sft is what lorafit does"),
@@ -178,8 +186,6 @@ RULES: Rules = table(
     decides("quantization_type", "quantization.bnb_4bit_quant_type"),
     decides("double_quantization", "quantization.bnb_4bit_use_double_quant"),
     becomes("lora_rank", "lora.r", count),
-    becomes("lora_alpha", "lora.lora_alpha", number),
-    becomes("lora_dropout", "lora.lora_dropout", number),
     decides("lora_target", "lora.target_modules"),
     becomes("additional_target", "lora.modules_to_save", names),
     becomes("use_rslora", "lora.use_rslora", flag),
@@ -299,8 +305,7 @@ def _method(c: Conversion) -> None:
         c.put("lora.lora_alpha", 2 * c.value("lora.r"), "LLaMA-Factory's default: twice lora_rank")
     c.default("lora.lora_dropout", 0.0)
     targets = c.get("lora_target", names, ["all"])
-    why = c.why("lora_target")
-    c.put("lora.target_modules", "all-linear" if targets == ["all"] else targets, why)
+    c.put("lora.target_modules", "all-linear" if targets == ["all"] else targets, c.why("lora_target"))
     if c.get("pissa_init", flag, False):
         rounds = c.get("pissa_iter", whole, 16)
         c.put("lora.init_lora_weights", "pissa" if rounds == -1 else f"pissa_niter_{rounds}", "pissa_init, pissa_iter")
@@ -313,9 +318,8 @@ def _quantization(c: Conversion, bits: int) -> None:
         c.refuse(key, f"lorafit quantizes with bitsandbytes, to 4 or 8 bits, not with {how} to {bits}")
     c.put(f"quantization.load_in_{bits}bit", True, "quantization_bit")
     if bits == 4:
-        kind, double = c.get("quantization_type", text, "nf4"), c.get("double_quantization", flag, True)
-        c.put("quantization.bnb_4bit_quant_type", kind, c.why("quantization_type"))
-        c.put("quantization.bnb_4bit_use_double_quant", double, c.why("double_quantization"))
+        c.choose("quantization.bnb_4bit_quant_type", "quantization_type", text, "nf4")
+        c.choose("quantization.bnb_4bit_use_double_quant", "double_quantization", flag, True)
         if c.get("bf16", flag, False):
             c.note(
                 "quantization_bit", "with a 4-bit base lorafit keeps the adapter in bfloat16, LLaMA-Factory in float32"
@@ -329,7 +333,8 @@ def _masking(c: Conversion) -> None:
     elif c.get("mask_history", flag, False):
         c.put("dataset.loss_on", "completion", "mask_history: only the last answer")
     else:
-        c.put("dataset.loss_on", "assistant", c.why("train_on_prompt", "mask_history"))
+        given = next((key for key in ("train_on_prompt", "mask_history") if c.given(key)), None)
+        c.put("dataset.loss_on", "assistant", given or "LLaMA-Factory's default")
 
 
 def _precision(c: Conversion) -> None:
@@ -375,18 +380,10 @@ def _training(c: Conversion) -> None:
         c.put("training.packing", True, key)
         if key == "packing":
             c.note("packing", "LLaMA-Factory lets packed rows see each other, lorafit doesn't", "training.packing")
-    for target, value in (
-        ("training.per_device_train_batch_size", 8),
-        ("training.gradient_accumulation_steps", 1),
-        ("training.learning_rate", 5e-5),
-        ("training.weight_decay", 0.0),
-        ("training.max_grad_norm", 1.0),
-        ("training.seed", 42),
-    ):
-        c.default(target, value)
-    off = c.get("disable_gradient_checkpointing", flag, False)
-    given = c.why("disable_gradient_checkpointing")
-    c.put("training.gradient_checkpointing", not off, given)
+    c.defaults(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=5e-5)
+    c.defaults(weight_decay=0.0, max_grad_norm=1.0, seed=42)
+    key = "disable_gradient_checkpointing"
+    c.put("training.gradient_checkpointing", not c.get(key, flag, False), c.why(key))
     schedule(c, "num_train_epochs", 3.0)
     scheduler(c, "lr_scheduler_type", "linear")
     warmup(c)

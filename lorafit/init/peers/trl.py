@@ -5,21 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.errors import LorafitError
-from lorafit.init.peers.common import (
-    NOT_LEARNED,
-    TRANSFORMERS,
-    evaluation,
-    logging,
-    optimizer,
-    peft_default_targets,
-    quiet_evaluation,
-    sampling,
-    schedule,
-    scheduler,
-    split_of_folder,
-    trackers,
-    warmup,
-)
 from lorafit.init.peers.convert import (
     Conversion,
     Rules,
@@ -38,17 +23,40 @@ from lorafit.init.peers.convert import (
     text,
     whole,
 )
+from lorafit.init.peers.transformers import (
+    NOT_LEARNED,
+    TRANSFORMERS,
+    evaluation,
+    logging,
+    optimizer,
+    peft_default_targets,
+    quiet_evaluation,
+    sampling,
+    schedule,
+    scheduler,
+    split_of_folder,
+    trackers,
+    warmup,
+)
 from lorafit.rows import detect_format, is_local, read_rows
 
 TITLE = "TRL"
-MARKS = ("dataset_name", "use_peft", "lora_r", "max_length", "assistant_only_loss", "dtype", "torch_dtype")
+NAMED = "model_name_or_path"
+MARKS: tuple[str, ...] = (
+    "dataset_name",
+    "use_peft",
+    "lora_r",
+    "max_length",
+    "assistant_only_loss",
+    "dtype",
+    "torch_dtype",
+)
 """Keys by which a recipe is known to be TRL's."""
 _ROWS = "dataset.train"
 
 RULES: Rules = table(
     becomes("model_name_or_path", "model.name_or_path", text),
     becomes("model_revision", "model.revision", text),
-    becomes("trust_remote_code", "model.trust_remote_code", flag),
     decides("dtype torch_dtype", "model.dtype"),
     decides("attn_implementation", "model.attn_implementation"),
     decides("chat_template_path", "model.chat_template"),
@@ -57,8 +65,6 @@ RULES: Rules = table(
     decides("use_bnb_nested_quant", "quantization.bnb_4bit_use_double_quant"),
     decides("use_peft", "lora"),
     becomes("lora_r", "lora.r", count),
-    becomes("lora_alpha", "lora.lora_alpha", number),
-    becomes("lora_dropout", "lora.lora_dropout", number),
     decides("lora_target_modules", "lora.target_modules"),
     becomes("lora_modules_to_save", "lora.modules_to_save", names),
     becomes("use_rslora", "lora.use_rslora", flag),
@@ -120,10 +126,8 @@ def _quantization(c: Conversion, adapter: bool) -> None:
     if four or eight:
         c.put(f"quantization.{key}", True, key)
     if four:
-        kind = c.get("bnb_4bit_quant_type", text, "nf4")
-        c.put("quantization.bnb_4bit_quant_type", kind, c.why("bnb_4bit_quant_type"))
-        double = c.get("use_bnb_nested_quant", flag, False)
-        c.put("quantization.bnb_4bit_use_double_quant", double, c.why("use_bnb_nested_quant"))
+        c.choose("quantization.bnb_4bit_quant_type", "bnb_4bit_quant_type", text, "nf4")
+        c.choose("quantization.bnb_4bit_use_double_quant", "use_bnb_nested_quant", flag, False)
 
 
 def _adapter(c: Conversion) -> None:
@@ -185,8 +189,7 @@ def _sources(c: Conversion) -> None:
                 }
                 found.append(_shaped(c, {"path": file} | ({} if is_local(file) else hub)))
         c.put("dataset.train", found, "datasets")
-        if c.given("dataset_name"):
-            c.fates["dataset_name"] = "no effect on what is learned: datasets has the last word"
+        c.no_effect("dataset_name", why="datasets has the last word")
     elif c.given("dataset_name"):
         c.put("dataset.train", [_shaped(c, _split(c, "dataset_train_split", "train"))], "dataset_name")
     else:
@@ -256,17 +259,10 @@ def _training(c: Conversion) -> None:
     if "max_length" in c.source and not c.given("max_length"):
         c.note("max_length", "null: TRL cuts no rows; lorafit needs a limit, 1024 is written")
     c.put("training.max_length", length, c.why(key))
-    for target, value in (
-        ("training.per_device_train_batch_size", 8),
-        ("training.gradient_accumulation_steps", 1),
-        ("training.learning_rate", 2e-5),
-        ("training.weight_decay", 0.0),
-        ("training.max_grad_norm", 1.0),
-        ("training.seed", 42),
-    ):
-        c.default(target, value)
+    c.defaults(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=2e-5)
+    c.defaults(weight_decay=0.0, max_grad_norm=1.0, seed=42)
     key = "gradient_checkpointing" if c.given("gradient_checkpointing") else "activation_checkpointing"
-    c.put("training.gradient_checkpointing", c.get(key, flag, True), c.why(key))
+    c.choose("training.gradient_checkpointing", key, flag, True)
     schedule(c, "num_train_epochs", 3.0)
     scheduler(c, "lr_scheduler_type", "linear")
     warmup(c)

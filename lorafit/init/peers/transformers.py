@@ -1,4 +1,4 @@
-"""What the tools share: transformers' own options, held-out rows, evaluation, saving, sources, and chat templates."""
+"""What the tools have in common: transformers' options, held-out rows, evaluation, saving, and chat templates."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lorafit.facts import read_facts
 from lorafit.facts.template import trl_templates
 from lorafit.families import family_of
 from lorafit.init.peers.convert import (
+    NO_EFFECT,
     Conversion,
     Rules,
     above_zero,
@@ -55,8 +56,12 @@ CHATML = (
     "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 NOT_LEARNED = "only how fast it runs, or what is shown"
-OPTIMIZATION: Rules = table(
+COMMON: Rules = table(
+    becomes("trust_remote_code", "model.trust_remote_code", flag),
+    becomes("lora_alpha", "lora.lora_alpha", number),
+    becomes("lora_dropout", "lora.lora_dropout", number),
     becomes("learning_rate", "training.learning_rate", above_zero),
+    decides("warmup_ratio warmup_steps", "training.warmup_ratio, training.warmup_steps"),
     becomes("lr_scheduler_kwargs", "training.lr_scheduler_kwargs", mapping),
     becomes("weight_decay", "training.weight_decay", number),
     becomes("adam_beta1", "training.adam_beta1", number),
@@ -68,13 +73,16 @@ OPTIMIZATION: Rules = table(
     becomes("dataloader_num_workers", "training.dataloader_num_workers", whole),
     becomes("output_dir", "output_dir", text),
     becomes("save_total_limit", "training.save_total_limit", limit),
-    decides("warmup_ratio warmup_steps", "training.warmup_ratio, training.warmup_steps"),
     decides("load_best_model_at_end", "training.load_best_model_at_end"),
+    lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
+    lost("deepspeed fsdp fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
+    lost(
+        "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
+    ),
 )
-"""What axolotl calls as transformers does."""
-
+"""Keys that mean the same to all three tools."""
 TRANSFORMERS: Rules = table(
-    OPTIMIZATION,
+    COMMON,
     becomes("per_device_train_batch_size", "training.per_device_train_batch_size", count),
     becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", count),
     decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
@@ -107,11 +115,6 @@ TRANSFORMERS: Rules = table(
         "push_to_hub hub_* push_to_hub_*", "lorafit pushes nothing by itself; see `lorafit merge --help`", "every_save"
     ),
     lost("resume_from_checkpoint", "an unfinished run goes on with `lorafit train --resume`"),
-    lost("deepspeed fsdp fsdp_config fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
-    lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
-    lost(
-        "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
-    ),
     lost("label_smoothing_factor optim_args optim_target_modules auto_find_batch_size full_determinism", ""),
     lost("data_seed", "rows are shuffled by training.seed", chosen=(0,)),
     lost("average_tokens_across_devices", "every learned token counts the same, whatever the process", True),
@@ -125,8 +128,7 @@ def schedule(c: Conversion, epochs_key: str, epochs: float) -> None:
     steps = c.get("max_steps", whole, -1)
     if steps > 0:
         c.put("training.max_steps", steps, "max_steps")
-        if c.given(epochs_key):
-            c.fates[epochs_key] = "no effect on what is learned: max_steps has the last word"
+        c.no_effect(epochs_key, why="max_steps has the last word")
     elif c.given(epochs_key):
         c.put("training.num_train_epochs", c.get(epochs_key, above_zero, epochs), epochs_key)
     else:
@@ -160,7 +162,8 @@ def warmup(c: Conversion) -> None:
     elif steps or ratio:
         c.put("training.warmup_ratio", steps or ratio, "warmup_steps" if steps else "warmup_ratio")
     else:
-        c.put("training.warmup_steps", 0, c.why("warmup_steps", "warmup_ratio"))
+        given = next((key for key in ("warmup_steps", "warmup_ratio") if c.given(key)), None)
+        c.put("training.warmup_steps", 0, given or f"{c.title}'s default")
 
 
 def trackers(c: Conversion) -> None:
@@ -242,9 +245,7 @@ def evaluation(c: Conversion, per_epoch: tuple[str, str] = ("", ""), logged: int
         steps = c.get(f"{what}_steps", number, 0.0)
         often = c.get(key, whole, 0) if key else 0
         if what == "eval" and not has_rows:
-            for name in (given, "eval_steps", key):
-                if c.given(name):
-                    c.fates[name] = "no effect on what is learned: there are no validation rows"
+            c.no_effect(given, "eval_steps", key, why="there are no validation rows")
             continue
         source = key if often else f"{what}_steps" if steps else given
         if often:
@@ -333,21 +334,18 @@ def quiet_evaluation(c: Conversion) -> None:
     """transformers evaluates and keeps the best only if it is told to."""
     patience = c.value("training.early_stopping_patience")
     if c.value("dataset.validation") is None:
-        for key in ("early_stopping_steps", "load_best_model_at_end", "per_device_eval_batch_size"):
-            if c.given(key):
-                c.fates[key] = "no effect on what is learned: there are no validation rows"
+        keys = ("early_stopping_steps", "load_best_model_at_end", "per_device_eval_batch_size")
+        c.no_effect(*keys, why="there are no validation rows")
         c.lines.pop("training.early_stopping_patience", None)
         return
-    if "training.eval_strategy" not in c.lines:
-        c.put("training.eval_strategy", "no", f"{c.title}'s default")
+    c.default("training.eval_strategy", "no")
     rows = c.get("per_device_eval_batch_size", whole, 0)
     if rows:
         c.put("training.per_device_eval_batch_size", rows, "per_device_eval_batch_size")
     if c.value("training.eval_strategy") == "no":
         if patience:
             c.lines.pop("training.early_stopping_patience")
-            c.fates["early_stopping_steps"] = "no effect on what is learned: there are no evaluations"
-        best = False
+            c.fates["early_stopping_steps"] = f"{NO_EFFECT}: there are no evaluations"
+        c.put("training.load_best_model_at_end", False, c.why("load_best_model_at_end"))
     else:
-        best = c.get("load_best_model_at_end", flag, False)
-    c.put("training.load_best_model_at_end", best, c.why("load_best_model_at_end"))
+        c.choose("training.load_best_model_at_end", "load_best_model_at_end", flag, False)
