@@ -283,7 +283,7 @@ def _metrics(
 
     What a metric needs, such as trusted code and files, is looked for later.
     """
-    from lorafit.evaluation.metrics import metric_info
+    from lorafit.evaluation.metrics.known import metric_info
 
     names: list[str] = []
     for number, spec in enumerate(specs):

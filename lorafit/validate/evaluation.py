@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from lorafit.errors import LorafitError, MissingError, UsageError
 from lorafit.evaluation.figures import HELD_OUT, expected_figures, own_models, set_metrics
 from lorafit.evaluation.gates import BASELINE, no_figure, parse
-from lorafit.evaluation.metrics import POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
-from lorafit.evaluation.metrics.known import JSON_DEFAULTS
+from lorafit.evaluation.metrics.known import JSON_DEFAULTS, POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
 from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.judge import endpoint_of

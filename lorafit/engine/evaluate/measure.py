@@ -15,7 +15,7 @@ from lorafit.engine.evaluate.likelihood import RowLikelihood, choices, divergenc
 from lorafit.engine.evaluate.models import Loaded, NamedModel
 from lorafit.engine.evaluate.sets import EvalRows, Prompts, option_rows, raw_rows, said
 from lorafit.evaluation.figures import BASE, set_metrics
-from lorafit.evaluation.metrics import MetricSpec, default_metrics, make_metrics, metric_info
+from lorafit.evaluation.metrics.known import MetricSpec, default_metrics, make_metrics, metric_info
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Metric
 from lorafit.judge import Pair, Verdict, compare, position_bias

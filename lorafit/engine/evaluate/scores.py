@@ -10,7 +10,7 @@ import numpy as np
 
 from lorafit.engine.evaluate.sets import EvalRows
 from lorafit.evaluation.figures import AGREEMENT, BASE, ENDED, LENGTH, Array, Scores
-from lorafit.evaluation.metrics import Judged
+from lorafit.evaluation.metrics.metric import Judged
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Answer, Sample, Speed
 from lorafit.evaluation.statistics import Classes, Series

@@ -9,7 +9,6 @@ from typing import Literal
 
 from lorafit.errors import UsageError
 from lorafit.evaluation.metrics import structured, text
-from lorafit.evaluation.metrics import text as overlap
 from lorafit.evaluation.metrics.custom import check_function, custom_info, custom_metric
 from lorafit.evaluation.metrics.metric import AnswerMetric, PairScore, load_extra
 from lorafit.evaluation.results import Metric
@@ -110,11 +109,11 @@ METRICS: Mapping[str, KnownMetric] = {
             argument="PATH",
             needs="jsonschema.validators",
         ),
-        _metric("rouge_1", "ROUGE-1", overlap.rouge_1),
-        _metric("rouge_2", "ROUGE-2", overlap.rouge_2),
-        _metric("rouge_l", "ROUGE-L", overlap.rouge_l),
-        _metric("chrf", "chrF", overlap.chrf, needs="sacrebleu.metrics"),
-        _metric("bleu", "BLEU", overlap.bleu, needs="sacrebleu.metrics"),
+        _metric("rouge_1", "ROUGE-1", text.rouge_1),
+        _metric("rouge_2", "ROUGE-2", text.rouge_2),
+        _metric("rouge_l", "ROUGE-L", text.rouge_l),
+        _metric("chrf", "chrF", text.chrf, needs="sacrebleu.metrics"),
+        _metric("bleu", "BLEU", text.bleu, needs="sacrebleu.metrics"),
         _metric("words", "words", text.words, unit="number", better=None),
         _metric("repetition", "repetition", text.repetition, better="lower"),
     )
