@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from lorafit.console import Console
+from lorafit.engine.evaluate.likelihood import divergence
 from lorafit.engine.merge.folder import copy_tokenizer, write_report
 from lorafit.engine.merge.verify import PROBES, Reference, breaches, compare_folder
 from lorafit.engine.model import loading
@@ -186,14 +187,14 @@ def compare_gguf(folder: Path, gguf: Path, token_rows: list[list[int]]) -> dict[
         raise ModelError(f"{gguf}: there are no tokens to compare the file on")
     expected = list(_log_probabilities(folder, None, rows))
     same = positions = 0
-    divergence = 0.0
+    total = 0.0
     for first, other in zip(expected, _log_probabilities(folder, gguf, rows), strict=True):
         if first.shape != other.shape:
             raise ModelError(f"{gguf}: has {other.shape[-1]:,} tokens, the model {first.shape[-1]:,}")
         same += int((first.argmax(-1) == other.argmax(-1)).sum())
-        divergence += float((first.exp() * (first - other)).sum())
+        total += float(divergence(first, other).sum())
         positions += len(first)
-    return {"top1_agreement": same / positions, "mean_kl": divergence / positions, "positions": float(positions)}
+    return {"top1_agreement": same / positions, "mean_kl": total / positions, "positions": float(positions)}
 
 
 def _log_probabilities(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[torch.Tensor]:

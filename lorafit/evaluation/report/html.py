@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorafit.evaluation.report import charts, words
-from lorafit.evaluation.report.charts import Bar, State, bar, extent, state_of
+from lorafit.evaluation.report.charts import Bar, State, bar, extent, is_number, state_of
 from lorafit.evaluation.report.words import (
     DifferenceRow,
     FigureRow,
@@ -344,14 +344,14 @@ def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         (f"predicted, {kind}", in_bytes(predicted[kind]), str(predicted.get("method", "")))
         for kind in predicted
-        if _is_number(predicted[kind])
+        if is_number(predicted[kind])
     ]
     for kind, value in measured.items():
         # On the CPU the whole process is measured, with libraries that the prediction leaves out.
         basis = predicted.get(kind)
-        note = f"{100 * (value / basis - 1):+.1f}% of the predicted" if _is_number(basis) and basis else ""
+        note = f"{100 * (value / basis - 1):+.1f}% of the predicted" if is_number(basis) and basis else ""
         rows.append((f"measured, {kind}", in_bytes(value), note.replace("-", "−")))
-    if _is_number(memory.get("baseline")):
+    if is_number(memory.get("baseline")):
         rows.append(("before the training", in_bytes(memory["baseline"]), "what the process held already"))
     return rows
 
@@ -372,10 +372,10 @@ def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     figures, limits = verification.get("figures") or {}, verification.get("limits") or {}
     rows = []
     for name, label, limit, word in MERGE_FIGURES:
-        if _is_number(figures.get(name)):
+        if is_number(figures.get(name)):
             unit = "share" if name == "top1" else "nats"
             demanded = limits.get(limit) if limit else None
-            shown = f"{word} {quantity(demanded, unit)}" if _is_number(demanded) else ""
+            shown = f"{word} {quantity(demanded, unit)}" if is_number(demanded) else ""
             rows.append((label, quantity(figures[name], unit), shown))
     return rows
 
@@ -383,18 +383,14 @@ def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def merge_facts(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
     targets = merge.get("targets") or []
     method, base = merge.get("method") or {}, merge.get("base_weights") or {}
-    changes = [target.get("relative") for target in targets if _is_number(target.get("relative"))]
+    changes = [target.get("relative") for target in targets if is_number(target.get("relative"))]
     verification = merge.get("verification") or {}
     facts = [
         ("base weights", f"{base.get('used')}: {base.get('reason')}" if base.get("used") else ""),
         ("method", f"{method.get('used')}: {method.get('reason')}" if method.get("used") else ""),
-        ("matrices merged", f"{merge['merged']:,}" if _is_number(merge.get("merged")) else ""),
+        ("matrices merged", f"{merge['merged']:,}" if is_number(merge.get("merged")) else ""),
         ("relative change of a matrix", f"{number(min(changes), 4)} to {number(max(changes), 4)}" if changes else ""),
         ("type and size", f"{merge.get('dtype')}, {in_bytes(merge.get('bytes'))}" if merge.get("dtype") else ""),
         ("checked on", str(verification.get("rows") or "")),
     ]
     return [(name, value) for name, value in facts if value]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
