@@ -18,9 +18,17 @@ from lorafit.bounds import read_json
 from lorafit.engine.data.prepare import Prepared
 from lorafit.engine.evaluate import benchmarks
 from lorafit.engine.evaluate.benchmarks import Benchmarked
-from lorafit.engine.evaluate.measure import judge_answers, judge_remarks, measure, metrics_of, with_metrics
+from lorafit.engine.evaluate.measure import (
+    judge_answers,
+    judge_remarks,
+    measure,
+    metrics_of,
+    samples_of,
+    score,
+    speeds,
+    with_metrics,
+)
 from lorafit.engine.evaluate.models import Comparison, NamedModel, groups, loaded, opened
-from lorafit.engine.evaluate.scores import samples_of, score, speeds
 from lorafit.engine.evaluate.sets import EvalRows, option_rows, read_sets
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer

@@ -23,7 +23,7 @@ from lorafit.engine.data.render import Renderer, special_tokens
 from lorafit.engine.evaluate.likelihood import Choice
 from lorafit.errors import DataError
 from lorafit.evaluation.figures import HELD_OUT
-from lorafit.evaluation.metrics.metric import AnswerMetric
+from lorafit.evaluation.metrics.answers import AnswerMetric
 from lorafit.evaluation.results import Metric
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.facts.template import REASONING, opens_reasoning, without_header, without_reasoning

@@ -19,7 +19,7 @@ from typing import Any
 
 from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
-from lorafit.evaluation.metrics.metric import AnswerMetric, Judged
+from lorafit.evaluation.metrics.answers import AnswerMetric, Judged
 from lorafit.evaluation.results import Metric
 from lorafit.text import first_line, printable
 

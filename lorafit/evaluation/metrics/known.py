@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafit.errors import UsageError
-from lorafit.evaluation.metrics import structured, text
+from lorafit.evaluation.metrics import answers
+from lorafit.evaluation.metrics.answers import AnswerMetric, PairScore, load_extra
 from lorafit.evaluation.metrics.custom import check_function, custom_info, custom_metric
-from lorafit.evaluation.metrics.metric import AnswerMetric, PairScore, load_extra
 from lorafit.evaluation.results import Metric
 from lorafit.text import near
 
@@ -95,27 +95,27 @@ def _metric(
 METRICS: Mapping[str, KnownMetric] = {
     known.info.name: known
     for known in (
-        _metric("exact_match", "exact match", text.exact_match),
-        _metric("exact_match_normalized", "exact match, normalized", text.exact_match_normalized),
-        _metric("token_f1", "token F1", text.token_f1),
-        _metric("contains", "contains", text.contains, bind=text.contains_text, argument="TEXT"),
-        _metric("regex", "matches the expression", bind=text.regex, argument="PATTERN"),
-        _metric("json_valid", "is JSON", structured.json_valid),
-        _metric("json_match", "same JSON", structured.json_match),
+        _metric("exact_match", "exact match", answers.exact_match),
+        _metric("exact_match_normalized", "exact match, normalized", answers.exact_match_normalized),
+        _metric("token_f1", "token F1", answers.token_f1),
+        _metric("contains", "contains", answers.contains, bind=answers.contains_text, argument="TEXT"),
+        _metric("regex", "matches the expression", bind=answers.regex, argument="PATTERN"),
+        _metric("json_valid", "is JSON", answers.json_valid),
+        _metric("json_match", "same JSON", answers.json_match),
         _metric(
             "json_schema",
             "fits the schema",
-            bind=structured.json_schema,
+            bind=answers.json_schema,
             argument="PATH",
             needs="jsonschema.validators",
         ),
-        _metric("rouge_1", "ROUGE-1", text.rouge_1),
-        _metric("rouge_2", "ROUGE-2", text.rouge_2),
-        _metric("rouge_l", "ROUGE-L", text.rouge_l),
-        _metric("chrf", "chrF", text.chrf, needs="sacrebleu.metrics"),
-        _metric("bleu", "BLEU", text.bleu, needs="sacrebleu.metrics"),
-        _metric("words", "words", text.words, unit="number", better=None),
-        _metric("repetition", "repetition", text.repetition, better="lower"),
+        _metric("rouge_1", "ROUGE-1", answers.rouge_1),
+        _metric("rouge_2", "ROUGE-2", answers.rouge_2),
+        _metric("rouge_l", "ROUGE-L", answers.rouge_l),
+        _metric("chrf", "chrF", answers.chrf, needs="sacrebleu.metrics"),
+        _metric("bleu", "BLEU", answers.bleu, needs="sacrebleu.metrics"),
+        _metric("words", "words", answers.words, unit="number", better=None),
+        _metric("repetition", "repetition", answers.repetition, better="lower"),
     )
 }
 """By name, in the order of the documentation."""
@@ -200,6 +200,6 @@ def make_metrics(specs: Iterable[MetricSpec]) -> tuple[AnswerMetric, ...]:
 
 def default_metrics(expected: Iterable[str]) -> tuple[MetricSpec, ...]:
     """The metrics where a recipe names none: those of JSON too if every expected answer is a JSON object or array."""
-    answers = list(expected)
-    is_json = bool(answers) and all(map(structured.is_json, answers))
+    given = list(expected)
+    is_json = bool(given) and all(map(answers.is_json, given))
     return (*DEFAULTS, *(JSON_DEFAULTS if is_json else ()), "repetition")

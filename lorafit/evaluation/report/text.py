@@ -12,14 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafit.console import Console, print_line, print_table, table
-from lorafit.evaluation.report.words import (
-    DifferenceRow,
-    FigureRow,
-    difference_rows,
-    figure_rows,
-    quantity,
-    visible,
-)
+from lorafit.evaluation.report.words import DifferenceRow, FigureRow, difference_rows, figure_rows, quantity, visible
 from lorafit.evaluation.results import Difference, Results, Sample
 
 BRIEF = {
