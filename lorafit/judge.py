@@ -40,7 +40,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge made of a pair.
+    """The judge's verdict on a pair.
 
     Attributes:
         score: 1 if `one` was preferred in both orders, 0 if `other` was, else 0.5; None if a reply was no vote.

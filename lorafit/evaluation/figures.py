@@ -43,7 +43,7 @@ OWN = (*LIKELIHOOD, KL, ACCURACY, ACCURACY_NORM, MACRO_F1, ENDED, LENGTH, AGREEM
 def set_metrics(
     role: str, answers: Iterable[Metric] | None, options: Any, compared: bool, judged: bool
 ) -> tuple[Metric, ...]:
-    """What is measured of a set.
+    """The metrics that are measured of a set.
 
     Args:
         answers: metrics of generated answers; None: none is generated.

@@ -1,4 +1,4 @@
-"""What was measured, row by row, on the disk as it comes: so that an interrupted evaluation can go on.
+"""Measurements row by row, written to disk as they come, so that an interrupted evaluation can go on.
 
 A file for each set, model and kind (likelihood, divergence, options, answers, judge), one JSON object a row, in the
 order in which rows were done. `key.json` says what the records depend on.
@@ -92,7 +92,7 @@ class Records:
         write_bytes(self._own(self.folder / f"{'.'.join(names)}.json"), _packed({"value": value}))
 
     def whole(self, *names: str) -> Any:
-        """What `write` kept; None if it did not."""
+        """The value that `write` kept; None if there is none."""
         file = self.folder / f"{'.'.join(names)}.json"
         return _unpacked(file.read_bytes(), file)["value"] if file.exists() else None
 
@@ -144,7 +144,7 @@ def _packed(record: dict[str, Any]) -> bytes:
 
 
 def _unpacked(line: bytes, file: Path) -> dict[str, Any]:
-    """What `_packed` wrote. Raises DriftError for a line that was changed."""
+    """The record in a line that `_packed` made. Raises DriftError for a line that was changed."""
     digest, _, text = line.rstrip(b"\n").partition(b" ")
     if xxhash.xxh3_64(text).hexdigest().encode() != digest:
         raise DriftError(

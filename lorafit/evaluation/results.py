@@ -109,7 +109,7 @@ class Model(Part):
     path: str
     """A folder or hub id."""
     sha256: str | None
-    """Of the weights of an adapter, or of samples of a model's."""
+    """SHA-256 of the weights of an adapter or a model; None for a base."""
     quantization: str | None
     """Such as nf4; None where the weights are not quantized."""
     dtype: str

@@ -1,4 +1,4 @@
-"""What the command line and a recipe ask of an evaluation, checked before anything is loaded (no torch)."""
+"""An evaluation as the command line and a recipe ask for it, checked before anything is loaded (no torch)."""
 
 from __future__ import annotations
 

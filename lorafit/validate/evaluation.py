@@ -1,4 +1,4 @@
-"""What a recipe measures and demands after training, as far as files tell: what `lorafit eval` would refuse."""
+"""Metrics, gates, benchmarks and the judge of a recipe, checked as far as files tell: what `lorafit eval` refuses."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ Transform = Literal["identity", "exp"]
 
 
 class TaskResult(Part):
-    """What a model did on a task."""
+    """The outcome of one model on one task."""
 
     task: str
     """Its name in figures."""

@@ -33,7 +33,7 @@ HARMLESS = {
     *("use_cache", "transformers_version", "_from_model_config", "return_dict_in_generate", "length_penalty"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "early_stopping"),
 }
-"""What a generation configuration may say without changing a greedy answer."""
+"""Settings of a generation configuration that change no greedy answer."""
 NEUTRAL_AT_ONE = {"repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_return_sequences"}
 BLIND_TO_PADDING = {"min_new_tokens", "suppress_tokens", "begin_suppress_tokens"}
 """Wishes that padding before a prompt leaves as they are; n-grams are looked for in it as well."""

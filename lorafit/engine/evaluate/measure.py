@@ -32,7 +32,7 @@ Done = frozenset[int]
 
 
 def metrics_of(rows: EvalRows, section: EvalSection, compared: bool, judged: bool) -> tuple[Metric, ...]:
-    """What is measured of a set, without a word of the user's own code. See `set_metrics`. Raises UsageError."""
+    """The metrics that are measured of a set; the user's own code is not run. See `set_metrics`. Raises UsageError."""
     answers = map(metric_info, _specs(rows, section)) if rows.asked else None
     return set_metrics(rows.spec.role, answers, rows.spec.options, compared, judged)
 

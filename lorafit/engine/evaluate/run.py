@@ -61,7 +61,7 @@ from lorafit.written import as_written
 
 @dataclass(frozen=True)
 class Work:
-    """What an evaluation needs, all of it checked.
+    """An evaluation that was checked and can be run.
 
     Attributes:
         sets: by name.
@@ -109,7 +109,7 @@ def _training(run: RunDir) -> Training:
 
 
 def _needed(options: Options, comparison: Comparison) -> Iterator[Path]:
-    """What an evaluation reads, which its output must not replace."""
+    """Files and folders that an evaluation reads, which its output must not replace."""
     yield from (comparison.run.path, options.path)
     yield from (located(model.path) for model in comparison.models)
     data = comparison.plan.data
@@ -257,7 +257,7 @@ def assemble(work: Work, records: Records, found: Benchmarked, options: Options)
 
 
 def _alike(differences: list[Difference], figures: dict[str, Figure]) -> Iterator[str]:
-    """What an interval without width does not say, where there is one."""
+    """A remark on intervals without width, where there are some."""
     if alike := [one for one in differences if one.low is not None and one.low == one.high and one.value]:
         rows = min(figures[f"{one.set}.{one.metric}.{one.model}"].rows for one in alike)
         yield (
@@ -285,7 +285,7 @@ def _model(model: NamedModel, records: Records) -> Model:
 
 
 def _key(work: Work) -> dict[str, Any]:
-    """What the records depend on, as it may be kept."""
+    """Everything that the records depend on, as it may be written."""
     comparison = work.comparison
     section, references = comparison.section, comparison.references
     written = section.model_dump(mode="json")

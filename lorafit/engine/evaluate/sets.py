@@ -300,7 +300,7 @@ def _cut_off(rows: Dataset, max_length: int, special: Collection[int]) -> Iterat
 
 
 def _lost(name: str, read: _Read, cut: int, max_length: int) -> Iterator[str]:
-    """What a set does not have of the rows that were read for it."""
+    """Remarks on rows that were read for a set and are not in it, or only in part."""
     if cut:
         yield (
             f"{name}: max_length {max_length} cuts {cut} of {len(read.rows)} rows in or before their last answer: "
@@ -375,7 +375,7 @@ def as_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Ques
 
 
 def said(ids: Sequence[int], prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, made: bool = True) -> str:
-    """What an answer says: without the reasoning it begins with, control tokens, and the white space around it.
+    """The text of an answer: without the reasoning it begins with, control tokens, and the white space around it.
 
     Args:
         made: whether a model made it after that prompt. An expected answer may know nothing of reasoning.

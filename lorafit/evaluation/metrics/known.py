@@ -47,7 +47,7 @@ class KnownMetric:
 
     @property
     def about(self) -> str:
-        """What it is: the first line of its function's docstring; of both, where an argument may be left out."""
+        """A sentence about it: the first line of its function's docstring, or of both if its argument is optional."""
         functions = [function for function in (self.plain, self.bind) if function is not None]
         return " With an argument: ".join((inspect.getdoc(function) or "").partition("\n")[0] for function in functions)
 
@@ -122,7 +122,7 @@ METRICS: Mapping[str, KnownMetric] = {
 
 
 def metric_info(spec: MetricSpec) -> Metric:
-    """What a metric measures. No file is read, and no code imported.
+    """The description of a metric. No file is read, and no code imported.
 
     Raises UsageError if there is no such metric, or its argument is wrong, as far as the recipe alone can tell.
     """

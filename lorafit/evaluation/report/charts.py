@@ -11,7 +11,7 @@ from lorafit.evaluation.report.words import change, count
 from lorafit.evaluation.results import Difference, Metric
 
 MOST_POINTS = 600
-"""Of a curve; longer ones keep the lowest and the highest value of every stretch."""
+"""Points of a curve; longer ones keep the lowest and the highest value of every stretch."""
 LOG_FROM = 50.0
 """Ratio of the highest to the lowest value from which an axis is logarithmic."""
 
@@ -55,7 +55,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Panel:
-    """What a chart shows: fields of metrics.jsonl."""
+    """A chart of fields of metrics.jsonl."""
 
     id: str
     title: str

@@ -32,13 +32,13 @@ from lorafit.evaluation.results import Set as SetInfo
 from lorafit.files import write_text
 
 MOST_CHARACTERS = 20_000
-"""Of one text; the rest of it is in samples.jsonl."""
+"""Characters of one text; the rest of it is in samples.jsonl."""
 MOST_TEXT = 24_000_000
 """Characters of all texts; a browser shows a page of that size at once."""
 SHOWN = 50
 """Examples on a page of the table, and in the HTML itself for readers without JavaScript."""
 SHOWN_CHARACTERS = 1_000
-"""Of a text in the HTML itself."""
+"""Characters of a text in the HTML itself."""
 
 
 @dataclass

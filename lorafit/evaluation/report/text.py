@@ -93,7 +93,7 @@ def _differing(results: Results, name: str) -> list[DifferenceRow]:
 
 
 def brief(results: Results, name: str) -> tuple[list[FigureRow], list[DifferenceRow]]:
-    """What a set has that is shown where there is little room."""
+    """The rows of a set's tables that are shown where there is little room."""
     info = results.sets[name]
     first = BRIEF.get(info.role, ())
     left_out = {metric.name for metric in info.metrics if metric.name in UNTOLD or info.role == "forgetting"}
@@ -120,7 +120,7 @@ def says(row: DifferenceRow) -> str:
 
 
 def _cells(row: DifferenceRow) -> tuple[str, ...]:
-    """What is compared, the metric, its difference and interval, rows won, tied and lost, and what these say."""
+    """The cells of a row: models, metric, difference, interval, rows won, tied and lost, reading, detectable."""
     one = row.difference
     won, least = f"{one.wins}/{one.ties}/{one.losses}", quantity(one.detectable, row.metric.unit)
     return (f"{one.model} − {one.against}", row.metric.label, row.value, row.interval, won, says(row), least)
@@ -129,7 +129,7 @@ def _cells(row: DifferenceRow) -> tuple[str, ...]:
 MOST_TEXT = 300
 """Characters of a name, a path or a sentence."""
 MOST_BYTES = 36_000
-"""Of what stands before the settings; a comment on a pull request may have 65,536 characters."""
+"""Size of what stands before the settings; a comment on a pull request may have 65,536 characters."""
 MOST_SETTINGS = 20_000
 """Characters of the settings."""
 _FORGETTING = (
@@ -289,7 +289,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 does not allow."""
+"""Characters that XML 1.0 does not allow."""
 
 
 def as_junit(results: Results) -> str:
