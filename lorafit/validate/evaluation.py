@@ -14,7 +14,8 @@ from lorafit.evaluation.metrics.known import JSON_DEFAULTS, POSSIBLE_DEFAULTS, M
 from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.judge import endpoint_of
-from lorafit.options.evaluate import RESERVED, sets_of
+from lorafit.options.evaluate import RESERVED
+from lorafit.plan.evaluation import sets_of
 from lorafit.plan.values import KeyPath
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSet

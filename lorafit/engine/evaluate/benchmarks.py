@@ -26,7 +26,7 @@ from lorafit.evaluation.results import Answer, Metric, Part, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.evaluation.statistics import Series
 from lorafit.hardware import is_installed
-from lorafit.options.evaluate import sets_of
+from lorafit.plan.evaluation import sets_of
 from lorafit.progress import counting, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.text import first_line

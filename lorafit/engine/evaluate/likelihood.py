@@ -187,9 +187,13 @@ class Choice:
 
     @cached_property
     def common(self) -> int:
-        """How many tokens all options begin with, leaving each at least one of its own."""
-        alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*self.options, strict=False))
-        return min(sum(1 for _ in alike), *(len(option) - 1 for option in self.options))
+        return common(self.options)
+
+
+def common(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, leaving each at least one of its own."""
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return min(sum(1 for _ in alike), *(len(row) - 1 for row in rows))
 
 
 @dataclass(frozen=True)

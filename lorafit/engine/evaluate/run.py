@@ -50,8 +50,9 @@ from lorafit.evaluation.report.write import Training, write_reports
 from lorafit.evaluation.results import Difference, Figure, Gate, Model, Results
 from lorafit.files import claim, file_digest, writing
 from lorafit.judge import endpoint_of
-from lorafit.options.evaluate import Options, task_files
+from lorafit.options.evaluate import Options
 from lorafit.plan import Plan
+from lorafit.plan.evaluation import task_files
 from lorafit.progress import each, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.run.directory import RunDir, located
