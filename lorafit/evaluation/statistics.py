@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from lorafit.evaluation.results import Difference
+from lorafit.evaluation.results import Better, Difference
 
 Array = np.ndarray[Any, Any]
 RESAMPLES = 10_000
@@ -18,7 +18,6 @@ _CHUNK_CELLS = 4_000_000
 _POWER = 1.959964 + 0.841621
 """Standard errors that an effect must have to be seen at 95% with a probability of 80%."""
 K = TypeVar("K", bound=Hashable)
-Better = Literal["higher", "lower"] | None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lorafit.engine.evaluate.tasks import Task, kept_templates, load, manager_of
 from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import Scores
 from lorafit.evaluation.records import Records
-from lorafit.evaluation.results import Answer, Metric, Part, Sample
+from lorafit.evaluation.results import Answer, Better, Metric, Part, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.evaluation.statistics import Series
 from lorafit.hardware import is_installed
@@ -137,7 +137,7 @@ def _agrees(values: Values, transform: Transform, aggregated: Any) -> bool:
 
 
 def _info(name: str, label: str, is_higher_better: bool | None) -> Metric:
-    better: Literal["higher", "lower"] | None = None
+    better: Better = None
     if is_higher_better is not None:
         better = "higher" if is_higher_better else "lower"
     unit: Literal["share", "bits", "number"] = "number"

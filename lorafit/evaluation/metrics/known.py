@@ -11,7 +11,7 @@ from lorafit.errors import UsageError
 from lorafit.evaluation.metrics import answers
 from lorafit.evaluation.metrics.answers import AnswerMetric, PairScore, load_extra
 from lorafit.evaluation.metrics.custom import check_function, custom_info, custom_metric
-from lorafit.evaluation.results import Metric
+from lorafit.evaluation.results import Better, Metric
 from lorafit.text import near
 
 MetricSpec = str | Mapping[str, str]
@@ -73,9 +73,6 @@ class KnownMetric:
             load_extra(self.needs, self.info.name)
         assert self.plain is not None
         return self.plain
-
-
-Better = Literal["higher", "lower"] | None
 
 
 def _metric(
