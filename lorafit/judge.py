@@ -6,6 +6,7 @@ they can't foresee, which makes this harder but not impossible.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import ipaddress
@@ -39,7 +40,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge made of a pair.
+    """The judge's verdict on a pair.
 
     Attributes:
         score: 1 if `one` was preferred in both orders, 0 if `other` was, else 0.5; None if a reply was no vote.
@@ -213,34 +214,27 @@ def ask(endpoint: Endpoint, question: str, sleep: Callable[[float], None]) -> st
             with endpoint.opener.open(request, timeout=judge.timeout) as response:
                 return _reply(endpoint, response.read(_LARGEST_REPLY))
         except urllib.error.HTTPError as error:
-            if number == TRIES or not (error.code == 429 or error.code >= 500):
+            if number == TRIES or not _is_busy(error.code):
                 raise _refused(endpoint, error) from None
-            sleep(_wait(number, error.headers.get("Retry-After")))
-        except TimeoutError:
-            raise _too_slow(endpoint) from None
+            asked = error.headers.get("Retry-After") or ""
+            sleep(min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else float(2 ** (number - 1)))
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
+            what = f"can't be reached ({reason or type(reason).__name__})"
             if isinstance(reason, TimeoutError):
-                raise _too_slow(endpoint) from None
-            raise endpoint.error(ModelError, f"can't be reached ({reason or type(reason).__name__})") from None
+                what = f"did not reply in {judge.timeout:g} s (eval.judge.timeout)"
+            raise endpoint.error(ModelError, what) from None
     raise AssertionError("the last try returns or raises")
 
 
-def _wait(number: int, asked: str | None) -> float:
-    """Seconds before the next try."""
-    return min(float(asked), _LONGEST_WAIT) if asked and asked.isdecimal() else float(2 ** (number - 1))
-
-
-def _too_slow(endpoint: Endpoint) -> LorafitError:
-    return endpoint.error(ModelError, f"did not reply in {endpoint.judge.timeout:g} s (eval.judge.timeout)")
+def _is_busy(code: int) -> bool:
+    return code == 429 or code >= 500
 
 
 def _refused(endpoint: Endpoint, error: urllib.error.HTTPError) -> LorafitError:
-    judge, code = endpoint.judge, error.code
-    try:
+    judge, code, said = endpoint.judge, error.code, b""
+    with contextlib.suppress(OSError, http.client.HTTPException):
         said = error.read(_LARGEST_REPLY)
-    except (OSError, http.client.HTTPException):
-        said = b""
     if code in (401, 403):
         hint = f"the key in {judge.api_key_env} is refused" if endpoint.key else "set eval.judge.api_key_env"
         return endpoint.error(UsageError, f"answers {code}; {hint}", said)
@@ -249,8 +243,7 @@ def _refused(endpoint: Endpoint, error: urllib.error.HTTPError) -> LorafitError:
         return endpoint.error(UsageError, f"answers {code}, a redirect to {to}, and is not followed")
     if code == 404:
         return endpoint.error(UsageError, f"answers 404; check eval.judge.base_url and model {judge.model!r}", said)
-    tries = f" after {TRIES} tries" if code == 429 or code >= 500 else ""
-    return endpoint.error(ModelError, f"answers {code}{tries}", said)
+    return endpoint.error(ModelError, f"answers {code}{f' after {TRIES} tries' * _is_busy(code)}", said)
 
 
 def _reply(endpoint: Endpoint, body: bytes) -> str:

@@ -12,10 +12,14 @@ from scipy import stats
 
 from lorafit.evaluation import statistics
 from lorafit.evaluation.results import Difference
-from lorafit.evaluation.statistics import RESAMPLES, Bootstrap, Classes, Series, difference
+from lorafit.evaluation.statistics import RESAMPLES, Bootstrap, Classes, Series, difference, interval, value_of
 
 Array = np.ndarray[Any, Any]
 ROWS = 80
+
+
+def resampled(bootstrap: Bootstrap, series: Series | Classes) -> Array:
+    return bootstrap.resampled({0: series})[0]
 
 
 def drawn(seed: int = 0) -> tuple[Array, Array, Array]:
@@ -67,8 +71,8 @@ def compare(found: tuple[float | None, float | None], its: tuple[float, float, f
 def test_the_interval_of_a_mean() -> None:
     values, _, _ = drawn()
     bootstrap, series = Bootstrap(ROWS, 1), Series(values, np.ones(ROWS))
-    assert bootstrap.value(series) == pytest.approx(values.mean())
-    compare(bootstrap.interval(bootstrap.resampled(series)), scipys(np.mean, values))
+    assert value_of(series) == pytest.approx(values.mean())
+    compare(interval(resampled(bootstrap, series)), scipys(np.mean, values))
 
 
 @pytest.mark.parametrize("transform", ["identity", "exp"])
@@ -76,14 +80,14 @@ def test_the_interval_of_a_ratio_of_sums(transform: Any) -> None:
     nll, _, tokens = drawn()
     of = np.exp if transform == "exp" else np.positive
     bootstrap, series = Bootstrap(ROWS, 1), Series(nll, tokens, transform=transform)
-    assert bootstrap.value(series) == pytest.approx(of(nll.sum() / tokens.sum()))
+    assert value_of(series) == pytest.approx(of(nll.sum() / tokens.sum()))
     its = scipys(lambda a, b, axis=-1: of(ratio(a, b, axis)), nll, tokens)
-    compare(bootstrap.interval(bootstrap.resampled(series)), its)
+    compare(interval(resampled(bootstrap, series)), its)
 
 
 def compared(a: Series | Classes, b: Series | Classes, seed: int = 1) -> Difference:
     rows = len(a.expected if isinstance(a, Classes) else a.numerator)
-    made = Bootstrap(rows, seed).resample_all({"a": a, "b": b})
+    made = Bootstrap(rows, seed).resampled({"a": a, "b": b})
     return difference("heldout", "loss", "adapter", "base", a, b, made["a"], made["b"])
 
 
@@ -115,7 +119,7 @@ def test_the_interval_of_macro_f1() -> None:
     expected = random.integers(0, 3, ROWS)
     predicted = np.where(random.random(ROWS) < 0.7, expected, random.integers(0, 3, ROWS))
     bootstrap, classes = Bootstrap(ROWS, 1), Classes(predicted, expected, 3)
-    assert bootstrap.value(classes) == pytest.approx(macro_f1(predicted, expected))
+    assert value_of(classes) == pytest.approx(macro_f1(predicted, expected))
     found = stats.bootstrap(
         (predicted, expected),
         macro_f1,
@@ -126,18 +130,18 @@ def test_the_interval_of_macro_f1() -> None:
         rng=np.random.default_rng(99),
     )
     its = (*found.confidence_interval, found.standard_error)
-    interval = bootstrap.interval(bootstrap.resampled(classes))
-    assert interval == pytest.approx(its[:2], abs=5 * 0.065 * float(its[2]))
+    ends = interval(resampled(bootstrap, classes))
+    assert ends == pytest.approx(its[:2], abs=5 * 0.065 * float(its[2]))
 
 
 def test_macro_f1_by_hand() -> None:
     expected = np.array([0, 0, 0, 1, 1, 2])
     predicted = np.array([0, 0, 1, 1, -1, 1])
     # class 0: 2 right of 2 said and 3 there, 4/5; class 1: 1 of 3 and 2, 2/5; class 2: never said, 0; 3: not there
-    assert Bootstrap(6, 0).value(Classes(predicted, expected, 4)) == pytest.approx((4 / 5 + 2 / 5 + 0) / 3)
-    assert Bootstrap(2, 0).value(Classes(np.array([1, 0]), np.array([1, 0]), 2)) == 1
-    assert Bootstrap(2, 0).value(Classes(np.array([1, -1]), np.array([0, 0]), 2)) == 0
-    assert Bootstrap(2, 0).value(Classes(np.array([-1, -1]), np.array([-1, -1]), 2)) is None
+    assert value_of(Classes(predicted, expected, 4)) == pytest.approx((4 / 5 + 2 / 5 + 0) / 3)
+    assert value_of(Classes(np.array([1, 0]), np.array([1, 0]), 2)) == 1
+    assert value_of(Classes(np.array([1, -1]), np.array([0, 0]), 2)) == 0
+    assert value_of(Classes(np.array([-1, -1]), np.array([-1, -1]), 2)) is None
 
 
 def test_a_difference_of_macro_f1_is_counted_by_right_rows() -> None:
@@ -155,7 +159,7 @@ def test_a_difference_of_macro_f1_is_counted_by_right_rows() -> None:
 def test_a_seed_gives_the_same_and_another_seed_others() -> None:
     nll, _, tokens = drawn()
     series = Series(nll, tokens)
-    made = [Bootstrap(ROWS, seed).resampled(series) for seed in (1, 1, 2)]
+    made = [resampled(Bootstrap(ROWS, seed), series) for seed in (1, 1, 2)]
     assert made[0].shape == (RESAMPLES,)
     assert np.array_equal(made[0], made[1])
     assert not np.array_equal(made[0], made[2])
@@ -168,18 +172,18 @@ def test_chunks_and_companions_change_nothing(monkeypatch: pytest.MonkeyPatch) -
         "b": Series(other, tokens),
         "c": Classes(tokens, tokens, 40),
     }
-    alone = Bootstrap(ROWS, 1).resampled(series["b"])
+    alone = resampled(Bootstrap(ROWS, 1), series["b"])
     monkeypatch.setattr(statistics, "_CHUNK_CELLS", ROWS * 999)
-    made = Bootstrap(ROWS, 1).resample_all(series)
+    made = Bootstrap(ROWS, 1).resampled(series)
     assert list(made) == ["a", "b", "c"]
     assert made["b"] == pytest.approx(alone, rel=1e-12)
-    assert Bootstrap(ROWS, 1).resample_all({}) == {}
+    assert Bootstrap(ROWS, 1).resampled({}) == {}
 
 
 def test_more_rows_than_a_chunk_has_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_CHUNK_CELLS", 5)
     monkeypatch.setattr(statistics, "RESAMPLES", 20)
-    made = Bootstrap(ROWS, 1).resampled(Series(np.ones(ROWS), np.full(ROWS, 2.0)))
+    made = resampled(Bootstrap(ROWS, 1), Series(np.ones(ROWS), np.full(ROWS, 2.0)))
     assert made.tolist() == [0.5] * 20
 
 
@@ -190,8 +194,8 @@ def test_rows_without_a_value_are_left_out() -> None:
     nll, _, tokens = drawn()
     has = np.arange(ROWS) % 4 != 0
     bootstrap, series = Bootstrap(ROWS, 1), Series(nll * has, tokens * has)
-    assert bootstrap.value(series) == pytest.approx(nll[has].sum() / tokens[has].sum())
-    compare(bootstrap.interval(bootstrap.resampled(series)), scipys(ratio, nll * has, tokens * has))
+    assert value_of(series) == pytest.approx(nll[has].sum() / tokens[has].sum())
+    compare(interval(resampled(bootstrap, series)), scipys(ratio, nll * has, tokens * has))
     # a row that only one of them has is neither won nor lost
     found = compared(Series(nll, tokens, better="lower"), Series(nll * has + has, tokens * has, better="lower"))
     assert (found.wins, found.ties, found.losses) == (60, 0, 0)
@@ -200,16 +204,16 @@ def test_rows_without_a_value_are_left_out() -> None:
 def test_resamples_without_a_value_are_left_out() -> None:
     values, asked = np.array([3.0, 3.0, 0, 0]), np.array([1.0, 1.0, 0, 0])
     bootstrap = Bootstrap(4, 1)
-    made = bootstrap.resampled(Series(values, asked))
+    made = resampled(bootstrap, Series(values, asked))
     assert np.isnan(made).mean() == pytest.approx(0.5**4, abs=0.02)
-    assert bootstrap.interval(made) == (3.0, 3.0)
+    assert interval(made) == (3.0, 3.0)
 
 
 def test_where_no_row_has_a_value() -> None:
     nothing = Series(np.zeros(5), np.zeros(5))
     bootstrap = Bootstrap(5, 1)
-    assert bootstrap.value(nothing) is None
-    assert bootstrap.interval(bootstrap.resampled(nothing)) == (None, None)
+    assert value_of(nothing) is None
+    assert interval(resampled(bootstrap, nothing)) == (None, None)
     found = compared(nothing, Series(np.ones(5), np.ones(5)))
     assert (found.value, found.low, found.high, found.detectable) == (None, None, None, None)
     assert (found.wins, found.ties, found.losses) == (0, 0, 0)
@@ -223,13 +227,13 @@ def test_one_row_has_no_interval(others: int) -> None:
     one = Series(np.append(6.0, without), np.append(3.0, without))
     other = Series(np.append(3.0, without), np.append(3.0, without))
     bootstrap = Bootstrap(1 + others, 1)
-    assert bootstrap.value(one) == 2.0
-    assert bootstrap.interval(bootstrap.resampled(one)) == (None, None)
+    assert value_of(one) == 2.0
+    assert interval(resampled(bootstrap, one)) == (None, None)
     found = compared(one, other)
     assert (found.value, found.low, found.high, found.is_clear) == (1.0, None, None, False)
     assert found.detectable == pytest.approx(0.8)  # 1 - 0.2 ** 1
     right = Classes(np.zeros(1, dtype=int), np.zeros(1, dtype=int), 2)
-    assert Bootstrap(1, 1).interval(Bootstrap(1, 1).resampled(right)) == (None, None)
+    assert interval(resampled(Bootstrap(1, 1), right)) == (None, None)
 
 
 @pytest.mark.parametrize(("wins", "clear"), [(5, False), (6, True)])
@@ -250,8 +254,8 @@ def test_a_difference_is_clear_only_if_enough_rows_differ(wins: int, clear: bool
 )
 def test_no_rows(nothing: Series | Classes) -> None:
     bootstrap = Bootstrap(0, 1)
-    assert bootstrap.value(nothing) is None
-    assert bootstrap.interval(bootstrap.resampled(nothing)) == (None, None)
+    assert value_of(nothing) is None
+    assert interval(resampled(bootstrap, nothing)) == (None, None)
     found = compared(nothing, nothing)
     assert (found.value, found.low, found.detectable) == (None, None, None)
 
@@ -260,7 +264,7 @@ def test_no_rows(nothing: Series | Classes) -> None:
 def test_values_out_of_range_have_no_interval() -> None:
     huge = Series(np.full(3, 1e4), np.ones(3), transform="exp")
     bootstrap = Bootstrap(3, 1)
-    assert bootstrap.interval(bootstrap.resampled(huge)) == (None, None)
+    assert interval(resampled(bootstrap, huge)) == (None, None)
     found = compared(huge, huge)
     assert (found.value, found.low, found.high) == (None, None, None)
     found = compared(huge, Series(np.ones(3), np.ones(3), transform="exp"))
@@ -278,7 +282,7 @@ def test_intervals_leave_out_zero_as_seldom_as_they_should() -> None:
         hard = random.gamma(3.0, 1.0, 60)
         for model in "ab":
             pairs[trial, model] = Series(hard + random.normal(0, 0.5, 60), np.ones(60))
-    made = Bootstrap(60, 3).resample_all(pairs)
+    made = Bootstrap(60, 3).resampled(pairs)
     found = [
         difference("s", "m", "a", "b", pairs[t, "a"], pairs[t, "b"], made[t, "a"], made[t, "b"]) for t in range(300)
     ]
@@ -299,7 +303,7 @@ def test_a_model_against_itself_differs_in_nothing() -> None:
     one, other, tokens = drawn()
     for beside in range(9):
         series = {str(place): Series(other, tokens) for place in range(beside)}
-        made = Bootstrap(ROWS, 1).resample_all({"a": Series(one, tokens), **series, "b": Series(one, tokens)})
+        made = Bootstrap(ROWS, 1).resampled({"a": Series(one, tokens), **series, "b": Series(one, tokens)})
         found = difference("s", "m", "a", "b", Series(one, tokens), Series(one, tokens), made["a"], made["b"])
         assert (found.value, found.low, found.high, found.is_clear) == (0, 0, 0, False)
         assert (found.wins, found.ties, found.losses) == (0, ROWS, 0)
@@ -322,8 +326,8 @@ def test_what_is_detectable_is_detected_four_times_in_five() -> None:
     assert said is not None
     assert said == pytest.approx(2.8016 * noise.std() / math.sqrt(200), rel=0.04)
     trials = {trial: Series(random.normal(said, noise.std(), 200), np.ones(200)) for trial in range(300)}
-    made = Bootstrap(200, 3).resample_all(trials)
-    clear = [low for low, _ in map(Bootstrap(200, 3).interval, made.values()) if low is not None and low > 0]
+    made = Bootstrap(200, 3).resampled(trials)
+    clear = [low for low, _ in map(interval, made.values()) if low is not None and low > 0]
     assert 0.73 <= len(clear) / 300 <= 0.87  # 0.8, give or take three standard deviations of 300 trials
 
 

@@ -29,8 +29,8 @@ from yaml import safe_dump
 
 from lorafit.cli import app
 from lorafit.engine.data.encode import IGNORED
+from lorafit.engine.evaluate.measure import speeds
 from lorafit.engine.evaluate.run import evaluate
-from lorafit.engine.evaluate.scores import speeds
 from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.run import merge
 from lorafit.engine.train import train as run_training

@@ -25,8 +25,8 @@ from lorafit.engine.meter import Meter
 from lorafit.engine.preview import preview
 from lorafit.engine.train import train as run_training
 from lorafit.errors import UsageError
+from lorafit.evaluation.metrics.answers import Judged
 from lorafit.evaluation.metrics.custom import custom_metric
-from lorafit.evaluation.metrics.metric import Judged
 from lorafit.options.evaluate import Options as EvalOptions
 from lorafit.options.merge import Options as MergeOptions
 from lorafit.plan import plan_recipe

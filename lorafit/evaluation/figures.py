@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lorafit.evaluation.results import Difference, Figure, Metric
-from lorafit.evaluation.statistics import Bootstrap, Classes, Series, difference, rows_with_value
+from lorafit.evaluation.statistics import Bootstrap, Classes, Series, difference, interval, rows_with_value, value_of
 
 Array = np.ndarray[Any, Any]
 Scores = Series | Classes
@@ -43,7 +43,7 @@ OWN = (*LIKELIHOOD, KL, ACCURACY, ACCURACY_NORM, MACRO_F1, ENDED, LENGTH, AGREEM
 def set_metrics(
     role: str, answers: Iterable[Metric] | None, options: Any, compared: bool, judged: bool
 ) -> tuple[Metric, ...]:
-    """What is measured of a set.
+    """The metrics that are measured of a set.
 
     Args:
         answers: metrics of generated answers; None: none is generated.
@@ -104,12 +104,12 @@ def figures_of(name: str, scores: dict[str, dict[str, Scores]], seed: int, main:
     if not series:
         return SetFigures({}, [], {})
     bootstrap = Bootstrap(_length(next(iter(series.values()))), seed)
-    drawn = bootstrap.resample_all(series)
+    drawn = bootstrap.resampled(series)
     figures, resamples = {}, {}
     for (metric, model), value in series.items():
         key = f"{name}.{metric}.{model}"
-        low, high = bootstrap.interval(drawn[metric, model])
-        figures[key] = Figure(value=_finite(bootstrap.value(value)), low=low, high=high, rows=rows_with_value(value))
+        low, high = interval(drawn[metric, model])
+        figures[key] = Figure(value=_finite(value_of(value)), low=low, high=high, rows=rows_with_value(value))
         resamples[key] = drawn[metric, model]
     first, *others = scores
     pairs = [

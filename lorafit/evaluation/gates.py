@@ -149,7 +149,7 @@ class _Parser:
         return taken
 
     def expression(self, least: int = 1) -> list[float | str]:
-        """What follows, as far as signs bind as strongly as that."""
+        """The expression that follows, up to a sign that binds less strongly than `least`."""
         found = self.factor()
         while _BINDS.get(sign := self.tokens[self.at][1], 0) >= least:
             self.at += 1
@@ -318,7 +318,7 @@ def load_results(path: Path) -> Results:
 def no_longer_measured(
     known: Collection[str], sets: Mapping[str, Set], tasks: Collection[str], baseline: Results
 ) -> Iterator[tuple[str, str]]:
-    """What a baseline measured of models other than the base and an evaluation doesn't, or on other rows: (name, why).
+    """Figures that a baseline has and an evaluation doesn't, or has of other rows: (name, why). The base's don't count.
 
     Args:
         known: the evaluation's figures.

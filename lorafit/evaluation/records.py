@@ -1,4 +1,4 @@
-"""What was measured, row by row, on the disk as it comes: so that an interrupted evaluation can go on.
+"""Measurements row by row, written to disk as they come, so that an interrupted evaluation can go on.
 
 A file for each set, model and kind (likelihood, divergence, options, answers, judge), one JSON object a row, in the
 order in which rows were done. `key.json` says what the records depend on.
@@ -50,13 +50,10 @@ class Records:
             timed: whether the time until the block ends counts as that of these records.
         """
         file = self._own(self._file(*names))
-        whole = _whole(file)
-        began = time.perf_counter()
-        with file.open("r+b" if file.exists() else "w+b") as stream:
+        whole = sum(len(line) for _, line in _lines(file))
+        began, added = time.perf_counter(), 0
+        with file.open("ab") as stream:
             stream.truncate(whole)
-            stream.seek(whole)
-
-            added = 0
 
             def add(record: dict[str, Any]) -> None:
                 nonlocal added
@@ -73,12 +70,7 @@ class Records:
     def read(self, *names: str) -> Iterator[dict[str, Any]]:
         """All records, in the order in which they were written."""
         file = self._file(*names)
-        if not file.exists():
-            return
-        with file.open("rb") as stream:
-            for line in stream:
-                if line.endswith(b"\n"):
-                    yield _unpacked(line, file)
+        return (_unpacked(line, file) for _, line in _lines(file))
 
     def by_row(self, *names: str) -> ByRow:
         """Records by their row, without holding them in memory."""
@@ -86,13 +78,10 @@ class Records:
 
     def seconds(self, model: str, *of: str) -> float:
         """How long a model was run, all times together; with `of`, a set and a kind, for these alone."""
-        return float(
-            sum(
-                entry["seconds"]
-                for entry in self._times()
-                if entry["of"][1:2] == [model] and (not of or entry["of"] == [of[0], model, *of[1:]])
-            )
-        )
+        times = [entry for entry in self._times() if entry["of"][1:2] == [model]]
+        if of:
+            times = [entry for entry in times if entry["of"] == [of[0], model, *of[1:]]]
+        return float(sum(entry["seconds"] for entry in times))
 
     def timed(self, *names: str) -> int:
         """How many of these records were written in a time that is known: a kill leaves none."""
@@ -103,7 +92,7 @@ class Records:
         write_bytes(self._own(self.folder / f"{'.'.join(names)}.json"), _packed({"value": value}))
 
     def whole(self, *names: str) -> Any:
-        """What `write` kept; None if it did not."""
+        """The value that `write` kept; None if there is none."""
         file = self.folder / f"{'.'.join(names)}.json"
         return _unpacked(file.read_bytes(), file)["value"] if file.exists() else None
 
@@ -130,14 +119,8 @@ class Records:
         return file
 
     def _offsets(self, *names: str) -> dict[int, int]:
-        file, found, offset = self._file(*names), {}, 0
-        if file.exists():
-            with file.open("rb") as stream:
-                for line in stream:
-                    if line.endswith(b"\n"):
-                        found[int(_unpacked(line, file)["row"])] = offset
-                    offset += len(line)
-        return found
+        file = self._file(*names)
+        return {int(_unpacked(line, file)["row"]): offset for offset, line in _lines(file)}
 
 
 class ByRow:
@@ -161,7 +144,7 @@ def _packed(record: dict[str, Any]) -> bytes:
 
 
 def _unpacked(line: bytes, file: Path) -> dict[str, Any]:
-    """What `_packed` wrote. Raises DriftError for a line that was changed."""
+    """The record in a line that `_packed` made. Raises DriftError for a line that was changed."""
     digest, _, text = line.rstrip(b"\n").partition(b" ")
     if xxhash.xxh3_64(text).hexdigest().encode() != digest:
         raise DriftError(
@@ -170,12 +153,15 @@ def _unpacked(line: bytes, file: Path) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def _whole(file: Path) -> int:
-    """The length of a file up to its last whole line."""
-    if not file.exists():
-        return 0
-    with file.open("rb") as stream:
-        return sum(len(line) for line in stream if line.endswith(b"\n"))
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a file, if it is there, and where each begins; what a kill cut off is none."""
+    offset = 0
+    if file.exists():
+        with file.open("rb") as stream:
+            for line in stream:
+                if line.endswith(b"\n"):
+                    yield offset, line
+                offset += len(line)
 
 
 def _check(folder: Path, key: dict[str, Any]) -> None:

@@ -14,6 +14,10 @@ FEWEST = 6
 """Rows that differ: of fewer, all may fall to one side by chance more often than in 5 of 100 cases (2 * 0.5 ** 5)."""
 
 
+Better = Literal["higher", "lower"] | None
+"""Which way a metric should go; None: neither, such as the length of an answer."""
+
+
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -25,7 +29,7 @@ class Metric(Part):
     label: str
     """For people, such as `exact match`."""
     unit: Literal["share", "nats", "bits", "tokens", "number", "seconds"]
-    better: Literal["higher", "lower"] | None
+    better: Better
     """None: neither, such as the length of an answer."""
 
 
@@ -109,7 +113,7 @@ class Model(Part):
     path: str
     """A folder or hub id."""
     sha256: str | None
-    """Of the weights of an adapter, or of samples of a model's."""
+    """SHA-256 of the weights of an adapter or a model; None for a base."""
     quantization: str | None
     """Such as nf4; None where the weights are not quantized."""
     dtype: str

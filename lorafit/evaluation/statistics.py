@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from lorafit.evaluation.results import Difference
+from lorafit.evaluation.results import Better, Difference
 
 Array = np.ndarray[Any, Any]
 RESAMPLES = 10_000
@@ -18,7 +18,6 @@ _CHUNK_CELLS = 4_000_000
 _POWER = 1.959964 + 0.841621
 """Standard errors that an effect must have to be seen at 95% with a probability of 80%."""
 K = TypeVar("K", bound=Hashable)
-Better = Literal["higher", "lower"] | None
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,11 @@ class Bootstrap:
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed
 
-    def value(self, series: Series | Classes) -> float | None:
-        """On the rows themselves; None where no row has a value."""
-        found = _combined(series, _sums(series).sum(axis=0, keepdims=True))[0]
-        return None if math.isnan(found) else float(found)
-
-    def resampled(self, series: Series | Classes) -> Array:
-        """(RESAMPLES,); nan where a resample has no row with a value.
+    def resampled(self, series: Mapping[K, Series | Classes]) -> dict[K, Array]:
+        """(RESAMPLES,) values of each; nan where a resample has no row with a value.
 
         All are nan where fewer than two rows have one: resamples of a single row say nothing of how rows differ.
         """
-        return self.resample_all({"one": series})["one"]
-
-    def resample_all(self, series: Mapping[K, Series | Classes]) -> dict[K, Array]:
-        """The same of many at once, for which the resamples are drawn once."""
         columns = {key: _sums(one) for key, one in series.items()}
         if not columns:
             return {}
@@ -75,13 +65,6 @@ class Bootstrap:
             found[key] = values if rows_with_value(series[key]) > 1 else np.full_like(values, np.nan)
             place += part.shape[1]
         return found
-
-    def interval(self, values: Array) -> tuple[float | None, float | None]:
-        """The ends of the 95% interval, by percentiles; None where nothing is defined."""
-        if not np.isfinite(values).any():
-            return None, None
-        low, high = np.nanpercentile(np.where(np.isinf(values), np.nan, values), [2.5, 97.5])
-        return float(low), float(high)
 
     def _counts(self) -> Iterator[Array]:
         """How often each row is in each resample: (some resamples, rows) at a time."""
@@ -95,6 +78,20 @@ class Bootstrap:
             drawn = random.integers(self.rows, size=(size, self.rows))
             drawn += np.arange(size)[:, None] * self.rows
             yield np.bincount(drawn.ravel(), minlength=size * self.rows).reshape(size, self.rows).astype(np.float64)
+
+
+def value_of(series: Series | Classes) -> float | None:
+    """The value on the rows themselves; None where no row has one."""
+    found = _combined(series, _sums(series).sum(axis=0, keepdims=True))[0]
+    return None if math.isnan(found) else float(found)
+
+
+def interval(values: Array) -> tuple[float | None, float | None]:
+    """The ends of the 95% interval of resampled values, by percentiles; None where nothing is defined."""
+    if not np.isfinite(values).any():
+        return None, None
+    low, high = np.nanpercentile(np.where(np.isinf(values), np.nan, values), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def rows_with_value(series: Series | Classes) -> int:
@@ -141,12 +138,11 @@ def difference(
     80% at a level of 95%. Where no resample differs from another, it is the smallest share of differing rows of which
     as many rows would have shown one with that probability: 1 - 0.2 ** (1 / rows).
     """
-    bootstrap = Bootstrap(len(_by_row(a)), 0)
-    one, other = bootstrap.value(a), bootstrap.value(b)
+    one, other = value_of(a), value_of(b)
     value = None if one is None or other is None else one - other
     with np.errstate(invalid="ignore"):
         gap = resampled_a - resampled_b
-    low, high = bootstrap.interval(gap)
+    low, high = interval(gap)
     mine, its = _by_row(a), _by_row(b)
     both = ~(np.isnan(mine) | np.isnan(its))
     change = (mine - its)[both] * (-1 if a.better == "lower" else 1)

@@ -1,4 +1,4 @@
-"""What a recipe measures and demands after training, as far as files tell: what `lorafit eval` would refuse."""
+"""Metrics, gates, benchmarks and the judge of a recipe, checked as far as files tell: what `lorafit eval` refuses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from lorafit.errors import LorafitError, MissingError, UsageError
 from lorafit.evaluation.figures import HELD_OUT, expected_figures, own_models, set_metrics
 from lorafit.evaluation.gates import BASELINE, no_figure, parse
-from lorafit.evaluation.metrics import POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
-from lorafit.evaluation.metrics.known import JSON_DEFAULTS
+from lorafit.evaluation.metrics.known import JSON_DEFAULTS, POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
 from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.judge import endpoint_of
-from lorafit.options.evaluate import RESERVED, sets_of
+from lorafit.options.evaluate import RESERVED
+from lorafit.plan.evaluation import sets_of
 from lorafit.recipe import KeyPath, Recipe
 from lorafit.recipe.schema import EvalSet
 from lorafit.recipe.yaml import dotted

@@ -23,7 +23,7 @@ CPU_TOKENS = 2048
 """Padded tokens of a batch on a CPU: more are no faster there, and leave the caches."""
 GPU_TOKENS = 32768
 SHARE = 0.25
-"""Of the free memory that a batch may take."""
+"""Share of the free memory that a batch may take."""
 
 
 def batches(

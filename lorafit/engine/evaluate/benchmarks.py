@@ -22,11 +22,11 @@ from lorafit.engine.evaluate.tasks import Task, kept_templates, load, manager_of
 from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import Scores
 from lorafit.evaluation.records import Records
-from lorafit.evaluation.results import Answer, Metric, Part, Sample
+from lorafit.evaluation.results import Answer, Better, Metric, Part, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.evaluation.statistics import Series
 from lorafit.hardware import is_installed
-from lorafit.options.evaluate import sets_of
+from lorafit.plan.evaluation import sets_of
 from lorafit.progress import counting, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.text import first_line
@@ -37,7 +37,7 @@ Transform = Literal["identity", "exp"]
 
 
 class TaskResult(Part):
-    """What a model did on a task."""
+    """The outcome of one model on one task."""
 
     task: str
     """Its name in figures."""
@@ -137,7 +137,7 @@ def _agrees(values: Values, transform: Transform, aggregated: Any) -> bool:
 
 
 def _info(name: str, label: str, is_higher_better: bool | None) -> Metric:
-    better: Literal["higher", "lower"] | None = None
+    better: Better = None
     if is_higher_better is not None:
         better = "higher" if is_higher_better else "lower"
     unit: Literal["share", "bits", "number"] = "number"

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -33,7 +33,7 @@ HARMLESS = {
     *("use_cache", "transformers_version", "_from_model_config", "return_dict_in_generate", "length_penalty"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "early_stopping"),
 }
-"""What a generation configuration may say without changing a greedy answer."""
+"""Settings of a generation configuration that change no greedy answer."""
 NEUTRAL_AT_ONE = {"repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_return_sequences"}
 BLIND_TO_PADDING = {"min_new_tokens", "suppress_tokens", "begin_suppress_tokens"}
 """Wishes that padding before a prompt leaves as they are; n-grams are looked for in it as well."""
@@ -41,6 +41,10 @@ if Version(transformers.__version__) >= Version("5.23"):  # before, the padding 
     BLIND_TO_PADDING.add("repetition_penalty")
 KEPT = 0.75
 """Share of a batch that is still at work below which the others are taken out of it."""
+
+
+Answer: TypeAlias = tuple[list[int], bool, float]
+"""`ids`, `ended` and `seconds` of Generated."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,6 @@ class Generated:
     ended: bool
     seconds: float
     batch_rows: int
-
-
-class Answer(NamedTuple):
-    ids: list[int]
-    ended: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    ends: set[int]
-    pad_id: int
-    most: int
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, learned: Collection[int] = ()) -> set[int]:
@@ -112,9 +103,8 @@ def generate(
 
     def work(batch: list[int]) -> list[Generated]:
         chosen = [list(prompts[index]) for index in batch]
-        limits = Limits(set(ends), pad_id, room[batch[0]])
         with autocast(model):
-            made = (_own_loop if own else _library)(model, chosen, limits)
+            made = (_own_loop if own else _library)(model, chosen, set(ends), pad_id, room[batch[0]])
         return [Generated(row, *one, len(batch)) for row, one in zip(batch, made, strict=True)]
 
     def planned() -> Iterator[list[int]]:
@@ -141,10 +131,9 @@ def _room(model: Any, prompt: int, most: int) -> int:
 
 def _wishes(model: Any) -> set[str]:
     """The names of what a model's generation configuration asks for beyond the most likely token each time."""
-    asked = model.generation_config.to_diff_dict().items()
     return {
         name
-        for name, value in asked
+        for name, value in model.generation_config.to_diff_dict().items()
         if name not in HARMLESS
         and value not in (None, False, [], {}, 0)
         and not (name in NEUTRAL_AT_ONE and value == 1)
@@ -159,65 +148,61 @@ def _has_plain_loop(model: Any) -> bool:
     return usual and has_plain_cache(model)
 
 
-def _library(model: Any, prompts: list[list[int]], limits: Limits) -> list[Answer]:
+def _library(model: Any, prompts: list[list[int]], ends: set[int], pad_id: int, most: int) -> list[Answer]:
     """By transformers, with all that the model's generation configuration asks for but sampling."""
     began = time.perf_counter()
-    inputs = padded(prompts, limits.pad_id, left=True).to(model.device)
+    inputs = padded(prompts, pad_id, left=True).to(model.device)
     output = model.generate(
         input_ids=inputs,
         attention_mask=padded(ones(prompts), 0, left=True).to(model.device),
-        max_new_tokens=limits.most,
+        max_new_tokens=most,
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
-        eos_token_id=sorted(limits.ends),
-        pad_token_id=limits.pad_id,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad_id,
         use_cache=True,
         return_dict_in_generate=False,
     )
     seconds = time.perf_counter() - began
     found = []
     for ids in output[:, inputs.shape[1] :].tolist():
-        end = next((place for place, token in enumerate(ids) if token in limits.ends), None)
-        found.append(Answer(ids[:end], end is not None, seconds))
+        end = next((place for place, token in enumerate(ids) if token in ends), None)
+        found.append((ids[:end], end is not None, seconds))
     return found
 
 
-def _own_loop(model: Any, prompts: list[list[int]], limits: Limits) -> list[Answer]:
+def _own_loop(model: Any, prompts: list[list[int]], ends: set[int], pad_id: int, most: int) -> list[Answer]:
     """The most likely token each time; rows that have ended leave the batch and its cache."""
     began = time.perf_counter()
     device = model.device
     mask = padded(ones(prompts), 0, left=True).to(device)
-    ids = padded(prompts, limits.pad_id, left=True).to(device)
+    ids = padded(prompts, pad_id, left=True).to(device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache = new_cache(model)
     answers: list[list[int]] = [[] for _ in prompts]
     ended: list[float | None] = [None] * len(prompts)
     rows = list(range(len(prompts)))
-    for step in range(limits.most):
-        logits = (
-            model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
+    for step in range(most):
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
-        chosen = logits.argmax(-1)
+        chosen = output.logits[:, -1].float().argmax(-1)
         now = time.perf_counter() - began
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            if ended[row] is None and token in limits.ends:
+            if ended[row] is None and token in ends:
                 ended[row] = now
             elif ended[row] is None:
                 answers[row].append(token)
-        partly_done(len(prompts) * (step + 1) / limits.most)
+        partly_done(len(prompts) * (step + 1) / most)
         working = [place for place, row in enumerate(rows) if ended[row] is None]
-        if not working or step == limits.most - 1:
+        if not working or step == most - 1:
             break
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -228,6 +213,5 @@ def _own_loop(model: Any, prompts: list[list[int]], limits: Limits) -> list[Answ
             rows = [rows[place] for place in working]
     total = time.perf_counter() - began
     return [
-        Answer(answer, end is not None, total if end is None else end)
-        for answer, end in zip(answers, ended, strict=True)
+        (answer, end is not None, total if end is None else end) for answer, end in zip(answers, ended, strict=True)
     ]

@@ -54,7 +54,7 @@ class RowLikelihood:
 
 @torch.no_grad()
 def likelihoods(model: Any, rows: Any, pad_id: int, done: Collection[int] = ()) -> Iterator[RowLikelihood]:
-    """Of all rows but those in `done`, batch by batch.
+    """Likelihoods of all rows but those in `done`, batch by batch.
 
     Args:
         model: with TRL's fused head, as `ready` leaves it.
@@ -187,9 +187,13 @@ class Choice:
 
     @cached_property
     def common(self) -> int:
-        """How many tokens all options begin with, leaving each at least one of its own."""
-        alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*self.options, strict=False))
-        return min(sum(1 for _ in alike), *(len(option) - 1 for option in self.options))
+        return common(self.options)
+
+
+def common(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, leaving each at least one of its own."""
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return min(sum(1 for _ in alike), *(len(row) - 1 for row in rows))
 
 
 @dataclass(frozen=True)
@@ -219,10 +223,9 @@ def choices(
     def work(batch: list[int]) -> list[OptionLikelihoods]:
         nonlocal sharing, checked
         chosen = [questions[index] for index in batch]
-        trial = _trial(model, chosen, pad_id) if sharing and not checked else None
         if sharing:
             made = _shared(model, chosen, pad_id, budget)
-            sharing, checked = trial is None or trial.agrees(made), True
+            sharing, checked = checked or _agrees(model, chosen, made, pad_id), True
         if not sharing:
             made = whole(model, chosen, pad_id, budget)
         return [OptionLikelihoods(row, logprobs) for row, logprobs in zip(batch, made, strict=True)]
@@ -231,30 +234,17 @@ def choices(
     yield from shrinking(work, batches(sizes, budget, order=order))
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Some options of one of a batch's questions, run whole: what they must come out as."""
-
-    row: int
-    options: list[int]
-    logprobs: list[float]
-    allowed: list[float]
-
-    def agrees(self, made: list[list[float]]) -> bool:
-        triples = zip(self.options, self.logprobs, self.allowed, strict=True)
-        return all(abs(made[self.row][option] - its) <= allowed for option, its, allowed in triples)
-
-
-def _trial(model: Any, questions: list[Choice], pad_id: int) -> Trial:
-    """The two longest options of the shortest question, which has the most padding."""
+def _agrees(model: Any, questions: list[Choice], made: list[list[float]], pad_id: int) -> bool:
+    """Whether the longest options of the shortest question, which has the most padding, come out as if run whole."""
     row = min(range(len(questions)), key=lambda index: len(questions[index].prompt))
     question = questions[row]
-    options = sorted(range(len(question.options)), key=lambda index: -len(question.options[index]))[:2]
-    chosen = [question.options[index] for index in options]
-    (logprobs,) = whole(model, [Choice(question.prompt, chosen)], pad_id, 1)
+    longest = sorted(range(len(question.options)), key=lambda index: -len(question.options[index]))[:2]
+    (expected,) = whole(model, [Choice(question.prompt, [question.options[index] for index in longest])], pad_id, 1)
     rounding = 1e-3 if is_exact(model) else 5e-2
-    allowed = [rounding * max(abs(value), len(option)) for value, option in zip(logprobs, chosen, strict=True)]
-    return Trial(row, options, logprobs, allowed)
+    return all(
+        abs(made[row][index] - its) <= rounding * max(abs(its), len(question.options[index]))
+        for index, its in zip(longest, expected, strict=True)
+    )
 
 
 def _shared(model: Any, questions: list[Choice], pad_id: int, budget: int) -> list[list[float]]:

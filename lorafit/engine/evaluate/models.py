@@ -66,7 +66,7 @@ class NamedModel:
 
     @property
     def loads(self) -> str:
-        """What has to be in memory for it: equal for models that share a base."""
+        """A key of what has to be in memory for it: equal for models that share a base."""
         if self.kind in ("trained", "merged"):
             return f"{self.kind} {self.path}"
         name, kwargs = self.plan.model.name_or_path, self.plan.model_kwargs
@@ -79,7 +79,7 @@ def base_of(run: RunDir, plan: Plan) -> NamedModel:
 
 
 def result_of(run: RunDir, plan: Plan, name: str | None = None) -> NamedModel:
-    """What a run trained: its adapter, or its model if it trained in full."""
+    """The result of a run: its adapter, or its model if it trained in full."""
     kind = plan.adapter.result
     folder = run.model if kind == "trained" else run.adapter
     return NamedModel(name or kind, kind, str(folder), plan, run, _digest(folder))
@@ -203,7 +203,7 @@ class Loaded:
         return self.model
 
     def use_model(self, model: NamedModel) -> LoadedModel:
-        """What runs as one of the compared models."""
+        """The model in memory, in use as one of the compared ones."""
         return self.use(model.name if model.kind == "adapter" else BASE)
 
     @contextlib.contextmanager
@@ -363,7 +363,7 @@ def _models(options: Options, run: RunDir, plan: Plan, stack: contextlib.ExitSta
 
 
 def _at(path: Path, name: str, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> NamedModel:
-    """What a path in --compare is: a run, a merged model, or an adapter."""
+    """The model at a path in --compare: a run, a merged model, or an adapter."""
     if RunDir(path).is_run:
         other, its = stack.enter_context(open_run(path))
         check_same_base(run, other)

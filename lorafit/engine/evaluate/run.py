@@ -18,9 +18,17 @@ from lorafit.bounds import read_json
 from lorafit.engine.data.prepare import Prepared
 from lorafit.engine.evaluate import benchmarks
 from lorafit.engine.evaluate.benchmarks import Benchmarked
-from lorafit.engine.evaluate.measure import judge_answers, judge_remarks, measure, metrics_of, with_metrics
+from lorafit.engine.evaluate.measure import (
+    judge_answers,
+    judge_remarks,
+    measure,
+    metrics_of,
+    samples_of,
+    score,
+    speeds,
+    with_metrics,
+)
 from lorafit.engine.evaluate.models import Comparison, NamedModel, groups, loaded, opened
-from lorafit.engine.evaluate.scores import samples_of, score, speeds
 from lorafit.engine.evaluate.sets import EvalRows, option_rows, read_sets
 from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
@@ -42,8 +50,9 @@ from lorafit.evaluation.report.write import Training, write_reports
 from lorafit.evaluation.results import Difference, Figure, Gate, Model, Results
 from lorafit.files import claim, file_digest, writing
 from lorafit.judge import endpoint_of
-from lorafit.options.evaluate import Options, task_files
+from lorafit.options.evaluate import Options
 from lorafit.plan import Plan
+from lorafit.plan.evaluation import task_files
 from lorafit.progress import each, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.run.directory import RunDir, located
@@ -53,7 +62,7 @@ from lorafit.written import as_written
 
 @dataclass(frozen=True)
 class Work:
-    """What an evaluation needs, all of it checked.
+    """An evaluation that was checked and can be run.
 
     Attributes:
         sets: by name.
@@ -101,7 +110,7 @@ def _training(run: RunDir) -> Training:
 
 
 def _needed(options: Options, comparison: Comparison) -> Iterator[Path]:
-    """What an evaluation reads, which its output must not replace."""
+    """Files and folders that an evaluation reads, which its output must not replace."""
     yield from (comparison.run.path, options.path)
     yield from (located(model.path) for model in comparison.models)
     data = comparison.plan.data
@@ -249,7 +258,7 @@ def assemble(work: Work, records: Records, found: Benchmarked, options: Options)
 
 
 def _alike(differences: list[Difference], figures: dict[str, Figure]) -> Iterator[str]:
-    """What an interval without width does not say, where there is one."""
+    """A remark on intervals without width, where there are some."""
     if alike := [one for one in differences if one.low is not None and one.low == one.high and one.value]:
         rows = min(figures[f"{one.set}.{one.metric}.{one.model}"].rows for one in alike)
         yield (
@@ -277,7 +286,7 @@ def _model(model: NamedModel, records: Records) -> Model:
 
 
 def _key(work: Work) -> dict[str, Any]:
-    """What the records depend on, as it may be kept."""
+    """Everything that the records depend on, as it may be written."""
     comparison = work.comparison
     section, references = comparison.section, comparison.references
     written = section.model_dump(mode="json")

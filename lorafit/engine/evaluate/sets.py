@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
 from lorafit.engine.data.prepare import Prepared, prepare, rows_of
 from lorafit.engine.data.render import Renderer, special_tokens
-from lorafit.engine.evaluate.likelihood import Choice
+from lorafit.engine.evaluate.likelihood import Choice, common
 from lorafit.errors import DataError
 from lorafit.evaluation.figures import HELD_OUT
-from lorafit.evaluation.metrics import AnswerMetric
+from lorafit.evaluation.metrics.answers import AnswerMetric
 from lorafit.evaluation.results import Metric
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.facts.template import REASONING, opens_reasoning, without_header, without_reasoning
-from lorafit.options.evaluate import sets_of
 from lorafit.plan import Plan, SourcePlan
+from lorafit.plan.evaluation import sets_of
 from lorafit.recipe.schema import EvalSection, EvalSet
 from lorafit.rows import Example, Fault, Row, detect_format, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
@@ -300,7 +300,7 @@ def _cut_off(rows: Dataset, max_length: int, special: Collection[int]) -> Iterat
 
 
 def _lost(name: str, read: _Read, cut: int, max_length: int) -> Iterator[str]:
-    """What a set does not have of the rows that were read for it."""
+    """Remarks on rows that were read for a set and are not in it, or only in part."""
     if cut:
         yield (
             f"{name}: max_length {max_length} cuts {cut} of {len(read.rows)} rows in or before their last answer: "
@@ -375,7 +375,7 @@ def as_question(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Ques
 
 
 def said(ids: Sequence[int], prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, made: bool = True) -> str:
-    """What an answer says: without the reasoning it begins with, control tokens, and the white space around it.
+    """The text of an answer: without the reasoning it begins with, control tokens, and the white space around it.
 
     Args:
         made: whether a model made it after that prompt. An expected answer may know nothing of reasoning.
@@ -417,7 +417,7 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
             raise DataError(f"{raw.place}: an option can't be an answer: the template leaves it out, or it is cut off")
         ids = [row.input_ids.tolist() for row in made]
         spans = [_answer_span({"labels": row.labels.tolist(), "asked": row.asked}) for row in made]
-        shared = min(_common(ids), *(start for start, _ in spans))
+        shared = min(common(ids), *(start for start, _ in spans))
         parts = [row[shared : end + 1] for row, (_, end) in zip(ids, spans, strict=True)]
         own = _answer(example).strip()
         expected = next((number for number, option in enumerate(options) if option.strip() == own), -1)
@@ -474,13 +474,3 @@ def _with_answer(example: Example, answer: str) -> Example:
 def _spaced(completion: str, answer: str) -> str:
     """The answer after the white space with which the row's own completion begins."""
     return completion[: len(completion) - len(completion.lstrip())] + answer.strip()
-
-
-def _common(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with, leaving each at least one of its own."""
-    count = 0
-    for tokens in zip(*rows, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        count += 1
-    return min(count, *(len(row) - 1 for row in rows))

@@ -48,7 +48,7 @@ def refuse_code(file: Path, seen: frozenset[Path] = frozenset()) -> None:
 
 
 def _includes(file: Path) -> list[Any]:
-    """What a file includes, if it would run no code."""
+    """The files that a file includes, if it would run no code."""
     allow = "set eval.trust_code: true if you trust it"
     try:
         text = read_bytes(file)
@@ -87,7 +87,7 @@ def _metrics(config: Any) -> Iterator[str]:
 
 
 def _values_of(config: Any, key: str) -> Iterator[Any]:
-    """What a key has anywhere in a file."""
+    """The values of a key anywhere in a file."""
     values = config.values() if isinstance(config, dict) else config if isinstance(config, list) else ()
     for value in values:
         yield from _values_of(value, key)

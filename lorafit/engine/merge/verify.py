@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.engine.data.encode import IGNORED
+from lorafit.engine.evaluate.likelihood import divergence
 from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.source import Base, Source
 from lorafit.engine.model import keep_gradients, load_adapter, load_base, loading, on_cpu
@@ -143,8 +144,7 @@ def _larger(one: float, other: float) -> float:
 
 def _kl(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
     """(positions,) divergences of two (positions, vocabulary) logits; not finite where a logit is not."""
-    one, other = mine.log_softmax(-1), its.log_softmax(-1)
-    return (one.exp() * (one - other)).sum(-1).clamp_min(0)  # rounding makes it less at times
+    return divergence(mine.log_softmax(-1), its.log_softmax(-1))
 
 
 def measure(source: Source, base: Base, rows: list[Probe], shown: str) -> Reference:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
-from lorafit.evaluation.metrics.metric import AnswerMetric, Judged
+from lorafit.evaluation.metrics.answers import AnswerMetric, Judged
 from lorafit.evaluation.results import Metric
 from lorafit.text import first_line, printable
 
@@ -74,7 +74,7 @@ def custom_metric(spec: str) -> AnswerMetric:
 
 
 def custom_info(spec: str) -> Metric:
-    """What the figure of `module:function` is called. Raises UsageError for what is not written so."""
+    """The figure of `module:function`. Raises UsageError for what is not written so."""
     if not _SPEC.fullmatch(spec):
         raise UsageError(f"metric '{spec}': a metric of your own is named module:function, in letters, digits and _")
     name = spec.partition(":")[2]
@@ -111,7 +111,7 @@ def check_function(spec: str) -> None:
 
 
 def _definition(file: str, name: str, spec: str) -> ast.AST | None:
-    """What gives a module's global name its value, last; any node where that can't be told; None: nothing does."""
+    """The node that gives a module's global name its last value; any node where that can't be told; None: none does."""
     try:
         tree = ast.parse(read_bytes(Path(file), LARGEST_MODULE))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:

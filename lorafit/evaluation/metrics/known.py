@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafit.errors import UsageError
-from lorafit.evaluation.metrics import structured, text
-from lorafit.evaluation.metrics import text as overlap
+from lorafit.evaluation.metrics import answers
+from lorafit.evaluation.metrics.answers import AnswerMetric, PairScore, load_extra
 from lorafit.evaluation.metrics.custom import check_function, custom_info, custom_metric
-from lorafit.evaluation.metrics.metric import AnswerMetric, PairScore, load_extra
-from lorafit.evaluation.results import Metric
+from lorafit.evaluation.results import Better, Metric
 from lorafit.text import near
 
 MetricSpec = str | Mapping[str, str]
@@ -48,7 +47,7 @@ class KnownMetric:
 
     @property
     def about(self) -> str:
-        """What it is: the first line of its function's docstring; of both, where an argument may be left out."""
+        """A sentence about it: the first line of its function's docstring, or of both if its argument is optional."""
         functions = [function for function in (self.plain, self.bind) if function is not None]
         return " With an argument: ".join((inspect.getdoc(function) or "").partition("\n")[0] for function in functions)
 
@@ -76,9 +75,6 @@ class KnownMetric:
         return self.plain
 
 
-Better = Literal["higher", "lower"] | None
-
-
 def _metric(
     name: str,
     label: str,
@@ -96,34 +92,34 @@ def _metric(
 METRICS: Mapping[str, KnownMetric] = {
     known.info.name: known
     for known in (
-        _metric("exact_match", "exact match", text.exact_match),
-        _metric("exact_match_normalized", "exact match, normalized", text.exact_match_normalized),
-        _metric("token_f1", "token F1", text.token_f1),
-        _metric("contains", "contains", text.contains, bind=text.contains_text, argument="TEXT"),
-        _metric("regex", "matches the expression", bind=text.regex, argument="PATTERN"),
-        _metric("json_valid", "is JSON", structured.json_valid),
-        _metric("json_match", "same JSON", structured.json_match),
+        _metric("exact_match", "exact match", answers.exact_match),
+        _metric("exact_match_normalized", "exact match, normalized", answers.exact_match_normalized),
+        _metric("token_f1", "token F1", answers.token_f1),
+        _metric("contains", "contains", answers.contains, bind=answers.contains_text, argument="TEXT"),
+        _metric("regex", "matches the expression", bind=answers.regex, argument="PATTERN"),
+        _metric("json_valid", "is JSON", answers.json_valid),
+        _metric("json_match", "same JSON", answers.json_match),
         _metric(
             "json_schema",
             "fits the schema",
-            bind=structured.json_schema,
+            bind=answers.json_schema,
             argument="PATH",
             needs="jsonschema.validators",
         ),
-        _metric("rouge_1", "ROUGE-1", overlap.rouge_1),
-        _metric("rouge_2", "ROUGE-2", overlap.rouge_2),
-        _metric("rouge_l", "ROUGE-L", overlap.rouge_l),
-        _metric("chrf", "chrF", overlap.chrf, needs="sacrebleu.metrics"),
-        _metric("bleu", "BLEU", overlap.bleu, needs="sacrebleu.metrics"),
-        _metric("words", "words", text.words, unit="number", better=None),
-        _metric("repetition", "repetition", text.repetition, better="lower"),
+        _metric("rouge_1", "ROUGE-1", answers.rouge_1),
+        _metric("rouge_2", "ROUGE-2", answers.rouge_2),
+        _metric("rouge_l", "ROUGE-L", answers.rouge_l),
+        _metric("chrf", "chrF", answers.chrf, needs="sacrebleu.metrics"),
+        _metric("bleu", "BLEU", answers.bleu, needs="sacrebleu.metrics"),
+        _metric("words", "words", answers.words, unit="number", better=None),
+        _metric("repetition", "repetition", answers.repetition, better="lower"),
     )
 }
 """By name, in the order of the documentation."""
 
 
 def metric_info(spec: MetricSpec) -> Metric:
-    """What a metric measures. No file is read, and no code imported.
+    """The description of a metric. No file is read, and no code imported.
 
     Raises UsageError if there is no such metric, or its argument is wrong, as far as the recipe alone can tell.
     """
@@ -201,6 +197,6 @@ def make_metrics(specs: Iterable[MetricSpec]) -> tuple[AnswerMetric, ...]:
 
 def default_metrics(expected: Iterable[str]) -> tuple[MetricSpec, ...]:
     """The metrics where a recipe names none: those of JSON too if every expected answer is a JSON object or array."""
-    answers = list(expected)
-    is_json = bool(answers) and all(map(structured.is_json, answers))
+    given = list(expected)
+    is_json = bool(given) and all(map(answers.is_json, given))
     return (*DEFAULTS, *(JSON_DEFAULTS if is_json else ()), "repetition")

@@ -11,13 +11,14 @@ from lorafit.evaluation.report.words import change, count
 from lorafit.evaluation.results import Difference, Metric
 
 MOST_POINTS = 600
-"""Of a curve; longer ones keep the lowest and the highest value of every stretch."""
+"""Points of a curve; longer ones keep the lowest and the highest value of every stretch."""
 LOG_FROM = 50.0
 """Ratio of the highest to the lowest value from which an axis is logarithmic."""
 
 BAR_WIDTH, BAR_HEIGHT, BAR_HALF = 240, 22, 112
 
 Points = list[tuple[float, float]]
+Name = Literal["train", "validation"]
 State = Literal["better", "worse", "same", "unclear", "higher", "lower"]
 
 
@@ -31,8 +32,7 @@ class Tick:
 class Curve:
     """A line of a chart: its path, and the points themselves where they are few."""
 
-    name: str
-    kind: Literal["train", "validation"]
+    name: Name
     path: str
     dots: tuple[tuple[float, float], ...]
 
@@ -55,7 +55,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Panel:
-    """What a chart shows: fields of metrics.jsonl."""
+    """A chart of fields of metrics.jsonl."""
 
     id: str
     title: str
@@ -79,27 +79,28 @@ def learning_curves(lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """The charts of a run's metrics.jsonl that there are numbers for."""
     charts = []
     for panel in PANELS:
-        series = {"train": _series(lines, panel.train)}
-        if panel.validation:
-            series["validation"] = _series(lines, panel.validation)
+        series: dict[Name, Points] = {
+            "train": _series(lines, panel.train),
+            "validation": _series(lines, panel.validation),
+        }
         found = {name: points for name, points in series.items() if points}
         if sum(map(len, found.values())) > 1:
             charts.append(_chart(panel, found))
     return charts
 
 
-def _series(lines: Iterable[Mapping[str, Any]], field: str) -> Points:
-    found = {
-        line["step"]: line[field] for line in lines if _is_number(line.get("step")) and _is_number(line.get(field))
-    }
+def _series(lines: Iterable[Mapping[str, Any]], field: str | None) -> Points:
+    """The values of a field by step; the last of a step counts."""
+    pairs: list[tuple[Any, Any]] = [(line.get("step"), line.get(field)) for line in lines if field]
+    found = {step: value for step, value in pairs if is_number(step) and is_number(value)}
     return sorted((float(step), float(value)) for step, value in found.items())
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _chart(panel: Panel, series: Mapping[str, Points]) -> Chart:
+def _chart(panel: Panel, series: Mapping[Name, Points]) -> Chart:
     values = [value for points in series.values() for _, value in points]
     steps = [step for points in series.values() for step, _ in points]
     is_log = panel.may_be_log and min(values) > 0 and max(values) / min(values) >= LOG_FROM
@@ -119,12 +120,7 @@ def _chart(panel: Panel, series: Mapping[str, Points]) -> Chart:
     for name, points in series.items():
         places = tuple((x(step), y(value)) for step, value in _thinned(points))
         path = "M" + "L".join(f"{across:g},{height:g}" for across, height in places)
-        is_train = name == "train"
-        curves.append(
-            Curve(
-                name, "train" if is_train else "validation", path, places if len(places) <= 60 and not is_train else ()
-            )
-        )
+        curves.append(Curve(name, path, places if name == "validation" and len(places) <= 60 else ()))
     return Chart(
         id=panel.id,
         title=f"{panel.title}, logarithmic scale" if is_log else panel.title,
@@ -141,7 +137,7 @@ def _chart(panel: Panel, series: Mapping[str, Points]) -> Chart:
     )
 
 
-def _summary(series: Mapping[str, Points]) -> str:
+def _summary(series: Mapping[Name, Points]) -> str:
     parts = []
     for name, points in series.items():
         (first, began), (last, ended) = points[0], points[-1]

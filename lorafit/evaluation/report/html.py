@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,20 +16,29 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorafit.evaluation.report import charts, words
-from lorafit.evaluation.report.charts import Bar, State, bar, extent, state_of
-from lorafit.evaluation.report.words import change, count, in_bytes, interval, number, quantity, size
-from lorafit.evaluation.results import Answer, Difference, Metric, Results, Sample
+from lorafit.evaluation.report.charts import Bar, State, bar, extent, is_number, state_of
+from lorafit.evaluation.report.words import (
+    DifferenceRow,
+    FigureRow,
+    count,
+    difference_rows,
+    figure_rows,
+    in_bytes,
+    number,
+    quantity,
+)
+from lorafit.evaluation.results import Answer, Metric, Results, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.files import write_text
 
 MOST_CHARACTERS = 20_000
-"""Of one text; the rest of it is in samples.jsonl."""
+"""Characters of one text; the rest of it is in samples.jsonl."""
 MOST_TEXT = 24_000_000
 """Characters of all texts; a browser shows a page of that size at once."""
 SHOWN = 50
 """Examples on a page of the table, and in the HTML itself for readers without JavaScript."""
 SHOWN_CHARACTERS = 1_000
-"""Of a text in the HTML itself."""
+"""Characters of a text in the HTML itself."""
 
 
 @dataclass
@@ -71,7 +80,7 @@ def write_html(
             # Markup that needs no escaping: our own, and JSON without any character of markup.
             data=Markup(as_json(_data(results, examples.kept))),
             results=results,
-            verdict=verdict(results),
+            verdict=outcome(results),
             keys=keys(results),
             sets=sets_of(results),
             curves=charts.learning_curves(metrics),
@@ -93,8 +102,11 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=words.visible,
     )
-    environment.filters |= {"moment": words.moment, "quantity": words.quantity, "change": words.change}
+    environment.filters |= {"moment": words.moment, "quantity": words.quantity, "size": words.size}
     environment.globals |= {
+        "cells": cells,
+        "note": note,
+        "state_of": state_of,
         "count": words.count,
         "shortened": shortened,
         "shown": SHOWN,
@@ -213,7 +225,7 @@ def flat(data: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
 
 MOST_KEYS = 4
 """Differences in the head of the page."""
-UNTOLD = ("token_accuracy", "ended", "repetition", "agreement")
+SAY_LITTLE = ("token_accuracy", "ended", "repetition", "agreement")
 """Shares that say little alone."""
 
 
@@ -221,121 +233,77 @@ UNTOLD = ("token_accuracy", "ended", "repetition", "agreement")
 class Key:
     """A main difference, for the head of the page."""
 
-    label: str
-    against: str
+    set: str
+    row: DifferenceRow
     before: str
     after: str
-    change: str
-    interval: str
-    rows: str
-    state: State
 
+    @property
+    def rows(self) -> str:
+        one = self.row.difference
+        return count(one.wins + one.ties + one.losses, "row")
 
-@dataclass(frozen=True)
-class Cell:
-    value: str
-    interval: str
-    rows: str
-    is_best: bool
-
-
-@dataclass(frozen=True)
-class FigureRow:
-    label: str
-    name: str
-    note: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class DifferenceRow:
-    label: str
-    bar: Bar | None
-    value: str
-    interval: str
-    state: str
-    wins: int
-    ties: int
-    losses: int
-    detectable: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    model: str
-    against: str
-    rows: tuple[DifferenceRow, ...]
+    @property
+    def state(self) -> State:
+        return state_of(self.row.difference, self.row.metric)
 
 
 @dataclass(frozen=True)
 class SetContent:
+    """A set with its tables."""
+
     name: str
-    role: str
-    source: str
-    rows: str
+    info: SetInfo
     figures: tuple[FigureRow, ...]
-    pairs: tuple[Pair, ...]
+    pairs: dict[tuple[str, str], list[tuple[DifferenceRow, Bar | None]]]
+    """By model and what it is compared with, in the order of the metrics."""
+
+    @property
+    def rows(self) -> str:
+        info = self.info
+        answered = "all answered" if info.answered == info.rows else f"{info.answered:,} of them answered"
+        return f"{count(info.rows, 'row')}, {answered}" if info.answered else count(info.rows, "row")
 
 
 def sets_of(results: Results) -> list[SetContent]:
-    return [_set(results, name, info) for name, info in results.sets.items()]
+    return [
+        SetContent(name, info, tuple(figure_rows(results, name)), _pairs(results, name))
+        for name, info in results.sets.items()
+    ]
 
 
-def _set(results: Results, name: str, info: SetInfo) -> SetContent:
-    answered = "all answered" if info.answered == info.rows else f"{info.answered:,} of them answered"
-    rows = f"{count(info.rows, 'row')}, {answered}" if info.answered else count(info.rows, "row")
-    figures = tuple(_figure_row(results, name, info, metric) for metric in info.metrics)
-    return SetContent(name, info.role, info.source, rows, figures, tuple(_pairs(results, name, info)))
+def _pairs(results: Results, name: str) -> dict[tuple[str, str], list[tuple[DifferenceRow, Bar | None]]]:
+    rows = list(difference_rows(results, name))
+    found: dict[tuple[str, str], list[tuple[DifferenceRow, Bar | None]]] = {row.pair: [] for row in rows}
+    for metric in results.sets[name].metrics:
+        of_metric = [row for row in rows if row.metric == metric]
+        most = extent(row.difference for row in of_metric)
+        for row in of_metric:
+            found[row.pair].append((row, bar(row.difference, metric, most)))
+    return found
 
 
-def _figure_row(results: Results, name: str, info: SetInfo, metric: Metric) -> FigureRow:
-    figures = [results.figure(name, metric.name, model) for model in results.models]
-    values = [figure.value for figure in figures if figure is not None and figure.value is not None]
-    shown = [quantity(value, metric.unit) for value in values]
-    best = quantity((max if metric.better == "higher" else min)(values), metric.unit) if values else ""
+def cells(row: FigureRow, info: SetInfo) -> list[tuple[str, str, str, bool]]:
+    """By model: the value, its interval, its rows where they are not the set's, and whether it is the best."""
+    metric, values = row.metric, [figure.value for figure in row.figures if figure and figure.value is not None]
     # By what is shown: of two figures that read alike, none is marked as the better one.
-    told_apart = metric.better is not None and len(set(shown)) > 1
-    cells = tuple(
-        Cell(
-            quantity(figure.value, metric.unit),
-            interval(figure.low, figure.high, metric.unit),
-            "" if figure.rows in (info.rows, info.answered) else count(figure.rows, "row"),
-            told_apart and figure.value is not None and quantity(figure.value, metric.unit) == best,
-        )
-        if figure
-        else Cell(quantity(None, metric.unit), "", "", False)
-        for figure in figures
-    )
-    note = {"higher": "higher is better", "lower": "lower is better", None: ""}[metric.better]
+    told_apart = metric.better is not None and len({quantity(value, metric.unit) for value in values}) > 1
+    best = quantity((max if metric.better == "higher" else min)(values), metric.unit) if told_apart else None
+    own = (info.rows, info.answered)
+    rows = ["" if figure is None or figure.rows in own else count(figure.rows, "row") for figure in row.figures]
+    each = zip(row.values, row.intervals, rows, strict=True)
+    return [(value, ends, of_rows, value == best) for value, ends, of_rows in each]
+
+
+def note(metric: Metric) -> str:
+    """The unit of a metric, and which way it should go."""
+    better = {"higher": "higher is better", "lower": "lower is better", None: ""}[metric.better]
     unit = metric.unit if metric.unit in ("nats", "bits", "tokens") else ""
-    return FigureRow(metric.label, metric.name, ", ".join(part for part in (unit, note) if part), cells)
+    return ", ".join(part for part in (unit, better) if part)
 
 
-def _pairs(results: Results, name: str, info: SetInfo) -> Iterator[Pair]:
-    metrics = {metric.name: metric for metric in info.metrics}
-    differences = [one for one in results.differences if one.set == name and one.metric in metrics]
-    extents = {metric: extent(one for one in differences if one.metric == metric) for metric in metrics}
-    for model, against in dict.fromkeys((one.model, one.against) for one in differences):
-        found = {one.metric: one for one in differences if (one.model, one.against) == (model, against)}
-        rows = (_difference_row(found[key], metrics[key], extents[key]) for key in metrics if key in found)
-        yield Pair(model, against, tuple(rows))
-
-
-def _difference_row(one: Difference, metric: Metric, most: float) -> DifferenceRow:
-    return DifferenceRow(
-        metric.label,
-        bar(one, metric, most),
-        change(one.value, metric.unit),
-        interval(one.low, one.high, metric.unit, signed=True),
-        state_of(one, metric),
-        one.wins,
-        one.ties,
-        one.losses,
-        size(one.detectable, metric.unit),
-    )
-
-
-def verdict(results: Results) -> str:
+def outcome(results: Results) -> str:
+    """What became of the gates."""
     failed, gates = len(results.failed), len(results.gates)
     if not gates:
         return "No gates were set"
@@ -346,41 +314,28 @@ def verdict(results: Results) -> str:
 
 def keys(results: Results) -> list[Key]:
     """The main difference of every set, against the first model, which is the base; those of tasks first."""
-    models = list(results.models)
-    found = []
-    for role in ("task", "benchmark", "forgetting"):
-        for name, info in results.sets.items():
-            key = _key(results, name, info, models) if info.role == role else None
-            if key:
-                found.append(key)
-    return found[:MOST_KEYS]
+    roles = ("task", "benchmark", "forgetting")
+    in_order = sorted(results.sets, key=lambda name: roles.index(results.sets[name].role))
+    return [key for name in in_order if (key := _key(results, name))][:MOST_KEYS]
 
 
-def _key(results: Results, name: str, info: SetInfo, models: list[str]) -> Key | None:
-    here = [one for one in results.differences if one.set == name and one.value is not None]
-    pair = next(((one.model, one.against) for one in here if models and one.against == models[0]), None)
-    pair = pair or next(((one.model, one.against) for one in here), None)
-    by_metric = {one.metric: one for one in here if (one.model, one.against) == pair}
-    telling = sorted((metric for metric in info.metrics if metric.better and metric.name in by_metric), key=_telling)
+def _key(results: Results, name: str) -> Key | None:
+    here = [row for row in difference_rows(results, name) if row.difference.value is not None]
+    pairs = [row.pair for row in here]
+    pair = next((pair for pair in pairs if pair[1] == next(iter(results.models), None)), pairs[0] if pairs else None)
+    known = {row.metric.name: row for row in here if row.pair == pair}
+    telling = [metric for metric in results.sets[name].metrics if metric.better and metric.name in known]
     if not telling:
         return None
-    metric, one = telling[0], by_metric[telling[0].name]
-    before, after = (results.figure(name, metric.name, model) for model in (one.against, one.model))
-    return Key(
-        label=f"{name}: {metric.label}",
-        against=f"{one.model} against {one.against}",
-        before=quantity(before.value if before else None, metric.unit),
-        after=quantity(after.value if after else None, metric.unit),
-        change=change(one.value, metric.unit),
-        interval=interval(one.low, one.high, metric.unit, signed=True),
-        rows=count(one.wins + one.ties + one.losses, "row"),
-        state=state_of(one, metric),
-    )
+    row = known[min(telling, key=_telling).name]
+    before, after = (results.figure(name, row.metric.name, model) for model in reversed(row.pair))
+    shown = [quantity(figure.value if figure else None, row.metric.unit) for figure in (before, after)]
+    return Key(name, row, *shown)
 
 
 def _telling(metric: Metric) -> bool:
-    """False for shares of right answers, which say more to people than likelihoods; they sort first."""
-    return metric.unit != "share" or metric.better != "higher" or metric.name in UNTOLD
+    """False for shares of right answers, which say more to people than likelihoods; they come first."""
+    return metric.unit != "share" or metric.better != "higher" or metric.name in SAY_LITTLE
 
 
 def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -389,14 +344,14 @@ def memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         (f"predicted, {kind}", in_bytes(predicted[kind]), str(predicted.get("method", "")))
         for kind in predicted
-        if _is_number(predicted[kind])
+        if is_number(predicted[kind])
     ]
     for kind, value in measured.items():
         # On the CPU the whole process is measured, with libraries that the prediction leaves out.
         basis = predicted.get(kind)
-        note = f"{100 * (value / basis - 1):+.1f}% of the predicted" if _is_number(basis) and basis else ""
+        note = f"{100 * (value / basis - 1):+.1f}% of the predicted" if is_number(basis) and basis else ""
         rows.append((f"measured, {kind}", in_bytes(value), note.replace("-", "−")))
-    if _is_number(memory.get("baseline")):
+    if is_number(memory.get("baseline")):
         rows.append(("before the training", in_bytes(memory["baseline"]), "what the process held already"))
     return rows
 
@@ -417,10 +372,10 @@ def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     figures, limits = verification.get("figures") or {}, verification.get("limits") or {}
     rows = []
     for name, label, limit, word in MERGE_FIGURES:
-        if _is_number(figures.get(name)):
+        if is_number(figures.get(name)):
             unit = "share" if name == "top1" else "nats"
             demanded = limits.get(limit) if limit else None
-            shown = f"{word} {quantity(demanded, unit)}" if _is_number(demanded) else ""
+            shown = f"{word} {quantity(demanded, unit)}" if is_number(demanded) else ""
             rows.append((label, quantity(figures[name], unit), shown))
     return rows
 
@@ -428,18 +383,14 @@ def merge_rows(merge: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 def merge_facts(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
     targets = merge.get("targets") or []
     method, base = merge.get("method") or {}, merge.get("base_weights") or {}
-    changes = [target.get("relative") for target in targets if _is_number(target.get("relative"))]
+    changes = [target.get("relative") for target in targets if is_number(target.get("relative"))]
     verification = merge.get("verification") or {}
     facts = [
         ("base weights", f"{base.get('used')}: {base.get('reason')}" if base.get("used") else ""),
         ("method", f"{method.get('used')}: {method.get('reason')}" if method.get("used") else ""),
-        ("matrices merged", f"{merge['merged']:,}" if _is_number(merge.get("merged")) else ""),
+        ("matrices merged", f"{merge['merged']:,}" if is_number(merge.get("merged")) else ""),
         ("relative change of a matrix", f"{number(min(changes), 4)} to {number(max(changes), 4)}" if changes else ""),
         ("type and size", f"{merge.get('dtype')}, {in_bytes(merge.get('bytes'))}" if merge.get("dtype") else ""),
         ("checked on", str(verification.get("rows") or "")),
     ]
     return [(name, value) for name, value in facts if value]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

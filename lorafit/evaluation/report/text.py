@@ -1,4 +1,4 @@
-"""An evaluation as text: for a terminal, for a pull request, and its gates as JUnit XML; and what all reports say."""
+"""An evaluation as text: for a terminal, for a pull request, and its gates as JUnit XML."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from rich.table import Table
 from rich.text import Text
 
 from lorafit.console import Console, print_line, print_table, table
-from lorafit.evaluation.report.words import change, interval, quantity, visible
-from lorafit.evaluation.results import Difference, Metric, Results, Sample
-from lorafit.evaluation.results import Set as SetInfo
+from lorafit.evaluation.report.words import DifferenceRow, FigureRow, difference_rows, figure_rows, quantity, visible
+from lorafit.evaluation.results import Difference, Results, Sample
 
 BRIEF = {
     "task": (
@@ -53,16 +51,15 @@ MOST_METRICS = 2
 def verdict(results: Results) -> str:
     """The main differences, whether they are more than noise, and the gates."""
     parts = []
-    for main in _main(results):
-        metric = metric_of(results, main)
-        before, after = (results.figures[f"{main.set}.{main.metric}.{m}"].value for m in (main.against, main.model))
-        ends = interval(main.low, main.high, metric.unit, signed=True)
-        sure = "more than noise" if main.is_clear else _unclear(main)
-        shown = f"{quantity(before, metric.unit)} → {quantity(after, metric.unit)}"
-        count = results.figures[f"{main.set}.{main.metric}.{main.model}"].rows
+    for row in _main(results):
+        one, metric = row.difference, row.metric
+        before, after = (results.figures[f"{one.set}.{one.metric}.{model}"] for model in (one.against, one.model))
+        sure = "more than noise" if one.is_clear else _unclear(one)
+        shown = f"{quantity(before.value, metric.unit)} → {quantity(after.value, metric.unit)}"
+        rows = f"{after.rows} row{'s' * (after.rows != 1)}"
         parts.append(
-            f"{metric.label} of {main.model} against {main.against}: {shown}, {change(main.value, metric.unit)} "
-            f"({f'95% interval {ends}; ' if ends else ''}{sure}; {count} row{'s' * (count != 1)})"
+            f"{metric.label} of {one.model} against {one.against}: {shown}, {row.value} "
+            f"({f'95% interval {row.interval}; ' if row.interval else ''}{sure}; {rows})"
         )
     if results.gates:
         failed = len(results.failed)
@@ -78,11 +75,10 @@ def _unclear(one: Difference) -> str:
     return "within noise" if has_zero else "too few rows to tell"
 
 
-def _main(results: Results) -> list[Difference]:
+def _main(results: Results) -> list[DifferenceRow]:
     """Differences of the first task set in what the gates ask for (else exact match or accuracy) and in the loss."""
-    tasks = [name for name, info in results.sets.items() if info.role != "forgetting"]
-    for name in tasks:
-        known = {one.metric: one for one in reversed(results.differences) if one.set == name and one.value is not None}
+    for name in (name for name, info in results.sets.items() if info.role != "forgetting"):
+        known = {row.metric.name: row for row in reversed(_differing(results, name))}
         gated = re.compile(rf"(?<![\w.-]){re.escape(name)}\.(\w+)\.")
         asked = [metric for gate in results.gates for metric in gated.findall(gate.gate)]
         usual = [metric for metric in ("exact_match", "accuracy") if metric in known][:1]
@@ -92,76 +88,48 @@ def _main(results: Results) -> list[Difference]:
     return []
 
 
-def metric_of(results: Results, difference: Difference) -> Metric:
-    return next(metric for metric in results.sets[difference.set].metrics if metric.name == difference.metric)
+def _differing(results: Results, name: str) -> list[DifferenceRow]:
+    return [row for row in difference_rows(results, name) if row.difference.value is not None]
 
 
-def brief(info: SetInfo) -> list[Metric]:
-    """The metrics of a set that are shown where there is little room."""
+def brief(results: Results, name: str) -> tuple[list[FigureRow], list[DifferenceRow]]:
+    """The rows of a set's tables that are shown where there is little room."""
+    info = results.sets[name]
     first = BRIEF.get(info.role, ())
-    own = [metric for metric in info.metrics if metric.name not in (*first, *UNTOLD)]
-    return [metric for metric in info.metrics if metric.name in first] + (own if info.role != "forgetting" else [])
+    left_out = {metric.name for metric in info.metrics if metric.name in UNTOLD or info.role == "forgetting"}
+    figures = [row for row in figure_rows(results, name) if row.has_value]
+    differences = _differing(results, name)
+
+    def is_shown(metric: str) -> bool:
+        return metric in first or metric not in left_out
+
+    return (
+        sorted((row for row in figures if is_shown(row.metric.name)), key=lambda row: row.metric.name not in first),
+        [row for row in differences if is_shown(row.metric.name)],
+    )
 
 
-@dataclass(frozen=True)
-class Row:
-    """A metric of all models: values and intervals by model, `–` and nothing where there is none."""
-
-    label: str
-    values: tuple[str, ...]
-    intervals: tuple[str, ...]
-
-
-def figure_rows(results: Results, name: str, metrics: list[Metric]) -> Iterator[Row]:
-    for metric in metrics:
-        found = [results.figure(name, metric.name, model) for model in results.models]
-        if any(figure is not None and figure.value is not None for figure in found):
-            yield Row(
-                metric.label,
-                tuple(quantity(figure.value if figure else None, metric.unit) for figure in found),
-                tuple(interval(figure.low, figure.high, metric.unit) if figure else "" for figure in found),
-            )
+def says(row: DifferenceRow) -> str:
+    """How a difference is read."""
+    one, better = row.difference, row.metric.better
+    if not one.is_clear:
+        return "same" if one.is_same else _unclear(one)
+    if better is None:
+        return "differs"
+    return "better" if (one.value or 0) * (1 if better == "higher" else -1) > 0 else "worse"
 
 
-@dataclass(frozen=True)
-class DifferenceRow:
-    """A difference as text."""
-
-    model: str
-    against: str
-    label: str
-    value: str
-    interval: str
-    rows: str
-    """Won, tied and lost."""
-    says: str
-    detectable: str
-
-
-def difference_rows(results: Results, name: str, metrics: list[Metric]) -> Iterator[DifferenceRow]:
-    known = {metric.name: metric for metric in metrics}
-    for one in results.differences:
-        metric = known.get(one.metric)
-        if one.set != name or metric is None or one.value is None:
-            continue
-        better = one.value * (1 if metric.better != "lower" else -1) > 0
-        direction = "" if metric.better is None else "better" if better else "worse"
-        yield DifferenceRow(
-            one.model,
-            one.against,
-            metric.label,
-            change(one.value, metric.unit),
-            interval(one.low, one.high, metric.unit, signed=True),
-            f"{one.wins}/{one.ties}/{one.losses}",
-            (direction or "differs") if one.is_clear else "same" if one.is_same else _unclear(one),
-            quantity(one.detectable, metric.unit),
-        )
+def _cells(row: DifferenceRow) -> tuple[str, ...]:
+    """The cells of a row: models, metric, difference, interval, rows won, tied and lost, reading, detectable."""
+    one = row.difference
+    won, least = f"{one.wins}/{one.ties}/{one.losses}", quantity(one.detectable, row.metric.unit)
+    return (f"{one.model} − {one.against}", row.metric.label, row.value, row.interval, won, says(row), least)
 
 
 MOST_TEXT = 300
 """Characters of a name, a path or a sentence."""
 MOST_BYTES = 36_000
-"""Of what stands before the settings; a comment on a pull request may have 65,536 characters."""
+"""Size of what stands before the settings; a comment on a pull request may have 65,536 characters."""
 MOST_SETTINGS = 20_000
 """Characters of the settings."""
 _FORGETTING = (
@@ -174,39 +142,26 @@ def as_markdown(results: Results) -> str:
     """The report, of bounded size; everything that comes from names and data is escaped."""
     lines = [f"## Evaluation of {_safe(results.name)}", "", f"**{_safe(verdict(results), 2000)}**", ""]
     if results.gates:
-        rows = [
-            ("✅ passed" if gate.passed else "❌ **failed**", f"{_safe(gate.gate)}", _safe(gate.sentence))
+        gates = [
+            (_safe(gate.gate), "✅ passed" if gate.passed else "❌ **failed**", _safe(gate.sentence))
             for gate in results.gates[:100]
         ]
-        lines += [*_markdown_table(("gate", "", "figures"), [(gate, mark, text) for mark, gate, text in rows]), ""]
+        lines += [*_markdown_table(("gate", "", "figures"), gates), ""]
     for name, info in results.sets.items():
         answered = f", {info.answered} answered" if info.answered else ""
         lines += [f"### {_safe(name)}", "", f"{info.rows} rows{answered}: {_safe(info.source)}", ""]
         if info.role == "forgetting":
             lines += [_FORGETTING, ""]
-        metrics = brief(info)
+        rows, differing = brief(results, name)
         figures = [
-            (_safe(row.label), *(f"{v} ({i})" if i else v for v, i in zip(row.values, row.intervals, strict=True)))
-            for row in figure_rows(results, name, metrics)
+            (
+                _safe(row.metric.label),
+                *(f"{v} ({i})" if i else v for v, i in zip(row.values, row.intervals, strict=True)),
+            )
+            for row in rows
         ]
         lines += [*_markdown_table(("", *map(_safe, results.models)), figures), ""]
-        differences = [
-            tuple(
-                map(
-                    _safe,
-                    (
-                        f"{one.model} − {one.against}",
-                        one.label,
-                        one.value,
-                        one.interval,
-                        one.rows,
-                        one.says,
-                        one.detectable,
-                    ),
-                )
-            )
-            for one in difference_rows(results, name, metrics)
-        ]
+        differences = [map(_safe, _cells(row)) for row in differing]
         if differences:
             head = ("difference", "", "value", "95% interval", "won/tied/lost", "", "detectable")
             lines += [*_markdown_table(head, differences), ""]
@@ -255,14 +210,14 @@ def print_results(results: Results, samples: list[Sample], console: Console | No
         answered = f", {info.answered} answered" if info.answered and info.answered != info.rows else ""
         role = "" if info.role == "task" else f" · {info.role}"
         _say(console, f"{name}{role}: {info.rows} rows{answered} ({info.source})", style="bold")
-        metrics = brief(info)
-        print_table(console, *_figures(results, list(figure_rows(results, name, metrics))))
-        rows = list(difference_rows(results, name, metrics))
-        for pair in dict.fromkeys((one.model, one.against) for one in rows):
-            if pair[1] == results.first and pair[0] in {one.model for one in rows if one.against != results.first}:
+        figures, differing = brief(results, name)
+        print_table(console, *_figures(results, figures))
+        shown = dict.fromkeys(row.pair for row in differing)
+        for model, against in shown:
+            if against == results.first and any(one == model and other != results.first for one, other in shown):
                 continue  # what differs from the run's own result is of more interest; the reports have both
-            own = [one for one in rows if (one.model, one.against) == pair]
-            print_table(console, *_differences(f"{pair[0]} − {pair[1]}", own))
+            cells = [_cells(row) for row in differing if row.pair == (model, against)]
+            print_table(console, *_differences(cells))
     for speed in results.speed:
         _say(
             console,
@@ -295,37 +250,30 @@ def _print_sample(sample: Sample, console: Console) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _figures(results: Results, rows: list[Row]) -> Iterator[Table]:
+def _figures(results: Results, rows: list[FigureRow]) -> Iterator[Table]:
     """With intervals, without them, and with a line for each model."""
     for with_ends in (True, False):
         form = _table("", *results.models)
         for row in rows:
             cells = zip(row.values, row.intervals, strict=True)
             shown = [f"{value}  ({ends})" if with_ends and ends else value for value, ends in cells]
-            form.add_row(row.label, *map(Text, shown))
+            form.add_row(row.metric.label, *map(Text, shown))
         yield form
     for with_ends in (True, False):
         form = _table("", "value", *["95% interval"] * with_ends)
         for row in rows:
             for model, value, ends in zip(results.models, row.values, row.intervals, strict=True):
-                form.add_row(Text(f"{row.label}, {model}"), *map(Text, (value, *[ends] * with_ends)))
+                form.add_row(Text(f"{row.metric.label}, {model}"), *map(Text, (value, *[ends] * with_ends)))
         yield form
 
 
-def _differences(title: str, rows: list[DifferenceRow]) -> Iterator[Table]:
+def _differences(rows: list[tuple[str, ...]]) -> Iterator[Table]:
     """With fewer and fewer columns: what was found stays longest."""
-    columns = {
-        "": [one.says for one in rows],
-        "difference": [one.value for one in rows],
-        "95% interval": [one.interval for one in rows],
-        "won/tied/lost": [one.rows for one in rows],
-        "detectable": [one.detectable for one in rows],
-    }
-    for kept in range(len(columns), 1, -1):
-        names = [*list(columns)[1:kept], ""]
-        form = _table(title, *names)
-        for index, one in enumerate(rows):
-            form.add_row(Text(one.label), *(Text(columns[name][index]) for name in names))
+    columns = ("difference", "95% interval", "won/tied/lost", "detectable")
+    for kept in range(len(columns), 0, -1):
+        form = _table(rows[0][0], *columns[:kept], "")
+        for _, label, value, ends, won, said, detectable in rows:
+            form.add_row(*map(Text, (label, *(value, ends, won, detectable)[:kept], said)))
         yield form
 
 
@@ -341,7 +289,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 does not allow."""
+"""Characters that XML 1.0 does not allow."""
 
 
 def as_junit(results: Results) -> str:

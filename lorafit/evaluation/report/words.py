@@ -1,14 +1,17 @@
-"""Numbers, times and foreign text as the page shows them."""
+"""What reports are made of: numbers, times and foreign text as people read them, and the rows of tables."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from markupsafe import Markup
 
+from lorafit.evaluation.results import Difference, Figure, Metric, Results
 from lorafit.text import GIB, MIB
 
 NONE = "–"
@@ -109,3 +112,57 @@ def _minus(text: str) -> str:
     return (
         text.replace("-", "−", 1) if text.startswith("-") and any(c in "123456789" for c in text) else text.lstrip("-")
     )
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """A metric of all models; None where a model does not have it."""
+
+    metric: Metric
+    figures: tuple[Figure | None, ...]
+
+    @property
+    def has_value(self) -> bool:
+        return any(figure is not None and figure.value is not None for figure in self.figures)
+
+    @property
+    def values(self) -> list[str]:
+        return [quantity(figure.value if figure else None, self.metric.unit) for figure in self.figures]
+
+    @property
+    def intervals(self) -> list[str]:
+        return [interval(figure.low, figure.high, self.metric.unit) if figure else "" for figure in self.figures]
+
+
+def figure_rows(results: Results, name: str) -> Iterator[FigureRow]:
+    """A set's figures, in the order of its metrics."""
+    for metric in results.sets[name].metrics:
+        yield FigureRow(metric, tuple(results.figure(name, metric.name, model) for model in results.models))
+
+
+@dataclass(frozen=True)
+class DifferenceRow:
+    """A metric of one model against another."""
+
+    difference: Difference
+    metric: Metric
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.difference.model, self.difference.against
+
+    @property
+    def value(self) -> str:
+        return change(self.difference.value, self.metric.unit)
+
+    @property
+    def interval(self) -> str:
+        return interval(self.difference.low, self.difference.high, self.metric.unit, signed=True)
+
+
+def difference_rows(results: Results, name: str) -> Iterator[DifferenceRow]:
+    """A set's differences, in the order of the results."""
+    metrics = {metric.name: metric for metric in results.sets[name].metrics}
+    for one in results.differences:
+        if one.set == name and one.metric in metrics:
+            yield DifferenceRow(one, metrics[one.metric])
