@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,10 @@ from lorafit.cli.common import AsJson, Overrides, fail, reporting, show
 from lorafit.cli.complete import gpus as known_gpus
 from lorafit.cli.complete import recipes, runs
 from lorafit.errors import DoesNotFitError, UsageError
+from lorafit.progress import stage
+
+if TYPE_CHECKING:
+    from lorafit.memory import Estimate, Setup
 
 
 @reporting
@@ -87,7 +91,8 @@ def estimate_vram(
             fail("--calibrate reads runs; it goes with --json alone", UsageError.exit_code)
         show_calibration(calibrate, as_json)
         return
-    from lorafit.vram.ask import Asked, ask
+    from lorafit.vram.answer import as_dict, ask
+    from lorafit.vram.question import Asked
 
     asked = Asked(
         config=config,
@@ -107,15 +112,26 @@ def estimate_vram(
         tokens=tokens,
         price=price,
     )
-    reply = ask(asked)
+    found = ask(asked, traced)
     if as_json:
-        show(reply.as_dict())
+        show(as_dict(found))
     else:
-        from lorafit.vram.text import print_reply
+        from lorafit.vram.text import print_answer
 
-        print_reply(reply, list_gpus)
-    if reply.failures:
-        fail("\n".join(reply.failures), DoesNotFitError.exit_code)
+        print_answer(found, list_gpus)
+    if found.failures:
+        fail("\n".join(found.failures), DoesNotFitError.exit_code)
+
+
+def traced(setup: Setup, capacity: int | None) -> Estimate:
+    """An estimate by running the real modules without data. Raises ModelError."""
+    from lorafit.engine.quiet import hush
+
+    hush()
+    from lorafit.engine.trace.record import estimate_by_trace
+
+    with stage("tracing a training step"):
+        return estimate_by_trace(setup, capacity)
 
 
 def show_calibration(runs: list[Path], as_json: bool) -> None:

@@ -15,7 +15,7 @@ from lorafit.init.write import Document, Line
 from lorafit.memory import Estimate
 from lorafit.rows import Fault, Format, Row, Shape, data_files, detect_format, is_local, read_rows, to_example
 from lorafit.text import gib, near
-from lorafit.vram.answer import Method, Solver, Subject
+from lorafit.vram.question import Method, Subject, solver
 
 FIRST_ROWS = 200
 MOST_ROWS = 50_000
@@ -126,11 +126,11 @@ def fitting(model: str, hardware: Hardware, capacity: int, max_length: int, othe
     Args:
         others: the recipe's other values that matter to memory, as overrides.
     """
-    solve = Solver()
+    solve = solver()
     passed: list[str] = []
     for one in candidates(max_length):
         subject = Subject(None, model, one.method, (*one.overrides, *others), hardware)
-        estimate, verdict = solve.judged(subject, capacity)
+        estimate, verdict = solve(subject).judged(capacity)
         if verdict == "fits":
             return Settings(one.method, one.batch, one.checkpointing, one.max_length, estimate, tuple(passed))
         passed.append(f"{one.words}: {gib(estimate.total)} GiB, {verdict}")
