@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.plan import Plan
+from lorafit.recipe import LoraSection
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 LossPath = Literal["fused", "logits", "logits_shifted", "logits_upcast", "liger", "compact"]
@@ -53,7 +54,7 @@ class Setup:
         masked: whether padding reaches the attention as a mask; eval_masked: in evaluation.
         packed: rows of several examples, laid end to end in one row of batch x length tokens.
         quantization: for BitsAndBytesConfig; None without.
-        lora: for LoraConfig; None in full training.
+        lora: None in full training.
         accumulation: forward and backward passes a step.
         supervised: share of the positions whose label is learned.
         eval_batch: rows at once in evaluation; 0 without.
@@ -66,7 +67,7 @@ class Setup:
     length: int
     dtype: str
     quantization: dict[str, Any] | None
-    lora: dict[str, Any] | None
+    lora: LoraSection | None
     adapter_dtype: str
     optimizer: str
     checkpointing: Checkpointing
@@ -88,6 +89,11 @@ class Setup:
         """Tokens in one pass, padding included."""
         return self.batch * self.length
 
+    @property
+    def drops(self) -> bool:
+        """Whether what goes into an adapter is dropped out."""
+        return self.lora is not None and self.lora.lora_dropout > 0
+
 
 def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) -> Setup:
     """What the plan runs, with every row as long as max_length: the most that a step can take.
@@ -108,7 +114,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
         length=data.max_length,
         dtype=plan.model_kwargs["dtype"],
         quantization=plan.quantization_kwargs,
-        lora=plan.lora_kwargs,
+        lora=LoraSection.model_validate(plan.recipe["lora"]) if plan.recipe["lora"] is not None else None,
         adapter_dtype=plan.adapter_dtype,
         optimizer=training["optim"],
         checkpointing="non_reentrant" if training["gradient_checkpointing"] else "none",

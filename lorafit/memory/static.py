@@ -10,7 +10,6 @@ from lorafit.facts import Tensor
 from lorafit.memory.estimate import Term
 from lorafit.memory.setup import Setup
 from lorafit.plan.adapters import MAGNITUDE, find_targets, is_skipped, trained_tensors
-from lorafit.recipe import LoraSection
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK = 64
@@ -112,14 +111,8 @@ def trained(setup: Setup) -> list[Tensor]:
     """What is trained, with the type it is kept in: DoRA's magnitudes in float32 whatever the adapter's type."""
     if setup.lora is None:
         return [replace(tensor, dtype=setup.dtype) for tensor in setup.facts.tensors]
-    lora = lora_section(setup)
-    tensors = trained_tensors(lora, find_targets(lora, setup.facts), setup.facts)
+    tensors = trained_tensors(setup.lora, find_targets(setup.lora, setup.facts), setup.facts)
     return [replace(t, dtype="float32" if MAGNITUDE in t.name else setup.adapter_dtype) for t in tensors]
-
-
-def lora_section(setup: Setup) -> LoraSection:
-    values = {key: value for key, value in (setup.lora or {}).items() if key != "task_type" and value is not None}
-    return LoraSection.model_validate(values)
 
 
 def trained_bytes(setup: Setup) -> int:
@@ -128,20 +121,20 @@ def trained_bytes(setup: Setup) -> int:
 
 def state_sizes(setup: Setup) -> list[tuple[int, bool]]:
     """Bytes of each optimizer state, and whether it is paged: in managed memory, beside torch's allocator."""
-    count = OPTIMIZER_STATES[setup.optimizer]
-    eight, pages = setup.optimizer.endswith("8bit"), setup.optimizer.startswith("paged")
-    result: list[tuple[int, bool]] = []
-    for tensor in trained(setup):
-        size = _state_bytes(setup.optimizer, tensor)
-        paged = pages and tensor.size >= PAGED_SIZE
-        if not size:
-            continue
-        if eight and size < count * tensor.size * 4:  # 8 bits, and a float32 for each block, which is never paged
-            scales = 4 * math.ceil(tensor.size / STATE_BLOCK)
-            result += [(tensor.size, paged), (scales, False)] * count
-        else:
-            result += [(size // max(count, 1), paged)] * max(count, 1)
-    return result
+    return [state for tensor in trained(setup) for state in states_of(setup.optimizer, tensor)]
+
+
+def states_of(optimizer: str, tensor: Tensor) -> list[tuple[int, bool]]:
+    """The same for one tensor."""
+    count = OPTIMIZER_STATES[optimizer]
+    size = _state_bytes(optimizer, tensor)
+    paged = optimizer.startswith("paged") and tensor.size >= PAGED_SIZE
+    if not size:
+        return []
+    if optimizer.endswith("8bit") and size < count * tensor.size * 4:
+        scales = 4 * math.ceil(tensor.size / STATE_BLOCK)  # a float32 for each block of 8-bit states; never paged
+        return [(tensor.size, paged), (scales, False)] * count
+    return [(size // max(count, 1), paged)] * max(count, 1)
 
 
 def constants_bytes(tensor: Tensor, double: bool) -> int:

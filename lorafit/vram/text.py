@@ -76,7 +76,7 @@ def print_calibration(found: Calibration, console: Console | None = None) -> Non
 
 def _setting(found: Answer) -> str:
     plan, setup = found.found.require_plan(), found.found.setup
-    kind = "full training" if setup.lora is None else f"LoRA r={setup.lora.get('r')}"
+    kind = "full training" if setup.lora is None else f"LoRA r={setup.lora.r}"
     if setup.quantization is not None:
         kind += ", base in 8 bits" if setup.quantization.get("load_in_8bit") else ", base in 4 bits"
     several = f" on each of {setup.world} GPUs ({setup.sharding})" if setup.world > 1 else ""

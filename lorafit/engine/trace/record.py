@@ -30,12 +30,13 @@ from lorafit.engine.trace.steps import (
 )
 from lorafit.errors import ModelError, UsageError
 from lorafit.memory.allocator import Replay, replay
-from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, cautions, highest, serve
+from lorafit.memory.closed import alive, cautions, highest, serve, workspace
 from lorafit.memory.estimate import Estimate, Term, band_of
 from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import own_bytes
 from lorafit.memory.static import state_sizes, trained, weight_terms
 from lorafit.memory.tape import FREE
+from lorafit.plan.adapters import find_targets, lora_kwargs
 from lorafit.text import first_line
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -69,8 +70,8 @@ def prepare(model: PreTrainedModel, setup: Setup) -> Model:
         return model.train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    values = dict(setup.lora)
-    values["init_lora_weights"] = bool(values.get("init_lora_weights", True))  # how it starts takes no memory
+    values = lora_kwargs(setup.lora, find_targets(setup.lora, setup.facts)) or {}
+    values["init_lora_weights"] = bool(values["init_lora_weights"])  # how it starts takes no memory
     adapted = get_peft_model(model, LoraConfig(**values))
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
@@ -237,9 +238,8 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     with standing_in(setup, recorder, model) as autocast, recorder:
         if setup.device == "cuda":
             recorder.begin("start")
-            for size in own_bytes(setup):
+            for size in (*own_bytes(setup), workspace(setup)):
                 recorder.keep(size)
-            recorder.keep(HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE)
         mark_layers(decoder_layers(model), recorder)
         for number in range(passes):
             record_pass(model, setup, recorder, autocast, number)
