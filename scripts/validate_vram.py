@@ -26,6 +26,7 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
 from lorafit.memory.estimate import GROUPED, features_of
 from lorafit.memory.static import BYTES, trained
+from lorafit.recipe import LoraSection
 
 GIB = 1 << 30
 UNITS = {"GiB": GIB, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6, "B": 1}
@@ -166,7 +167,7 @@ STACKS: list[tuple[str, Callable[[dict[str, str]], Case]]] = [
 ]
 
 
-def make(row: dict[str, str], length: int, lora: dict[str, Any] | None, stack: Stack, **values: Any) -> Setup:
+def make(row: dict[str, str], length: int, lora: LoraSection | None, stack: Stack, **values: Any) -> Setup:
     quantized = "nf4" in row["dtype_quant"]
     world = int(row["num_gpus"] or 1)
     kind = row["sharding"].lower()
@@ -195,15 +196,8 @@ def facts_of(name: str) -> ModelFacts:
         raise Unmodelled(str(error)) from None
 
 
-def adapter(rank: int, names: list[str], dropout: float = 0.0, use_dora: bool = False) -> dict[str, Any]:
-    return {
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": dropout,
-        "target_modules": names,
-        "use_dora": use_dora,
-        "task_type": "CAUSAL_LM",
-    }
+def adapter(rank: int, names: list[str], dropout: float = 0.0, use_dora: bool = False) -> LoraSection:
+    return LoraSection(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=tuple(names), use_dora=use_dora)
 
 
 def case(row: dict[str, str], group: str, setup: Setup) -> Case:

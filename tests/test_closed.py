@@ -15,6 +15,7 @@ from lorafit.facts import ModelFacts, known_models, layout, read_facts
 from lorafit.facts.layouts import as_loaded
 from lorafit.families import FAMILIES
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
+from lorafit.recipe import LoraSection
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DENSE = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -50,9 +51,9 @@ NF4 = {
 INT8 = {"load_in_8bit": True, "llm_int8_threshold": 6.0, "llm_int8_skip_modules": None}
 
 
-def lora(targets: Iterable[str] = DENSE, **changes: Any) -> dict[str, Any]:
+def lora(targets: Iterable[str] = DENSE, **changes: Any) -> LoraSection:
     values = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": list(targets)}
-    return values | {"task_type": "CAUSAL_LM"} | changes
+    return LoraSection.model_validate(values | changes)
 
 
 def shortened(name: str) -> ModelFacts:

@@ -9,7 +9,7 @@ import pytest
 
 from lorafit.errors import UsageError
 from lorafit.gpus import find_gpu
-from lorafit.vram.cost import Range, Work, cost, flops, flops_text, money_text, time_text
+from lorafit.vram.cost import Range, Work, cost, flops_text, money_text, time_text
 
 FULL = Work(
     active_parameters=7_000_000_000,
@@ -25,43 +25,38 @@ LORA = replace(FULL, adapter_parameters=40_000_000, trains_base=False)
 
 def test_full_training_is_six_operations_a_weight_and_token() -> None:
     """Kaplan et al.: C = 6ND."""
-    assert flops(replace(FULL, layers=0)).total == pytest.approx(6 * 7e9 * 1e6)
+    assert replace(FULL, layers=0).flops == pytest.approx(6 * 7e9 * 1e6)
 
 
-def test_attention_is_palm_s_twelve_l_h_q_t() -> None:
-    weights_only = flops(replace(FULL, layers=0)).total
-    whole = flops(replace(FULL, causal=False)).total
-    assert whole - weights_only == pytest.approx(12 * 32 * 4096 * 2048 * 1e6)
-    assert flops(FULL).total - weights_only == pytest.approx(6 * 32 * 4096 * 2048 * 1e6)
+def test_attention_is_half_of_palm_s_twelve_l_h_q_t() -> None:
+    """Kernels skip what a causal mask masks."""
+    weights_only = replace(FULL, layers=0).flops
+    assert FULL.flops - weights_only == pytest.approx(6 * 32 * 4096 * 2048 * 1e6)
 
 
 def test_megatron_s_recomputation_adds_a_forward_pass() -> None:
-    plain, again = flops(FULL), flops(replace(FULL, checkpointing=True))
-    assert again.total == pytest.approx(plain.total * 4 / 3)
-    assert again.recompute == pytest.approx(plain.forward)
+    assert replace(FULL, checkpointing=True).flops == pytest.approx(FULL.flops * 4 / 3)
 
 
 def test_the_output_head_is_not_recomputed() -> None:
-    done = flops(replace(FULL, checkpointing=True, head_parameters=500_000_000))
-    assert done.forward - done.recompute == pytest.approx(2 * 500e6 * 1e6)
+    again = replace(FULL, checkpointing=True)
+    assert again.flops - replace(again, head_parameters=500_000_000).flops == pytest.approx(2 * 500e6 * 1e6)
 
 
 def test_lora_saves_the_frozen_weights_gradients() -> None:
-    done = flops(replace(LORA, layers=0))
-    assert done.backward_weights == pytest.approx(2 * 40e6 * 1e6)
-    assert done.total == pytest.approx((4 * 7e9 + 6 * 40e6) * 1e6)
-    assert 0.66 < flops(LORA).total / flops(FULL).total < 0.70
+    assert replace(LORA, layers=0).flops == pytest.approx((4 * 7e9 + 6 * 40e6) * 1e6)
+    assert 0.66 < LORA.flops / FULL.flops < 0.70
 
 
 def test_only_active_experts_and_all_epochs_count() -> None:
     sparse = replace(LORA, active_parameters=3_500_000_000, layers=0, adapter_parameters=0)
-    assert flops(sparse).total == pytest.approx(4 * 3.5e9 * 1e6)
-    assert flops(replace(sparse, epochs=2.5)).total == pytest.approx(2.5 * flops(sparse).total)
+    assert sparse.flops == pytest.approx(4 * 3.5e9 * 1e6)
+    assert replace(sparse, epochs=2.5).flops == pytest.approx(2.5 * sparse.flops)
 
 
 def test_time_is_arithmetic_over_peak() -> None:
     done = cost(LORA, find_gpu("A100 80GB"))
-    slowest = flops(LORA).total / (312e12 * 0.25) / 3600
+    slowest = LORA.flops / (312e12 * 0.25) / 3600
     assert done.hours.high == pytest.approx(slowest)
     assert done.hours.low == pytest.approx(slowest / 2)
     assert done.tokens_per_second.low * done.hours.high * 3600 == pytest.approx(1e6)
@@ -80,12 +75,7 @@ def test_more_gpus_are_faster_and_cost_the_same() -> None:
 def test_four_bits_are_slower_and_a_gpu_without_bf16_uses_its_fp16() -> None:
     gpu = find_gpu("T4")
     assert cost(LORA, gpu, bits=4).hours.high > cost(LORA, gpu).hours.high
-    assert cost(LORA, gpu).hours.low == pytest.approx(flops(LORA).total / (65e12 * 0.5) / 3600)
-
-
-def test_a_known_utilisation_replaces_the_range() -> None:
-    done = cost(LORA, find_gpu("L4"), reached=Range(0.4, 0.4))
-    assert done.hours.low == done.hours.high
+    assert cost(LORA, gpu).hours.low == pytest.approx(LORA.flops / (65e12 * 0.5) / 3600)
 
 
 def test_nothing_to_do_takes_no_time() -> None:
@@ -119,16 +109,15 @@ def test_time_in_words(low: float, high: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "text"),
     [
-        (4.2, 8.6, "$4.20 to $8.60"),
-        (0.001, 0.004, "under $0.01"),
-        (0.001, 0.04, "$0.00 to $0.04"),
-        (900, 1800.4, "$900 to $1,800"),
-        (2, 2, "$2.00"),
+        (4.2, 8.6, "4.20 to 8.60"),
+        (0.001, 0.004, "under 0.01"),
+        (0.001, 0.04, "0.00 to 0.04"),
+        (900, 1800.4, "900 to 1,800"),
+        (2, 2, "2.00"),
     ],
 )
 def test_money_in_words(low: float, high: float, text: str) -> None:
     assert money_text(Range(low, high)) == text
-    assert money_text(Range(low, high), "€") == text.replace("$", "€")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from lorafit.memory.closed import WORKSPACE, alive, highest
 from lorafit.memory.estimate import DRIVER
 from lorafit.memory.static import trained_bytes
 from lorafit.memory.tape import FREE
+from lorafit.recipe import LoraSection
 
 NF4 = {
     "load_in_4bit": True,
@@ -31,13 +32,16 @@ NF4 = {
     "bnb_4bit_compute_dtype": "float32",
     "llm_int8_skip_modules": None,
 }
-LORA = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.1,
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "task_type": "CAUSAL_LM",
-}
+
+
+def lora(**changes: Any) -> LoraSection:
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return LoraSection.model_validate(
+        {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": names} | changes
+    )
+
+
+LORA = lora()
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": LORA},
     "qlora": {"lora": LORA, "quantization": NF4},
@@ -227,8 +231,7 @@ def test_a_real_step_of_other_families(family: str, tmp_path: Path) -> None:
 
 
 def test_a_real_step_of_layers_that_differ(tmp_path: Path) -> None:
-    lora = LORA | {"r": 128, "layers_to_transform": [4, 5]}
-    compare(on_cpu(lora=lora, checkpointing="none"), tmp_path)
+    compare(on_cpu(lora=lora(r=128, layers_to_transform=[4, 5]), checkpointing="none"), tmp_path)
 
 
 def test_a_real_step_with_eager_attention(tmp_path: Path) -> None:
@@ -286,8 +289,8 @@ def test_a_short_model_stands_for_the_whole(device: str, method: str, checkpoint
 @pytest.mark.parametrize(
     "setup",
     [
-        on_gpu(facts(num_hidden_layers=8), lora=LORA | {"layers_to_transform": [0, 1, 7]}, checkpointing="none"),
-        on_gpu(facts(num_hidden_layers=8), lora=LORA | {"rank_pattern": {"layers.7.self_attn.q_proj": 64}}),
+        on_gpu(facts(num_hidden_layers=8), lora=lora(layers_to_transform=[0, 1, 7]), checkpointing="none"),
+        on_gpu(facts(num_hidden_layers=8), lora=lora(rank_pattern={"layers.7.self_attn.q_proj": 64})),
         on_gpu(
             facts(
                 model_type="qwen2_moe",
@@ -299,7 +302,7 @@ def test_a_short_model_stands_for_the_whole(device: str, method: str, checkpoint
                 decoder_sparse_step=1,
                 num_hidden_layers=8,
             ),
-            lora=LORA | {"target_modules": ["q_proj", "v_proj"]},
+            lora=lora(target_modules=["q_proj", "v_proj"]),
         ),
     ],
     ids=["adapters on some layers", "a rank of its own", "a dense layer first"],
@@ -321,7 +324,7 @@ def test_layers_that_differ_are_recorded_one_by_one(setup: Setup) -> None:
 @pytest.mark.parametrize("chosen", [[0], [3, 4], [7]], ids=str)
 def test_an_adapter_on_some_layers(chosen: list[int]) -> None:
     """However many layers have one: the states are those of these layers' adapters."""
-    setup = on_gpu(facts(num_hidden_layers=8), lora=LORA | {"layers_to_transform": chosen}, checkpointing="none")
+    setup = on_gpu(facts(num_hidden_layers=8), lora=lora(layers_to_transform=chosen), checkpointing="none")
     every = on_gpu(setup.facts, checkpointing="none")
     assert estimate_by_trace(setup).allocated < estimate_by_trace(every).allocated
     found = [size for (kind, *_), size in trace(setup).events if kind == "optimizer" and size != FREE]

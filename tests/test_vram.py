@@ -23,9 +23,9 @@ from lorafit.memory import Band, Estimate, Term
 from lorafit.memory.estimate import PROCESS
 from lorafit.text import GIB, gib
 from lorafit.vram.advice import Change, reconciled
-from lorafit.vram.answer import SHARDINGS, judged_by_trace
+from lorafit.vram.answer import by_trace
 from lorafit.vram.cost import active_parameters
-from lorafit.vram.sweep import parse_sweeps
+from lorafit.vram.question import SHARDINGS, parse_sweeps
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -488,11 +488,11 @@ def test_the_trace_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def by_trace(setup: Any, capacity: int | None = None) -> Any:
+    def recorded(setup: Any, capacity: int | None = None) -> Any:
         asked.append(capacity)
         return replace(estimate(setup), method="trace")
 
-    monkeypatch.setattr(lorafit.engine.trace.record, "estimate_by_trace", by_trace, raising=False)
+    monkeypatch.setattr(lorafit.engine.trace.record, "estimate_by_trace", recorded, raising=False)
     code, out, _ = run("--model", SMALL, "--trace", "--vram", "8GiB", "--json")
     assert code == 0
     assert json.loads(out)["method"] == "trace"
@@ -510,7 +510,7 @@ def test_what_torch_can_give_back_is_tight(monkeypatch: pytest.MonkeyPatch) -> N
         served = capacity is None or capacity > 5 * GIB
         return Estimate((Term("all", 4 * GIB, ""),), "", reserved, "closed form", ASSUMED, served=served)
 
-    monkeypatch.setattr("lorafit.vram.answer.estimate", made)
+    monkeypatch.setattr("lorafit.outcome.estimate", made)
     asked = small("--vram", "6GiB", "--vram", "5GiB", "--vram", "3GiB")["asked"]
     assert [one["verdict"] for one in asked] == ["tight", "does not fit", "does not fit"]
 
@@ -521,11 +521,11 @@ def test_a_trace_needs_no_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: Any) -> Estimate:
         raise ModelError("the activations are not known in closed form; use --trace")
 
-    def by_trace(_: Any, capacity: int | None = None) -> Estimate:
+    def recorded(_: Any, capacity: int | None = None) -> Estimate:
         return Estimate((Term("all", 4 * GIB, ""),), "", 4 * GIB, "trace", ASSUMED)
 
-    monkeypatch.setattr("lorafit.vram.answer.estimate", unknown)
-    monkeypatch.setattr(lorafit.engine.trace.record, "estimate_by_trace", by_trace, raising=False)
+    monkeypatch.setattr("lorafit.outcome.estimate", unknown)
+    monkeypatch.setattr(lorafit.engine.trace.record, "estimate_by_trace", recorded, raising=False)
     code, _, err = run("--model", SMALL)
     assert (code, err) == (4, "the activations are not known in closed form; use --trace\n")
     [asked] = small("--trace", "--vram", "2GiB")["asked"]
@@ -604,6 +604,6 @@ def test_checkpointing_on_a_cpu_holds_what_is_alive() -> None:
 def test_a_trace_for_one_gpu_does_not_make_another_tight() -> None:
     """It was served at the first one's capacity, which says nothing of a smaller one's."""
     known = Estimate((Term("weights", 8 * GIB, ""),), "end", 16 * GIB, "trace", Band(0.03, 1, ""))
-    case: Any = None
-    assert judged_by_trace(case, known, 9 * GIB) == (known, "does not fit")
-    assert judged_by_trace(case, known, 40 * GIB) == (known, "fits")
+    none: Any = None
+    assert by_trace(none, none, known, 9 * GIB) == (known, "does not fit")
+    assert by_trace(none, none, known, 40 * GIB) == (known, "fits")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lorafit.cli.exits import fail, print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DoesNotFitError
 from lorafit.options.estimate_vram import EstimateOptions
+from lorafit.progress import stage
+
+if TYPE_CHECKING:
+    from lorafit.memory import Estimate, Setup
 
 
 @command
@@ -13,13 +19,24 @@ def estimate_vram(options: EstimateOptions) -> None:
     if options.calibrate:
         show_calibration(options)
         return
-    from lorafit.vram.ask import ask
-    from lorafit.vram.text import print_reply
+    from lorafit.vram.answer import as_dict, ask
+    from lorafit.vram.text import print_answer
 
-    reply = ask(options)
-    print_json(reply.as_dict()) if options.as_json else print_reply(reply, options.list_gpus)
-    if reply.failures:
-        fail("\n".join(reply.failures), DoesNotFitError.exit_code)
+    found = ask(options, traced)
+    print_json(as_dict(found)) if options.as_json else print_answer(found, options.list_gpus)
+    if found.failures:
+        fail("\n".join(found.failures), DoesNotFitError.exit_code)
+
+
+def traced(setup: Setup, capacity: int | None) -> Estimate:
+    """An estimate by running the real modules without data. Raises ModelError."""
+    from lorafit.engine.quiet import hush
+
+    hush()
+    from lorafit.engine.trace.record import estimate_by_trace
+
+    with stage("tracing a training step"):
+        return estimate_by_trace(setup, capacity)
 
 
 def show_calibration(options: EstimateOptions) -> None:

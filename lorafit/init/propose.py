@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.errors import DataError, DoesNotFitError, ModelError, UsageError
@@ -15,7 +15,7 @@ from lorafit.init.write import Document, Line
 from lorafit.memory import Estimate
 from lorafit.rows import Fault, Format, Row, Shape, data_files, detect_format, is_local, read_rows, to_example
 from lorafit.text import gib, near
-from lorafit.vram.answer import Method, Solver, Subject
+from lorafit.vram.question import Method, Subject, solver
 
 FIRST_ROWS = 200
 MOST_ROWS = 50_000
@@ -56,15 +56,15 @@ def look(path: str) -> Sample:
     if not first:
         raise DataError(f"{path}: there are no rows")
     format, why = detect_format(first[0], {})
-    lengths, faults = [], []
+    lengths, faulty = [], None
     for row in first:
         try:
             lengths.append(_tokens(row, Shape(format)))
         except Fault as error:
-            faults.append(str(error))
+            faulty = faulty or str(error)
     lengths = lengths or [0]
     count = len(first) + sum(1 for _ in itertools.islice(rows, MOST_ROWS - len(first)))
-    return Sample(format, why, count, max(lengths), sum(lengths) / len(lengths), next(iter(faults), None))
+    return Sample(format, why, count, max(lengths), sum(lengths) / len(lengths), faulty)
 
 
 def _tokens(row: Row, shape: Shape) -> int:
@@ -113,8 +113,7 @@ class Settings:
             f"training.gradient_checkpointing={str(self.checkpointing).lower()}",
         )
 
-    @property
-    def words(self) -> str:
+    def __str__(self) -> str:
         method = "LoRA in 16 bits" if self.method == "lora" else "QLoRA"
         checkpointing = ", gradient checkpointing" if self.checkpointing else ""
         return f"{method}, {self.batch} x {self.max_length} tokens at once{checkpointing}"
@@ -126,14 +125,14 @@ def fitting(model: str, hardware: Hardware, capacity: int, max_length: int, othe
     Args:
         others: the recipe's other values that matter to memory, as overrides.
     """
-    solve = Solver()
+    solve = solver()
     passed: list[str] = []
     for one in candidates(max_length):
         subject = Subject(None, model, one.method, (*one.overrides, *others), hardware)
-        estimate, verdict = solve.judged(subject, capacity)
+        estimate, verdict = solve(subject).judged(capacity)
         if verdict == "fits":
-            return Settings(one.method, one.batch, one.checkpointing, one.max_length, estimate, tuple(passed))
-        passed.append(f"{one.words}: {gib(estimate.total)} GiB, {verdict}")
+            return replace(one, estimate=estimate, passed=tuple(passed))
+        passed.append(f"{one}: {gib(estimate.total)} GiB, {verdict}")
     raise DoesNotFitError(
         f"{model}: does not fit in {gib(capacity)} GiB, even with {passed[-1]}; "
         "choose a smaller model or a GPU with more memory"
@@ -142,19 +141,13 @@ def fitting(model: str, hardware: Hardware, capacity: int, max_length: int, othe
 
 def candidates(max_length: int) -> Iterator[Settings]:
     """From the least lossy to the smallest."""
-    for method in ("lora", "qlora"):
-        for checkpointing, batches in ((False, BATCHES[:1]), (True, BATCHES)):
-            for batch in batches:
-                if method == "lora" or checkpointing:
-                    yield Settings(method, batch, checkpointing, max_length)
+    yield Settings("lora", BATCHES[0], False, max_length)
+    yield from (Settings("lora", batch, True, max_length) for batch in BATCHES)
+    yield from (Settings("qlora", batch, True, max_length) for batch in BATCHES)
     length = max_length // 2
     while length >= SHORTEST:
         yield Settings("qlora", 1, True, length)
         length //= 2
-
-
-def on_cpu(max_length: int) -> Settings:
-    return Settings("lora", BATCHES[0], False, max_length)
 
 
 FEW_ROWS = 50
@@ -196,13 +189,16 @@ class First:
 def first_recipe(wish: Wish) -> First:
     """Choose everything. Raises UsageError, DataError, ModelError and DoesNotFitError."""
     hardware, capacity = _meant(wish)
-    facts = _facts(wish.model)
+    try:
+        facts = read_facts(wish.model)
+    except ModelError as error:
+        raise ModelError(f"{error}{near(wish.model, known_models())}") from None
     sample = look(wish.data)
     held_out, held_out_why = _validation(wish, sample)
     length, length_why = _max_length(sample, facts)
     packing = capacity is not None and _worth_packing(sample, length)
     if capacity is None:
-        settings = on_cpu(length)
+        settings = next(candidates(length))
     else:
         others = (f"training.packing={str(packing).lower()}", *["dataset.validation=0.1"] * (held_out is not None))
         settings = fitting(wish.model, hardware, capacity, length, others)
@@ -216,16 +212,10 @@ def first_recipe(wish: Wish) -> First:
         | {"output_dir": Line(f"runs/{wish.name}")}
     )
     memory = _memory(wish, settings)
-    head = (f"{_title(wish, settings)} Made by `lorafit init`.", memory)
+    method = "QLoRA" if settings.method == "qlora" else "LoRA"
+    title = f"{method} of {wish.model} on {wish.data}, for {_place(wish)}. Made by `lorafit init`."
     faulty = (f"{sample.faulty}; `lorafit preview` counts such rows",) if sample.faulty else ()
-    return First(Document(lines, head), (*settings.passed, memory, *faulty))
-
-
-def _facts(model: str) -> ModelFacts:
-    try:
-        return read_facts(model)
-    except ModelError as error:
-        raise ModelError(f"{error}{near(model, list(known_models()))}") from None
+    return First(Document(lines, (title, memory)), (*settings.passed, memory, *faulty))
 
 
 def _meant(wish: Wish) -> tuple[Hardware, int | None]:
@@ -293,36 +283,31 @@ def _dataset(wish: Wish, sample: Sample, held_out: Any, held_out_why: str) -> di
     lines = {"dataset.train": Line([{"path": wish.data, "format": known}])}
     if held_out is not None:
         lines["dataset.validation"] = Line(held_out, held_out_why)
-    if sample.format == "text":
-        lines["dataset.loss_on"] = Line("all", "plain text has no answers")
-    else:
-        lines["dataset.loss_on"] = Line("assistant", "only the answers are learned")
-    return lines
+    text = sample.format == "text"
+    learned = Line("all", "plain text has no answers") if text else Line("assistant", "only the answers are learned")
+    return lines | {"dataset.loss_on": learned}
 
 
 def _training(facts: ModelFacts, sample: Sample, settings: Settings, length_why: str, packing: bool) -> dict[str, Line]:
-    epochs, why = _epochs(sample)
-    large = facts.parameters > LARGE_MODEL
-    lines = {
-        "training.max_length": Line(settings.max_length, length_why),
-        "training.packing": Line(packing, "rows are short: several in one" if packing else ""),
-        "training.num_train_epochs": Line(epochs, why),
-        "training.per_device_train_batch_size": Line(settings.batch, "rows in memory at once"),
-        "training.global_batch_size": Line(ROWS_A_STEP, "rows a step, on any number of GPUs"),
-        "training.learning_rate": Line(
-            1e-4 if large else 2e-4, "large models want less" if large else "usual for LoRA"
+    large, saves = facts.parameters > LARGE_MODEL, settings.checkpointing
+    lines = {"max_length": Line(settings.max_length, length_why)}
+    if packing:
+        lines["packing"] = Line(True, "rows are short: several in one")
+    lines |= {
+        "num_train_epochs": Line(*_epochs(sample)),
+        "per_device_train_batch_size": Line(settings.batch, "rows in memory at once"),
+        "global_batch_size": Line(ROWS_A_STEP, "rows a step, on any number of GPUs"),
+        "learning_rate": Line(1e-4, "large models want less") if large else Line(2e-4, "usual for LoRA"),
+        "lr_scheduler_type": Line("cosine"),
+        "warmup_ratio": Line(0.03),
+        "gradient_checkpointing": Line(
+            saves, "saves memory for a third more time" if saves else "not needed here, and slower"
         ),
-        "training.lr_scheduler_type": Line("cosine"),
-        "training.warmup_ratio": Line(0.03),
-        "training.gradient_checkpointing": Line(
-            settings.checkpointing,
-            "saves memory for a third more time" if settings.checkpointing else "not needed here, and slower",
-        ),
-        "training.seed": Line(42),
+        "seed": Line(42),
     }
     if settings.method == "qlora":
-        lines["training.max_grad_norm"] = Line(0.3, "a 4-bit base gives a spikier gradient")
-    return lines if packing else {key: line for key, line in lines.items() if key != "training.packing"}
+        lines["max_grad_norm"] = Line(0.3, "a 4-bit base gives a spikier gradient")
+    return {f"training.{key}": line for key, line in lines.items()}
 
 
 def _epochs(sample: Sample) -> tuple[int, str]:
@@ -348,11 +333,6 @@ def _place(wish: Wish) -> str:
     if wish.cpu:
         return "a CPU"
     return find_gpu(wish.gpu).name if wish.gpu else f"a GPU of {wish.vram}"
-
-
-def _title(wish: Wish, settings: Settings) -> str:
-    method = "QLoRA" if settings.method == "qlora" else "LoRA"
-    return f"{method} of {wish.model} on {wish.data}, for {_place(wish)}."
 
 
 def _memory(wish: Wish, settings: Settings) -> str:

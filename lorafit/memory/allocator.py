@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lorafit.memory.tape import FREE
 from lorafit.text import MIB
@@ -297,22 +297,6 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-class Allocator(Protocol):
-    """Serves requests in bytes, and counts."""
-
-    event: int
-    allocated: int
-    reserved: int
-    max_allocated: int
-    max_reserved: int
-    retries: int
-
-    @property
-    def settled(self) -> int: ...
-    def allocate(self, size: int) -> Any: ...
-    def release(self, block: Any) -> None: ...
-
-
 @dataclass(frozen=True)
 class Replay:
     """Peaks of a record, in bytes.
@@ -331,7 +315,9 @@ class Replay:
     timeline: tuple[tuple[int, int, int], ...]
 
 
-def replay(events: Iterable[tuple[Hashable, int]], allocator: Allocator | None = None, points: int = 2000) -> Replay:
+def replay(
+    events: Iterable[tuple[Hashable, int]], allocator: CachingAllocator | Heap | None = None, points: int = 2000
+) -> Replay:
     """Serve a record of (storage, bytes), FREE in place of the bytes for its end.
 
     Args:

@@ -226,8 +226,7 @@ def run(setup: Setup, ledger: Ledger) -> None:
     ledger.begin("loading")
     held = [*weights(setup, ledger), *(Storage(ledger, size, "gradients to be sent") for size in own_bytes(setup))]
     if setup.device == "cuda":
-        size = HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE
-        held.append(Storage(ledger, size, "cuBLAS workspace"))
+        held.append(Storage(ledger, workspace(setup), "cuBLAS workspace"))
     states: list[Storage] = []
     if setup.optimizer == "adagrad":  # makes its states at once
         states += made_states(setup, ledger)
@@ -245,6 +244,11 @@ def run(setup: Setup, ledger: Ledger) -> None:
             loss_of(decoder, setup.eval_batch)
             do.forget_casts()
     ledger.begin("end")
+
+
+def workspace(setup: Setup) -> int:
+    """Bytes that cuBLAS keeps on the GPU of a setup."""
+    return HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE
 
 
 def one_pass(decoder: Decoder, batch: int) -> None:

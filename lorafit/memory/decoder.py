@@ -20,10 +20,11 @@ from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
 from lorafit.memory.static import BYTES, quantized_tensors, width_of
 from lorafit.memory.tape import Parameter, Value
-from lorafit.plan.adapters import Lora, find_targets, rank_of
+from lorafit.plan.adapters import find_targets, rank_of
 
 FUSED_ROWS = 1536
-"""From more rows than this on, bitsandbytes makes the weight in 16 bits (backends/cuda/ops.py)."""
+"""From more rows than this on, bitsandbytes makes the weight in 16 bits (backends/cuda/ops.py:
+_gemm_4bit_custom_max_m)."""
 
 
 @dataclass
@@ -96,13 +97,13 @@ class Decoder:
     def _trains(self, name: str) -> bool:
         if self.setup.lora is None:
             return True
-        saved = self.setup.lora.get("modules_to_save") or ()
+        saved = self.setup.lora.modules_to_save or ()
         return any(part in name.split(".") for part in saved)
 
     def _layers(self, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         setup = self.setup
         quantized = {tensor.name for tensor in quantized_tensors(setup)}
-        lora = setup.adapter.section if isinstance(setup.adapter, Lora) else None
+        lora = setup.lora
         adapted = set(find_targets(lora, setup.facts).modules) if lora else set()
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in _weights_first(tensors):
@@ -533,7 +534,7 @@ class Decoder:
         assert linear.up is not None
         do.label = "adapters' inputs"
         x = x if linear.dequantized and do.compute else do.to(x, linear.down.width)
-        drops = bool((self.setup.lora or {}).get("lora_dropout")) and do.training
+        drops = self.setup.drops and do.training
         given, x = x, do.dropout(x) if drops else x
         size = linear.out * linear.inputs
         product = do.compute or linear.down.width
@@ -583,7 +584,7 @@ class Decoder:
         return do.made(do.new(rows * linear.out, width), [given], back)
 
     def _dropped(self, x: Value) -> Value:
-        return self.do.dropout(x) if self.do.training and (self.setup.lora or {}).get("lora_dropout") else x
+        return self.do.dropout(x) if self.do.training and self.setup.drops else x
 
 
 def _weights_first(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:

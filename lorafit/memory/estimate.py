@@ -186,7 +186,7 @@ def features_of(setup: Setup) -> dict[str, str]:
         "attention": setup.attention,
         "optimizer": setup.optimizer.replace("_fused", ""),
         "packing": "packed" if setup.packed else "plain rows",
-        "dora": "dora" if (setup.lora or {}).get("use_dora") else "plain",
+        "dora": "dora" if setup.lora is not None and setup.lora.use_dora else "plain",
         "family": setup.facts.model_type,
     }
 

@@ -108,12 +108,12 @@ def _liger(decoder: Decoder, hidden: Value) -> Value:
     x = do.copied(hidden)
     del hidden
     rows = x.elements // size
-    chunk = 1 << math.ceil(math.log2(max(1, math.ceil(rows / math.ceil(vocabulary / size)))))
+    chunk = liger_rows(rows, size, vocabulary)
     do.label = "gradients of activations"
     ready = do.new(x.elements, x.width) if x.needs else None
     weight = decoder.head
     made = do.ledger.new(weight.elements, weight.width, "gradients") if weight.trained else None
-    do.ledger.borrow(LOGITS, min(chunk, rows) * vocabulary * x.width, min(chunk, rows) * size * x.width)
+    do.ledger.borrow(LOGITS, chunk * vocabulary * x.width, chunk * size * x.width)
 
     def back(g: Value) -> Sequence[Value | None]:
         if made is not None:
@@ -121,6 +121,11 @@ def _liger(decoder: Decoder, hidden: Value) -> Value:
         return [ready]
 
     return do.made(do.new(rows, 4), [x], back)
+
+
+def liger_rows(rows: int, size: int, vocabulary: int) -> int:
+    """Rows of a chunk: as many chunks as the vocabulary is wider than the hidden state, their rows a power of two."""
+    return min(1 << math.ceil(math.log2(max(1, math.ceil(rows / math.ceil(vocabulary / size))))), rows)
 
 
 def _whole(decoder: Decoder, batch: int) -> tuple[Value, object]:

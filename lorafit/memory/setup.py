@@ -9,7 +9,8 @@ from typing import Any, Literal
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.plan import Plan
-from lorafit.plan.adapters import Adapter, adapter_told
+from lorafit.plan.adapters import Adapter, Full, Lora
+from lorafit.recipe import LoraSection
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 LossPath = Literal["fused", "logits", "logits_shifted", "logits_upcast", "liger", "compact"]
@@ -55,7 +56,7 @@ class Setup:
         masked: whether padding reaches the attention as a mask; eval_masked: in evaluation.
         packed: rows of several examples, laid end to end in one row of batch x length tokens.
         quantization: for BitsAndBytesConfig; None without.
-        lora: for LoraConfig; None in full training.
+        lora: None in full training.
         accumulation: forward and backward passes a step.
         supervised: share of the positions whose label is learned.
         eval_batch: rows at once in evaluation; 0 without.
@@ -68,7 +69,7 @@ class Setup:
     length: int
     dtype: str
     quantization: dict[str, Any] | None
-    lora: dict[str, Any] | None
+    lora: LoraSection | None
     adapter_dtype: str
     optimizer: str
     checkpointing: Checkpointing
@@ -87,12 +88,17 @@ class Setup:
 
     @functools.cached_property
     def adapter(self) -> Adapter:
-        return adapter_told(self.lora)
+        return Full() if self.lora is None else Lora(self.lora)
 
     @property
     def tokens(self) -> int:
         """Tokens in one pass, padding included."""
         return self.batch * self.length
+
+    @property
+    def drops(self) -> bool:
+        """Whether what goes into an adapter is dropped out."""
+        return self.lora is not None and self.lora.lora_dropout > 0
 
 
 def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) -> Setup:
@@ -116,7 +122,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
         length=data.max_length,
         dtype=plan.dtype,
         quantization=plan.quantization_kwargs,
-        lora=plan.lora_kwargs,
+        lora=LoraSection.model_validate(plan.recipe["lora"]) if plan.recipe["lora"] is not None else None,
         adapter_dtype=plan.adapter_dtype,
         optimizer=training.optim,
         checkpointing="non_reentrant" if training.gradient_checkpointing else "none",

@@ -107,7 +107,7 @@ def packed_bytes(setup: Setup, tensor: Tensor) -> int:
 
 
 def trained(setup: Setup) -> list[Tensor]:
-    """What is trained, with the type it is kept in."""
+    """What is trained, with the type it is kept in: DoRA's magnitudes in float32 whatever the adapter's type."""
     adapter = setup.adapter
     dtype = setup.dtype if adapter.trains_base else setup.adapter_dtype
     return list(adapter.tensors(setup.facts, None, dtype))
@@ -119,20 +119,20 @@ def trained_bytes(setup: Setup) -> int:
 
 def state_sizes(setup: Setup) -> list[tuple[int, bool]]:
     """Bytes of each optimizer state, and whether it is paged: in managed memory, beside torch's allocator."""
-    count = OPTIMIZER_STATES[setup.optimizer]
-    eight, pages = setup.optimizer.endswith("8bit"), setup.optimizer.startswith("paged")
-    result: list[tuple[int, bool]] = []
-    for tensor in trained(setup):
-        size = _state_bytes(setup.optimizer, tensor)
-        paged = pages and tensor.size >= PAGED_SIZE
-        if not size:
-            continue
-        if eight and size < count * tensor.size * 4:  # 8 bits, and a float32 for each block, which is never paged
-            scales = 4 * math.ceil(tensor.size / STATE_BLOCK)
-            result += [(tensor.size, paged), (scales, False)] * count
-        else:
-            result += [(size // max(count, 1), paged)] * max(count, 1)
-    return result
+    return [state for tensor in trained(setup) for state in states_of(setup.optimizer, tensor)]
+
+
+def states_of(optimizer: str, tensor: Tensor) -> list[tuple[int, bool]]:
+    """The same for one tensor."""
+    count = OPTIMIZER_STATES[optimizer]
+    size = _state_bytes(optimizer, tensor)
+    paged = optimizer.startswith("paged") and tensor.size >= PAGED_SIZE
+    if not size:
+        return []
+    if optimizer.endswith("8bit") and size < count * tensor.size * 4:
+        scales = 4 * math.ceil(tensor.size / STATE_BLOCK)  # a float32 for each block of 8-bit states; never paged
+        return [(tensor.size, paged), (scales, False)] * count
+    return [(size // max(count, 1), paged)] * max(count, 1)
 
 
 def constants_bytes(tensor: Tensor, double: bool) -> int:

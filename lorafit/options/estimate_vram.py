@@ -56,10 +56,10 @@ class EstimateOptions(JsonOptions):
     ] = ()
 
     @property
-    def short(self) -> list[tuple[str, str, int]]:
-        """Options that are short for overrides: (option, override, value)."""
+    def short(self) -> dict[str, str]:
+        """Overrides that have options of their own, and these as typed."""
         keys = (("max-length", "max_length", self.max_length), ("batch", "per_device_train_batch_size", self.batch))
-        return [(option, f"training.{key}={value}", value) for option, key, value in keys if value is not None]
+        return {f"training.{key}={value}": f"--{name} {value}" for name, key, value in keys if value is not None}
 
     def check(self) -> None:
         """Raises UsageError for what doesn't go with --calibrate."""

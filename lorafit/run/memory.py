@@ -112,10 +112,8 @@ def setup_of_run(plan: Plan) -> Setup:
     """
     from lorafit.facts import read_facts
     from lorafit.memory import setup_of
-    from lorafit.vram.answer import known_tensors
 
-    facts = known_tensors(read_facts(plan.model.name_or_path, plan.revision))
-    setup = setup_of(plan, facts)
+    setup = setup_of(plan, read_facts(plan.model.name_or_path, plan.revision))
     if plan.audit is None:
         return setup
     part = plan.audit["training_rows"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorafit.errors import DataError, DoesNotFitError, MissingError, ModelError, UsageError
 from lorafit.facts import ModelFacts, UnreachableError, read_facts
 from lorafit.hardware import meant_device, meant_hardware, missing_packages
-from lorafit.memory import Estimate, Setup, estimate, setup_of
+from lorafit.memory import Estimate, Setup, estimate, judged, setup_of
 from lorafit.plan import Plan
 from lorafit.plan.resolve import examine
 from lorafit.plan.values import Context
@@ -23,7 +23,6 @@ from lorafit.validate.contents import check_contents, first_rows, place_of_fault
 from lorafit.validate.evaluation import check_evaluation
 from lorafit.validate.find import find
 from lorafit.validate.findings import PARTS, Checked, Fault, Findings, Options, Report
-from lorafit.vram.answer import judged
 
 
 @dataclass

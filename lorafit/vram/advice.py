@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from lorafit.errors import LorafitError
-from lorafit.memory import Sharding
-from lorafit.vram.answer import Advice, Case, Solver, Subject
+from lorafit.memory import Estimate, Setup, Sharding
+from lorafit.recipe import Recipe
+from lorafit.vram.question import Solver, Subject
 
 SHORTEST = 512
 """Tokens below which rows are not cut further."""
@@ -30,7 +32,14 @@ SMALLER_STATES = {
 
 @dataclass(frozen=True)
 class Change:
-    """One way to lower the memory, as overrides or as more GPUs."""
+    """One way to lower the memory, as overrides or as more GPUs; or several together.
+
+    Attributes:
+        overrides: KEY=VALUE for `--set`.
+        does: what is changed.
+        costs: what is lost by it.
+        harmful: whether the result of the training changes, or more GPUs are needed.
+    """
 
     does: str
     costs: str
@@ -44,8 +53,19 @@ class Change:
         return changed.over(self.gpus, self.sharding) if self.sharding else changed
 
     @property
-    def options(self) -> tuple[str, ...]:
-        return ("--gpus", str(self.gpus), "--sharding", self.sharding) if self.sharding else ()
+    def options(self) -> str:
+        """What is added to the command for it."""
+        words = [word for override in self.overrides for word in ("--set", shlex.quote(override))]
+        return " ".join(words + (["--gpus", str(self.gpus), "--sharding", self.sharding] if self.sharding else []))
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change that lowers the memory, and what it leads to."""
+
+    change: Change
+    estimate: Estimate
+    verdict: str
 
 
 def advise(solve: Solver, subject: Subject, capacity: int) -> list[Advice]:
@@ -64,36 +84,26 @@ class _Adviser:
 
     def advice(self) -> list[Advice]:
         try:
-            total = self.solve.estimate(self.subject).total
-            levers = list(changes(self.solve.case(self.subject)))
+            found = self.solve(self.subject)
+            total = found.estimate().total
+            levers = [degrees for lever in LEVERS if (degrees := list(lever(found.recipe, found.setup)))]
         except LorafitError:  # only traced: nothing light can be said
             return []
         tried = [best[1] for lever in levers if (best := self._degree([], lever)) is not None]
-        found = [one for one in tried if one.verdict == "fits" or one.estimate.total < (1 - WORTH) * total]
-        if not any(one.verdict == "fits" and not one.harmful for one in found):
+        helping = [one for one in tried if one.verdict == "fits" or one.estimate.total < (1 - WORTH) * total]
+        if not any(one.verdict == "fits" and not one.change.harmful for one in helping):
             together = self._together(levers)
-            if together is not None and (together.verdict == "fits" or not any(o.verdict == "fits" for o in found)):
-                found.append(together)
-        return sorted(found, key=lambda one: one.harmful)
+            if together is not None and (together.verdict == "fits" or not any(o.verdict == "fits" for o in helping)):
+                helping.append(together)
+        return sorted(helping, key=lambda one: one.change.harmful)
 
     def _advice(self, made: list[Change]) -> Advice | None:
         """What some changes together lead to; None where the plan refuses one of them."""
-        subject, made = self.subject, reconciled(made)
-        for change in made:
-            subject = change.made(subject)
+        change = joined(made)
         try:
-            estimate, verdict = self.solve.judged(subject, self.capacity)
+            return Advice(change, *self.solve(change.made(self.subject)).judged(self.capacity))
         except LorafitError:
             return None
-        return Advice(
-            overrides=tuple(override for change in made for override in change.overrides),
-            options=tuple(word for change in made for word in change.options),
-            does="; ".join(change.does for change in made),
-            costs="; ".join(dict.fromkeys(change.costs for change in made)),
-            harmful=any(change.harmful for change in made),
-            estimate=estimate,
-            verdict=verdict,
-        )
 
     def _degree(self, before: list[Change], lever: list[Change]) -> tuple[Change, Advice] | None:
         """The mildest degree of a lever that fits, on top of other changes; else the one that takes least."""
@@ -133,6 +143,20 @@ class _Adviser:
         return made, best
 
 
+def joined(made: list[Change]) -> Change:
+    """Several changes as one."""
+    made = reconciled(made)
+    spread = next((change for change in made if change.sharding), made[0])
+    return Change(
+        does="; ".join(change.does for change in made),
+        costs="; ".join(dict.fromkeys(change.costs for change in made)),
+        overrides=tuple(override for change in made for override in change.overrides),
+        harmful=any(change.harmful for change in made),
+        gpus=spread.gpus,
+        sharding=spread.sharding,
+    )
+
+
 def reconciled(made: list[Change]) -> list[Change]:
     """Fewer rows at once on more GPUs: with the passes that keep the rows of a step."""
     count = max((change.gpus for change in made), default=1)
@@ -157,35 +181,17 @@ def reconciled(made: list[Change]) -> list[Change]:
 _ROWS, _PASSES = "training.per_device_train_batch_size=", "training.gradient_accumulation_steps="
 
 
-def changes(case: Case) -> Iterator[list[Change]]:
-    """What can be changed in a plan, the least harmful first, each in degrees from mild to strong."""
-    levers: Iterable[Iterator[Change]] = (
-        _fewer_rows_in_evaluation(case),
-        _fewer_rows(case),
-        _checkpointing(case),
-        _smaller_states(case),
-        _four_bits(case),
-        _shorter_rows(case),
-        _adapter(case),
-        _more_gpus(case),
-    )
-    for lever in levers:
-        degrees = list(lever)
-        if degrees:
-            yield degrees
-
-
-def _fewer_rows_in_evaluation(case: Case) -> Iterator[Change]:
-    if case.recipe.training.per_device_eval_batch_size != "auto" and case.setup.eval_batch > 1:
+def _fewer_rows_in_evaluation(recipe: Recipe, setup: Setup) -> Iterator[Change]:
+    if recipe.training.per_device_eval_batch_size != "auto" and setup.eval_batch > 1:
         override = "training.per_device_eval_batch_size=1"
         yield Change("one row at once in evaluation", "slower evaluation", (override,))
 
 
-def _fewer_rows(case: Case) -> Iterator[Change]:
+def _fewer_rows(recipe: Recipe, setup: Setup) -> Iterator[Change]:
     """Halves of the rows at once, with more passes a step."""
-    rows, setup = case.setup.batch, case.setup
+    rows = setup.batch
     each = rows * setup.accumulation
-    counted = case.recipe.training.global_batch_size is not None
+    counted = recipe.training.global_batch_size is not None
     size = rows // 2
     while size:
         if each % size == 0:
@@ -196,8 +202,8 @@ def _fewer_rows(case: Case) -> Iterator[Change]:
         size //= 2
 
 
-def _checkpointing(case: Case) -> Iterator[Change]:
-    if case.setup.checkpointing == "none":
+def _checkpointing(recipe: Recipe, setup: Setup) -> Iterator[Change]:
+    if setup.checkpointing == "none":
         yield Change(
             "gradient checkpointing",
             "about a third more arithmetic",
@@ -205,29 +211,29 @@ def _checkpointing(case: Case) -> Iterator[Change]:
         )
 
 
-def _smaller_states(case: Case) -> Iterator[Change]:
-    for name in SMALLER_STATES.get(case.setup.optimizer, ()):
+def _smaller_states(recipe: Recipe, setup: Setup) -> Iterator[Change]:
+    for name in SMALLER_STATES.get(setup.optimizer, ()):
         paged = " that move to main memory when short" * name.startswith("paged")
         yield Change(f"optimizer states in 8 bits{paged}", "states are rounded", (f"training.optim={name}",))
 
 
-def _four_bits(case: Case) -> Iterator[Change]:
-    asked = case.recipe.quantization
-    if case.recipe.trains_base or (asked is not None and asked.load_in_4bit):
+def _four_bits(recipe: Recipe, setup: Setup) -> Iterator[Change]:
+    asked = recipe.quantization
+    if recipe.trains_base or (asked is not None and asked.load_in_4bit):
         return
     override = "quantization.load_in_4bit=true" if asked is None else "quantization={load_in_4bit: true}"
     yield Change("base in 4 bits (QLoRA)", "the base's weights are rounded; slower", (override,))
 
 
-def _shorter_rows(case: Case) -> Iterator[Change]:
-    length = case.setup.length // 2
+def _shorter_rows(recipe: Recipe, setup: Setup) -> Iterator[Change]:
+    length = setup.length // 2
     while length >= SHORTEST:
         yield Change(f"max_length {length}", "longer rows are cut", (f"training.max_length={length}",), True)
         length //= 2
 
 
-def _adapter(case: Case) -> Iterator[Change]:
-    if case.recipe.trains_base:
+def _adapter(recipe: Recipe, setup: Setup) -> Iterator[Change]:
+    if recipe.trains_base:
         costs = "only an adapter is trained; wants a higher learning rate"
         yield Change("LoRA in place of full training", costs, ("lora={}",), True)
         overrides = ("lora={}", "quantization.load_in_4bit=true")
@@ -235,9 +241,9 @@ def _adapter(case: Case) -> Iterator[Change]:
         yield Change("QLoRA in place of full training", costs, overrides, True)
 
 
-def _more_gpus(case: Case) -> Iterator[Change]:
+def _more_gpus(recipe: Recipe, setup: Setup) -> Iterator[Change]:
     """FSDP's full shard, with as many rows a step as before where they can be divided."""
-    setup, training = case.setup, case.recipe.training
+    training = recipe.training
     if setup.world > 1 or setup.device == "cpu":
         return
     for count in GPU_COUNTS:
@@ -255,3 +261,16 @@ def _more_gpus(case: Case) -> Iterator[Change]:
             count,
             "fsdp",
         )
+
+
+LEVERS: tuple[Callable[[Recipe, Setup], Iterator[Change]], ...] = (
+    _fewer_rows_in_evaluation,
+    _fewer_rows,
+    _checkpointing,
+    _smaller_states,
+    _four_bits,
+    _shorter_rows,
+    _adapter,
+    _more_gpus,
+)
+"""What can be changed in a plan, the least harmful first, each in degrees from mild to strong."""

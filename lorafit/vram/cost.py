@@ -11,9 +11,10 @@ from typing import Any
 from lorafit.errors import LorafitError, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.gpus import Gpu
+from lorafit.memory import Setup
 from lorafit.memory.static import trained
-from lorafit.plan import make_plan
-from lorafit.vram.answer import Case
+from lorafit.options.estimate_vram import EstimateOptions
+from lorafit.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Range:
 
     def __mul__(self, factor: float) -> Range:
         return Range(self.low * factor, self.high * factor)
+
+    def as_list(self) -> list[float]:
+        return [self.low, self.high]
 
 
 UTILISATION_16BIT = Range(0.25, 0.50)
@@ -63,97 +67,64 @@ class Work:
     attention_width: int
     context: float
     epochs: float = 1
-    causal: bool = True
     checkpointing: bool = False
     head_parameters: int = 0
 
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating point operations of a whole training, by what they are for; a multiplication and an addition are two."""
-
-    forward: float
-    backward_inputs: float
-    backward_weights: float
-    recompute: float
-
     @property
-    def total(self) -> float:
-        return self.forward + self.backward_inputs + self.backward_weights + self.recompute
+    def flops(self) -> float:
+        """Floating point operations of the whole training; a multiplication and an addition are two.
+
+        A causal mask halves attention, as kernels such as FlashAttention skip what is masked. What those kernels
+        compute again of the scores in the backward pass isn't counted: it is part of the utilisation.
+        """
+        tokens = self.tokens * self.epochs
+        weights = self.active_parameters + self.adapter_parameters
+        trained = self.adapter_parameters + (self.active_parameters if self.trains_base else 0)
+        attention = 4 * self.attention_width * self.context * self.layers * 0.5
+        forward = 2 * weights + attention
+        of_inputs, of_weights = 2 * weights + 2 * attention, 2 * trained
+        again = forward - 2 * self.head_parameters if self.checkpointing else 0.0
+        return tokens * forward + tokens * of_inputs + tokens * of_weights + tokens * again
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Rough time and money.
+    """Rough time and money on a GPU, or on several of it.
 
     Attributes:
+        utilisation: of the peak, assumed.
         hours: on the clock.
         tokens_per_second: of all GPUs together.
         money: of all GPUs together, in the price's currency; None without a price.
-        utilisation: of the peak, assumed.
     """
 
-    flops: Flops
+    gpu: Gpu
     utilisation: Range
     hours: Range
     tokens_per_second: Range
     money: Range | None
 
 
-def flops(work: Work) -> Flops:
-    """Operations of the whole training.
-
-    A causal mask halves attention, as kernels such as FlashAttention skip what is masked. What those kernels compute
-    again of the scores in the backward pass isn't counted: it is part of the utilisation.
-    """
-    tokens = work.tokens * work.epochs
-    weights = work.active_parameters + work.adapter_parameters
-    trained = work.adapter_parameters + (work.active_parameters if work.trains_base else 0)
-    attention = 4 * work.attention_width * work.context * work.layers * (0.5 if work.causal else 1)
-    forward = 2 * weights + attention
-    return Flops(
-        forward=tokens * forward,
-        backward_inputs=tokens * (2 * weights + 2 * attention),
-        backward_weights=tokens * 2 * trained,
-        recompute=tokens * (forward - 2 * work.head_parameters) if work.checkpointing else 0.0,
-    )
-
-
-def utilisation(bits: int) -> Range:
-    """The part of a GPU's peak that trainings reach, for weights of so many bits."""
-    return UTILISATION_4BIT if bits <= 8 else UTILISATION_16BIT
-
-
-def cost(
-    work: Work,
-    gpu: Gpu,
-    *,
-    bits: int = 16,
-    world_size: int = 1,
-    price_per_hour: float | None = None,
-    reached: Range | None = None,
-) -> Cost:
+def cost(work: Work, gpu: Gpu, *, bits: int = 16, world_size: int = 1, price_per_hour: float | None = None) -> Cost:
     """Rough time and money of a training.
 
     Args:
         bits: of the base model's weights.
         world_size: GPUs that share the work.
         price_per_hour: of one GPU.
-        reached: the part of the peak that is reached, where it is known better.
 
     Raises UsageError for a price that is none.
     """
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise UsageError(f"a price per hour of {price_per_hour}: has to be zero or more")
-    reached = reached or utilisation(bits)
-    done = flops(work)
+    reached = UTILISATION_4BIT if bits <= 8 else UTILISATION_16BIT
     peak = gpu.peak_tflops * 1e12 * world_size
-    seconds = Range(done.total / (peak * reached.high), done.total / (peak * reached.low))
+    seconds = Range(work.flops / (peak * reached.high), work.flops / (peak * reached.low))
     hours = seconds * (1 / 3600)
     tokens = work.tokens * work.epochs
     speed = Range(tokens / seconds.high, tokens / seconds.low) if seconds.low > 0 else Range(0, 0)
     money = None if price_per_hour is None else hours * (world_size * price_per_hour)
-    return Cost(done, reached, hours, speed, money)
+    return Cost(gpu, reached, hours, speed, money)
 
 
 def time_text(hours: Range) -> str:
@@ -164,12 +135,12 @@ def time_text(hours: Range) -> str:
     return _span(hours * (1 / 24), "days")
 
 
-def money_text(money: Range, currency: str = "$") -> str:
-    """Such as "$4.20 to $8.60"; whole numbers from 1000 on."""
+def money_text(money: Range) -> str:
+    """Such as "4.20 to 8.60"; whole numbers from 1000 on."""
     if money.high < 0.005:
-        return f"under {currency}0.01"
+        return "under 0.01"
     digits = 2 if money.high < 1000 else 0
-    low, high = (f"{currency}{value:,.{digits}f}" for value in (money.low, money.high))
+    low, high = (f"{value:,.{digits}f}" for value in (money.low, money.high))
     return low if low == high else f"{low} to {high}"
 
 
@@ -207,54 +178,69 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Spending:
-    """Rough time and money, by GPU."""
+    """Arithmetic, and rough time and money by GPU."""
 
     tokens: Tokens
-    flops: Flops
-    costs: tuple[tuple[Gpu, Cost], ...]
+    flops: float
+    costs: tuple[Cost, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rough": True,
+            "tokens_per_epoch": self.tokens.per_epoch,
+            "epochs": self.tokens.epochs,
+            "tokens_from": self.tokens.source,
+            "flops": self.flops,
+            "gpus": [
+                {
+                    "name": one.gpu.name,
+                    "hours": one.hours.as_list(),
+                    "tokens_per_second": one.tokens_per_second.as_list(),
+                    "utilisation": one.utilisation.as_list(),
+                    "money": one.money.as_list() if one.money else None,
+                }
+                for one in self.costs
+            ],
+        }
 
 
 UNKNOWN = "the number of tokens is not known: give --tokens N (of one epoch), or let `lorafit preview` count them once"
 
 
-def spending(case: Case, given: int | None, gpus: Sequence[Gpu], price: float | None) -> Spending | None:
+def spending(found: Outcome, asked: EstimateOptions, gpus: Sequence[Gpu]) -> Spending | None:
     """None where the number of tokens isn't known. Raises UsageError."""
-    if given is not None and not 0 < given < 10**16:
-        raise UsageError(f"--tokens {given}: has to be above 0, and below 10^16")
-    tokens = tokens_of(case, given)
+    if asked.tokens is not None and not 0 < asked.tokens < 10**16:
+        raise UsageError(f"--tokens {asked.tokens}: has to be above 0, and below 10^16")
+    tokens = _tokens(found, asked)
     if tokens is None:
         return None
-    work = work_of(case, tokens)
-    quantization = case.setup.quantization
-    bits = 16 if quantization is None else 8 if quantization.get("load_in_8bit") else 4
-    costs = ((gpu, cost(work, gpu, bits=bits, world_size=case.setup.world, price_per_hour=price)) for gpu in gpus)
-    return Spending(tokens, flops(work), tuple(costs))
+    setup = found.setup
+    work = work_of(setup, tokens)
+    bits = 16 if setup.quantization is None else 8 if setup.quantization.get("load_in_8bit") else 4
+    costs = (cost(work, gpu, bits=bits, world_size=setup.world, price_per_hour=asked.price) for gpu in gpus)
+    return Spending(tokens, work.flops, tuple(costs))
 
 
-def tokens_of(case: Case, given: int | None) -> Tokens | None:
+def _tokens(found: Outcome, asked: EstimateOptions) -> Tokens | None:
     """From what is given, the audited data, or the number of steps, in this order."""
-    setup, training = case.setup, case.plan.training
-    epochs = training.num_train_epochs
+    setup, training, given = found.setup, found.require_plan().training, asked.tokens
+    rows = training.max_steps * setup.batch * setup.accumulation * setup.world
     if given is not None:
-        if training.max_steps > 0:
-            most = training.max_steps * setup.batch * setup.accumulation * setup.world * setup.length
-            return Tokens(min(given, most), 1, min(setup.length, given), "max_steps, of the --tokens given")
-        return Tokens(given, epochs, min(setup.length, given), "--tokens")
-    audited = _audited(case)
-    if audited is not None:
+        row = min(setup.length, given)
+        if rows > 0:
+            return Tokens(min(given, rows * setup.length), 1, row, "max_steps, of the --tokens given")
+        return Tokens(given, training.num_train_epochs, row, "--tokens")
+    if asked.config is not None and (audited := _audited(found)) is not None:
         return audited
-    if training.max_steps > 0:
-        rows = training.max_steps * setup.batch * setup.accumulation * setup.world
+    if rows > 0:
         return Tokens(rows * setup.length, 1, setup.length, "max_steps, as if every row had max_length tokens")
     return None
 
 
-def _audited(case: Case) -> Tokens | None:
+def _audited(found: Outcome) -> Tokens | None:
     """Of data that was audited before, exactly as the recipe has it; data that isn't here is not known."""
-    if case.subject.config is None:
-        return None
     try:
-        plan = make_plan(case.recipe, case.facts, case.plan.hardware, count_rows=False)
+        plan = found.shared.of(found.recipe, found.name, found.hardware, reading="digests").require_plan()
     except LorafitError:
         return None
     if plan.audit is None or plan.schedule is None:
@@ -266,13 +252,12 @@ def _audited(case: Case) -> Tokens | None:
     return Tokens(part["tokens"], epochs, part["tokens"] / max(part["rows"], 1), "the audited data, without padding")
 
 
-def work_of(case: Case, tokens: Tokens) -> Work:
-    facts, setup = case.facts, case.setup
+def work_of(setup: Setup, tokens: Tokens) -> Work:
+    facts = setup.facts
     config = facts.text_config
     heads = _positive(config, "num_attention_heads", "n_head") or 1
     hidden = _positive(config, "hidden_size", "n_embd") or 0
     window = _positive(config, "sliding_window")
-    head = head_parameters(facts)
     return Work(
         active_parameters=active_parameters(facts),
         adapter_parameters=sum(tensor.size for tensor in trained(setup)) if not setup.adapter.trains_base else 0,
@@ -283,7 +268,7 @@ def work_of(case: Case, tokens: Tokens) -> Work:
         context=min(tokens.row, window or tokens.row, setup.length),
         epochs=tokens.epochs,
         checkpointing=setup.checkpointing != "none",
-        head_parameters=head,
+        head_parameters=head_parameters(facts),
     )
 
 
@@ -304,30 +289,6 @@ def head_parameters(facts: ModelFacts) -> int:
     """Of the output head, which may be the embedding."""
     heads = [tensor.size for tensor in facts.tensors if _HEAD.search(tensor.name)]
     return heads[0] if heads else max((t.size for t in facts.tensors if _EMBEDDING.search(t.name)), default=0)
-
-
-def as_dict(found: Spending) -> dict[str, Any]:
-    return {
-        "rough": True,
-        "tokens_per_epoch": found.tokens.per_epoch,
-        "epochs": found.tokens.epochs,
-        "tokens_from": found.tokens.source,
-        "flops": found.flops.total,
-        "gpus": [
-            {
-                "name": gpu.name,
-                "hours": _pair(one.hours),
-                "tokens_per_second": _pair(one.tokens_per_second),
-                "utilisation": _pair(one.utilisation),
-                "money": _pair(one.money) if one.money else None,
-            }
-            for gpu, one in found.costs
-        ],
-    }
-
-
-def _pair(values: Range) -> list[float]:
-    return [values.low, values.high]
 
 
 def _positive(config: dict[str, Any], *keys: str) -> int | None:

@@ -21,8 +21,6 @@ MADE_BY = "lorafit estimate-vram"
 FORMATS = (".png", ".svg")
 WIDTH = 9.0
 """Inches."""
-COLUMNS = 1600
-"""Points of a timeline that are drawn at most: more than it has pixels."""
 LANES = 3
 """Rows of phase labels above a timeline."""
 
@@ -47,7 +45,7 @@ def stacked_bar(
     title: str,
     capacity: Sequence[tuple[str, int]],
     file: Path,
-    timeline: Sequence[tuple[float, int, int]] | None = None,
+    timeline: Sequence[tuple[float, int, int]] = (),
     phases: Sequence[tuple[float, str]] = (),
 ) -> None:
     """Draw the parts of memory on top of each other, and memory over time below if a timeline is given.
@@ -62,8 +60,13 @@ def stacked_bar(
     Raises UsageError for another kind of file, a folder that isn't there, and without matplotlib.
     """
     check(file)
-    data = _render(terms, title, capacity, file.suffix.lower()[1:], timeline or (), phases)
-    _write(file, data)
+    data = _render(terms, title, capacity, file.suffix.lower()[1:], timeline, phases)
+    try:
+        write_bytes(file, data)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(f"{file}: {error.strerror}") from None
+        raise
 
 
 def check(file: Path) -> None:
@@ -79,29 +82,6 @@ def check(file: Path) -> None:
         if error.name and not error.name.startswith("matplotlib"):
             raise UsageError(f"matplotlib can't be imported ({error}); install lorafit[plot]") from None
         raise UsageError("pictures need matplotlib; install lorafit[plot]") from None
-
-
-def thin(
-    timeline: Sequence[tuple[float, int, int]], columns: int = COLUMNS
-) -> tuple[list[float], list[int], list[int]]:
-    """A timeline in at most so many points: in each column, the highest of each series."""
-    xs: list[float] = []
-    allocated: list[int] = []
-    reserved: list[int] = []
-    if not timeline:
-        return xs, allocated, reserved
-    start, span = timeline[0][0], timeline[-1][0] - timeline[0][0]
-    last = None
-    for x, now, held in timeline:
-        column = min(columns - 1, int((x - start) / span * columns)) if span > 0 else 0
-        if len(timeline) > columns and column == last:
-            allocated[-1], reserved[-1] = max(allocated[-1], now), max(reserved[-1], held)
-            continue
-        last = column
-        xs.append(x)
-        allocated.append(now)
-        reserved.append(held)
-    return xs, allocated, reserved
 
 
 def _render(
@@ -175,14 +155,14 @@ def _draw_timeline(
     phases: Sequence[tuple[float, str]],
     capacity: list[tuple[str, int]],
 ) -> None:
-    xs, allocated, reserved = thin(timeline)
-    peak = max(range(len(timeline)), key=lambda index: timeline[index][1])
-    where, most = timeline[peak][0], timeline[peak][1] / GIB
-    held = max(reserved) / GIB
+    xs = [x for x, _, _ in timeline]
+    allocated, reserved = ([point[series] / GIB for point in timeline] for series in (1, 2))
+    where, peak, _ = max(timeline, key=lambda point: point[1])
+    most, held = peak / GIB, max(reserved)
     end = xs[-1] if xs[-1] > xs[0] else xs[0] + 1
-    axes.fill_between(xs, [size / GIB for size in allocated], step="post", color="#56B4E9", linewidth=0, alpha=0.55)
-    axes.step(xs, [size / GIB for size in allocated], where="post", color="#0072B2", linewidth=1.0, label="allocated")
-    axes.step(xs, [size / GIB for size in reserved], where="post", color="#D55E00", linewidth=1.4, label="reserved")
+    axes.fill_between(xs, allocated, step="post", color="#56B4E9", linewidth=0, alpha=0.55)
+    axes.step(xs, allocated, where="post", color="#0072B2", linewidth=1.0, label="allocated")
+    axes.step(xs, reserved, where="post", color="#D55E00", linewidth=1.4, label="reserved")
     axes.plot([where], [most], "o", color="#0072B2", markersize=4)
     highest = max(held, most) or 1.0
     for name, size in sorted(capacity, key=lambda line: line[1]):
@@ -195,7 +175,7 @@ def _draw_timeline(
     axes.set_ylim(0, highest * 1.12)
     axes.set_ylabel("GiB")
     late = where > xs[0] + 0.75 * (end - xs[0])
-    axes.annotate(f"peak {_gib(timeline[peak][1])}", (where, most), (-7 if late else 7, -12),
+    axes.annotate(f"peak {_gib(peak)}", (where, most), (-7 if late else 7, -12),
                   textcoords="offset points", ha="right" if late else "left", size=8, color="#003F66",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8})  # fmt: skip
     inside = [(x, printable(name)) for x, name in phases if xs[0] <= x <= end]
@@ -230,12 +210,3 @@ def _gib(size: int) -> str:
 
 def _clip(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_bytes(path, data)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UsageError(f"{path}: {error.strerror}") from None
-        raise

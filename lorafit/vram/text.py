@@ -9,8 +9,7 @@ from lorafit.gpus import Device
 from lorafit.memory import Term
 from lorafit.run.memory import Calibration
 from lorafit.text import MIB, gib
-from lorafit.vram.answer import HERE, Answer, Cell, Verdict, command_line
-from lorafit.vram.ask import Reply
+from lorafit.vram.answer import HERE, Answer, Cell, Verdict
 from lorafit.vram.cost import UNKNOWN, Spending, flops_text, money_text, time_text
 
 STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
@@ -21,16 +20,8 @@ MANY = 12
 MARKS = {"fits": "✓", "tight": "~", "does not fit": "✗"}
 
 
-def print_reply(reply: Reply, list_gpus: bool = False, console: Console | None = None) -> None:
-    """Everything that was asked, on stdout."""
-    console = console or Console()
-    print_answer(reply.answer, list_gpus, console)
-    if reply.asks_cost:
-        print_spending(reply.spending, reply.price, console)
-
-
 def print_answer(found: Answer, list_gpus: bool = False, console: Console | None = None) -> None:
-    """The answer in a line, and what it comes from: terms, range, devices, advice and sweep, on stdout."""
+    """The answer in a line, and what it comes from: terms, range, devices, advice, sweep and cost, on stdout."""
     console = console or Console()
     print_line(console, _answer(found), "bold")
     print_line(console, _setting(found))
@@ -45,22 +36,23 @@ def print_answer(found: Answer, list_gpus: bool = False, console: Console | None
             _print_verdict(one, found.estimate.notes, console)
     if found.cells:
         _print_sweep(found, console)
+    if found.asks_cost:
+        _print_spending(found.spending, found.price, console)
 
 
-def print_spending(found: Spending | None, price: float | None, console: Console | None = None) -> None:
-    """Arithmetic, time and money on stdout."""
-    console = console or Console()
+def _print_spending(found: Spending | None, price: float | None, console: Console) -> None:
+    """Arithmetic, time and money."""
     if found is None:
         print_line(console, f"Time and cost: {UNKNOWN}.", "yellow")
         return
     tokens = found.tokens
     times = f" x {tokens.epochs:.4g} epochs" if tokens.epochs != 1 else ""
-    known = f"{tokens.per_epoch:,.0f} tokens{times} ({tokens.source}), {flops_text(found.flops.total)}"
+    known = f"{tokens.per_epoch:,.0f} tokens{times} ({tokens.source}), {flops_text(found.flops)}"
     print_line(console, f"Arithmetic, roughly: {known}")
-    for gpu, one in found.costs:
+    for one in found.costs:
         used = f"at {one.utilisation.low:.0%} to {one.utilisation.high:.0%} of its peak"
-        money = f", {money_text(one.money, '')} at {price:g} an hour and GPU" if one.money else ""
-        print_line(console, f"On {gpu.name}, roughly: {time_text(one.hours)}{money} ({used})")
+        money = f", {money_text(one.money)} at {price:g} an hour and GPU" if one.money else ""
+        print_line(console, f"On {one.gpu.name}, roughly: {time_text(one.hours)}{money} ({used})")
 
 
 def print_calibration(found: Calibration, console: Console | None = None) -> None:
@@ -83,14 +75,14 @@ def print_calibration(found: Calibration, console: Console | None = None) -> Non
 
 
 def _setting(found: Answer) -> str:
-    case, setup = found.case, found.case.setup
+    plan, setup = found.found.require_plan(), found.found.setup
     kind = setup.adapter.title
     if setup.quantization is not None:
         kind += ", base in 8 bits" if setup.quantization.get("load_in_8bit") else ", base in 4 bits"
     several = f" on each of {setup.world} GPUs ({setup.sharding})" if setup.world > 1 else ""
     packed = " packed" if setup.packed else ""
     rows = f"{setup.batch} x {setup.length:,}{packed} tokens at once"
-    return f"{case.plan.model.name_or_path}: {kind}, {setup.dtype}, {rows}, {setup.optimizer}{several}"
+    return f"{plan.model.name_or_path}: {kind}, {setup.dtype}, {rows}, {setup.optimizer}{several}"
 
 
 def _answer(found: Answer) -> str:
@@ -176,10 +168,11 @@ def _print_verdict(one: Verdict, shown: tuple[str, ...], console: Console) -> No
         print_line(console, "No change that lorafit knows of lowers it.", "yellow")
         return
     for advice in one.advice:
-        harm = "HARMFUL: " * advice.harmful
+        change = advice.change
+        harm = "HARMFUL: " * change.harmful
         total = f"{MARKS[advice.verdict]} {gib(advice.estimate.total):>6} GiB, {advice.verdict}"
-        print_line(console, f"  {total}: {advice.does} ({harm}{advice.costs})", STYLES[advice.verdict])
-        print_line(console, f"      {command_line(advice)}")
+        print_line(console, f"  {total}: {change.does} ({harm}{change.costs})", STYLES[advice.verdict])
+        print_line(console, f"      {change.options}")
 
 
 def _print_sweep(found: Answer, console: Console) -> None:

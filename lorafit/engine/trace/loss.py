@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorafit.engine.loss import score
+from lorafit.memory.losses import liger_rows
 from lorafit.memory.setup import Setup
 
 Tensor = torch.Tensor
@@ -132,19 +132,17 @@ class _InPlace(torch.autograd.Function):
 class _FusedLinear(torch.autograd.Function):
     """Liger's fused linear cross entropy: gradients are made chunk by chunk in the forward pass.
 
-    Source: liger_kernel/ops/fused_linear_cross_entropy.py: as many chunks as the vocabulary is wider than the hidden
-    state, their rows a power of two.
+    Source: liger_kernel/ops/fused_linear_cross_entropy.py.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         tokens, width = hidden.shape
         vocabulary = weight.shape[0]
-        rows = 1 << math.ceil(math.log2(max(1, math.ceil(tokens / math.ceil(vocabulary / width)))))
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.empty_like(weight) if weight.requires_grad else None
         losses = hidden.new_empty(tokens, dtype=torch.float32)
-        logits = hidden.new_empty((min(rows, tokens), vocabulary))
+        logits = hidden.new_empty((liger_rows(tokens, width, vocabulary), vocabulary))
         chunk = logits.new_empty((logits.shape[0], width))
         del logits, chunk
         ctx.save_for_backward(grad_hidden, grad_weight)

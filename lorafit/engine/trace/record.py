@@ -30,7 +30,7 @@ from lorafit.engine.trace.steps import (
 )
 from lorafit.errors import ModelError, UsageError
 from lorafit.memory.allocator import Replay, replay
-from lorafit.memory.closed import HOPPER_WORKSPACE, WORKSPACE, alive, cautions, highest, serve
+from lorafit.memory.closed import alive, cautions, highest, serve, workspace
 from lorafit.memory.estimate import Estimate, Term, band_of
 from lorafit.memory.setup import Setup
 from lorafit.memory.sharding import own_bytes
@@ -63,14 +63,14 @@ def prepare(model: PreTrainedModel, setup: Setup) -> Model:
     model.config.use_cache = setup.stack.use_cache
     if setup.checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": setup.checkpointing == "reentrant"})
-        if setup.lora is not None:
+        if not setup.adapter.trains_base:
             model.enable_input_require_grads()
-    if setup.lora is None:
+    if setup.adapter.trains_base:
         return model.train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    values = dict(setup.lora)
-    values["init_lora_weights"] = bool(values.get("init_lora_weights", True))  # how it starts takes no memory
+    values = setup.adapter.arguments(setup.adapter.targets(setup.facts)) or {}
+    values["init_lora_weights"] = bool(values["init_lora_weights"])  # how it starts takes no memory
     adapted = get_peft_model(model, LoraConfig(**values))
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_magnitude_vector" not in name:
@@ -237,9 +237,8 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     with standing_in(setup, recorder, model) as autocast, recorder:
         if setup.device == "cuda":
             recorder.begin("start")
-            for size in own_bytes(setup):
+            for size in (*own_bytes(setup), workspace(setup)):
                 recorder.keep(size)
-            recorder.keep(HOPPER_WORKSPACE if setup.compute_capability >= (9, 0) else WORKSPACE)
         mark_layers(decoder_layers(model), recorder)
         for number in range(passes):
             record_pass(model, setup, recorder, autocast, number)

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
 
 from lorafit.engine.trace.log import Recorder
+from lorafit.memory.decoder import FUSED_ROWS
 from lorafit.memory.setup import Setup
 
 Tensor = torch.Tensor
@@ -180,9 +181,6 @@ class _Attention:
 
 
 # --- bitsandbytes ---------------------------------------------------------------------------------
-
-FUSED_ROWS = 1536
-"""From more rows than this on, bitsandbytes dequantizes the weight (backends/cuda/ops.py: _gemm_4bit_custom_max_m)."""
 
 
 def _gemm_4bit(setup: Setup, recorder: Recorder) -> Callable[..., Tensor]:

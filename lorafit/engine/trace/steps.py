@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,27 +11,26 @@ from torch import nn
 from transformers import Adafactor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lorafit import facts
 from lorafit.engine.trace.log import Recorder, template_of
 from lorafit.engine.trace.loss import compute_loss
 from lorafit.engine.trace.standins import Autocast
 from lorafit.memory.setup import Setup
-from lorafit.memory.static import MIN_8BIT_SIZE, OPTIMIZER_STATES, PAGED_SIZE, STATE_BLOCK
+from lorafit.memory.static import states_of
 
 Groups = list[dict[str, Any]]
 
 
 def make_optimizer(
-    name: str, groups: Groups, device: str, embeddings: frozenset[int] = frozenset()
+    name: str, groups: Groups, device: str, tensors: Mapping[int, facts.Tensor] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer that transformers makes for a name (transformers/trainer_optimizer.py).
 
-    `embeddings` are the ids of parameters whose states stay in float32 (transformers/trainer.py: create_optimizer).
+    `tensors` describe the parameters, by their ids, to optimizers whose update is one kernel.
     """
     foreach = device == "cuda"  # torch's default there; a CPU updates one tensor after the other
     if name == "adamw_torch":
         return torch.optim.AdamW(groups, foreach=foreach)
-    if name == "adamw_torch_fused":
-        return _Kept(groups, states=2, like_parameter=True)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=1e-3, foreach=foreach)
     if name == "adagrad":
@@ -41,8 +39,7 @@ def make_optimizer(
         return torch.optim.RMSprop(groups, foreach=foreach)
     if name == "adafactor":
         return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
-    eight_bit, paged = name.endswith("8bit"), name.startswith("paged")
-    return _Kept(groups, OPTIMIZER_STATES[name], eight_bit=eight_bit, paged=paged, embeddings=embeddings)
+    return _Kept(groups, name, tensors or {})
 
 
 class _Kept(torch.optim.Optimizer):
@@ -51,40 +48,21 @@ class _Kept(torch.optim.Optimizer):
     Paged states are in managed memory, which torch's allocator does not count.
     """
 
-    def __init__(
-        self,
-        groups: Groups,
-        states: int,
-        like_parameter: bool = False,
-        eight_bit: bool = False,
-        paged: bool = False,
-        embeddings: frozenset[int] = frozenset(),
-    ) -> None:
+    def __init__(self, groups: Groups, name: str, tensors: Mapping[int, facts.Tensor]) -> None:
         super().__init__(groups, {})
-        self.states, self.like_parameter, self.eight_bit, self.paged = states, like_parameter, eight_bit, paged
-        self.embeddings = embeddings
+        self.name, self.tensors = name, tensors
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for parameter in self._parameters():
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if parameter not in self.state:
                 self.state[parameter] = dict(enumerate(self._made(parameter)))
 
-    def _parameters(self) -> Iterable[torch.Tensor]:
-        return (p for group in self.param_groups for p in group["params"] if p.grad is not None)
-
     def _made(self, parameter: torch.Tensor) -> Iterable[torch.Tensor]:
-        paged = self.paged and parameter.numel() >= PAGED_SIZE
-        for _ in range(self.states):
-            if self.like_parameter:
-                yield torch.zeros_like(parameter)
-            elif self.eight_bit and parameter.numel() >= MIN_8BIT_SIZE and id(parameter) not in self.embeddings:
-                if not paged:
-                    yield torch.zeros_like(parameter, dtype=torch.uint8)
-                yield parameter.new_zeros(math.ceil(parameter.numel() / STATE_BLOCK), dtype=torch.float32)
-            elif not paged:
-                yield torch.zeros_like(parameter, dtype=torch.float32)
-        if self.like_parameter:
+        for size, paged in states_of(self.name, self.tensors[id(parameter)]):
+            if not paged:
+                yield parameter.new_empty(size, dtype=torch.uint8)
+        if self.name == "adamw_torch_fused":
             yield parameter.new_zeros((), dtype=torch.float32)
 
 
@@ -188,7 +166,10 @@ def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers:
     """
     trained = _trained(model, layers)
     parameters = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for _, shape, dtype in trained]
-    embeddings = frozenset(id(p) for p, (name, *_) in zip(parameters, trained, strict=True) if "embed" in name)
+    tensors = {
+        id(parameter): facts.Tensor(name, tuple(shape), str(dtype).removeprefix("torch."))
+        for parameter, (name, shape, dtype) in zip(parameters, trained, strict=True)
+    }
     gradients = [torch.empty_like(parameter) for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
@@ -197,7 +178,7 @@ def record_optimizer(model: nn.Module, setup: Setup, recorder: Recorder, layers:
         recorder.see(tensor)
     with recorder:
         recorder.begin("states")  # some optimizers make them at once
-        optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device, embeddings)
+        optimizer = make_optimizer(setup.optimizer, decay_groups(parameters), setup.device, tensors)
         for number in (1, 2):
             recorder.begin(f"clipping {number}")
             if setup.stack.clip_gradients:
