@@ -44,14 +44,18 @@ def validate(
     if format not in FORMATS:
         fail(f"--format {format}: not one of {', '.join(FORMATS)}", UsageError.exit_code)
     hardware = hardware_for(gpu, here)
+    from lorafit.validate.check import DeepCheck
     from lorafit.validate.check import validate as run_validate
     from lorafit.validate.findings import Options
 
+    check: DeepCheck | None = None
     if deep:
         from lorafit.engine.quiet import hush
 
         hush()
-    report = run_validate(paths, Options(tuple(overrides or ()), tuple(skip or ()), hardware, here, strict, deep))
+        from lorafit.engine.deep import check_deep as check
+    options = Options(tuple(overrides or ()), tuple(skip or ()), hardware, here, strict)
+    report = run_validate(paths, options, check)
     text = FORMATS[format](report)
     with verbatim() if format in ("json", "sarif") else contextlib.nullcontext():  # hidden in the values already
         typer.echo(text)

@@ -51,6 +51,7 @@ from lorafit.run.directory import RunDir, located
 from lorafit.run.fingerprint import changed_base, changed_source, listed, model_fingerprint, run_fingerprint
 from lorafit.run.manifest import build_manifest, hashes
 from lorafit.run.summary import print_findings
+from lorafit.tree import differences, dotted
 from lorafit.vram.calibrate import Foreseen, Meter, foresee, memory_record, shortage
 from lorafit.written import References, as_written, expanded
 
@@ -283,17 +284,9 @@ def check_checkpoints(run: RunDir) -> None:
             check_own(folder, ANEW)
 
 
-def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
+def changed_keys(before: Any, after: Any) -> list[str]:
     """The keys at which two resolved recipes or plans differ."""
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        before, after = dict(enumerate(before)), dict(enumerate(after))
-    if isinstance(before, dict) and isinstance(after, dict):
-        return [
-            key
-            for name in sorted({*before, *after})
-            for key in changed_keys(before.get(name), after.get(name), f"{path}.{name}" if path else name)
-        ]
-    return [] if before == after else [path]
+    return [dotted(key) for key in sorted(key for key, _, _ in differences(before, after))]
 
 
 def make_run(run: RunDir, plan: Plan, recipe_text: bytes, start: Start) -> None:

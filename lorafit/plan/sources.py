@@ -12,6 +12,7 @@ from lorafit.progress import stage
 from lorafit.recipe import Source
 from lorafit.rows import COLUMNS, OPTIONAL, Format, Row, detect_format, digest, is_local, read_rows, size_digest
 from lorafit.text import printable
+from lorafit.tree import key_path
 
 Reading = Literal["nothing", "formats", "digests"]
 """How far sources are looked into: not at all, their first rows, or whole for their hash."""
@@ -62,13 +63,13 @@ def _source(context: Context, source: Source, key: str, reading: Reading) -> Sou
         return dataclasses.replace(asked, hub=hub)
     for name in ("split", "name", "revision"):
         if name in source.model_fields_set:
-            context.wrong((*_recipe_path(key), name), "is for hub data sets; this is a local path")
+            context.wrong((*key_path(key), name), "is for hub data sets; this is a local path")
     if reading == "nothing":
         return asked
     try:
         return _looked_into(context, asked, reading)
     except DataError as error:
-        context.faults.append(((*_recipe_path(key), "path"), error))
+        context.faults.append(((*key_path(key), "path"), error))
         return asked
 
 
@@ -98,7 +99,3 @@ def _looked_into(context: Context, source: SourcePlan, reading: Reading) -> Sour
 
 def _given(format: str) -> Format | None:
     return None if format == "auto" else format  # type: ignore[return-value]
-
-
-def _recipe_path(key: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))

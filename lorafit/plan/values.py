@@ -13,6 +13,7 @@ from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
 from lorafit.recipe import Mistake, Recipe
 from lorafit.rows import Format, Shape
+from lorafit.tree import KeyPath
 from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
 
 
@@ -244,8 +245,6 @@ def validation_rows(rows: int, fraction: float | None) -> int:
 
 
 T = TypeVar("T")
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in the recipe."""
 
 
 @dataclass

@@ -18,12 +18,12 @@ from pydantic import BaseModel, ValidationError
 from lorafit.errors import LorafitError
 from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.source import Draft, Located, Mistake, SourceMistakes, Store, dotted, holds, read_recipe, shorten
+from lorafit.recipe.source import Draft, Located, Mistake, SourceMistakes, Store, holds, read_recipe, shorten
+from lorafit.tree import KeyPath, dotted
 from lorafit.written import Reference, remember, value_of
 
 MAX_SUGGESTIONS = 100
 """Unknown keys that get a suggestion; finding one takes a while, and no recipe has so many."""
-KeyPath = tuple[str | int, ...]
 
 _ALIASES = {
     "lr": "training.learning_rate",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lorafit.recipe.source import Located, Position, dotted
+from lorafit.recipe.source import Located, Position
+from lorafit.tree import dotted
 
 _PAIRS = (
     ("training.max_steps", "training.num_train_epochs"),

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
-from lorafit.recipe.source import Located, Mistake, Position, dotted
+from lorafit.recipe.source import Located, Mistake, Position
+from lorafit.tree import dotted
 from lorafit.written import References
 
 MOST_WHOLE, MOST = 2**31 - 1, 1e30

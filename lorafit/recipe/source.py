@@ -21,6 +21,7 @@ from yaml.reader import ReaderError
 
 from lorafit.bounds import opened
 from lorafit.text import printable
+from lorafit.tree import dotted
 from lorafit.written import REFERENCE, Reference, References, remember, value_of
 
 MAX_BYTES = 256 * 1024
@@ -138,11 +139,6 @@ class SourceMistakes(Exception):
     def __init__(self, *mistakes: Mistake) -> None:
         super().__init__("\n".join(map(str, mistakes)))
         self.mistakes = mistakes
-
-
-def dotted(path: tuple[str | int, ...]) -> str:
-    """`("dataset", "train", 0, "path")` -> `dataset.train.0.path`."""
-    return ".".join(map(str, path))
 
 
 # --- scalars: YAML 1.2's core schema --------------------------------------------------------------

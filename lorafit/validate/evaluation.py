@@ -15,10 +15,9 @@ from lorafit.evaluation.metrics.known import JSON_DEFAULTS
 from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.options.evaluate import RESERVED
-from lorafit.plan.values import KeyPath
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSet
-from lorafit.recipe.source import dotted
+from lorafit.tree import KeyPath, dotted
 from lorafit.validate.contents import check_contents, first_rows
 from lorafit.validate.findings import Findings, Options
 
