@@ -106,7 +106,7 @@ def plan_locked(recipe: Recipe, config: Path, count_rows: bool) -> tuple[Plan, s
 
     lock = held_lock(config, recipe)
     plan = plan_recipe(pinned(recipe, lock), config, count_rows=count_rows)
-    return dated(plan, lock.content["date"] or plan.data.date), lock.text
+    return dated(plan, lock.date or plan.data.date), lock.text
 
 
 @reporting
