@@ -248,17 +248,11 @@ class Outcome:
             return None
         return f"{size} are not read through here; `lorafit train --dry-run` counts them"
 
-    @cached_property
+    @property
     def unread(self) -> str | None:
-        """Why rows were not read."""
+        """Why rows were not read: a source's first can't be, or they are too many."""
         context = self._without_model[0] if self.facts is None else self.examined[0]
-        reason = _several(str(fault) for _, fault in context.faults) or self._too_large
-        if reason is None and self.plan is not None and self.plan is self.examined[1]:
-            try:
-                self.require_plan()
-            except DataError as error:
-                return first_line(error)
-        return reason
+        return _several(str(fault) for _, fault in context.faults) or self._too_large
 
     @property
     def unknown(self) -> list[str]:

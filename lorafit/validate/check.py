@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lorafit.errors import DataError, DoesNotFitError, MissingError, ModelError, UsageError
+from lorafit.errors import DoesNotFitError, MissingError, ModelError, UsageError
 from lorafit.facts import UnreachableError
 from lorafit.hardware import meant_device, missing_packages
 from lorafit.memory import setup_of
@@ -13,7 +14,6 @@ from lorafit.outcome import Outcome, Outcomes
 from lorafit.plan import Plan
 from lorafit.progress import each
 from lorafit.recipe import Recipe, RecipeError
-from lorafit.rows import Row
 from lorafit.run.directory import RunDir, located
 from lorafit.text import gib, near
 from lorafit.validate.contents import check_contents, first_rows, place_of_fault
@@ -32,7 +32,7 @@ class Checker:
         self._options = options
         self._deep = deep
         self._outcomes = Outcomes(options.hardware, looks_up="model" not in options.skip)
-        self._rows: dict[tuple[str, int], tuple[Row, ...] | DataError] = {}
+        self._rows = functools.cache(first_rows)
 
     def check(self, file: str) -> Checked:
         """Everything that is wrong with a recipe."""
@@ -50,24 +50,12 @@ class Checker:
             note(path, MissingError(message))
         check_evaluation(found)
         if reads_data:
-            check_contents(found, self.rows)
+            check_contents(found, self._rows)
         if plan is not None:
             self._fit(found, outcome, plan)
             if self._deep is not None and not found.faults:
                 self._deep(found, file)
         return Checked(file, "recipe", tuple(dict.fromkeys(found.faults)), tuple(found.notes), found.facts)
-
-    def rows(self, path: str, most: int) -> tuple[Row, ...]:
-        """The first rows of a local source. Raises DataError."""
-        if (path, most) not in self._rows:
-            try:
-                self._rows[path, most] = first_rows(path, most)
-            except DataError as error:
-                self._rows[path, most] = error
-        found = self._rows[path, most]
-        if isinstance(found, DataError):
-            raise found
-        return found
 
     def _plan(self, found: Findings, outcome: Outcome) -> Plan | None:
         """The plan for a known model, if nothing stands against it."""
@@ -91,7 +79,7 @@ class Checker:
         if outcome.facts is not None:
             found.notes += context.remarks
         for path, unreadable in context.faults:
-            found.wrong(place_of_fault(found, path, unreadable, self.rows), unreadable)
+            found.wrong(place_of_fault(found, path, unreadable, self._rows), unreadable)
         return outcome.plan
 
     def _fit(self, found: Findings, outcome: Outcome, plan: Plan) -> None:
