@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import re
 import textwrap
@@ -17,12 +16,10 @@ from lorafit.outcome import Outcome
 from lorafit.plan import Choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.load import may_be_null, near_key, section_at, sections
-from lorafit.recipe.yaml import Located, Position, dotted, holds
+from lorafit.recipe.yaml import Located, Position, holds
 from lorafit.text import brief
+from lorafit.tree import KeyPath, dotted, key_path, leaves
 from lorafit.written import at_keys
-
-Key = tuple[str | int, ...]
-"""Where a value stands, such as ("dataset", "train", 0, "path")."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,7 @@ class Written:
     above: bool = False
 
 
-def flatten(values: Any, key: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Every value below `key`: sections, mappings and lists of sections are gone into, other lists are values."""
-    if isinstance(values, dict) and values:
-        for name, value in values.items():
-            yield from flatten(value, (*key, name))
-    elif isinstance(values, list) and values and section_at(key) is not None:
-        for index, value in enumerate(values):
-            yield from flatten(value, (*key, index))
-    else:
-        yield key, values
-
-
-def history(recipe: Recipe, key: Key) -> list[Written]:
+def history(recipe: Recipe, key: KeyPath) -> list[Written]:
     """What was written for a value, newest first: by `--set`, the file, its parents. Empty: the default holds."""
     found = list(_written(recipe.source, key)) if recipe.source is not None else []
     places: dict[Position, Written] = {}
@@ -63,7 +48,7 @@ def history(recipe: Recipe, key: Key) -> list[Written]:
     return list(places.values())
 
 
-def in_force(key: Key, written: list[Written]) -> Written | None:
+def in_force(key: KeyPath, written: list[Written]) -> Written | None:
     """What decides a value; None if that is the default, to which a null goes back where it is no value itself."""
     newest = written[0] if written else None
     if newest is None or newest.above or (newest.removes and not may_be_null(key)):
@@ -71,7 +56,7 @@ def in_force(key: Key, written: list[Written]) -> Written | None:
     return newest
 
 
-def _written(node: Located, key: Key) -> Iterator[Written]:
+def _written(node: Located, key: KeyPath) -> Iterator[Written]:
     if not key:
         yield Written(node.as_written(), node.position, node.reference, node.removes)
     elif holds(node.value, key[0]):
@@ -125,7 +110,8 @@ class Explanation:
 def explain(outcome: Outcome, asked: str | None = None) -> Explanation:
     """All values, or those of a section, or one. Raises UsageError for a key that doesn't exist."""
     recipe, choices = outcome.recipe, outcome.choices | defaults_of(outcome)
-    found = [_as_written(recipe, _explained(recipe, *each, choices)) for each in flatten(recipe.resolved())]
+    values = leaves(recipe.resolved(), enters=lambda path: section_at(path) is not None)
+    found = [_as_written(recipe, _explained(recipe, *each, choices)) for each in values]
     found += _shortened_lists(recipe)
     known = {one.key for one in found}
     found += [
@@ -138,13 +124,13 @@ def explain(outcome: Outcome, asked: str | None = None) -> Explanation:
         return Explanation(tuple(found), None, remarks)
     key = re.sub(r"\[(\d+)\]", r".\1", asked)
     chosen = [one for one in found if one.key == key or one.key.startswith(f"{key}.")]
-    path = tuple(int(step) if step.isdecimal() else step for step in key.split("."))
+    path = key_path(key)
     if not chosen:
         chosen = [_absent(path, asked, found)]
     return Explanation(tuple(chosen), _documentation(path), remarks)
 
 
-def _explained(recipe: Recipe, key: Key, value: Any, choices: dict[str, Choice]) -> Explained:
+def _explained(recipe: Recipe, key: KeyPath, value: Any, choices: dict[str, Choice]) -> Explained:
     written = history(recipe, key)
     newest = in_force(key, written)
     earlier = tuple(written[1:] if newest is not None else written)
@@ -190,7 +176,7 @@ def defaults_of(outcome: Outcome) -> dict[str, Choice]:
     return found
 
 
-def _absent(path: Key, asked: str, found: Iterable[Explained]) -> Explained:
+def _absent(path: KeyPath, asked: str, found: Iterable[Explained]) -> Explained:
     """What holds for a key that the schema has and the recipe has no value for. Raises UsageError for any other."""
     names = [one.key for one in found]
     section = section_at(path[:-1])
@@ -214,7 +200,7 @@ def _items(key: str, names: Iterable[str]) -> str:
     return ", ".join(f"{key}.{step}" for step in sorted(steps) if step.isdecimal()) or "none"
 
 
-def _documentation(path: Key) -> str | None:
+def _documentation(path: KeyPath) -> str | None:
     section = section_at(path[:-1])
     field = section.model_fields.get(str(path[-1])) if section else None
     if field is None or not field.description:
@@ -228,12 +214,14 @@ WIDEST_KEY, WIDEST_VALUE = 30, 24
 
 def text(found: Explanation, width: int | None = None) -> str:
     """A table by section; lines longer than `width` are wrapped (None: not)."""
+    rows: dict[str, list[Explained]] = {}
+    for one in found.values:
+        rows.setdefault(_section(one), []).append(one)
     lines: list[str] = []
-    for section, values in itertools.groupby(_ordered(found.values), key=_section):
-        rows = list(values)
-        lines += [*([""] if lines else []), section, *_table(rows, section, width)]
+    for section in sorted(rows, key=lambda name: (name == _RESOLVED, name == _TOP)):
+        lines += [*([""] if lines else []), section, *_table(rows[section], section, width)]
     if found.documentation:
-        lines += ["", *_folded(found.documentation, width)]
+        lines += ["", *(_folded(found.documentation, width) if width else [found.documentation])]
     return "\n".join(lines)
 
 
@@ -267,21 +255,11 @@ _PLAIN = ("output_dir",)
 
 
 def _section(one: Explained) -> str:
-    head, dot, _ = one.key.partition(".")
-    if one.origin == "plan" and not dot and head not in _PLAIN:
-        return _RESOLVED
-    parts = one.key.split(".")
-    numbered = next((n for n, part in enumerate(parts) if part.isdecimal()), None)
-    if numbered is not None:
-        return ".".join(parts[: numbered + 1])
-    return ".".join(parts[:-1]) if dot else _TOP
-
-
-def _ordered(values: tuple[Explained, ...]) -> list[Explained]:
-    """The values of a section together, sections in the recipe's order, what is no key of it last."""
-    order = list(dict.fromkeys(map(_section, values)))
-    order.sort(key=lambda name: (name == _RESOLVED, name == _TOP))
-    return sorted(values, key=lambda one: order.index(_section(one)))
+    path = key_path(one.key)
+    if len(path) == 1:
+        return _RESOLVED if one.origin == "plan" and one.key not in _PLAIN else _TOP
+    numbered = next((n for n, step in enumerate(path) if isinstance(step, int)), len(path) - 2)
+    return dotted(path[: numbered + 1])
 
 
 def _table(rows: list[Explained], section: str, width: int | None) -> Iterator[str]:
@@ -311,23 +289,21 @@ def _aligned(head: str, rest: str, width: int | None) -> Iterator[str]:
     if width - left < min(max(24, *map(len, rest.split())), width - 10):
         yield head.rstrip()
         head, left = " " * 8, 10
-    folded = _folded(rest, width - left) or [""]
-    yield f"{head}  {folded[0]}".rstrip()
-    for line in folded[1:]:
-        yield " " * left + line
+    yield from (_folded(rest, width, f"{head}  ", " " * left) or [head.rstrip()])
 
 
-def _folded(text: str, width: int | None) -> list[str]:
-    """Lines, folded between words: a key or a path stays whole."""
-    return [text] if width is None else textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+def _folded(text: str, width: int, first: str = "", others: str = "") -> list[str]:
+    """Lines after indents, folded between words: a key or a path stays whole."""
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _origin(one: Explained) -> str:
     where = _place(one.written) if one.written else "default"
     if one.origin != "plan":
-        return (
-            where if one.reason is None or one.asked is not None or one.value is not None else f"{where}: {one.reason}"
-        )
+        absent = one.reason is not None and one.asked is None and one.value is None
+        return f"{where}: {one.reason}" if absent else where
     if one.asked is None and one.written is None:
         return one.reason or ""
     return f"{brief(one.asked)} ({where}): {one.reason}"

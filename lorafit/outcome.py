@@ -42,7 +42,7 @@ from lorafit.rows.audit import Audit
 from lorafit.text import first_line
 
 MOST_BYTES = 32 << 20
-"""Of data files: larger ones are not read through, which would take more than a moment."""
+"""Size of data files above which they are not read through: that would take more than a moment."""
 
 
 @dataclass(eq=False)
@@ -132,27 +132,22 @@ class Outcome:
     count_rows: bool = False
     sharding: Sharding | None = None
 
+    def require_facts(self) -> ModelFacts:
+        """Raises ModelError."""
+        return self.shared.facts(self.recipe.model.name_or_path, self.recipe.model.revision)
+
     @cached_property
-    def _model(self) -> ModelFacts | ModelError:
+    def no_model(self) -> ModelError | None:
+        """Why the model isn't known; an UnreachableError says nothing about the model."""
         try:
-            return self.shared.facts(self.recipe.model.name_or_path, self.recipe.model.revision)
+            self.require_facts()
         except ModelError as error:
             return error
+        return None
 
     @property
     def facts(self) -> ModelFacts | None:
-        return self._model if isinstance(self._model, ModelFacts) else None
-
-    @property
-    def no_model(self) -> ModelError | None:
-        """Why the model isn't known; an UnreachableError says nothing about the model."""
-        return self._model if isinstance(self._model, ModelError) else None
-
-    def require_facts(self) -> ModelFacts:
-        """Raises ModelError."""
-        if isinstance(self._model, ModelError):
-            raise self._model
-        return self._model
+        return None if self.no_model else self.require_facts()
 
     @cached_property
     def examined(self) -> tuple[Context, Plan | None]:
@@ -176,8 +171,8 @@ class Outcome:
         sources, _ = plan_sources(context, "formats")
         return context, Training.of(kwargs), tuple(sources)
 
-    @cached_property
-    def _whole(self) -> Plan:
+    def require_plan(self) -> Plan:
+        """Raises ModelError, RecipeError with every choice that can't be carried out, DataError and UsageError."""
         self.require_facts()
         context, half = self.examined
         if half is None:
@@ -187,17 +182,13 @@ class Outcome:
         is_read = self.reading == "digests" or (self.reading is None and not self._too_large)
         return with_steps(half, self.count_rows) if is_read else half
 
-    def require_plan(self) -> Plan:
-        """Raises ModelError, RecipeError with every choice that can't be carried out, DataError and UsageError."""
-        return self._whole
-
     @cached_property
     def plan(self) -> Plan | None:
         """None without the model, or where it can't be carried out; without steps where rows can't be read."""
         if self.facts is None:
             return None
         try:
-            return self._whole
+            return self.require_plan()
         except (RecipeError, DataError):
             return self.examined[1]
 
@@ -254,17 +245,11 @@ class Outcome:
             return None
         return f"{size} are not read through here; `lorafit train --dry-run` counts them"
 
-    @cached_property
+    @property
     def unread(self) -> str | None:
-        """Why rows were not read."""
+        """Why rows were not read: a source's first can't be, or they are too many."""
         context = self._without_model[0] if self.facts is None else self.examined[0]
-        reason = _several(str(fault) for _, fault in context.faults) or self._too_large
-        if reason is None and self.plan is not None:
-            try:
-                self.require_plan()
-            except DataError as error:
-                return first_line(error)
-        return reason
+        return _several(str(fault) for _, fault in context.faults) or self._too_large
 
     @property
     def unknown(self) -> list[str]:

@@ -139,13 +139,10 @@ def deliver(text: str, options: InitOptions, beside: dict[Path, str]) -> None:
 
 def doubts(recipe: Recipe) -> list[str]:
     """What a plan for the machine that the recipe is meant for finds wrong."""
-    from lorafit.facts import read_facts
-    from lorafit.hardware import meant_hardware
-    from lorafit.plan.resolve import make_plan
+    from lorafit.outcome import Outcomes
 
     try:
-        facts = read_facts(recipe.model.name_or_path, recipe.model.revision)
-        make_plan(recipe, facts, meant_hardware(recipe), count_rows=False)
+        Outcomes().of(recipe, "run", reading="digests").require_plan()
     except LorafitError as error:
         return str(error).splitlines()
     return []

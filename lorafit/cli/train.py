@@ -91,7 +91,7 @@ def planned(recipe: Recipe, options: TrainOptions) -> tuple[Plan, str | None]:
         return plan_recipe(recipe, options.config, count_rows=options.dry_run), None
     lock = held_lock(options.config, recipe)
     plan = plan_recipe(pinned(recipe, lock), options.config, count_rows=options.dry_run)
-    return dated(plan, lock.content["date"] or plan.data.date), lock.text
+    return dated(plan, lock.date or plan.data.date), lock.text
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:

@@ -40,15 +40,18 @@ def validate(options: ValidateOptions) -> None:
     if format not in FORMATS:
         raise UsageError(f"--format {format}: not one of {', '.join(FORMATS)}")
     hardware = hardware_for(options.gpu, options.here)
+    from lorafit.validate.check import DeepCheck
     from lorafit.validate.check import validate as run_validate
     from lorafit.validate.findings import Options
 
+    check: DeepCheck | None = None
     if options.deep:
         from lorafit.engine.quiet import hush
 
         hush()
-    asked = Options(options.overrides, options.skip, hardware, options.here, options.strict, options.deep)
-    report = run_validate(options.paths, asked)
+        from lorafit.engine.deep import check_deep as check
+    asked = Options(options.overrides, options.skip, hardware, options.here, options.strict)
+    report = run_validate(options.paths, asked, check)
     text = FORMATS[format](report)
     with verbatim() if format in ("json", "sarif") else contextlib.nullcontext():  # hidden in the values already
         typer.echo(text)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.diff.git import Revision, open_revision, run, split_revision
 from lorafit.errors import UsageError
-from lorafit.explain import Key
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.recipe import Recipe, load
 from lorafit.recipe.load import section_at
 from lorafit.text import printable
+from lorafit.tree import differences, dotted
 from lorafit.written import expanded
 
 
@@ -97,57 +95,56 @@ class Change:
     meant_after: Any = None
 
 
+ABSENT, ORDER = object(), object()
+"""What stands for a value that is not there, and for the order of a list beside its items."""
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """The changes between two recipes' resolved values, in the recipe's order."""
-    return list(_compare(before, after, "", ()))
+    found = (_change(*each) for each in differences(before, after, items=_items, absent=ABSENT))
+    return [one for one in found if one.path not in UNORDERED or _sorted(one.before) != _sorted(one.after)]
 
 
-def _compare(before: Any, after: Any, key: str, path: Key) -> Iterator[Change]:
-    name = ".".join(map(str, path))
-    if isinstance(before, dict) and isinstance(after, dict):
-        for step in dict.fromkeys((*before, *after)):
-            inner, inner_path = f"{key}.{step}" if key else step, (*path, step)
-            if step not in after:
-                yield Change(inner, ".".join(map(str, inner_path)), before[step], None, "removed")
-            elif step not in before:
-                yield Change(inner, ".".join(map(str, inner_path)), None, after[step], "added")
-            else:
-                yield from _compare(before[step], after[step], inner, inner_path)
-    elif isinstance(before, list) and isinstance(after, list) and section_at(path) is not None:
-        yield from _items(before, after, key, path)
-    elif not _same(before, after, name):
-        kind: Kind = "added" if before is None else "removed" if after is None else "changed"
-        yield Change(key, name, before, after, kind)
+def _sorted(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
-def _same(before: Any, after: Any, name: str) -> bool:
-    if name in UNORDERED and isinstance(before, list) and isinstance(after, list):
-        return sorted(map(str, before)) == sorted(map(str, after))
-    return bool(before == after) and isinstance(before, bool) == isinstance(after, bool)
+def _change(steps: tuple[Any, ...], before: Any, after: Any) -> Change:
+    key = ""
+    for step in steps:
+        if isinstance(step, str):
+            key += f".{step}" if key else step
+        else:
+            key += " (order)" if step is ORDER else f"[{step[0]}]"
+    kind: Kind = "changed"
+    if before is ABSENT or (before is None and after is not ABSENT):
+        kind = "added"
+    elif after is ABSENT or after is None:
+        kind = "removed"
+    old, new = (None if value is ABSENT else value for value in (before, after))
+    return Change(key, dotted(step for step in steps if isinstance(step, str)), old, new, kind)
 
 
-def _items(before: list[Any], after: list[Any], key: str, path: Key) -> Iterator[Change]:
-    """Items of a list of sections, paired by what names them; one that is left on each side makes a pair, too."""
-    name = ".".join(map(str, path))
-    fields = _NAMED_BY.get(name, ("name",))
-    waiting: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for index, item in enumerate(before):
-        waiting[tuple(item[field] for field in fields)].append(index)
-    pairs: list[tuple[int, int]] = []
-    added: list[int] = []
-    for index, item in enumerate(after):
-        same = waiting[tuple(item[field] for field in fields)]
-        pairs += [(same.pop(0), index)] if same else []
-        added += [] if pairs and pairs[-1][1] == index else [index]
-    removed = sorted(index for indices in waiting.values() for index in indices)
+def _items(steps: tuple[Any, ...], before: Any, after: Any) -> tuple[Any, Any]:
+    """Lists of sections by what names their items; one that is left of each list makes a pair, too."""
+    path = tuple(step for step in steps if isinstance(step, str))
+    are_sections = isinstance(before, list) and isinstance(after, list) and section_at(path) is not None
+    if not are_sections or steps[-1] is ORDER:
+        return before, after
+    by = _NAMED_BY.get(dotted(path), ("name",))
+    old, new = _named(before, by), _named(after, by)
+    removed, added = [name for name in old if name not in new], [name for name in new if name not in old]
     if len(removed) == len(added) == 1:
-        pairs.append((removed.pop(), added.pop()))
-    for index in removed:
-        yield Change(f"{key}[{before[index][fields[0]]}]", name, before[index], None, "removed")
-    for old, new in sorted(pairs, key=lambda pair: pair[1]):
-        yield from _compare(before[old], after[new], f"{key}[{after[new][fields[0]]}]", path)
-    for index in added:
-        yield Change(f"{key}[{after[index][fields[0]]}]", name, None, after[index], "added")
-    in_order = [old for old, _ in sorted(pairs, key=lambda pair: pair[1])]
-    if name in _NAMED_BY and in_order != sorted(in_order):
-        yield Change(f"{key} (order)", name, [item[fields[0]] for item in before], [item[fields[0]] for item in after])
+        old = {added[0] if name in removed else name: item for name, item in old.items()}
+        removed = []
+    first = {name: old[name] for name in removed} | {name: old.get(name, ABSENT) for name in new}
+    if dotted(path) in _NAMED_BY and [name for name in old if name in new] != [name for name in new if name in old]:
+        orders = ([item[by[0]] for item in items] for items in (before, after))
+        return first | {ORDER: next(orders)}, new | {ORDER: next(orders)}
+    return first, new
+
+
+def _named(items: list[Any], by: tuple[str, ...]) -> dict[Any, Any]:
+    """Items by their names, those of the same name numbered."""
+    names = [tuple(item[field] for field in by) for item in items]
+    return {(*name, names[:number].count(name)): items[number] for number, name in enumerate(names)}

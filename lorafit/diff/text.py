@@ -104,18 +104,13 @@ def _after(one: Change, dress: Callable[[str], str] = str) -> str:
 
 def _dressed(one: Change, value: Any, other: Any, meant: Any, dress: Callable[[str], str]) -> str:
     """A value, without what is at its default; of two lists only the items that the other doesn't have."""
-    if value is None:
-        return NONE + (f" (= {dress(brief(meant))})" if meant is not None else "")
-    if isinstance(value, list) and isinstance(other, list) and section_at(_steps(one)) is None:
+    path = tuple(one.path.split("."))
+    if isinstance(value, list) and isinstance(other, list) and section_at(path) is None:
         own = [item for item in value if item not in other]
         rest = ["…"] if own and len(own) < len(value) else []
         value = [*own, *rest] or value
-    shown = brief(without_defaults(value, _steps(one)))
-    return dress(shown) + (f" (= {dress(brief(meant))})" if meant is not None else "")
-
-
-def _steps(one: Change) -> tuple[str, ...]:
-    return tuple(one.path.split("."))
+    shown = NONE if value is None else dress(brief(without_defaults(value, path)))
+    return shown + (f" (= {dress(brief(meant))})" if meant is not None else "")
 
 
 def without_defaults(value: Any, path: tuple[str, ...]) -> Any:

@@ -12,8 +12,8 @@ from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError, LorafitError, UsageError
 from lorafit.hardware import meant_hardware
 from lorafit.plan import plan_recipe, with_audit
-from lorafit.recipe import KeyPath
 from lorafit.rows.audit import Audit, Limits, Share, findings, source_findings
+from lorafit.tree import KeyPath
 from lorafit.validate.findings import Findings
 
 

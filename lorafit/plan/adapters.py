@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Literal
 from lorafit.bounds import read_json, within
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, Tensor
-from lorafit.recipe import KeyPath, LoraSection, Recipe
+from lorafit.recipe import LoraSection, Recipe
 from lorafit.text import near
+from lorafit.tree import KeyPath
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
 MAGNITUDE = "lora_magnitude_vector"

@@ -24,7 +24,7 @@ from lorafit.facts.template import (
 from lorafit.plan.methods import method_of
 from lorafit.plan.values import Context, DataPlan, SourcePlan
 from lorafit.progress import stage
-from lorafit.recipe import KeyPath, Recipe, Source
+from lorafit.recipe import Recipe, Source
 from lorafit.rows import (
     COLUMNS,
     OPTIONAL,
@@ -39,6 +39,7 @@ from lorafit.rows import (
     to_example,
 )
 from lorafit.text import first_line, near, printable
+from lorafit.tree import key_path
 from lorafit.written import expanded
 
 _ROWS = 1000
@@ -94,13 +95,13 @@ def _source(context: Context, source: Source, key: str, reading: Reading) -> Sou
         return dataclasses.replace(asked, hub=hub)
     for name in ("split", "name", "revision"):
         if name in source.model_fields_set:
-            context.wrong((*_recipe_path(key), name), "is for hub data sets; this is a local path")
+            context.wrong((*key_path(key), name), "is for hub data sets; this is a local path")
     if reading == "nothing":
         return asked
     try:
         return _looked_into(context, asked, reading)
     except DataError as error:
-        context.faults.append(((*_recipe_path(key), "path"), error))
+        context.faults.append(((*key_path(key), "path"), error))
         return asked
 
 
@@ -127,10 +128,6 @@ def _looked_into(context: Context, source: SourcePlan, reading: Reading) -> Sour
         return dataclasses.replace(source, format=format)
     sha256 = size_digest(source.path) if streamed else digest(source.path)
     return dataclasses.replace(source, format=format, sha256=sha256)
-
-
-def _recipe_path(key: str) -> KeyPath:
-    return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
 def choose_max_length(context: Context) -> int:

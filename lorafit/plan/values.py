@@ -15,8 +15,9 @@ from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
 from lorafit.plan.adapters import Adapter, adapter_told
 from lorafit.plan.methods import SFT, Method
-from lorafit.recipe import KeyPath, Mistake, Recipe
+from lorafit.recipe import Mistake, Recipe
 from lorafit.rows import Format, Shape
+from lorafit.tree import KeyPath
 from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
 
 

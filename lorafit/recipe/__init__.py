@@ -14,11 +14,10 @@ from lorafit.recipe.schema import (
     Source,
     TrainingSection,
 )
-from lorafit.recipe.yaml import KeyPath, Mistake, Position, RecipeError
+from lorafit.recipe.yaml import Mistake, Position, RecipeError
 
 __all__ = [
     "DatasetSection",
-    "KeyPath",
     "LoraSection",
     "Mistake",
     "ModelSection",

@@ -22,11 +22,11 @@ from lorafit.recipe.yaml import (
     Reader,
     RecipeError,
     compose,
-    dotted,
     once,
     read_yaml,
     shorten,
 )
+from lorafit.tree import dotted
 from lorafit.written import References, value_of
 
 MAX_FILES = 64

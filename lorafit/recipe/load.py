@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from lorafit.recipe.layers import Disk, Draft, read_recipe
 from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.yaml import KeyPath, Located, Mistake, RecipeError, dotted, holds, shorten
+from lorafit.recipe.yaml import Located, Mistake, RecipeError, holds, shorten
+from lorafit.tree import KeyPath, dotted
 from lorafit.written import Reference, remember, value_of
 
 MAX_SUGGESTIONS = 100

@@ -12,8 +12,8 @@ from lorafit.errors import UsageError
 from lorafit.gpus import find_gpu, parse_memory
 from lorafit.recipe.layers import OF_4_BITS
 from lorafit.recipe.schema import EvalSet, Recipe, Source
-from lorafit.recipe.yaml import KeyPath
 from lorafit.rows import COLUMNS, OPTIONAL, check_template
+from lorafit.tree import KeyPath
 
 Complaint = tuple[KeyPath, str]
 BUILT_IN_SETS = ("general", "chat")

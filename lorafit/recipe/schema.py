@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, PrivateAttr, ValidationError
 
-from lorafit.recipe.yaml import KeyPath, Located, Mistake, Position, dotted
+from lorafit.recipe.yaml import Located, Mistake, Position
 from lorafit.rows import Format
+from lorafit.tree import KeyPath, dotted
 from lorafit.written import References
 
 MOST_WHOLE, MOST = 2**31 - 1, 1e30

@@ -19,10 +19,9 @@ from yaml.reader import ReaderError
 
 from lorafit.errors import LorafitError
 from lorafit.text import printable
+from lorafit.tree import KeyPath, dotted
 from lorafit.written import REFERENCE, Reference, remember
 
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in a recipe."""
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
 MAX_DEPTH = 64
@@ -148,11 +147,6 @@ class RecipeError(LorafitError):
             sorted(unique.values(), key=lambda m: (m.position.file, m.position.line or 0, m.position.column or 0))
         )
         super().__init__("\n".join(map(str, self.mistakes)))
-
-
-def dotted(path: KeyPath) -> str:
-    """`("dataset", "train", 0, "path")` -> `dataset.train.0.path`."""
-    return ".".join(map(str, path))
 
 
 # --- scalars: YAML 1.2's core schema --------------------------------------------------------------

@@ -13,6 +13,7 @@ from lorafit.files import check_own
 from lorafit.plan import Plan, dated
 from lorafit.run.directory import RunDir, located
 from lorafit.run.fingerprint import changed_base, changed_source, listed
+from lorafit.tree import differences, dotted
 
 ANEW = "bring that back, or start anew with --overwrite"
 
@@ -109,17 +110,9 @@ def check_checkpoints(run: RunDir) -> None:
             check_own(folder, ANEW)
 
 
-def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
+def changed_keys(before: Any, after: Any) -> list[str]:
     """The keys at which two resolved recipes or plans differ."""
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        before, after = dict(enumerate(before)), dict(enumerate(after))
-    if isinstance(before, dict) and isinstance(after, dict):
-        return [
-            key
-            for name in sorted({*before, *after})
-            for key in changed_keys(before.get(name), after.get(name), f"{path}.{name}" if path else name)
-        ]
-    return [] if before == after else [path]
+    return [dotted(key) for key in sorted(key for key, _, _ in differences(before, after))]
 
 
 def make_run(run: RunDir, plan: Plan, recipe_text: bytes, start: Start) -> None:

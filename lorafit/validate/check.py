@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lorafit.errors import DataError, DoesNotFitError, MissingError, ModelError, UsageError
-from lorafit.facts import ModelFacts, UnreachableError, read_facts
-from lorafit.hardware import meant_device, meant_hardware, missing_packages
-from lorafit.memory import Estimate, Setup, estimate, judged, setup_of
+from lorafit.errors import DoesNotFitError, MissingError, ModelError, UsageError
+from lorafit.facts import UnreachableError
+from lorafit.hardware import meant_device, missing_packages
+from lorafit.memory import setup_of
+from lorafit.outcome import Outcome, Outcomes
 from lorafit.plan import Plan
-from lorafit.plan.resolve import examine
-from lorafit.plan.values import Context
 from lorafit.progress import each
-from lorafit.recipe import KeyPath, Recipe, RecipeError
-from lorafit.rows import Row
+from lorafit.recipe import Recipe, RecipeError
 from lorafit.run.directory import RunDir, located
 from lorafit.text import gib, near
 from lorafit.validate.contents import check_contents, first_rows, place_of_fault
@@ -24,146 +21,95 @@ from lorafit.validate.evaluation import check_evaluation
 from lorafit.validate.find import find
 from lorafit.validate.findings import PARTS, Checked, Fault, Findings, Options, Report
 
-
-@dataclass
-class Estimates:
-    """Estimates by closed form. Recipes that differ in nothing that takes memory share one."""
-
-    _known: dict[str, tuple[Estimate, str]] = field(default_factory=dict)
-
-    def judge(self, setup: Setup, capacity: int) -> tuple[Estimate, str]:
-        """The estimate and the verdict. Raises ModelError where only a trace can tell."""
-        bare = dataclasses.replace(setup, facts=dataclasses.replace(setup.facts, config={}, tensors=(), tokenizer=None))
-        key = f"{capacity} {bare}"
-        if key not in self._known:
-            self._known[key] = judged(lambda limit: estimate(setup, limit), capacity)
-        return self._known[key]
+DeepCheck = Callable[[Findings, str], None]
+"""A check of a recipe's whole data that loads torch: findings so far, and the recipe's file."""
 
 
-def check_fit(found: Findings, plan: Plan, facts: ModelFacts, estimates: Estimates) -> None:
-    """Note the sizes of the model and the adapter, and a fault if the stated memory is too small."""
-    found.facts |= {
-        "model": plan.model.name_or_path,
-        "parameters": plan.model.parameters,
-        "trainable_parameters": plan.trainable_parameters,
-        "rows_per_step": plan.rows_per_step,
-    }
-    stated = found.recipe.hardware
-    if stated is None or meant_device(found.recipe) is None or "memory" in found.options.skip:
-        return
-    path = ("hardware", "gpu" if stated.vram is None else "vram")
-    if not facts.tensors:
-        found.unchecked(
-            path, ModelError(f"memory was not checked: the tensors of {facts.name} are not known without its files")
-        )
-        return
-    try:
-        _judge(found, setup_of(plan, facts), path, estimates)
-    except ModelError as error:
-        found.unchecked(path, error)
-
-
-def _judge(found: Findings, setup: Setup, path: KeyPath, estimates: Estimates) -> None:
-    """Raises ModelError where only a trace can tell."""
-    device = meant_device(found.recipe)
-    assert device is not None
-    known, verdict = estimates.judge(setup, device.memory_bytes)
-    found.facts |= {"peak_memory_bytes": known.total, "device": device.name, "fits": verdict}
-    size = f"takes {gib(known.total)} GiB, from {gib(known.least)} to {gib(known.most)}"
-    where = f"{device.name} ({gib(device.memory_bytes)} GiB)"
-    if verdict == "does not fit":
-        hint = "`lorafit estimate-vram` says what makes it smaller"
-        found.wrong(path, DoesNotFitError(f"{size}, and does not fit in {where}; {hint}"))
-    elif verdict == "tight":
-        found.unchecked(path, DoesNotFitError(f"not certain to fit in {where}: {size}"))
-
-
-@dataclass
 class Checker:
     """Checks recipes one after the other, and looks once at what they share."""
 
-    options: Options
-    _estimates: Estimates = field(default_factory=Estimates)
-    _facts: dict[tuple[str, str | None], ModelFacts | ModelError] = field(default_factory=dict)
-    _rows: dict[tuple[str, int], tuple[Row, ...] | DataError] = field(default_factory=dict)
+    def __init__(self, options: Options, deep: DeepCheck | None = None) -> None:
+        self._options = options
+        self._deep = deep
+        self._outcomes = Outcomes(options.hardware, looks_up="model" not in options.skip)
+        self._rows = functools.cache(first_rows)
 
     def check(self, file: str) -> Checked:
         """Everything that is wrong with a recipe."""
+        options = self._options
         try:
-            recipe = Recipe.load(file, self.options.overrides)
+            recipe = Recipe.load(file, options.overrides)
         except RecipeError as error:
             return _unreadable(file, error)
-        found = Findings(recipe, self.options)
-        plan, facts = self._planned(found, file)
+        found = Findings(recipe, options)
+        reads_data = "data" not in options.skip
+        outcome = self._outcomes.of(recipe, Path(file).stem, reading="formats" if reads_data else "nothing")
+        plan = self._plan(found, outcome)
         for path, message in missing_packages(recipe):
-            note = found.wrong if self.options.here else found.unchecked
+            note = found.wrong if options.here else found.unchecked
             note(path, MissingError(message))
         check_evaluation(found)
-        if "data" not in self.options.skip:
-            check_contents(found, self.rows)
-        if plan is not None and facts is not None:
-            check_fit(found, plan, facts, self._estimates)
-            if self.options.deep and not found.faults:
-                from lorafit.engine.deep import check_deep
-
-                check_deep(found, file)
+        if reads_data:
+            check_contents(found, self._rows)
+        if plan is not None:
+            self._fit(found, outcome, plan)
+            if self._deep is not None and not found.faults:
+                self._deep(found, file)
         return Checked(file, "recipe", tuple(dict.fromkeys(found.faults)), tuple(found.notes), found.facts)
 
-    def rows(self, path: str, most: int) -> tuple[Row, ...]:
-        """The first rows of a local source. Raises DataError."""
-        if (path, most) not in self._rows:
-            try:
-                self._rows[path, most] = first_rows(path, most)
-            except DataError as error:
-                self._rows[path, most] = error
-        found = self._rows[path, most]
-        if isinstance(found, DataError):
-            raise found
-        return found
-
-    def _planned(self, found: Findings, file: str) -> tuple[Plan | None, ModelFacts | None]:
-        """The plan, if nothing stands against it, and what is known of the model."""
-        recipe = found.recipe
-        facts = None
-        if "model" not in self.options.skip:
-            try:
-                facts = self._model(recipe)
-            except UnreachableError as error:
-                found.unchecked(("model", "name_or_path"), ModelError(f"the model was not checked: {error}"))
-            except ModelError as error:
-                found.wrong(("model", "name_or_path"), error)
-        hardware = self.options.hardware or meant_hardware(recipe)
-        context = Context(recipe, facts or ModelFacts(recipe.model.name_or_path, "hub", "nothing", {}, ()), hardware)
+    def _plan(self, found: Findings, outcome: Outcome) -> Plan | None:
+        """The plan for a known model, if nothing stands against it."""
+        at_model = ("model", "name_or_path")
+        if isinstance(outcome.no_model, UnreachableError):
+            found.unchecked(at_model, ModelError(f"the model was not checked: {outcome.no_model}"))
+        elif outcome.no_model is not None and "model" not in self._options.skip:
+            found.wrong(at_model, outcome.no_model)
         try:
-            plan = examine(context, Path(file).stem, "nothing" if "data" in self.options.skip else "formats")
+            context, _ = outcome.examined
         except ModelError as error:  # a chat template without an end
-            found.wrong(("model", "name_or_path"), error)
-            return None, None
+            found.wrong(at_model, error)
+            return None
         for mistake in context.mistakes:
-            if facts is not None or not mistake.path.startswith("lora."):  # modules can't be told without the model
+            if outcome.facts is not None or not mistake.path.startswith("lora."):  # modules are the model's
                 found.faults.append(Fault(mistake, RecipeError.exit_code))
         try:
-            RunDir(located(recipe.output_dir or f"runs/{Path(file).stem}")).refuse_others()
+            RunDir(located(found.recipe.output_dir or f"runs/{outcome.name}")).refuse_others()
         except UsageError as error:
             found.wrong(("output_dir",), UsageError(str(error)))
-        if facts is not None:
+        if outcome.facts is not None:
             found.notes += context.remarks
         for path, unreadable in context.faults:
-            found.wrong(place_of_fault(found, path, unreadable, self.rows), unreadable)
-        return plan, facts
+            found.wrong(place_of_fault(found, path, unreadable, self._rows), unreadable)
+        return outcome.plan
 
-    def _model(self, recipe: Recipe) -> ModelFacts:
-        """Raises ModelError."""
-        asked = recipe.model.name_or_path, recipe.model.revision
-        if asked not in self._facts:
-            try:
-                self._facts[asked] = read_facts(*asked)
-            except ModelError as error:
-                self._facts[asked] = error
-        found = self._facts[asked]
-        if isinstance(found, ModelError):
-            raise found
-        return found
+    def _fit(self, found: Findings, outcome: Outcome, plan: Plan) -> None:
+        """Note the sizes of the model and the adapter, and a fault if the stated memory is too small."""
+        found.facts |= {
+            "model": plan.model.name_or_path,
+            "parameters": plan.model.parameters,
+            "trainable_parameters": plan.trainable_parameters,
+            "rows_per_step": plan.rows_per_step,
+        }
+        stated, device, facts = found.recipe.hardware, meant_device(found.recipe), outcome.require_facts()
+        if stated is None or device is None or "memory" in self._options.skip:
+            return
+        path = ("hardware", "gpu" if stated.vram is None else "vram")
+        try:
+            if not facts.tensors:
+                what = f"the tensors of {facts.name} are not known without its files"
+                raise ModelError(f"memory was not checked: {what}")
+            known, verdict = self._outcomes.judged(setup_of(plan, facts), device.memory_bytes)
+        except ModelError as error:
+            found.unchecked(path, error)
+            return
+        found.facts |= {"peak_memory_bytes": known.total, "device": device.name, "fits": verdict}
+        size = f"takes {gib(known.total)} GiB, from {gib(known.least)} to {gib(known.most)}"
+        where = f"{device.name} ({gib(device.memory_bytes)} GiB)"
+        if verdict == "does not fit":
+            hint = "`lorafit estimate-vram` says what makes it smaller"
+            found.wrong(path, DoesNotFitError(f"{size}, and does not fit in {where}; {hint}"))
+        elif verdict == "tight":
+            found.unchecked(path, DoesNotFitError(f"not certain to fit in {where}: {size}"))
 
 
 def _unreadable(file: str, error: RecipeError) -> Checked:
@@ -174,13 +120,13 @@ def _unreadable(file: str, error: RecipeError) -> Checked:
     return Checked(file, "part" if is_part else "recipe", tuple(Fault(one, error.exit_code) for one in mistakes))
 
 
-def validate(paths: Iterable[str], options: Options) -> Report:
+def validate(paths: Iterable[str], options: Options, deep: DeepCheck | None = None) -> Report:
     """Check every recipe that the paths name. Raises UsageError for a path without recipes, or an unknown part."""
     for part in options.skip:
         if part not in PARTS:
             raise UsageError(f"--skip {part}: no such part{near(part, PARTS)}")
     found = find(paths)
-    checker = Checker(options)
+    checker = Checker(options, deep)
     wrong = [one for one in found.skipped if one.is_recipe and options.strict]
     checked = [*map(checker.check, each(found.recipes, "validating", len(found.recipes), "recipes"))]
     checked += (one.as_fault() for one in wrong)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import DataError
-from lorafit.recipe import KeyPath, Source
+from lorafit.recipe import Recipe, Source
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to_example
 from lorafit.rows.cells import Shape
 from lorafit.rows.row import Fault as RowFault
+from lorafit.tree import KeyPath, dotted
 from lorafit.validate.findings import Findings
 
 FIRST_ROWS = 20
@@ -22,19 +22,6 @@ FIRST_ROWS = 20
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 Rows = Callable[[str, int], tuple[Row, ...]]
 """The first rows of a local source. Raises DataError."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """Rows that the recipe names, and where."""
-
-    path: KeyPath
-    file: str
-    source: Source | EvalSet
-
-    @property
-    def key(self) -> str:
-        return ".".join(map(str, self.path))
 
 
 def first_rows(path: str, most: int) -> tuple[Row, ...]:
@@ -45,22 +32,22 @@ def first_rows(path: str, most: int) -> tuple[Row, ...]:
 def check_contents(found: Findings, rows: Rows) -> None:
     """Note the first row of each source that can't be used, and files that are missing."""
     faulty = {fault.mistake.path.rpartition(".")[0] for fault in found.faults if fault.exit_code == DataError.exit_code}
-    for asked in _asked(found):
-        if asked.key in faulty:
+    for path, file, source in _named(found.recipe):
+        if dotted(path) in faulty:
             continue
-        if not is_local(asked.file):
-            _check_hub(found, asked)
+        if not is_local(file):
+            _check_hub(found, (*path, "path"), file)
             continue
         try:
-            _check_rows(asked, rows, dict(found.recipe.dataset.audit))
+            _check_rows(dotted(path), file, source, rows, dict(found.recipe.dataset.audit))
         except DataError as error:
-            found.wrong(place_of_fault(found, (*asked.path, "path"), error, rows), error)
+            found.wrong(place_of_fault(found, (*path, "path"), error, rows), error)
 
 
 def place_of_fault(found: Findings, path: KeyPath, error: DataError, rows: Rows) -> KeyPath:
     """Where what is wrong with a source's rows was most likely written: a column's name or template, the format, or
     the path."""
-    source = next((asked.source for asked in _asked(found) if asked.path == path[:-1]), None)
+    source = next((source for place, _, source in _named(found.recipe) if place == path[:-1]), None)
     if source is None:
         return path
     place, said = path[:-1], str(error)
@@ -81,30 +68,29 @@ def place_of_fault(found: Findings, path: KeyPath, error: DataError, rows: Rows)
     return (*place, "format") if source.format != "auto" else path
 
 
-def _asked(found: Findings) -> Iterator[_Asked]:
-    dataset = found.recipe.dataset
+def _named(recipe: Recipe) -> Iterator[tuple[KeyPath, str, Source | EvalSet]]:
+    """The rows that a recipe names: where, the path, and all that is said of them."""
+    dataset = recipe.dataset
     validation = dataset.validation if isinstance(dataset.validation, tuple) else ()
     for name, sources in (("train", dataset.train), ("validation", validation)):
         for number, source in enumerate(sources):
-            yield _Asked(("dataset", name, number), source.path, source)
-    for number, one in enumerate(found.recipe.eval.sets):
+            yield ("dataset", name, number), source.path, source
+    for number, one in enumerate(recipe.eval.sets):
         if one.path is not None:
-            yield _Asked(("eval", "sets", number), one.path, one)
+            yield ("eval", "sets", number), one.path, one
 
 
-def _check_rows(asked: _Asked, rows: Rows, limits: dict[str, float | None]) -> None:
+def _check_rows(key: str, path: str, source: Source | EvalSet, rows: Rows, limits: dict[str, float | None]) -> None:
     """Raises DataError for the first row of a file that can't be read as its format wants it."""
-    source = asked.source
     template = dict(source.template) if isinstance(source.template, dict) else source.template
-    left = source.max_rows
-    format = source.format
-    for file in data_files(asked.file):
+    left, format = source.max_rows, source.format
+    for file in data_files(path):
         first = rows(str(file), min(FIRST_ROWS, left or FIRST_ROWS))
         if first and format == "auto":
-            format, _ = detect_format(first[0], source.columns, template, asked.key)
+            format, _ = detect_format(first[0], source.columns, template, key)
         for row in first:
             try:
-                to_example(row, Shape(format, source.columns, template, asked.key))  # type: ignore[arg-type]
+                to_example(row, Shape(format, source.columns, template, key))  # type: ignore[arg-type]
             except RowFault as error:
                 if limits.get(error.rule) == 0:
                     raise DataError(f"{error} (dataset.audit.{error.rule} lets none pass)") from None
@@ -113,7 +99,7 @@ def _check_rows(asked: _Asked, rows: Rows, limits: dict[str, float | None]) -> N
         if left is not None:
             return  # later files may not be reached
     if format == "auto":
-        raise DataError(f"{asked.file}: there are no rows")
+        raise DataError(f"{path}: there are no rows")
 
 
 def _check_options(asked: str, row: Row) -> None:
@@ -125,11 +111,10 @@ def _check_options(asked: str, row: Row) -> None:
         raise DataError(f"{row.place}: {asked!r} must be a list of two or more texts, the options of the row")
 
 
-def _check_hub(found: Findings, asked: _Asked) -> None:
+def _check_hub(found: Findings, path: KeyPath, name: str) -> None:
     """What isn't here may be on the hub, if it can be a name there."""
-    path = (*asked.path, "path")
-    if not _HUB_NAME.fullmatch(asked.file):
-        found.wrong(path, DataError(f"{asked.file}: no such file or folder (looked in {Path.cwd()})"))
+    if not _HUB_NAME.fullmatch(name):
+        found.wrong(path, DataError(f"{name}: no such file or folder (looked in {Path.cwd()})"))
         return
-    what = f"{asked.file} is not here, so it is a hub data set, read when training begins"
+    what = f"{name} is not here, so it is a hub data set, read when training begins"
     found.unchecked(path, DataError(f"was not checked: {what}"))

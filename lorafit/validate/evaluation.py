@@ -16,9 +16,9 @@ from lorafit.hardware import is_installed, missing_packages
 from lorafit.judge import endpoint_of
 from lorafit.options.evaluate import RESERVED
 from lorafit.plan.evaluation import sets_of
-from lorafit.recipe import KeyPath, Recipe
+from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSet
-from lorafit.recipe.yaml import dotted
+from lorafit.tree import KeyPath, dotted
 from lorafit.validate.contents import check_contents, first_rows
 from lorafit.validate.findings import Findings, Options
 

@@ -67,7 +67,7 @@ def find(paths: Iterable[str]) -> Found:
 
 
 def _identity(file: str) -> str:
-    """The same for all ways to write a path. A link in another folder is another recipe: its parents are others."""
+    """One name for all ways to write a path. A link in another folder is another recipe: its parents are others."""
     folder, name = os.path.split(file)
     return os.path.join(os.path.realpath(folder), name)
 

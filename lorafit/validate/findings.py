@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError, UsageError
 from lorafit.hardware import Hardware
-from lorafit.recipe import KeyPath, Mistake, Position, Recipe, RecipeError
-from lorafit.recipe.yaml import dotted
+from lorafit.recipe import Mistake, Position, Recipe, RecipeError
+from lorafit.tree import KeyPath, dotted
 
 RULES = {2: "recipe", 3: "data", 4: "model", 5: "memory"}
 """What a fault is about, by the exit code that it has everywhere."""
@@ -126,7 +126,6 @@ class Options:
         hardware: None: what each recipe is meant for.
         here: whether recipes are checked for this machine, so that what it lacks is a fault.
         strict: whether what can't be checked is a fault.
-        deep: whether the data is tokenized and audited, which takes torch and its time.
     """
 
     overrides: tuple[str, ...] = ()
@@ -134,7 +133,6 @@ class Options:
     hardware: Hardware | None = None
     here: bool = False
     strict: bool = False
-    deep: bool = False
 
 
 @dataclass

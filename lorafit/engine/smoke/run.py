@@ -35,14 +35,16 @@ from lorafit.engine.smoke.model import own_tokenizer, small_tokenizer, write_tin
 from lorafit.engine.smoke.settings import Size, size_for, smoke_recipe
 from lorafit.engine.train import train
 from lorafit.errors import GateError, Interrupted, UsageError
-from lorafit.facts import ModelFacts, read_facts
+from lorafit.facts import ModelFacts
 from lorafit.hardware import detect_cpu, meant_hardware
 from lorafit.options.smoke import DEFAULT_STEPS, DEFAULT_TOLERANCE, Replaced, Report, SmokeOptions, Step
+from lorafit.outcome import Outcomes
 from lorafit.plan import Plan, make_plan
 from lorafit.progress import stage
 from lorafit.recipe import Recipe
 from lorafit.run.begin import Start
 from lorafit.run.manifest import versions
+from lorafit.tree import dotted, leaves
 from lorafit.written import at_keys
 
 DATE = "2024-01-01"
@@ -116,9 +118,9 @@ def _steps(options: SmokeOptions, golden: Golden | None) -> int:
 
 def _meant(recipe: Recipe, config: Path) -> tuple[Plan, ModelFacts]:
     """The plan for the real model and the hardware that the recipe is meant for, which shows its mistakes."""
-    facts = read_facts(recipe.model.name_or_path, recipe.model.revision)
     hardware = dataclasses.replace(meant_hardware(recipe), world_size=1)
-    return make_plan(recipe, facts, hardware, config.stem, count_rows=False), facts
+    outcome = Outcomes(hardware).of(recipe, config.stem, reading="digests")
+    return outcome.require_plan(), outcome.require_facts()
 
 
 @contextmanager
@@ -221,14 +223,11 @@ def _inputs(recipe: Recipe, meant: Plan, tiny: _Tiny) -> dict[str, Any]:
     }
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list) and value:
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, child in pairs:
-            yield from _flat(child, f"{path}.{key}" if path else str(key))
-    else:
-        away = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
-        yield path, Path(value).name if away else value
+def _flat(value: Any) -> Iterator[tuple[str, Any]]:
+    """The single values by dotted key, without this machine's folders."""
+    for key, leaf in leaves(value):
+        away = isinstance(leaf, str) and (Path(leaf).is_absolute() or leaf.startswith("~"))
+        yield dotted(key), Path(leaf).name if away else leaf
 
 
 def _digest(text: str) -> str:

@@ -30,6 +30,7 @@ from lorafit.evaluation.report.words import (
 from lorafit.evaluation.results import Answer, Metric, Results, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.files import write_text
+from lorafit.tree import dotted, leaves
 
 MOST_CHARACTERS = 20_000
 """Characters of one text; the rest of it is in samples.jsonl."""
@@ -211,16 +212,13 @@ def as_json(data: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def flat(data: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+def flat(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Nested settings as lines: `eval.max_new_tokens`, `64`."""
-    found: list[tuple[str, str]] = []
-    for name, value in data.items():
-        if isinstance(value, dict) and value:
-            found += flat(value, f"{above}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            found.append((f"{above}{name}", text))
-    return found
+    return [
+        (dotted(key), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+        for key, value in leaves(dict(data), enters=lambda _: False)
+        if key
+    ]
 
 
 MOST_KEYS = 4
