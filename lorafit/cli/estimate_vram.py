@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DoesNotFitError
 from lorafit.options.estimate_vram import EstimateOptions
@@ -19,7 +19,7 @@ def estimate_vram(options: EstimateOptions) -> None:
     reply = ask(options)
     print_json(reply.as_dict()) if options.as_json else print_reply(reply, options.list_gpus)
     if reply.failures:
-        fail("\n".join(reply.failures), DoesNotFitError.exit_code)
+        raise DoesNotFitError("\n".join(reply.failures))
 
 
 def show_calibration(options: EstimateOptions) -> None:
