@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import UsageError
 from lorafit.options.chat import ChatOptions, from_stdin
@@ -16,7 +16,7 @@ from lorafit.progress import talk
 def chat(options: ChatOptions) -> None:
     options = replace(options, prompts=options.prompts or from_stdin(sys.stdin))
     if options.as_json and not options.prompts:
-        fail("--json prints answers to --prompt, or to what comes on stdin", UsageError.exit_code)
+        raise UsageError("--json prints answers to --prompt, or to what comes on stdin")
     from lorafit.run.directory import RunDir, located
 
     RunDir(located(options.path)).refuse_busy(shared=True)

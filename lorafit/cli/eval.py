@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import GateError
 from lorafit.options.evaluate import Options
@@ -36,4 +36,4 @@ def eval(options: Options) -> None:
         print_results(results, list(read_samples(folder, options.show_rows)))
         typer.echo(str(folder / results.files["html"]))
     if results.failed:
-        fail("\n".join(f"{gate.where}: {gate.gate}: {gate.sentence}" for gate in results.failed), GateError.exit_code)
+        raise GateError("\n".join(f"{gate.where}: {gate.gate}: {gate.sentence}" for gate in results.failed))

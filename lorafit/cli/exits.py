@@ -31,23 +31,23 @@ def reporting() -> Iterator[None]:
         with _hearing(came), telling():
             yield
     except Interrupted as error:
-        fail(str(error), 128 + error.signal_number)
+        _fail(str(error), 128 + error.signal_number)
     except LorafitError as error:
-        fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        _fail("interrupted", 130)
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(0) from None
     except Exception as error:
         if came:  # some library took what the handler raised for a failure of its own
-            fail("interrupted" if came[-1] == signal.SIGINT else "terminated", 128 + came[-1])
+            _fail("interrupted" if came[-1] == signal.SIGINT else "terminated", 128 + came[-1])
         if is_disk_full(error):
-            fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
+            _fail(f"the disk is full: {error}", DoesNotFitError.exit_code)
         if is_out_of_memory(error):
-            fail(f"out of memory: {error}", DoesNotFitError.exit_code)
+            _fail(f"out of memory: {error}", DoesNotFitError.exit_code)
         if isinstance(error, OSError) and error.filename:
-            fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
+            _fail(f"{error.filename}: {error.strerror}", UsageError.exit_code)
         raise
 
 
@@ -107,7 +107,7 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
-def fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int) -> NoReturn:
     """Say what is wrong and exit.
 
     Of several processes the first speaks. What another one meets alone it says after a while: if the first met it

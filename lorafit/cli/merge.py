@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import ModelError
 from lorafit.options.fields import run_of
@@ -60,4 +60,4 @@ def show_vllm(path: Path, as_json: bool) -> None:
         if report.command:
             typer.echo(report.command)
     if not report.servable:
-        fail("\n".join(f"{adapter}: {reason}" for reason in report.reasons), ModelError.exit_code)
+        raise ModelError("\n".join(f"{adapter}: {reason}" for reason in report.reasons))

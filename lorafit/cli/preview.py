@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DataError
 from lorafit.options.fields import Option, RecipeOptions
@@ -41,4 +41,4 @@ def preview(options: PreviewOptions) -> None:
     with verbatim():
         print_json(report) if options.as_json else print_preview(report)
     if report["breaches"]:
-        fail("\n".join(report["breaches"]), DataError.exit_code)
+        raise DataError("\n".join(report["breaches"]))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import typer
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import GateError
 from lorafit.options.smoke import Report, SmokeOptions
@@ -31,7 +31,7 @@ def smoke(options: SmokeOptions) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
     print_json(asdict(report)) if options.as_json else print_report(report, recorded=options.record)
     if report.failures:
-        fail("\n".join(report.failures), GateError.exit_code)
+        raise GateError("\n".join(report.failures))
 
 
 def print_report(report: Report, recorded: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit.cli.exits import fail, print_json, warn
+from lorafit.cli.exits import print_json, warn
 from lorafit.cli.signature import command
 from lorafit.errors import UsageError
 from lorafit.options.fields import Option, RecipeOptions
@@ -47,8 +47,8 @@ def train(options: TrainOptions) -> None:
         show_plan(plan, options.as_json)
         return
     if not written or bytes_of(options.config) != written:
-        fail(
-            f"{options.config}: has changed while it was read, or is no file; a run keeps its recipe as it was read", 2
+        raise UsageError(
+            f"{options.config}: has changed while it was read, or is no file; a run keeps its recipe as it was read"
         )
     from lorafit.run.directory import RunDir, located
 

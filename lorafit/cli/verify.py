@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DriftError, UsageError
 from lorafit.options.fields import JsonOptions, Option, RunPath
@@ -52,7 +52,7 @@ def verify(options: VerifyOptions) -> None:
         if repeated:
             print_repeated(repeated)
     if wrong:
-        fail("\n".join(wrong), DriftError.exit_code)
+        raise DriftError("\n".join(wrong))
 
 
 def trained_again(run: RunDir, steps: int, tolerance: float | None) -> Repeated:
