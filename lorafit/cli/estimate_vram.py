@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorafit.cli.exits import fail, print_json
+from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DoesNotFitError
 from lorafit.options.estimate_vram import EstimateOptions
@@ -25,7 +25,7 @@ def estimate_vram(options: EstimateOptions) -> None:
     found = ask(options, traced)
     print_json(as_dict(found)) if options.as_json else print_answer(found, options.list_gpus)
     if found.failures:
-        fail("\n".join(found.failures), DoesNotFitError.exit_code)
+        raise DoesNotFitError("\n".join(found.failures))
 
 
 def traced(setup: Setup, capacity: int | None) -> Estimate:
