@@ -86,7 +86,9 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             if start.steps is None:
                 say_what_is_kept(plan, trainer.state, schedule, console)
             memory = memory_record(foreseen, meter.device, meter.baseline, measured) if measured else None
-            manifest = build_manifest(plan, run.base_files() or {}, data, trainer, schedule, began, memory)
+            manifest = build_manifest(
+                plan, run.base_files() or {}, data.final_audit(), trainer, schedule, began, memory
+            )
             save_result(trainer, plan, run, manifest)
         wait_for_everyone()
     return run

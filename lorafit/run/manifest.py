@@ -17,8 +17,8 @@ from lorafit.written import as_written
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lorafit.engine.data.prepare import Prepared
     from lorafit.plan import Plan, Schedule
+    from lorafit.rows.audit import Audit
     from lorafit.run.directory import RunDir
 
 STACK = (
@@ -38,7 +38,7 @@ STACK = (
 def build_manifest(
     plan: Plan,
     base: Fingerprint,
-    data: Prepared,
+    audit: Audit,
     trainer: Any,
     schedule: Schedule,
     began: float,
@@ -62,7 +62,7 @@ def build_manifest(
         "model": dataclasses.asdict(plan.model) | {"fingerprint": summary(base)},
         "data": {
             "files": {path: digest for source in _local(plan) for path, digest in _hash_files(source)},
-            "audit": data.final_audit().as_dict(),
+            "audit": audit.as_dict(),
         },
         "tokenizer": {
             "chat_template_sha256": _hash_text(trainer.processing_class.chat_template),
