@@ -12,7 +12,7 @@ from lorafit.memory.tape import Value
 TILE_ROWS, TILE_COLUMNS = 4096, 32768
 """Logits that TRL's fused head holds at once (trl/kernels/chunked_logprob.py, trl/trainer/utils.py)."""
 CHUNK_BYTES = 256 << 20
-"""Logits in float32 that lorafit's own head for CPUs holds at once (lorafit/loss.py)."""
+"""Logits in float32 that lorafit's own head for CPUs holds at once (lorafit/engine/loss.py)."""
 LOGITS = "logits"
 
 

@@ -57,8 +57,8 @@ def compute_loss(model: Any, setup: Setup) -> tuple[Tensor, Any]:
 
 
 def _compact(model: Any, inputs: dict[str, Any], labels: Tensor, setup: Setup) -> Tensor:
-    """lorafit's own head for CPUs: supervised positions only (lorafit/loss.py). Which ones depends on values, so that
-    here the first ones are taken."""
+    """lorafit's own head for CPUs (lorafit/engine/loss.py): supervised positions only. Which ones depends on values, so
+    that here the first ones are taken."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
