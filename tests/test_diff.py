@@ -16,6 +16,7 @@ from conftest import CHATML, RecipeMaker, conversation, write_jsonl
 from typer.testing import CliRunner, Result
 
 from lorafit.cli import app
+from lorafit.diff.recipes import compare
 
 BASE = """\
 lora:
@@ -562,3 +563,9 @@ def test_what_is_asked_amiss(repository: Path) -> None:
     nowhere = CliRunner().invoke(app, ["diff", "--against", "nowhere", "configs"])
     assert nowhere.exit_code == 2
     assert "there is no revision 'nowhere'" in nowhere.stderr
+
+
+def test_the_order_of_sources_with_one_path_counts() -> None:
+    sources = [{"path": "owner/set", "name": name, "split": "train"} for name in ("en", "de")]
+    (change,) = compare({"dataset": {"train": sources}}, {"dataset": {"train": sources[::-1]}})
+    assert change.key == "dataset.train (order)"

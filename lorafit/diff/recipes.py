@@ -121,6 +121,8 @@ def _change(steps: tuple[Any, ...], before: Any, after: Any) -> Change:
         kind = "added"
     elif after is ABSENT or after is None:
         kind = "removed"
+    if steps[-1] is ORDER:
+        before, after = ([name[0] for name in names] for names in (before, after))
     old, new = (None if value is ABSENT else value for value in (before, after))
     return Change(key, dotted(step for step in steps if isinstance(step, str)), old, new, kind)
 
@@ -137,10 +139,10 @@ def _items(steps: tuple[Any, ...], before: Any, after: Any) -> tuple[Any, Any]:
     if len(removed) == len(added) == 1:
         old = {added[0] if name in removed else name: item for name, item in old.items()}
         removed = []
-    first = {name: old[name] for name in removed} | {name: old.get(name, ABSENT) for name in new}
+    first = {name: old[name] for name in (*removed, *(name for name in new if name in old))}
+    first |= {name: ABSENT for name in new if name not in old}
     if dotted(path) in _NAMED_BY and [name for name in old if name in new] != [name for name in new if name in old]:
-        orders = ([item[by[0]] for item in items] for items in (before, after))
-        return first | {ORDER: next(orders)}, new | {ORDER: next(orders)}
+        return first | {ORDER: [*_named(before, by)]}, new | {ORDER: [*new]}
     return first, new
 
 
