@@ -165,7 +165,7 @@ def _new_shard(name: str, entries: Iterable[tuple[str, Change]], metadata: dict[
 
 
 def bits_of(dtype: str) -> int | None:
-    """Of one number of a type by safetensors' name; None for one that isn't known."""
+    """Bits of one number of a type by safetensors' name; None for a type that isn't known."""
     return DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _BITS.get(dtype)
 
 
