@@ -8,6 +8,7 @@ counted before it is made (`Environment`); files are read if they are files, and
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import functools
 import glob
@@ -110,7 +111,8 @@ def _ring() -> None:
 def _hush() -> None:
     if _ringing and signal.getsignal(signal.SIGALRM) is _tick:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, _ringing.pop() or signal.SIG_DFL)
+        with contextlib.suppress(IndexError):  # a tick that was under way already has done it
+            signal.signal(signal.SIGALRM, _ringing.pop() or signal.SIG_DFL)
 
 
 os.register_at_fork(after_in_child=_ringing.clear)  # a child has no timer

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from yaml import safe_dump
 
 from lorafit.cli import app
-from lorafit.engine.bench.measure import Pass, Sides, contenders_of, draw_tokens, run_pass, tensor_bytes
+from lorafit.engine.bench.measure import Pass, SharedBase, contenders_of, draw_tokens, run_pass, tensor_bytes
 from lorafit.engine.bench.report import BenchReport, as_markdown, median, print_bench, ratios, timing
 from lorafit.engine.bench.run import bench
 from lorafit.engine.merge.run import merge
@@ -82,7 +82,7 @@ def passes(run: RunDir, name: str, new_tokens: int = 12) -> Pass:
     if name == "merged":
         return run_pass(AutoModelForCausalLM.from_pretrained(run.merged).eval(), ids, new_tokens, ticking())
     base = AutoModelForCausalLM.from_pretrained(plan.model.name_or_path).eval()
-    return run_pass(Sides(base, run.adapter).use(name == "adapter"), ids, new_tokens, ticking())
+    return run_pass(SharedBase(base, run.adapter).use(name == "adapter"), ids, new_tokens, ticking())
 
 
 def test_every_model_is_timed_on_every_shape_in_every_round(report: BenchReport) -> None:
@@ -174,7 +174,7 @@ def test_adapter_and_merged_give_the_same_tokens_as_without_a_cache(merged: RunD
 def test_the_base_runs_without_pefts_modules_and_takes_turns(merged: RunDir) -> None:
     plan = merged.load_plan()
     alone = AutoModelForCausalLM.from_pretrained(plan.model.name_or_path).eval()
-    sides = Sides(AutoModelForCausalLM.from_pretrained(plan.model.name_or_path).eval(), merged.adapter)
+    sides = SharedBase(AutoModelForCausalLM.from_pretrained(plan.model.name_or_path).eval(), merged.adapter)
     ids = draw_tokens(load_tokenizer(plan, merged.adapter), 384, Shape(7, 2), 0)
     expected = alone(input_ids=ids).logits
     adapted = sides.use(True)(input_ids=ids).logits

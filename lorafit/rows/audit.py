@@ -115,12 +115,9 @@ class Audit:
         def finding(value: Any) -> Finding | None:
             return Finding(**value) if value else None
 
-        def source(value: Any) -> SourceAudit:
-            return source_from_dict(value)
-
         return Audit(
-            train=tuple(map(source, raw["train"])),
-            validation=tuple(map(source, raw["validation"])),
+            train=tuple(map(source_from_dict, raw["train"])),
+            validation=tuple(map(source_from_dict, raw["validation"])),
             training_rows=PartAudit(**raw["training_rows"]),
             validation_rows=PartAudit(**raw["validation_rows"]) if raw["validation_rows"] else None,
             duplicates=finding(raw["duplicates"]),

@@ -252,7 +252,7 @@ class _JsonWindow:
         self.text = ""
         self.at = 0
         self.line = 1
-        """Of the window's first character."""
+        """The line of the window's first character."""
         self.ended = False
 
     def next(self) -> str:

@@ -131,7 +131,7 @@ def to_example(row: Row, shape: Shape) -> Example:
 
 
 _Fields = dict[str, Any]
-"""Of an Example."""
+"""Fields of an Example."""
 
 
 def _from_text(cells: Cells) -> _Fields:

@@ -90,7 +90,7 @@ def run_pass(model: Runnable, ids: torch.Tensor, new_tokens: int, clock: Clock) 
 
 
 def tensor_bytes(model: Runnable) -> int:
-    """Of the parameters and buffers that a model holds, each once; of quantized ones as stored, with their scales."""
+    """Bytes of the parameters and buffers that a model holds, each once; quantized ones as stored, with scales."""
     return _bytes(_model_tensors(model))
 
 
@@ -128,7 +128,7 @@ def _begin_peak(device: torch.device) -> int | None:
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of tensors, each counted once, such as tied ones."""
+    """Bytes of tensors, each counted once, such as tied ones."""
     sizes = {(tensor.device, tensor.data_ptr()): tensor.numel() * tensor.element_size() for tensor in tensors}
     return sum(sizes.values())
 

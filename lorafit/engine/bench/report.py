@@ -18,7 +18,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Median:
-    """Of the rounds, with the ends of its 95% bootstrap interval (percentile method; rounds are drawn again)."""
+    """The rounds' median, with the ends of its 95% bootstrap interval (percentile method; rounds are drawn again)."""
 
     value: float
     low: float

@@ -209,7 +209,7 @@ def _settings(options: BenchOptions, prompts: dict[Shape, torch.Tensor]) -> dict
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
-    """Of the device that was used, which may be a CPU where there is a GPU."""
+    """The device that was used, which may be a CPU where there is a GPU."""
     here = detect()
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else here.name

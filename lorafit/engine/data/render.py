@@ -316,7 +316,7 @@ class ChatTemplate:
             return None
 
     def ask(self, messages: list[Message], tools: Any = None) -> str:
-        """The same; raises whatever the template does."""
+        """What a server asks with; raises whatever the template does."""
         return self._render(self.template, messages, tools, add_generation_prompt=True)[0]
 
     def to_check(self, learned: list[int], messages: list[Message]) -> list[int]:

@@ -30,12 +30,12 @@ class Edit(ABC):
 
     @property
     def fewest_rows(self) -> int | None:
-        """Of the weight that it can be applied to at a time; None: only to all at once."""
+        """The fewest rows of a weight that it can be applied to at a time; None: only to all at once."""
         return 1
 
     @property
     def copies(self) -> int:
-        """Of the weight in float32 that it needs beside the weight itself."""
+        """How many copies of the weight in float32 it needs beside the weight itself."""
         return 1
 
     @abstractmethod

@@ -142,7 +142,7 @@ def _check_disk(destination: Path, needed: int) -> None:
 
 
 def _keep(folder: Path, chosen: Path, kinds: list[str]) -> None:
-    """Of the candidates below a folder, keep one, in their place."""
+    """Keep one of the candidates below a folder, in their place."""
     for kind in kinds:
         if folder / kind != chosen:
             shutil.rmtree(folder / kind)

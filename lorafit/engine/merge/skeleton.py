@@ -106,7 +106,7 @@ class Part:
 
     @property
     def key(self) -> str:
-        """Of a parameter that is stored as it is."""
+        """The one key of a parameter that is stored as it is."""
         assert self.converter is None
         return self.keys[""][0]
 
@@ -175,7 +175,7 @@ class Attached:
 
     @property
     def bytes(self) -> int:
-        """Of the adapter's weights, as they are held."""
+        """Bytes of the adapter's weights, as they are held."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if not is_nothing(p))
 
 

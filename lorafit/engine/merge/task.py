@@ -87,7 +87,7 @@ class Task:
 
     @property
     def peak_bytes(self) -> int:
-        """Of memory, roughly: the adapters, and what the largest job needs."""
+        """Bytes of memory, roughly: the adapters, and what the largest job needs."""
         largest = max((job.chunk_bytes * (2 + job.copies) for job in self.jobs), default=0)
         return largest + sum(attached.bytes for attached, _ in self.adapters)
 
@@ -129,7 +129,8 @@ class Task:
         elif self.dtype is not None:
             self._changes |= {s.name: Change(NAMES[self.dtype], s.shape) for s in stored if s.dtype in FLOATS}
         cast = any((change := self._changes.get(s.name)) and change.dtype != s.dtype for s in stored)
-        if not edits and part.converter is None and not beside and first.shape != shape:
+        grown = _brought_shape(edits)
+        if part.converter is None and not beside and first.shape != shape and grown in (None, first.shape):
             raise ModelError(
                 f"{self.store.folder}: {first.name} has the shape {first.shape}, and the model wants {shape}"
             )
@@ -137,13 +138,8 @@ class Task:
             return None
         if not beside and any(s.dtype not in FLOATS for s in stored):
             raise NotOneByOne(f"{first.name} is stored as {first.dtype}, which is no plain floating type")
-        grown = _brought_shape(edits)
         if grown is not None and part.converter is None and grown != first.shape:
             self._changes[first.name] = Change(NAMES[self.dtype] if self.dtype else first.dtype, grown)
-        elif part.converter is None and not beside and first.shape != shape:
-            raise ModelError(
-                f"{self.store.folder}: {first.name} has the shape {first.shape}, and the model wants {shape}"
-            )
         at = min(stored, key=lambda s: (s.file, s.begin)).name
         return Job(self, name, part, at, grown or shape, edits, tuple(part.all_keys), beside)
 
@@ -201,14 +197,14 @@ class Job:
 
     @property
     def copies(self) -> int:
-        """Of the chunk in float32, beside the weight itself."""
+        """How many copies of a chunk in float32 it needs beside the weight itself."""
         return max((edit.copies for edit in self.all_edits), default=0) + (
             len(self.edits) if not self.task.alone else 0
         )
 
     @property
     def chunk_bytes(self) -> int:
-        """Of the largest piece that is computed at a time, in float32."""
+        """Bytes of the largest piece that is computed at a time, in float32."""
         row = prod(self.shape[1:]) * 4
         return max((rows.stop - rows.start for rows in self.chunks() if rows), default=prod(self.shape[:1])) * row
 

@@ -31,7 +31,7 @@ PROBES = (
 )
 """Texts that are compared where the run held no rows out."""
 KEPT_BYTES = 512 << 20
-"""Of logits that are kept for the comparison."""
+"""Bytes of logits that are kept for the comparison."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ MOST_LAYERS = 8
 MOST_HEADS = 8
 
 Shape: TypeAlias = Literal["narrow", "even", "roomy"]
-"""Of the hidden size: small, a small multiple of the heads, or that of all heads, for families that know no other."""
+"""The hidden size: small, a small multiple of the heads, or that of all heads, for families that know no other."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _SMALL = {
     "moe_intermediate_size": BLOCK,

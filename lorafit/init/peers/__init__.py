@@ -32,7 +32,7 @@ PEERS: dict[Kind, Peer] = {"axolotl": axolotl, "llamafactory": llamafactory, "tr
 
 
 def whose(root: Located, file: Path) -> Kind:
-    """Whose recipe it is, by its keys. Raises UsageError where they don't tell."""
+    """Tell by its keys which tool's recipe it is. Raises UsageError where they don't tell."""
     keys = {*root.value}
     scores = {
         kind: 3 * len(keys & {*peer.MARKS}) + sum(find(peer.RULES, key) is not None for key in keys)
