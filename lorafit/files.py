@@ -39,7 +39,7 @@ LOCK = ".lorafit.lock"
 FULL_BELOW = 1 << 20
 """Free bytes below which a failed write is blamed on the disk."""
 _MARK = b"lorafit: held while a folder is read or written\n"
-"""In every lock file that lorafit made, so that it is known as such."""
+"""Content of every lock file that lorafit made, by which it is known as such."""
 _PATIENCE = (0.0, 0.05, 0.1)
 """Seconds to wait for a lock, which another process may have for a moment to see that it is free."""
 _CHUNK = 4 << 20

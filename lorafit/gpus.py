@@ -51,7 +51,7 @@ class Gpu:
 
     @property
     def peak_tflops(self) -> float:
-        """In the 16-bit type that is trained in: bfloat16 where there is one."""
+        """Speed in the 16-bit type that is trained in: bfloat16 where there is one."""
         return self.bf16_tflops or self.fp16_tflops
 
 

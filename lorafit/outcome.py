@@ -104,7 +104,7 @@ class Outcomes:
         return self._counts[asked]
 
     def estimate(self, setup: Setup, capacity: int | None = None) -> Estimate:
-        """By closed form. Raises ModelError where only a trace can tell."""
+        """Estimate by closed form. Raises ModelError where only a trace can tell."""
         key = id(setup.facts), repr(dataclasses.replace(setup, facts=unknown_facts(""))), capacity
         if key not in self._estimates:
             self._estimates[key] = setup, estimate(setup, capacity)
@@ -331,7 +331,7 @@ class Outcome:
         return setup
 
     def estimate(self, capacity: int | None = None) -> Estimate:
-        """By closed form. Raises the same, and ModelError where only a trace can tell."""
+        """Estimate by closed form. Raises what `setup` raises, and ModelError where only a trace can tell."""
         return self.shared.estimate(self.setup, capacity)
 
     def judged(self, capacity: int) -> tuple[Estimate, str]:

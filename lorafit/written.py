@@ -55,7 +55,7 @@ class Reference:
 
 
 References = Mapping[str, Reference]
-"""By the dotted key in the recipe."""
+"""References by the dotted key in the recipe."""
 
 
 def value_of(reference: str) -> str | None:

@@ -123,7 +123,7 @@ def go_on(
 
 
 def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> Foreseen:
-    """On a CPU, have freed memory returned at once, which takes time, where it is short or checkpointing is to save it.
+    """Have freed memory returned at once on a CPU, which takes time, where it is short or checkpointing is to save it.
 
     Short memory is said on the console. Returns what is foreseen then.
     """

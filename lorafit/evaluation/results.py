@@ -84,7 +84,7 @@ class Gate(Part):
     """A demand and whether it was met."""
 
     gate: str
-    """As it was written, such as `heldout.loss.adapter < heldout.loss.base (ci)`."""
+    """The gate as it was written, such as `heldout.loss.adapter < heldout.loss.base (ci)`."""
     where: str
     """Where it was written: `eval.gates.0`, `--fail-under` or `--baseline`; `eval` for a loss that is not finite."""
     passed: bool
@@ -105,7 +105,7 @@ class Set(Part):
     sha256: str | None = None
     """SHA-256 of what the rows were read from, and which of them they are; equal for every model. None: not known."""
     metrics: tuple[Metric, ...]
-    """In the order in which they are shown."""
+    """Metrics in the order in which they are shown."""
 
 
 class Model(Part):
@@ -144,7 +144,7 @@ class Results(Part):
     settings: dict[str, Any]
     """What the figures depend on: seed, max_new_tokens, limit, and the eval section as it was used."""
     models: dict[str, Model]
-    """By name, in the order in which they are shown: base first."""
+    """Models by name, in the order in which they are shown: base first."""
     sets: dict[str, Set]
     figures: dict[str, Figure]
     differences: tuple[Difference, ...]
@@ -180,7 +180,7 @@ class Answer(Part):
     chosen: str | None = None
     """The option with the highest likelihood, of a row with options."""
     scores: dict[str, float]
-    """By metric, this row's value."""
+    """This row's value by metric."""
 
 
 class Sample(Part):
@@ -194,4 +194,4 @@ class Sample(Part):
     prompt: str
     expected: str
     answers: dict[str, Answer]
-    """By model."""
+    """Answers by model."""

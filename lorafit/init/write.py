@@ -115,7 +115,7 @@ def scalar(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """As short as it can be: 2e-4 rather than 0.0002."""
+    """A number as short as it can be: 2e-4 rather than 0.0002."""
     mantissa, _, exponent = f"{value:e}".partition("e")
     mantissa = mantissa.rstrip("0").rstrip(".")
     short = f"{mantissa}e{int(exponent)}"

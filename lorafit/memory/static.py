@@ -123,7 +123,7 @@ def state_sizes(setup: Setup) -> list[tuple[int, bool]]:
 
 
 def states_of(optimizer: str, tensor: Tensor) -> list[tuple[int, bool]]:
-    """The same for one tensor."""
+    """Bytes of each state of one tensor, and whether it is paged."""
     count = OPTIMIZER_STATES[optimizer]
     size = _state_bytes(optimizer, tensor)
     paged = optimizer.startswith("paged") and tensor.size >= PAGED_SIZE

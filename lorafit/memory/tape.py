@@ -147,7 +147,7 @@ class Node:
 
 
 def leaf(ledger: Ledger, value: Value, receive: Callable[[Value], None]) -> Value:
-    """The same value as the start of a graph of its own; its gradient goes to `receive`."""
+    """A value as the start of a graph of its own; its gradient goes to `receive`."""
 
     def back(gradient: Value) -> Sequence[Value | None]:
         receive(gradient)

@@ -21,7 +21,7 @@ from lorafit.tree import KeyPath
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
 MAGNITUDE = "lora_magnitude_vector"
-"""In the name of DoRA's magnitudes, which stay float32 whatever the adapter's type."""
+"""Part of the names of DoRA's magnitudes, which stay float32 whatever the adapter's type."""
 PRESETS = ("all-linear", "attention", "mlp", "qv")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|self_attention|attention|attn)(\.|$)")
 _QV = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin"}

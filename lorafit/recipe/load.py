@@ -267,7 +267,7 @@ _EXPECTATIONS = {
     "less_than": "a number below {lt:g}",
     "less_than_equal": "a number of at most {le:g}",
 }
-"""By pydantic's name of an error, with its context."""
+"""Messages by pydantic's name of an error, with its context."""
 
 
 def _expectation(item: Any) -> str:

@@ -409,15 +409,15 @@ class EvalSet(Section):
     """Rows that models are compared on."""
 
     name: Name
-    """As it stands in figures. `heldout` are the rows that the run kept out of training, unless a path is given."""
+    """Name of the set in figures. `heldout` are the rows that the run kept out of training, unless a path is given."""
     path: PathText | None = None
-    """As a source's path, on this machine. Only `heldout` needs none."""
+    """Files of the rows, on this machine, as for a source. Only `heldout` needs none."""
     format: RowFormat = "auto"
     """Shape of the rows, as a source's."""
     columns: dict[str, Text] = Field(default_factory=dict)
-    """As a source's columns."""
+    """Columns, as for a source."""
     template: Text | dict[str, Text] | None = None
-    """As a source's template."""
+    """Templates, as for a source."""
     max_rows: PositiveInt | None = None
     """Read this many rows, from the start, and no more."""
     role: Literal["task", "forgetting"] = "task"
@@ -453,7 +453,7 @@ class JudgeSection(Section):
     """A language model that compares two answers, in both orders. It can be wrong, and fooled by an answer."""
 
     base_url: Text
-    """Of an OpenAI-compatible endpoint, such as http://localhost:8000/v1."""
+    """URL of an OpenAI-compatible endpoint, such as http://localhost:8000/v1."""
     model: Text
     """The judge, by the endpoint's name for it."""
     api_key_env: Name | None = None

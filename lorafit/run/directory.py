@@ -45,7 +45,7 @@ FILES_LOCKED = (*FILES, "recipe.lock")
 """What a run with --locked writes beside its folders."""
 _MADE = ("eval", "merged", "merged-adapter", "merged-gguf", "merged-nf4", "merged-fp4")
 BEGUN = "run.json"
-"""In a checkpoint: which run it is of."""
+"""Name of the file in a checkpoint that says which run it is of."""
 FOLDERS = ("adapter", "model", "base", "start", *_MADE)
 """What lorafit makes in a run beside checkpoints."""
 _RUN = ("run", "moving")

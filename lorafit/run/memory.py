@@ -154,7 +154,7 @@ class Calibration:
     skipped: tuple[tuple[str, str], ...]
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """By quantity: the number of runs, their median error without sign, the greatest, and the mean with sign."""
+        """Errors by quantity: the number of runs, their median without sign, the greatest, and the mean with sign."""
         found = {}
         for quantity in dict.fromkeys(row.quantity for row in self.rows):
             errors = [row.error for row in self.rows if row.quantity == quantity]

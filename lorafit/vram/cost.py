@@ -32,13 +32,13 @@ class Range:
 
 
 UTILISATION_16BIT = Range(0.25, 0.50)
-"""Of the dense peak, weights in 16 bits.
+"""Share of the dense peak that is reached with weights in 16 bits.
 
 Large pretraining runs report 0.46 (PaLM, arXiv:2204.02311) and 0.38 to 0.43 (Llama 3, arXiv:2407.21783); fine-tuning
 on one GPU reaches that at its best, and less with short sequences, small batches and many small adapter products.
 """
 UTILISATION_4BIT = Range(0.15, 0.40)
-"""The same for weights in 4 or 8 bits, each of which is made 16 bits wide anew in every pass that multiplies by it."""
+"""Share with weights in 4 or 8 bits, which every pass that multiplies by them makes 16 bits wide anew."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _tokens(found: Outcome, asked: EstimateOptions) -> Tokens | None:
 
 
 def _audited(found: Outcome) -> Tokens | None:
-    """Of data that was audited before, exactly as the recipe has it; data that isn't here is not known."""
+    """Tokens of data that was audited before, exactly as the recipe has it; None for data that isn't here."""
     try:
         plan = found.shared.of(found.recipe, found.name, found.hardware, reading="digests").require_plan()
     except LorafitError:
@@ -286,7 +286,7 @@ def active_parameters(facts: ModelFacts) -> int:
 
 
 def head_parameters(facts: ModelFacts) -> int:
-    """Of the output head, which may be the embedding."""
+    """Parameters of the output head, which may be the embedding."""
     heads = [tensor.size for tensor in facts.tensors if _HEAD.search(tensor.name)]
     return heads[0] if heads else max((t.size for t in facts.tensors if _EMBEDDING.search(t.name)), default=0)
 

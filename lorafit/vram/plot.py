@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MADE_BY = "lorafit estimate-vram"
-"""In the metadata of every picture, by which it may be drawn anew."""
+"""A mark in the metadata of every picture, by which it may be drawn anew."""
 FORMATS = (".png", ".svg")
 WIDTH = 9.0
 """Inches."""

@@ -58,11 +58,11 @@ class Subject:
         return dataclasses.replace(self, overrides=(*self.overrides, *overrides))
 
     def on(self, gpu: Gpu | None) -> Subject:
-        """The same for another GPU; as it is for one of which only the memory is known."""
+        """This subject on another GPU; unchanged for one of which only the memory is known."""
         return self if gpu is None else dataclasses.replace(self, hardware=hardware_of(gpu, self.hardware.world_size))
 
     def over(self, gpus: int, sharding: Sharding) -> Subject:
-        """The same over several GPUs."""
+        """This subject over several GPUs."""
         hardware = dataclasses.replace(self.hardware, world_size=gpus)
         return dataclasses.replace(self, hardware=hardware, sharding=sharding)
 

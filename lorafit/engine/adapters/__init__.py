@@ -28,7 +28,7 @@ class Adapter(Protocol):
 
 
 ADAPTERS: dict[type, Adapter] = {Lora: lora}
-"""By the descriptions of lorafit.plan.adapters."""
+"""Adapters by the name of their description in lorafit.plan.adapters."""
 
 
 def adapter_of(plan: Plan) -> Adapter | None:

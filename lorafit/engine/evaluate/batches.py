@@ -123,7 +123,7 @@ def ones(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def ready(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """On the device it was trained on, with the head that the training used, so that losses mean the same."""
+    """The model on the device it was trained on, with the training's head, so that losses mean the same."""
     if getattr(model, "hf_quantizer", None) is None:  # else it is there already
         model.to(plan.hardware.device)
     model.config.use_cache = True
@@ -135,7 +135,7 @@ def ready(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """As in training: 16-bit weights with float32 adapters meet in 16-bit arithmetic."""
+    """Arithmetic as in training: 16-bit weights with float32 adapters meet in 16-bit arithmetic."""
     dtype = model.dtype
     if dtype == torch.float32:
         return contextlib.nullcontext()

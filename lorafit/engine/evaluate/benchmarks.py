@@ -46,7 +46,7 @@ class TaskResult(Part):
     metrics: dict[str, Values]
     """A figure is the sum of the numerators by that of the denominators, then `transforms`."""
     transforms: dict[str, Transform]
-    """By metric; `exp` of perplexities."""
+    """What is done to a metric's mean; `exp` for perplexities."""
     infos: tuple[Metric, ...]
     samples: tuple[dict[str, Any], ...]
     """A document each: doc_id, prompt, target, answer, scores (by metric)."""
@@ -55,7 +55,7 @@ class TaskResult(Part):
 
 
 Benchmarked: TypeAlias = dict[str, list[TaskResult]]
-"""By model, what it did on each task."""
+"""What each model did on each task."""
 BATCH = 16
 """Requests that the harness runs at once; fewer where they don't fit into memory."""
 LONGEST = 20_000

@@ -149,7 +149,7 @@ def _has_plain_loop(model: Any) -> bool:
 
 
 def _library(model: Any, prompts: list[list[int]], ends: set[int], pad_id: int, most: int) -> list[Answer]:
-    """By transformers, with all that the model's generation configuration asks for but sampling."""
+    """Generate by transformers, with all that the model's generation configuration asks for but sampling."""
     began = time.perf_counter()
     inputs = padded(prompts, pad_id, left=True).to(model.device)
     output = model.generate(

@@ -169,7 +169,7 @@ def _planned(rows: Any, done: Collection[int], budget: int) -> Iterator[list[int
 
 
 def _lengths(rows: Any) -> list[int]:
-    """In tokens, without holding the rows."""
+    """Lengths in tokens, without holding the rows."""
     if not isinstance(rows, Dataset):
         return [len(row["input_ids"]) for row in rows]
     import pyarrow.compute as pc

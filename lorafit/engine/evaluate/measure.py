@@ -159,7 +159,7 @@ def judge_remarks(sets: Iterable[EvalRows], names: list[str], records: Records) 
 
 
 def score(rows: EvalRows, model: str, main: str | None, records: Records) -> dict[str, Scores]:
-    """By metric, the scores of one model on the rows of a set.
+    """Scores by metric, of one model on the rows of a set.
 
     Args:
         main: the model whose answers those of others are compared with; None: none.
@@ -243,7 +243,7 @@ def _of_answers(rows: EvalRows, model: str, main: str | None, records: Records) 
 
 
 def answer_scores(rows: EvalRows, row: int, text: str) -> dict[str, float | None]:
-    """By metric, the score of one answer."""
+    """Scores of one answer by metric."""
     question = rows.question(row)
     judged = Judged(answer=text, expected=question.expected, prompt=question.shown, row=rows.raw.get(row, {}))
     return {metric.info.name: metric.score(judged) for metric in rows.scorers}

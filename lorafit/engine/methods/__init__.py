@@ -34,6 +34,6 @@ class Method(Protocol):
 
 
 METHODS: dict[str, Method] = {methods.SFT.name: sft}
-"""By the descriptions of lorafit.plan.methods."""
+"""Methods by the name of their description in lorafit.plan.methods."""
 SFT = METHODS[methods.SFT.name]
 """The method of every plan, while there is one."""

@@ -91,7 +91,7 @@ def shrink(config: Any, vocabulary: int, tokens: Mapping[str, int | None], least
 
 
 def _shorten(part: Any) -> None:
-    """As few layers as show every kind that there is."""
+    """The least number of layers that shows every kind that there is."""
     layers = getattr(part, "num_hidden_layers", None)
     if not isinstance(layers, int):
         return

@@ -115,7 +115,7 @@ METRICS: Mapping[str, KnownMetric] = {
         _metric("repetition", "repetition", answers.repetition, better="lower"),
     )
 }
-"""By name, in the order of the documentation."""
+"""Metrics by name, in the order of the documentation."""
 
 
 def metric_info(spec: MetricSpec) -> Metric:

@@ -254,7 +254,7 @@ class SetContent:
     info: SetInfo
     figures: tuple[FigureRow, ...]
     pairs: dict[tuple[str, str], list[tuple[DifferenceRow, Bar | None]]]
-    """By model and what it is compared with, in the order of the metrics."""
+    """Differences by model and what it is compared with, in the order of the metrics."""
 
     @property
     def rows(self) -> str:
@@ -282,7 +282,7 @@ def _pairs(results: Results, name: str) -> dict[tuple[str, str], list[tuple[Diff
 
 
 def cells(row: FigureRow, info: SetInfo) -> list[tuple[str, str, str, bool]]:
-    """By model: the value, its interval, its rows where they are not the set's, and whether it is the best."""
+    """Cells by model: the value, its interval, its rows where they are not the set's, and whether it is the best."""
     metric, values = row.metric, [figure.value for figure in row.figures if figure and figure.value is not None]
     # By what is shown: of two figures that read alike, none is marked as the better one.
     told_apart = metric.better is not None and len({quantity(value, metric.unit) for value in values}) > 1

@@ -251,7 +251,7 @@ def _print_sample(sample: Sample, console: Console) -> None:
 
 
 def _figures(results: Results, rows: list[FigureRow]) -> Iterator[Table]:
-    """With intervals, without them, and with a line for each model."""
+    """Tables with intervals, without them, and with a line for each model."""
     for with_ends in (True, False):
         form = _table("", *results.models)
         for row in rows:
@@ -268,7 +268,7 @@ def _figures(results: Results, rows: list[FigureRow]) -> Iterator[Table]:
 
 
 def _differences(rows: list[tuple[str, ...]]) -> Iterator[Table]:
-    """With fewer and fewer columns: what was found stays longest."""
+    """Tables of fewer and fewer columns: what was found stays longest."""
     columns = ("difference", "95% interval", "won/tied/lost", "detectable")
     for kept in range(len(columns), 0, -1):
         form = _table(rows[0][0], *columns[:kept], "")

@@ -39,7 +39,7 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def number(value: float | None, decimals: int) -> str:
-    """With so many decimals; in powers of ten where that would leave nothing of it."""
+    """A number with so many decimals; in powers of ten where that would leave nothing of it."""
     if value is None or not math.isfinite(value):
         return NONE
     if value and abs(value) < 0.5 * 10**-decimals:

@@ -153,7 +153,7 @@ def _all(c: Conversion, key: str) -> list[dict[str, Any]]:
 
 
 def _fates(c: Conversion, key: str, index: int, values: Any) -> None:
-    """By the table; test_datasets have the same keys as datasets."""
+    """Apply the table; test_datasets have the same keys as datasets."""
     if key == "datasets":
         c.apply("datasets", index, values)
         return

@@ -192,7 +192,7 @@ class Rule:
 
 
 def _is_among(value: Any, known: Iterable[Any]) -> bool:
-    """As `in`, but for upper case, and true and false are no numbers."""
+    """Whether a value is among others: case does not matter, and true and false are no numbers."""
     word = value.lower() if isinstance(value, str) else value
     return any(word == one and isinstance(word, bool) is isinstance(one, bool) for one in known)
 

@@ -289,7 +289,7 @@ def _often(c: Conversion, what: str, key: str, share: float, each_epoch: bool) -
 
 
 def steps_per_epoch(c: Conversion) -> int | None:
-    """On one GPU, of rows that are here and are not packed."""
+    """Steps of an epoch on one GPU; None where rows are not here, or are packed."""
     count = rows_here(c)
     if count is None or c.value("training.packing"):
         return None

@@ -225,7 +225,7 @@ def _split(c: Conversion, key: str, usual: str) -> dict[str, Any]:
 
 
 def _shaped(c: Conversion, source: dict[str, Any]) -> dict[str, Any]:
-    """With the rows' format, if they are here."""
+    """A source with its rows' format, if they are here."""
     column = c.get("dataset_text_field", text, "text")
     columns = {"text": column} if column != "text" else {}
     form = "auto"
@@ -239,7 +239,7 @@ def _shaped(c: Conversion, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _masking(c: Conversion) -> None:
-    """By default, a prompt is masked if it has a column of its own; else all tokens are learned."""
+    """Mask a prompt by default if it has a column of its own; else all tokens are learned."""
     forms = {source["format"] for source in c.value("dataset.train")}
     only = c.plain("completion_only_loss")
     if c.get("assistant_only_loss", flag, False):
