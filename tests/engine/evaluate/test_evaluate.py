@@ -46,7 +46,7 @@ from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 
 QUIET = Console(file=io.StringIO())
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PLAIN = ("eval.forgetting=[]",)
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "cat", "mat", "dog"]
 

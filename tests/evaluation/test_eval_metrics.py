@@ -43,7 +43,7 @@ def score(spec: MetricSpec, answer: str, expected: str = "") -> float | None:
     return make_metric(spec).score(Judged(answer, expected))
 
 
-SCHEMA = Path(__file__).resolve().parent.parent / "docs" / "results.schema.json"
+SCHEMA = Path(__file__).resolve().parents[2] / "docs" / "results.schema.json"
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import differences, fingerprint_of
 from lorafit.run.memory import calibrate, foresee
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 QUIET = Console(file=io.StringIO())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "validate_vram.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "validate_vram.py"
 FMS = "foundation-model-stack/fms-acceleration scripts/benchmarks/refs/a100_80gb.csv"
 FMS_STACK = "torch2.4.1 transformers4.48.1 peft0.13.2 trl0.13.0 bnb0.43.3 fa2.7.3"
 PEFT = "huggingface/peft method_comparison/MetaMathQA/results/full-finetuning--llama-3.2-3B-lr_0.00001.json@51c2ff666b"

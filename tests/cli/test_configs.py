@@ -17,7 +17,7 @@ from lorafit.recipe import Recipe
 from lorafit.recipe.docs import json_schema
 from lorafit.recipe.yaml import read_yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = sorted((ROOT / "recipes").glob("*.yaml"))
 A_GPU = Hardware("cuda", "a GPU", 80 << 30, (8, 0), True)

@@ -27,7 +27,7 @@ from lorafit.vram.answer import by_trace
 from lorafit.vram.cost import active_parameters
 from lorafit.vram.question import SHARDINGS, parse_sweeps
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMALL = "./small"
 CONFIG = {

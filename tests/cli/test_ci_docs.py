@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import conversation, write_jsonl
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = """\
 model:
   name_or_path: {model}

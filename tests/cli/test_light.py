@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LOCAL = "models/SmolLM2-135M-Instruct"
 """The base of the quickstart, which scripts/prepare_demo_model puts here; no part of the checkout."""

@@ -30,7 +30,7 @@ from lorafit.errors import (
 from lorafit.files import LOCK
 from lorafit.recipe import RecipeError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def lorafit(*words: object) -> tuple[int, str, str]:

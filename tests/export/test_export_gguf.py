@@ -23,7 +23,7 @@ from lorafit.engine.merge.exports import compare_gguf
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError
 from lorafit.export.gguf import KINDS, export_gguf, parse_export
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMOL = ROOT / "models" / "SmolLM2-135M-Instruct"
 SMALL: dict[str, Any] = {
     "vocab_size": 384,
