@@ -120,7 +120,9 @@ class Lock(BaseModel, frozen=True):
 
 
 def lock_path(config: Path) -> Path:
-    """recipe.yaml -> recipe.yaml.lock"""
+    """recipe.yaml -> recipe.yaml.lock. Raises UsageError for what names no file."""
+    if not config.name:
+        raise UsageError(f"{config}: is no recipe's file")
     return config.with_name(f"{config.name}.lock")
 
 

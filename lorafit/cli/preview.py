@@ -14,7 +14,7 @@ from lorafit.written import hidden_in, verbatim
 
 @dataclass(frozen=True)
 class PreviewOptions(RecipeOptions):
-    rows: Annotated[int, Option("Rows to show, from the first.", "-n --rows", min=0)] = 3
+    rows: Annotated[int, Option("Rows to show, from the first.", "--rows -n", min=0)] = 3
     row: Annotated[tuple[int, ...], Option("Show this row of the training rows (from 1); repeatable.", min=1)] = ()
     validation: Annotated[bool, Option("Show validation rows instead.")] = False
     ids: Annotated[bool, Option("Show the token ids as well.")] = False

@@ -59,6 +59,11 @@ class _Field:
         return names or [f"--{self.name.replace('_', '-')}"]
 
     @property
+    def flag(self) -> str:
+        """The name that messages give it."""
+        return max(self.flags, key=len)
+
+    @property
     def is_repeatable(self) -> bool:
         return get_origin(self.kind) is tuple and not self.shown.joined
 
@@ -93,14 +98,14 @@ class _Field:
         if self.is_repeatable:
             return tuple(map(self._parsed, given))
         if self.choices and given not in self.choices:
-            raise UsageError(f"{self.flags[-1]}: expected one of {', '.join(self.choices)}, got {given}")
+            raise UsageError(f"{self.flag}: expected one of {', '.join(self.choices)}, got {given}")
         return self._parsed(given)
 
     def _parsed(self, given: Any) -> Any:
         try:
             return self.shown.parse(given) if self.shown.parse else given
         except UsageError as error:
-            raise UsageError(f"{self.flags[-1]} {error}") from None
+            raise UsageError(f"{self.flag}{' ' * bool(given)}{error}") from None
 
 
 def _field(hint: Any, name: str, default: Any) -> _Field:

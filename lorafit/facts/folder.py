@@ -26,25 +26,30 @@ def from_folder(name: str, path: Path) -> ModelFacts:
     for file in weights:
         if not file.is_file():
             raise ModelError(f"{name}: {file.name} is missing, which model.safetensors.index.json names")
-    known = described(config, map(read_shard, weights), "", "no safetensors files")
+    known = described(name, config, map(read_shard, weights), "", "no safetensors files")
     return ModelFacts(name, "folder", *known, tokenizer_facts(path))
 
 
 def described(
-    config: dict[str, Any], shards: Iterable[Shard], place: str, otherwise: str
+    name: str, config: dict[str, Any], shards: Iterable[Shard], place: str, otherwise: str
 ) -> tuple[str, dict[str, Any], tuple[Tensor, ...]]:
     """Where the tensors are known from, the configuration, and the tensors.
 
     Args:
         place: where the headers were read, if not on this disk.
         otherwise: why it is the configuration if there are no headers.
+
+    Raises ModelError for tensors of another family than the configuration's.
     """
     files = list(shards)
     stored = [tensor for shard in files for tensor in shard.tensors]
     if not stored or "quantization_config" in config:  # packed tensors don't have the layers' shapes
         return f"config.json ({otherwise})", config, tuple(layout(config))
     source = f"the headers of {len(files)} safetensors file{'s' * (len(files) != 1)}{place}"
-    return source, config, as_loaded(config, stored)
+    try:
+        return source, config, as_loaded(config, stored)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
 
 
 def tokenizer_facts(path: Path) -> TokenizerFacts | None:

@@ -79,14 +79,34 @@ def from_hub(name: str, revision: str | None) -> ModelFacts:
     folder = found["config.json"].parent
     config = read_json(found["config.json"])
     check_sizes(name, config)
-    weights, place, otherwise = weight_files(folder), "", "from the hub"
-    shards: Iterable[Shard] = map(read_shard, weights)
-    if not weights or not all(file.is_file() for file in weights):  # not downloaded yet, or in part
+    place, otherwise = "", "from the hub"
+    shards = _downloaded(folder)
+    if shards is None:
         shards, place = (), " on the hub"
         if "quantization_config" not in config:
             shards, problem = _hub_headers(name, folder.name)
             otherwise += f"; {problem}" if problem else ""
-    return ModelFacts(name, "hub", *described(config, shards, place, otherwise), tokenizer_facts(folder))
+    try:
+        known = described(name, config, shards, place, otherwise)
+    except ModelError as error:
+        if not place:
+            raise
+        known = described(name, config, (), place, f"{otherwise}; {str(error).removeprefix(f'{name}: ')}")
+    return ModelFacts(name, "hub", *known, tokenizer_facts(folder))
+
+
+def _downloaded(folder: Path) -> Iterable[Shard] | None:
+    """The weights that are here; None where they are not, or in part.
+
+    An index alone may be what the client kept of a hub that answers with something else.
+    """
+    try:
+        weights = weight_files(folder)
+    except ModelError:
+        if any(folder.glob("*.safetensors")):
+            raise
+        return None
+    return map(read_shard, weights) if weights and all(file.is_file() for file in weights) else None
 
 
 @functools.cache
@@ -95,7 +115,8 @@ def _hub_headers(name: str, commit: str) -> tuple[tuple[Shard, ...], str]:
 
     They are kept in lorafit's cache: those of a commit don't change.
     """
-    key = hashlib.sha256(f"{name.lower()}@{commit}".encode()).hexdigest()[:32]
+    asked = f"{os.environ.get('HF_ENDPOINT', '')} {name.lower()}@{commit}"
+    key = hashlib.sha256(asked.encode()).hexdigest()[:32]
     place = cache_folder() / "headers" / f"{key}.json"
     known = _kept_headers(place)
     if known is not None:

@@ -198,7 +198,7 @@ def as_loaded(config: dict[str, Any], stored: list[Tensor]) -> tuple[Tensor, ...
     Files may have other names than transformers' modules, experts one by one that are fused as they are loaded, layers
     stored in x out, tied heads, buffers, and layers that are not loaded. So where every tensor of the family's layout
     is stored, they are these; else (such as in a model with layers of its own) they are the stored ones but for tied
-    heads and buffers.
+    heads and buffers. Raises ModelError for those of another family's model.
     """
     family = family_of(str(config.get("model_type")))
     try:
@@ -213,6 +213,11 @@ def as_loaded(config: dict[str, Any], stored: list[Tensor]) -> tuple[Tensor, ...
             sizes[name] += tensor.size
     if wanted and sizes == {name: tensor.size for name, tensor in wanted.items()}:
         return tuple(found.values())
+    embedding = next((name for name in wanted if name.endswith("embed_tokens.weight")), None)
+    if embedding is not None and embedding not in found:
+        raise ModelError(
+            f"the safetensors files are not those of a {config['model_type']} model: they lack {embedding}"
+        )
     tied = is_tied(config)
     return tuple(
         replace(tensor, file=Path(), begin=0, end=0)

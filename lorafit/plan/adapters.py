@@ -135,6 +135,8 @@ class Lora:
     def arguments(self, targets: Targets | None) -> dict[str, Any]:
         names = {"target_modules": list(targets.names)} if targets else {}
         given = self.section.model_dump(mode="json", exclude={"loraplus_lr_ratio"})  # all but that are LoraConfig's
+        # a default of 32 stays 32, where pydantic writes 32.0
+        given |= {name: getattr(self.section, name) for name, value in given.items() if isinstance(value, float)}
         return given | names | {"task_type": "CAUSAL_LM"}
 
 

@@ -163,18 +163,26 @@ def test_targets_are_checked_against_the_real_names(hub: Hub, tmp_path: Path) ->
     assert "in_proj" in refused.stderr
 
 
-@pytest.mark.parametrize("how", ["gated", "no safetensors", "broken"])
+@pytest.mark.parametrize("how", ["gated", "no safetensors", "broken", "another model", "an index that is none"])
 def test_without_headers_the_configuration_is_enough(how: str, hub: Hub) -> None:
-    hub.add("owner/model", LLAMA, {} if how == "no safetensors" else {"model.safetensors": TENSORS})
+    stored = {name: shape for name, shape in TENSORS.items() if how != "another model" or "embed" not in name}
+    hub.add(
+        "owner/model",
+        LLAMA,
+        {} if how in ("no safetensors", "an index that is none") else {"model.safetensors": stored},
+    )
     if how == "gated":
         hub.closed = {"model.safetensors"}
     elif how == "broken":
         (hub.root / "owner/model/model.safetensors").write_bytes(b"\xff" * 64)
-    kind, source, tensors = hub.read("owner/model")
-    assert (kind, tensors) == ("hub", TENSORS)
-    assert source.startswith("config.json (from the hub")
-    assert ("can't be read" in source) is (how != "no safetensors")
-    assert "\n" not in source
+    elif how == "an index that is none":
+        (hub.root / "owner/model/model.safetensors.index.json").write_text("<html>")
+    for _ in range(2):  # what the client keeps of the first must not spoil the second
+        kind, source, tensors = hub.read("owner/model")
+        assert (kind, tensors) == ("hub", TENSORS)
+        assert source.startswith("config.json (from the hub")
+        assert (";" in source) is (how != "no safetensors")
+        assert "\n" not in source
 
 
 def test_stored_quantized_weights_are_not_asked_for(hub: Hub) -> None:
