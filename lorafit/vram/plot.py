@@ -21,6 +21,8 @@ MADE_BY = "lorafit estimate-vram"
 FORMATS = (".png", ".svg")
 WIDTH = 9.0
 """Inches."""
+COLUMNS = 1600
+"""Points of a timeline that are drawn at most: more than it has pixels."""
 LANES = 3
 """Rows of phase labels above a timeline."""
 
@@ -82,6 +84,29 @@ def check(file: Path) -> None:
         if error.name and not error.name.startswith("matplotlib"):
             raise UsageError(f"matplotlib can't be imported ({error}); install lorafit[plot]") from None
         raise UsageError("pictures need matplotlib; install lorafit[plot]") from None
+
+
+def thin(
+    timeline: Sequence[tuple[float, int, int]], columns: int = COLUMNS
+) -> tuple[list[float], list[int], list[int]]:
+    """A timeline in at most so many points: in each column, the highest of each series."""
+    xs: list[float] = []
+    allocated: list[int] = []
+    reserved: list[int] = []
+    if not timeline:
+        return xs, allocated, reserved
+    start, span = timeline[0][0], timeline[-1][0] - timeline[0][0]
+    last = None
+    for x, now, held in timeline:
+        column = min(columns - 1, int((x - start) / span * columns)) if span > 0 else 0
+        if len(timeline) > columns and column == last:
+            allocated[-1], reserved[-1] = max(allocated[-1], now), max(reserved[-1], held)
+            continue
+        last = column
+        xs.append(x)
+        allocated.append(now)
+        reserved.append(held)
+    return xs, allocated, reserved
 
 
 def _render(
@@ -155,8 +180,8 @@ def _draw_timeline(
     phases: Sequence[tuple[float, str]],
     capacity: list[tuple[str, int]],
 ) -> None:
-    xs = [x for x, _, _ in timeline]
-    allocated, reserved = ([point[series] / GIB for point in timeline] for series in (1, 2))
+    xs, *series = thin(timeline)
+    allocated, reserved = ([size / GIB for size in sizes] for sizes in series)
     where, peak, _ = max(timeline, key=lambda point: point[1])
     most, held = peak / GIB, max(reserved)
     end = xs[-1] if xs[-1] > xs[0] else xs[0] + 1

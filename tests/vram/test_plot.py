@@ -12,7 +12,7 @@ import pytest
 
 from lorafit.errors import DoesNotFitError, UsageError
 from lorafit.vram import plot
-from lorafit.vram.plot import check, stacked_bar
+from lorafit.vram.plot import check, stacked_bar, thin
 
 GIB = 1 << 30
 TERMS = [("weights", 4 * GIB), ("nothing", 0), ("activations & $loss$ <x>", GIB // 2), ("adapters", 3 << 20)]
@@ -96,13 +96,23 @@ def test_odd_estimates_are_drawn(tmp_path: Path, terms: list, capacity: list, ti
 
 @pytest.mark.usefixtures("_matplotlib")
 def test_a_long_timeline_is_small_and_shows_its_peak(tmp_path: Path) -> None:
-    """A replay has about 4,000 points (memory.allocator.replay)."""
-    timeline = [(index, GIB + index % 7, 2 * GIB) for index in range(4000)]
-    timeline[1234] = (1234, 9 * GIB, 10 * GIB)
+    timeline = [(index, GIB + index % 7, 2 * GIB) for index in range(200_000)]
+    timeline[123_457] = (123_457, 9 * GIB, 10 * GIB)
+    xs, allocated, reserved = thin(timeline)
+    assert len(xs) == len(allocated) == len(reserved) <= plot.COLUMNS
+    assert max(allocated) == 9 * GIB
+    assert max(reserved) == 10 * GIB
+    assert abs(xs[allocated.index(9 * GIB)] - 123_457) <= 200_000 / plot.COLUMNS
+    assert xs == sorted(xs)
     file = tmp_path / "out.svg"
     stacked_bar(TERMS, "title", CAPACITY, file, timeline)
     assert "peak 9.00 GiB" in texts(file)
     assert file.stat().st_size < 500_000
+
+
+def test_a_short_timeline_is_kept_whole() -> None:
+    assert thin(TIMELINE) == ([0, 1, 2], [GIB, 3 * GIB, 2 * GIB], [2 * GIB, 4 * GIB, 4 * GIB])
+    assert thin([]) == ([], [], [])
 
 
 @pytest.mark.parametrize("name", ["out.pdf", "out", "out.svg.gz"])
