@@ -68,7 +68,7 @@ class Family:
         stored: parts of tensors' names in files, and what they are in the model that transformers loads.
         traits: for memory in closed form; None where only a trace tells it.
         gguf: names in GGUF files.
-        sdpa: whether transformers runs it with sdpa, which has no soft caps and no attention sinks.
+        sdpa: whether every transformers that may be installed runs it with sdpa, which has no soft caps or sinks.
         plain_linear: whether its linear layers are torch's own class, which alone bitsandbytes replaces.
         last_linear: the last linear layer, where no norm or head may follow: transformers keeps a model's last module.
         peft_targets: what PEFT adapts if nothing is asked for, where it is not query and value.

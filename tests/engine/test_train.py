@@ -562,7 +562,7 @@ def test_another_process_does_not_take_the_base_of_the_run_that_is_replaced(
     main = iter([lambda: shutil.rmtree(run.base), lambda: (run.base / "new").mkdir(parents=True)])
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("lorafit.engine.model.wait_for_everyone", lambda: next(main)())
-    base = dequantized_base(SimpleNamespace(model={"kind": "gguf"}), run)
+    base = dequantized_base(SimpleNamespace(model=SimpleNamespace(kind="gguf")), run)
     assert [entry.name for entry in base.iterdir()] == ["new"]
 
 

@@ -162,12 +162,12 @@ def test_attention(planner: Planner) -> None:
     assert planner(HOPPER, lora=..., model={"attn_implementation": "flash_attention_3"}).training.bf16
 
 
-def test_which_models_know_no_sdpa() -> None:
+def test_no_model_is_said_to_know_sdpa_that_does_not() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for model_type, family in FAMILIES.items():
         model_class = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(model_type))]
-        assert model_class._supports_sdpa is family.sdpa, model_type
+        assert model_class._supports_sdpa or not family.sdpa, model_type
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.bounds import read_json
-from lorafit.engine.evaluate.batches import autocast
+from lorafit.engine.evaluate.batches import autocast, cache_of, with_cache
 from lorafit.engine.evaluate.models import NamedModel, base_of, merged_at, result_of
 from lorafit.engine.model import base_source, load_adapter, load_base, on_cpu
 from lorafit.errors import ModelError, UsageError
@@ -70,14 +70,14 @@ def run_pass(model: Runnable, ids: torch.Tensor, new_tokens: int, clock: Clock) 
         began = _now(clock, ids.device)
         output = model(input_ids=ids, use_cache=True, **keep)
         filled = _now(clock, ids.device)
-        cache = output.past_key_values
+        cache = cache_of(output)
         if cache is None:
             raise ModelError(f"{model.config.model_type} models keep no KV cache, so decoding can't be timed")
         for _ in range(new_tokens):
             newest = output.logits[:, -1:].argmax(-1)
             chosen.append(newest)
-            output = model(input_ids=newest, past_key_values=cache, use_cache=True, **keep)
-            cache = output.past_key_values
+            output = model(input_ids=newest, use_cache=True, **with_cache(model, cache), **keep)
+            cache = cache_of(output)
         ended = _now(clock, ids.device)
     return Pass(
         filled - began,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -152,18 +153,29 @@ def new_cache(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument by which a model takes a cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return {"cache" if "cache" in _takes(model) else "past_key_values": cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output; None if there is none."""
+    return getattr(output, "cache", getattr(output, "past_key_values", None))
+
+
 @torch.no_grad()
 def has_plain_cache(model: Any) -> bool:
     """Whether all that a model keeps of a prompt is keys and values of every position: rows can be copied and dropped.
 
     It must also take positions and the number of logits wanted.
     """
-    if not {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"} <= _takes(model):
+    takes = _takes(model)
+    if not {"attention_mask", "position_ids", "logits_to_keep"} <= takes or not {"cache", "past_key_values"} & takes:
         return False
     cache = new_cache(model)
     with autocast(model):
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-        kept: Any = getattr(model(input_ids=ids, past_key_values=cache, use_cache=True), "past_key_values", None)
+        kept = cache_of(model(input_ids=ids, use_cache=True, **with_cache(model, cache)))
     return (
         type(kept) is DynamicCache
         and kept.get_seq_length() == 2
@@ -188,5 +200,10 @@ def is_exact(model: Any) -> bool:
     return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
 
 
-def _takes(model: Any) -> set[str]:
-    return set(inspect.signature(type(bare(model)).forward).parameters)
+def _takes(model: Any) -> frozenset[str]:
+    return _parameters(type(bare(model)).forward)
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)

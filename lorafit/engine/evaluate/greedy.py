@@ -24,6 +24,7 @@ from lorafit.engine.evaluate.batches import (
     padded,
     shrinking,
     token_budget,
+    with_cache,
 )
 from lorafit.progress import partly_done
 
@@ -189,7 +190,7 @@ def _own_loop(model: Any, prompts: list[list[int]], ends: set[int], pad_id: int,
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **with_cache(model, cache),
             use_cache=True,
             logits_to_keep=1,
         )

@@ -28,6 +28,7 @@ from lorafit.engine.evaluate.batches import (
     padded,
     shrinking,
     token_budget,
+    with_cache,
 )
 from lorafit.engine.loss import row_sums
 
@@ -260,7 +261,7 @@ def _shared(model: Any, questions: list[Choice], pad_id: int, budget: int) -> li
             input_ids=padded(prompts, pad_id, left=True).to(model.device),
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=cache,
+            **with_cache(model, cache),
             use_cache=True,
             logits_to_keep=kept,
         ).logits
@@ -294,7 +295,7 @@ def _continued(
             input_ids=inputs,
             attention_mask=torch.cat([mask[owner], inner], dim=1),
             position_ids=mask.sum(-1)[owner][:, None] + torch.arange(inputs.shape[1], device=model.device),
-            past_key_values=mine,
+            **with_cache(model, mine),
             use_cache=True,
         ).logits
     return _picked(logits, [(row, 0, len(head)) for row, head in enumerate(heads)], [tail[1:] for tail in tails])
