@@ -68,7 +68,13 @@ class Decoder:
         tensors = {tensor.name: tensor for tensor in setup.facts.tensors}
         self.parameters: list[Parameter] = []
         self.layers = self._layers(tensors)
-        self.embedding = self._plain(next(t for n, t in tensors.items() if n.endswith("embed_tokens.weight")))
+        embedding = next((t for n, t in tensors.items() if n.endswith("embed_tokens.weight")), None)
+        if embedding is None or "model.norm.weight" not in tensors:
+            raise ModelError(
+                f"{setup.facts.name}: its tensors are not those of a {kind} model alone, so that its activations are "
+                "not known in closed form; use --trace"
+            )
+        self.embedding = self._plain(embedding)
         self.final_norm = self._plain(tensors["model.norm.weight"])
         self.head = self._plain(tensors["lm_head.weight"]) if "lm_head.weight" in tensors else self.embedding
         if self.head is self.embedding and setup.adapter.trains_base:

@@ -347,6 +347,12 @@ class TestNonsense:
         assert code == 4
         assert err == f"{tmp_path}: the folder has no config.json\n"
 
+    def test_a_model_of_text_and_pictures(self) -> None:
+        code, _, err = run("--model", "google/gemma-3-12b-it")
+        assert code == 4
+        assert "--trace" in err
+        assert len(err.splitlines()) == 1
+
     def test_a_model_that_nobody_knows(self) -> None:
         code, _, err = run("--model", "someone/some-model")
         assert code == 4
