@@ -33,8 +33,7 @@ from lorafit.memory import Estimate, Setup, Sharding, check_size, estimate, judg
 from lorafit.plan import Choice, Plan, Schedule, SourcePlan, Training, make_schedule, validation_rows
 from lorafit.plan.data import Reading, counted, plan_sources
 from lorafit.plan.model import choose_dtype
-from lorafit.plan.resolve import examine, with_steps
-from lorafit.plan.training import training_kwargs
+from lorafit.plan.resolve import examine, training_kwargs, with_steps
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.rows import data_files, is_local

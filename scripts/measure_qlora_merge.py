@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.console import Console
-from lorafit.engine.quiet import hush, hush_progress
+from lorafit.engine import hush_progress
 from lorafit.errors import LorafitError
 
 BEGIN, END = "<!-- qlora -->\n", "<!-- /qlora -->"
@@ -28,7 +28,7 @@ BEGIN, END = "<!-- qlora -->\n", "<!-- /qlora -->"
 
 def measured(run: Path, scratch: Path, console: Console) -> list[str]:
     """The table's lines."""
-    from lorafit.engine.evaluate.greedy import end_tokens, generate
+    from lorafit.engine.evaluate.batches import end_tokens, generate
     from lorafit.engine.evaluate.sets import as_question, held_out_rows
     from lorafit.engine.merge.exports import quantized_copy
     from lorafit.engine.merge.run import merge
@@ -36,7 +36,7 @@ def measured(run: Path, scratch: Path, console: Console) -> list[str]:
     from lorafit.engine.merge.verify import as_trained, load_merged, measure, rows_to_compare
     from lorafit.engine.model import load_adapter
     from lorafit.engine.tokenizer import load_tokenizer
-    from lorafit.options.merge import Options
+    from lorafit.options import MergeOptions
 
     with open_source(run) as source:
         if source.plan is None or source.quantization is None:
@@ -64,7 +64,7 @@ def measured(run: Path, scratch: Path, console: Console) -> list[str]:
         ]
     del adapter
     for kind in ("dequantized", "original"):
-        folder = merge(Options(run, ("merge.max_kl=1e9",), scratch / kind, base_weights=kind), console)
+        folder = merge(MergeOptions(run, ("merge.max_kl=1e9",), scratch / kind, base_weights=kind), console)
         for name, where in (
             (f"{kind} base", folder),
             (f"{kind} base, then NF4 again", quantized_copy(folder, "nf4")),
@@ -82,7 +82,6 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--docs", type=Path, help="put the table between the markers of this file")
     asked = parser.parse_args()
-    hush()
     hush_progress()
     scratch = Path(tempfile.mkdtemp(prefix="lorafit-qlora-"))
     try:

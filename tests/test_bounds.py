@@ -159,8 +159,8 @@ def test_what_is_rendered_elsewhere_is_told_off_in_time(tmp_path: Path) -> None:
 
     from lorafit.engine.data.render import Renderer
     from lorafit.engine.evaluate.tasks import kept_templates
-    from lorafit.evaluation.metrics.answers import Judged
-    from lorafit.evaluation.metrics.known import make_metric
+    from lorafit.evaluation.answers import Judged
+    from lorafit.evaluation.metrics import make_metric
     from lorafit.export.ollama import modelfile
 
     with pytest.raises(ModelError):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
-from lorafit.options.bench import BenchOptions
-from lorafit.options.fields import run_of
+from lorafit.options import BenchOptions, run_of
 
 
 @command
 def bench(options: BenchOptions) -> None:
     run_of(options.run).refuse_busy(shared=True)
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.bench.report import print_bench
     from lorafit.engine.bench.run import bench as run_bench
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import UsageError
-from lorafit.options.chat import ChatOptions, from_stdin
+from lorafit.options import ChatOptions, from_stdin
 from lorafit.progress import talk
 
 
@@ -26,10 +26,7 @@ def chat(options: ChatOptions) -> None:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    from lorafit.engine.quiet import hush
-
-    hush()
-    from lorafit.engine.chat.run import chat as run_chat
+    from lorafit.engine.chat import chat as run_chat
 
     turns = run_chat(options, talk(), input, write)
     if options.as_json:

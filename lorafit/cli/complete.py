@@ -90,7 +90,7 @@ def keys(incomplete: str) -> Candidates:
 
 def _fields(typed: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every key that holds a value, with its JSON schema; items of lists have the number that is typed, else 0."""
-    from lorafit.recipe.docs import json_schema
+    from lorafit.cli.schema import json_schema
 
     schema = json_schema()
     number = next(iter(re.findall(r"\.(\d+)\.", typed)), "0")

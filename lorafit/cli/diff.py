@@ -9,7 +9,7 @@ import typer
 
 from lorafit.cli.signature import command
 from lorafit.errors import DriftError, UsageError
-from lorafit.options.fields import Argument, ForGpu, JsonOptions, Option, hardware_for
+from lorafit.options import Argument, ForGpu, JsonOptions, Option, hardware_for
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,13 @@ def diff(options: DiffOptions) -> None:
         raise UsageError(f"--format {format}: not one of {', '.join(FORMATS)}")
     if options.against is None and len(paths) != 2:
         raise UsageError(f"expected two recipes, got {len(paths)}; to compare with a revision, give --against")
-    from lorafit.diff.consequences import difference
-    from lorafit.diff.pull_request import compare_all, shown
+    from lorafit.diff.consequences import (
+        compare_all,
+        difference,
+    )
+    from lorafit.diff.text import (
+        shown,
+    )
 
     format = "json" if options.as_json else format
     hardware = hardware_for(options.gpu)

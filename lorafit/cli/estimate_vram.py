@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DoesNotFitError
-from lorafit.options.estimate_vram import EstimateOptions
+from lorafit.options import EstimateOptions
 from lorafit.progress import stage
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def estimate_vram(options: EstimateOptions) -> None:
 
 def traced(setup: Setup, capacity: int | None) -> Estimate:
     """An estimate by running the real modules without data. Raises ModelError."""
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.trace.record import estimate_by_trace
 
     with stage("tracing a training step"):

@@ -7,12 +7,11 @@ import typer
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import GateError
-from lorafit.options.evaluate import Options
-from lorafit.options.fields import run_of
+from lorafit.options import EvalOptions, run_of
 
 
 @command
-def eval(options: Options) -> None:
+def eval(options: EvalOptions) -> None:
     from lorafit.files import refuse_busy
 
     run = run_of(options.path)
@@ -22,12 +21,10 @@ def eval(options: Options) -> None:
         check_run(run)
     run.refuse_busy(shared=True)
     refuse_busy(options.destination(run))
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.evaluate.run import evaluate
+    from lorafit.evaluation.report.html import read_samples
     from lorafit.evaluation.report.text import print_results
-    from lorafit.evaluation.report.write import read_samples
 
     results, folder = evaluate(options)
     if options.as_json:

@@ -12,7 +12,7 @@ import typer
 
 from lorafit.cli.exits import print_json, warn
 from lorafit.cli.signature import command
-from lorafit.options.fields import Argument, ForGpu, Here, RecipeOptions, hardware_for
+from lorafit.options import Argument, ForGpu, Here, RecipeOptions, hardware_for
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import typer
 from lorafit.cli.exits import remark, warn
 from lorafit.cli.signature import command
 from lorafit.errors import LorafitError, UsageError
-from lorafit.options.fields import Argument, Option, Options
+from lorafit.options import Argument, Option, Options
 from lorafit.written import from_home
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def is_terminal() -> bool:
 def deliver(text: str, options: InitOptions, beside: dict[Path, str]) -> None:
     """Check the recipe, write or print it, and say how to go on. Raises RecipeError for what is no recipe."""
     from lorafit.files import write_text
-    from lorafit.init.write import recipe_of
+    from lorafit.init.propose import recipe_of
 
     text = from_home(text)
     recipe = recipe_of(text, options.file)

@@ -9,7 +9,7 @@ import typer
 
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
-from lorafit.options.fields import Option, RecipeOptions
+from lorafit.options import Option, RecipeOptions
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ import typer
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import ModelError
-from lorafit.options.fields import run_of
-from lorafit.options.merge import Options
+from lorafit.options import MergeOptions, run_of
 from lorafit.progress import talk
 
 
 @command
-def merge(options: Options) -> None:
+def merge(options: MergeOptions) -> None:
     if options.check_vllm:
         show_vllm(options.path, options.as_json)
         return
@@ -31,9 +30,7 @@ def merge(options: Options) -> None:
     run.refuse_busy(shared=True)
     refuse_busy(options.destination())
     options.claim([options.path])
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.merge.run import merge as run_merge
 
     destination = run_merge(options, talk())

@@ -8,7 +8,7 @@ from typing import Annotated
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DataError
-from lorafit.options.fields import Option, RecipeOptions
+from lorafit.options import Option, RecipeOptions
 from lorafit.written import hidden_in, verbatim
 
 
@@ -26,9 +26,7 @@ def preview(options: PreviewOptions) -> None:
     from lorafit.recipe import Recipe
 
     plan = plan_recipe(Recipe.load(options.config, options.overrides), options.config, count_rows=False)
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.preview import preview as run_preview
     from lorafit.run.summary import print_preview
 

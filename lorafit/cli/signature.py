@@ -14,7 +14,7 @@ import typer
 from lorafit.cli import complete
 from lorafit.cli.exits import reporting
 from lorafit.errors import UsageError
-from lorafit.options.fields import Argument, Option, Options
+from lorafit.options import Argument, Option, Options
 
 Asked = TypeVar("Asked", bound=Options)
 

@@ -10,14 +10,12 @@ import typer
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import GateError
-from lorafit.options.smoke import Report, SmokeOptions
+from lorafit.options import Report, SmokeOptions
 
 
 @command
 def smoke(options: SmokeOptions) -> None:
-    from lorafit.engine.quiet import hush
 
-    hush()
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is there
     try:

@@ -13,7 +13,7 @@ import typer
 from lorafit.cli.exits import print_json, warn
 from lorafit.cli.signature import command
 from lorafit.errors import UsageError
-from lorafit.options.fields import Option, RecipeOptions
+from lorafit.options import Option, RecipeOptions
 from lorafit.progress import talk
 from lorafit.written import verbatim
 
@@ -37,7 +37,7 @@ class TrainOptions(RecipeOptions):
 @command
 def train(options: TrainOptions) -> None:
     from lorafit.recipe import Recipe
-    from lorafit.validate.evaluation import refuse
+    from lorafit.validate.contents import refuse
 
     written, recipe = bytes_of(options.config), Recipe.load(options.config, options.overrides)
     plan, lock = planned(recipe, options)
@@ -55,11 +55,9 @@ def train(options: TrainOptions) -> None:
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         RunDir(located(plan.output_dir)).refuse_busy()
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.train import train as run_training
-    from lorafit.run.begin import Start
+    from lorafit.run.manifest import Start
 
     for remark in plan.remarks:
         warn(remark)

@@ -10,7 +10,7 @@ import typer
 
 from lorafit.cli.signature import command
 from lorafit.errors import UsageError
-from lorafit.options.fields import Argument, ForGpu, Here, JsonOptions, Option, Overrides, hardware_for
+from lorafit.options import Argument, ForGpu, Here, JsonOptions, Option, Overrides, hardware_for
 from lorafit.written import verbatim
 
 
@@ -34,7 +34,7 @@ class ValidateOptions(JsonOptions):
 
 @command
 def validate(options: ValidateOptions) -> None:
-    from lorafit.validate.reports import FORMATS
+    from lorafit.validate.findings import FORMATS
 
     format = options.format or ("json" if options.as_json else "text")
     if format not in FORMATS:
@@ -46,10 +46,7 @@ def validate(options: ValidateOptions) -> None:
 
     check: DeepCheck | None = None
     if options.deep:
-        from lorafit.engine.quiet import hush
-
-        hush()
-        from lorafit.engine.deep import check_deep as check
+        from lorafit.engine.preview import check_deep as check
     asked = Options(options.overrides, options.skip, hardware, options.here, options.strict)
     report = run_validate(options.paths, asked, check)
     text = FORMATS[format](report)

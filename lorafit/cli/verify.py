@@ -10,13 +10,13 @@ import typer
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import DriftError, UsageError
-from lorafit.options.fields import JsonOptions, Option, RunPath
+from lorafit.options import JsonOptions, Option, RunPath
 from lorafit.progress import talk
 
 if TYPE_CHECKING:
     from lorafit.engine.verify import Repeated
     from lorafit.run.directory import RunDir
-    from lorafit.run.hashes import Check
+    from lorafit.run.fingerprint import Check
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class VerifyOptions(JsonOptions):
 @command
 def verify(options: VerifyOptions) -> None:
     from lorafit.run.directory import RunDir, located
-    from lorafit.run.hashes import verify as check_hashes
+    from lorafit.run.fingerprint import verify as check_hashes
 
     run, path = RunDir(located(options.run)), str(options.run)
     checks = check_hashes(run)
@@ -56,9 +56,7 @@ def verify(options: VerifyOptions) -> None:
 
 
 def trained_again(run: RunDir, steps: int, tolerance: float | None) -> Repeated:
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.verify import retrain
 
     return retrain(run, steps, tolerance, talk())

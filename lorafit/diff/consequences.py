@@ -1,20 +1,27 @@
-"""Two recipes compared: what differs, and what follows from it in sizes, memory, steps, and what `auto` makes of it."""
+"""Recipes compared, two or all of a working tree with a revision: what follows in sizes, memory, steps and from
+`auto`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from lorafit.diff.recipes import Change, Opened, compare, open_recipe
+from lorafit.diff.recipes import Change, Opened, Revision, compare, open_recipe, open_tree
 from lorafit.diff.warnings import Warned, warnings
 from lorafit.explain import defaults_of
 from lorafit.hardware import Hardware
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.plan.adapters import adapter_of
+from lorafit.recipe import RecipeError, load
+from lorafit.recipe.layers import Disk, read_recipe
 from lorafit.rows import is_local
 from lorafit.text import first_line, printable
+from lorafit.validate.check import ENDINGS, find
 from lorafit.written import at_keys
 
 Unit = Literal["count", "bytes", "number", "text"]
@@ -235,3 +242,88 @@ def _differing_data(before: Opened, after: Opened) -> list[str]:
         if None not in hashes and hashes[0] != hashes[1]:
             remarks.append(f"{printable(path)} itself differs between the two; its rows are counted as they are now.")
     return remarks
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Many:
+    """Recipes by what became of them since a revision.
+
+    Attributes:
+        new, gone: files.
+        unreadable: files whose recipe in the revision had mistakes.
+    """
+
+    revision: str
+    changed: tuple[Difference, ...]
+    same: tuple[str, ...]
+    new: tuple[str, ...]
+    gone: tuple[str, ...]
+    unreadable: tuple[str, ...]
+
+    @property
+    def differs(self) -> bool:
+        return bool(self.changed or self.new or self.gone or self.unreadable)
+
+    @property
+    def others(self) -> Iterator[tuple[str, str]]:
+        """Files that were not compared, with what they are."""
+        for files, what in (
+            (self.new, "new"),
+            (self.gone, "gone"),
+            (self.unreadable, f"new, as what {self.revision} has there is no recipe"),
+        ):
+            yield from ((file, what) for file in files)
+
+
+def compare_all(revision: str, paths: Iterable[str], hardware: Hardware | None = None) -> Many:
+    """Compare the recipes that paths name with their like in a revision. Raises UsageError and RecipeError."""
+    given = tuple(paths)
+    tree = open_tree(revision)
+    short = revision[:10] if _COMMIT.fullmatch(revision) else revision
+    outcomes = Outcomes(hardware)
+    changed: list[Difference] = []
+    kinds: dict[str, list[str]] = {"same": [], "new": [], "unreadable": []}
+    here = [file for file in find(given).recipes if _is_whole(Path(file))]
+    for file in here:
+        name = Path(file).stem
+        after = Opened(file, None, outcomes.of(load(file), name))
+        place = Path(os.path.realpath(file))
+        if not tree.is_file(place):
+            kinds["new"].append(file)
+            continue
+        try:
+            before = Opened(f"{short}:{file}", tree, outcomes.of(load(place, store=tree), name))
+        except RecipeError:
+            kinds["unreadable"].append(file)
+            continue
+        found = between(before, after)
+        if found.changes:
+            changed.append(found)
+        else:
+            kinds["same"].append(file)
+    gone = tuple(_gone(tree, given))
+    return Many(short, tuple(changed), tuple(kinds["same"]), tuple(kinds["new"]), gone, tuple(kinds["unreadable"]))
+
+
+def _is_whole(file: Path, store: Revision | None = None) -> bool:
+    """Whether a file is a recipe rather than a part of some, which they extend."""
+    try:
+        root = read_recipe(file, (), lambda _: True, store=store or Disk()).root.value
+    except RecipeError:
+        return True  # for whoever reads it next to report
+    return bool({"model", "dataset"} & set(root))
+
+
+def _gone(tree: Revision, paths: Iterable[str]) -> Iterator[str]:
+    """Recipes below the given folders that only the revision has."""
+    if tree.top is None:
+        return
+    folders = [Path(os.path.realpath(path)) for path in paths if os.path.isdir(path)]
+    for name in tree.files():
+        file = tree.top / name
+        inside = file.suffix.lower() in ENDINGS and any(file.is_relative_to(folder) for folder in folders)
+        if inside and not file.exists() and _is_whole(file, tree):
+            yield os.path.relpath(file, os.path.realpath("."))

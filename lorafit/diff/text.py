@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorafit.diff.consequences import Consequence, Difference
+from lorafit.diff.consequences import Consequence, Difference, Many
 from lorafit.diff.recipes import Change
 from lorafit.recipe.load import section_at
 from lorafit.text import brief, gib, printable
@@ -183,3 +183,28 @@ def _code(value: str) -> str:
     shown = printable(" ".join(value.split()))
     shown = shown if len(shown) <= MOST_VALUE else f"{shown[: MOST_VALUE - 1]}…"
     return f"<code>{_safe(shown, MOST_VALUE + 1)}</code>"
+
+
+def shown(found: Many, format: str) -> str:
+    return {"text": many_text, "markdown": many_markdown, "json": many_json}[format](found)
+
+
+def many_text(found: Many) -> str:
+    parts = [FORMATS["text"](one).rstrip("\n") for one in found.changed]
+    lines = [f"{printable(file)}: {what}" for file, what in found.others]
+    lines += [f"{printable(file)}: the same" for file in found.same]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
+
+
+def many_markdown(found: Many) -> str:
+    if not found.differs:
+        return f"### Recipes\n\nNone differs from `{printable(found.revision)}`."
+    parts = [FORMATS["markdown"](one).rstrip("\n") for one in found.changed]
+    lines = [f"- `{printable(file).replace('`', '')}`: {what}" for file, what in found.others]
+    return "\n\n".join([*parts, *(["### Other recipes\n\n" + "\n".join(lines)] if lines else [])])
+
+
+def many_json(found: Many) -> str:
+    whole = {"revision": found.revision, "changed": [one.as_dict() for one in found.changed]}
+    rest = {name: list(getattr(found, name)) for name in ("same", "new", "gone", "unreadable")}
+    return json.dumps(hidden_in(whole | rest), indent=2, ensure_ascii=False)

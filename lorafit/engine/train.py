@@ -14,26 +14,32 @@ import torch
 from transformers import TrainerState
 
 from lorafit.console import Console
-from lorafit.engine.callbacks import StopAfter, StopRequest, check_finite
+from lorafit.engine import hush_progress
+from lorafit.engine.callbacks import Meter, StopAfter, StopRequest, check_finite
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.evaluate.run import rehearse
-from lorafit.engine.meter import Meter
 from lorafit.engine.methods import SFT
 from lorafit.engine.model import wait_for_everyone
-from lorafit.engine.quiet import hush_progress
-from lorafit.engine.saving import save_result
 from lorafit.engine.tokenizer import load_tokenizer
-from lorafit.engine.trainer import Trainer, add_callbacks, is_last
+from lorafit.engine.trainer import Trainer, add_callbacks, is_last, save_result
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, is_out_of_memory
 from lorafit.files import check_own
 from lorafit.hardware import return_memory
 from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.progress import is_first_process, stage
 from lorafit.rows.audit import gate
-from lorafit.run.begin import ANEW, Start, as_begun, check_checkpoints, check_start, check_way, make_run
 from lorafit.run.directory import RunDir, located
 from lorafit.run.fingerprint import model_fingerprint, run_fingerprint
-from lorafit.run.manifest import build_manifest
+from lorafit.run.manifest import (
+    ANEW,
+    Start,
+    as_begun,
+    build_manifest,
+    check_checkpoints,
+    check_start,
+    check_way,
+    make_run,
+)
 from lorafit.run.memory import Foreseen, foresee, memory_record, shortage
 from lorafit.run.summary import print_findings
 from lorafit.written import as_written

@@ -14,9 +14,8 @@ from lorafit.engine.train import train
 from lorafit.errors import UsageError
 from lorafit.hardware import detect
 from lorafit.rows.cache import private
-from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
-from lorafit.run.manifest import versions
+from lorafit.run.manifest import Start, versions
 
 FIGURES = ("loss", "grad_norm")
 TOLERANCE = 1e-3

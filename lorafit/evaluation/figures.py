@@ -1,20 +1,18 @@
-"""The figures of an evaluation: what is measured of a set, and scores as figures with intervals and differences."""
+"""The figures of an evaluation: what is measured of a set, and scores as figures with paired bootstrap intervals."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from lorafit.evaluation.results import Difference, Figure, Metric
-from lorafit.evaluation.statistics import Bootstrap, Classes, Series, difference, interval, rows_with_value, value_of
+from lorafit.evaluation.results import Better, Difference, Figure, Metric
 
 Array = np.ndarray[Any, Any]
-Scores = Series | Classes
 
 BASE = "base"
 """The model before training, in figures."""
@@ -143,3 +141,168 @@ def _length(scores: Scores) -> int:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+RESAMPLES = 10_000
+_CHUNK_CELLS = 4_000_000
+"""Counts of a chunk of resamples, rows times resamples, that are held at once."""
+_POWER = 1.959964 + 0.841621
+"""Standard errors that an effect must have to be seen at 95% with a probability of 80%."""
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of one model on the rows of one set: sum(numerator) / sum(denominator), then `transform`.
+
+    Both are (rows,) float64, and 0 where a row has no such value.
+    """
+
+    numerator: Array
+    denominator: Array
+    transform: Literal["identity", "exp"] = "identity"
+    better: Better = None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Predicted and expected classes of the rows, for macro-F1: (rows,) integers below `count`, -1 for none."""
+
+    predicted: Array
+    expected: Array
+    count: int
+    better: Better = "higher"
+
+
+Scores = Series | Classes
+
+
+class Bootstrap:
+    """Resamples of the rows of a set: the same ones for all that is asked of it, so that differences are paired."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+
+    def resampled(self, series: Mapping[K, Series | Classes]) -> dict[K, Array]:
+        """(RESAMPLES,) values of each; nan where a resample has no row with a value.
+
+        All are nan where fewer than two rows have one: resamples of a single row say nothing of how rows differ.
+        """
+        columns = {key: _sums(one) for key, one in series.items()}
+        if not columns:
+            return {}
+        stacked = np.concatenate(list(columns.values()), axis=1)
+        made = np.concatenate([counts @ stacked for counts in self._counts()])
+        found, place = {}, 0
+        for key, part in columns.items():
+            values = _combined(series[key], made[:, place : place + part.shape[1]])
+            found[key] = values if rows_with_value(series[key]) > 1 else np.full_like(values, np.nan)
+            place += part.shape[1]
+        return found
+
+    def _counts(self) -> Iterator[Array]:
+        """How often each row is in each resample: (some resamples, rows) at a time."""
+        random = np.random.default_rng(self.seed)
+        if not self.rows:
+            yield np.zeros((RESAMPLES, 0))
+            return
+        step = max(min(_CHUNK_CELLS // self.rows, RESAMPLES), 1)
+        for start in range(0, RESAMPLES, step):
+            size = min(step, RESAMPLES - start)
+            drawn = random.integers(self.rows, size=(size, self.rows))
+            drawn += np.arange(size)[:, None] * self.rows
+            yield np.bincount(drawn.ravel(), minlength=size * self.rows).reshape(size, self.rows).astype(np.float64)
+
+
+def value_of(series: Series | Classes) -> float | None:
+    """The value on the rows themselves; None where no row has one."""
+    found = _combined(series, _sums(series).sum(axis=0, keepdims=True))[0]
+    return None if math.isnan(found) else float(found)
+
+
+def interval(values: Array) -> tuple[float | None, float | None]:
+    """The ends of the 95% interval of resampled values, by percentiles; None where nothing is defined."""
+    if not np.isfinite(values).any():
+        return None, None
+    low, high = np.nanpercentile(np.where(np.isinf(values), np.nan, values), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def rows_with_value(series: Series | Classes) -> int:
+    if isinstance(series, Classes):
+        return int((series.expected >= 0).sum())
+    return int((series.denominator > 0).sum())
+
+
+def _sums(series: Series | Classes) -> Array:
+    """(rows, columns): what is added up over rows."""
+    if isinstance(series, Series):
+        return np.stack([series.numerator, series.denominator], axis=1)
+    classes = np.arange(series.count)
+    predicted = series.predicted[:, None] == classes
+    expected = series.expected[:, None] == classes
+    return np.concatenate([predicted & expected, predicted, expected], axis=1).astype(np.float64)
+
+
+def _combined(series: Series | Classes, sums: Array) -> Array:
+    """(resamples,) values of (resamples, columns) sums."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if isinstance(series, Series):
+            found = np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
+            return np.exp(found) if series.transform == "exp" else found
+        both, predicted, expected = np.split(sums, 3, axis=1)
+        occurs = (predicted + expected) > 0
+        f1 = np.where(occurs, 2 * both / np.maximum(predicted + expected, 1e-12), 0.0)
+        return np.where(occurs.any(axis=1), f1.sum(axis=1) / np.maximum(occurs.sum(axis=1), 1), np.nan)
+
+
+def difference(
+    set: str,
+    metric: str,
+    model: str,
+    against: str,
+    a: Series | Classes,
+    b: Series | Classes,
+    resampled_a: Array,
+    resampled_b: Array,
+) -> Difference:
+    """`model` (a) minus `against` (b).
+
+    `detectable` is 2.8 standard errors of the difference, as its resamples have it: what is seen with a probability of
+    80% at a level of 95%. Where no resample differs from another, it is the smallest share of differing rows of which
+    as many rows would have shown one with that probability: 1 - 0.2 ** (1 / rows).
+    """
+    one, other = value_of(a), value_of(b)
+    value = None if one is None or other is None else one - other
+    with np.errstate(invalid="ignore"):
+        gap = resampled_a - resampled_b
+    low, high = interval(gap)
+    mine, its = _by_row(a), _by_row(b)
+    both = ~(np.isnan(mine) | np.isnan(its))
+    change = (mine - its)[both] * (-1 if a.better == "lower" else 1)
+    finite = gap[np.isfinite(gap)]
+    error = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+    count = int(both.sum())
+    rounding = 1e-12 * float(np.abs(resampled_a[np.isfinite(gap)]).max(initial=0))
+    detectable = _POWER * error if error > rounding else (1 - 0.2 ** (1 / count) if count else None)
+    return Difference(
+        set=set,
+        metric=metric,
+        model=model,
+        against=against,
+        value=value if value is not None and math.isfinite(value) else None,
+        low=low,
+        high=high,
+        wins=int((change > 0).sum()),
+        ties=int((change == 0).sum()),
+        losses=int((change < 0).sum()),
+        detectable=detectable,
+    )
+
+
+def _by_row(series: Series | Classes) -> Array:
+    """(rows,) values, nan where a row has none; of classes, whether the row is right."""
+    if isinstance(series, Classes):
+        return np.where(series.expected >= 0, series.predicted == series.expected, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(series.denominator > 0, series.numerator / series.denominator, np.nan)

@@ -11,12 +11,20 @@ import re
 from pathlib import Path
 
 from lorafit.errors import ModelError
-from lorafit.facts.folder import TOKENIZER_FILES, from_folder
-from lorafit.facts.gguf import from_gguf, gguf_header
+from lorafit.facts.folder import (
+    TOKENIZER_FILES,
+    Shard,
+    by_name,
+    from_folder,
+    from_gguf,
+    gguf_header,
+    read_shard,
+    stored_tensors,
+    weight_files,
+)
 from lorafit.facts.hub import UnreachableError, from_hub, hub_unreachable, known_models, spare_retries
 from lorafit.facts.layouts import layout
 from lorafit.facts.model import ModelFacts, Tensor, TokenizerFacts
-from lorafit.facts.safetensors import Shard, by_name, read_shard, stored_tensors, weight_files
 from lorafit.written import expanded
 
 __all__ = [

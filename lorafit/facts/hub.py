@@ -17,10 +17,9 @@ from urllib.parse import urlsplit
 
 from lorafit.bounds import read_json
 from lorafit.errors import DoesNotFitError, ModelError
-from lorafit.facts.folder import described, tokenizer_facts
+from lorafit.facts.folder import Shard, described, hub_shards, read_shard, tokenizer_facts, weight_files
 from lorafit.facts.layouts import layout
 from lorafit.facts.model import ModelFacts, Tensor, check_sizes
-from lorafit.facts.safetensors import Shard, hub_shards, read_shard, weight_files
 from lorafit.files import own_digest, write_text
 from lorafit.rows.cache import cache_folder
 

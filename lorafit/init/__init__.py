@@ -4,6 +4,6 @@ A new recipe: sample (the data) -> fit (settings for the memory) -> make. Anothe
 Both are written, with comments, by `write`.
 """
 
-from lorafit.init.write import Document, Line
+from lorafit.init.propose import Document, Line
 
 __all__ = ["Document", "Line"]

@@ -1,20 +1,25 @@
-"""A first recipe for a model, its data and a GPU: every value chosen for a reason, which stands beside it."""
+"""A first recipe for a model, its data and a GPU: every value chosen for a reason, which is written beside it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lorafit.errors import DataError, DoesNotFitError, ModelError, UsageError
 from lorafit.facts import ModelFacts, known_models, read_facts
 from lorafit.gpus import find_gpu, parse_memory
 from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume, hardware_of
-from lorafit.init.write import Document, Line
 from lorafit.memory import Estimate
+from lorafit.recipe import Recipe
+from lorafit.recipe.layers import Draft
+from lorafit.recipe.load import section_at, validate
+from lorafit.recipe.yaml import parse_scalar, read_yaml
 from lorafit.rows import Fault, Format, Row, Shape, data_files, detect_format, is_local, read_rows, to_example
-from lorafit.text import gib, near
+from lorafit.text import gib, near, printable
 from lorafit.vram.question import Method, Subject, solver
 
 FIRST_ROWS = 200
@@ -343,3 +348,135 @@ def _memory(wish: Wish, settings: Settings) -> str:
         f"Memory: about {gib(known.total)} GiB on the GPU, from {gib(known.least)} to {gib(known.most)} "
         f"(estimated; {_place(wish)})."
     )
+
+
+WIDTH = 120
+_PLAIN = re.compile(r"[A-Za-z0-9_./~^$()\\][A-Za-z0-9_./~<>@=+*^$()\\ -]*")
+_REFERENCE = re.compile(r"\$\{.*\}", re.DOTALL)
+_ESCAPES = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A value of the recipe, with a comment."""
+
+    value: Any
+    comment: str = ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe to be written.
+
+    Attributes:
+        lines: by the dotted key of the recipe; they are written in the order of the recipe's sections.
+        head: comments before it.
+        foot: comments after it.
+    """
+
+    lines: Mapping[str, Line]
+    head: tuple[str, ...] = ()
+    foot: tuple[str, ...] = field(default=())
+
+    def text(self) -> str:
+        """The recipe as YAML."""
+        parts = [*map(_comment, self.head)]
+        for section in Recipe.model_fields:
+            own = {key: line for key, line in self.lines.items() if key.split(".")[0] == section}
+            if section in own:
+                parts += _entry(section, own[section], "")
+            elif own:
+                parts.append(f"{section}:")
+                for key, line in sorted(own.items(), key=_place_of_key):
+                    parts += _entry(key.split(".", 1)[1], line, "  ")
+        return "\n".join([*parts, *([""] if self.foot else []), *map(_comment, self.foot), ""])
+
+
+def _place_of_key(entry: tuple[str, Line]) -> int:
+    """Where the section has the key."""
+    section, name = entry[0].split(".", 1)
+    model = section_at((section,))
+    return list(model.model_fields).index(name) if model and name in model.model_fields else 0
+
+
+def recipe_of(text: str, file: Path | str) -> Recipe:
+    """The recipe that a text is. Raises RecipeError, with places in `file`."""
+    return validate(Draft(read_yaml(text, str(file), {}), [], True))
+
+
+def _comment(text: str) -> str:
+    return f"# {printable(text)}".rstrip()
+
+
+def _entry(key: str, line: Line, indent: str) -> Iterator[str]:
+    value = line.value
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        yield from _remarked(f"{indent}{key}:", line.comment)
+        for item in value:
+            first = "- "
+            for name, part in item.items():
+                yield from _nested(name, part, f"{indent}  ", first)
+                first = "  "
+        return
+    if isinstance(value, dict) and value:
+        yield from _remarked(f"{indent}{key}:", line.comment)
+        for name, part in value.items():
+            yield from _nested(name, part, f"{indent}  ", "")
+        return
+    yield from _remarked(f"{indent}{key}: {scalar(value)}", line.comment)
+
+
+def _nested(name: str, value: Any, indent: str, first: str) -> Iterator[str]:
+    part = value if isinstance(value, Line) else Line(value)
+    entry = list(_entry(_text(name), part, indent + " " * len(first)))
+    yield f"{indent}{first}{entry[0].lstrip()}"
+    yield from entry[1:]
+
+
+def _remarked(text: str, comment: str) -> Iterator[str]:
+    yield f"{text} {_comment(comment)}" if comment else text
+
+
+def scalar(value: Any) -> str:
+    """A value on one line, as lorafit's own reader reads it back."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(scalar, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_text(str(key))}: {scalar(item)}" for key, item in value.items()) + "}"
+    return _text(value) if isinstance(value, str) else str(value)
+
+
+def _number(value: float) -> str:
+    """A number as short as it can be: 2e-4 rather than 0.0002."""
+    mantissa, _, exponent = f"{value:e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    short = f"{mantissa}e{int(exponent)}"
+    return short if float(short) == value and abs(value) < 0.001 and value else repr(value).removesuffix(".0")
+
+
+def _text(value: str) -> str:
+    if _PLAIN.fullmatch(value) and not value.endswith(" ") and isinstance(_read(value), str):
+        return value
+    if _REFERENCE.fullmatch(value):  # single quotes keep it from being read from the environment
+        return "'" + value.replace("'", "''") + "'"
+    return '"' + "".join(map(_escaped, value)) + '"'
+
+
+def _read(text: str) -> Any:
+    try:
+        return None if text in ("yes", "no", "on", "off") else parse_scalar(text)  # text, but not for other readers
+    except ValueError:
+        return None
+
+
+def _escaped(character: str) -> str:
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    if character.isprintable():
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from lorafit.memory.estimate import Band, Estimate, Term, fits, judged
-from lorafit.memory.setup import Kernel, LossPath, Setup, Sharding, Stack, check_size, known_tensors, setup_of
+from lorafit.memory.estimate import (
+    Band,
+    Estimate,
+    Kernel,
+    LossPath,
+    Setup,
+    Sharding,
+    Stack,
+    Term,
+    check_size,
+    fits,
+    judged,
+    known_tensors,
+    setup_of,
+)
 
 __all__ = [
     "Band",

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorafit.memory.tape import FREE
+from lorafit.memory.operations import FREE
 from lorafit.text import MIB
 
 MIN_BLOCK = 512

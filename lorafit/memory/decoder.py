@@ -15,11 +15,9 @@ from typing import Any
 from lorafit.errors import ModelError
 from lorafit.facts import Tensor
 from lorafit.families import family_of
-from lorafit.memory.operations import Anchor, Operations
-from lorafit.memory.setup import Setup
-from lorafit.memory.sharding import GRADIENTS_SHARDED, Shards
-from lorafit.memory.static import BYTES, quantized_tensors, width_of
-from lorafit.memory.tape import Parameter, Value
+from lorafit.memory.estimate import Setup
+from lorafit.memory.operations import Anchor, Operations, Parameter, Value
+from lorafit.memory.static import BYTES, GRADIENTS_SHARDED, Shards, quantized_tensors, width_of
 from lorafit.plan.adapters import find_targets, rank_of
 
 FUSED_ROWS = 1536

@@ -277,7 +277,7 @@ def _metrics(path: KeyPath, specs: tuple[str | dict[str, str], ...], trusted: bo
 
     What a metric needs, such as trusted code and files, is looked for later.
     """
-    from lorafit.evaluation.metrics.known import metric_info
+    from lorafit.evaluation.metrics import metric_info
 
     names: list[str] = []
     for number, spec in enumerate(specs):

@@ -3,10 +3,9 @@
 files (lines, lists, tables) -> cells (columns, paths, templates) -> formats (and their turns)
 """
 
-from lorafit.rows.cells import Format, Shape, check_template
+from lorafit.rows.cells import Fault, Format, Row, Shape, check_template, place_of
 from lorafit.rows.files import data_files, digest, is_local, read_rows, size_digest
 from lorafit.rows.formats import COLUMNS, OPTIONAL, Example, detect_format, to_example
-from lorafit.rows.row import Fault, Row, place_of
 from lorafit.rows.turns import Message
 
 __all__ = [

@@ -21,7 +21,7 @@ from lorafit import bounds
 from lorafit.errors import DataError
 from lorafit.files import file_digest
 from lorafit.progress import stage
-from lorafit.rows.row import COMPRESSIONS, KINDS, Row, brief, kind_of
+from lorafit.rows.cells import COMPRESSIONS, KINDS, Row, brief, kind_of
 from lorafit.text import first_line
 from lorafit.written import expanded
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.errors import DataError
-from lorafit.rows.cells import Cells, Format, Shape, as_bool
-from lorafit.rows.row import Fault, Row, brief, names, place_of
+from lorafit.rows.cells import Cells, Fault, Format, Row, Shape, as_bool, brief, names, place_of
 from lorafit.rows.turns import Message, read_tools, read_turns
 
 COLUMNS: dict[Format, tuple[str, ...]] = {

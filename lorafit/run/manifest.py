@@ -1,17 +1,26 @@
-"""The manifest: what a run was made of and how it went, so that it can be compared and repeated."""
+"""The start of a run (what may stand where it is written, when it goes on), and the manifest: what it was made of
+and how it went."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import hashlib
+import json
+import os
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.files import file_digest
+from lorafit.errors import UsageError
+from lorafit.files import check_own, file_digest
+from lorafit.plan import Plan, dated
 from lorafit.rows import data_files
-from lorafit.run.fingerprint import Fingerprint, summary
+from lorafit.run.directory import RunDir, located
+from lorafit.run.fingerprint import Fingerprint, changed_base, changed_source, listed, summary
+from lorafit.tree import differences, dotted
 from lorafit.written import as_written
 
 if TYPE_CHECKING:
@@ -132,3 +141,114 @@ def _hash_files(path: str) -> list[tuple[str, str]]:
 
 def _hash_text(text: Any) -> str | None:
     return hashlib.sha256(str(text).encode()).hexdigest() if text is not None else None
+
+
+ANEW = "bring that back, or start anew with --overwrite"
+
+
+@dataclass(frozen=True)
+class Start:
+    """A way to begin, and to treat what already stands at the run directory.
+
+    Attributes:
+        lock: the text of the lock that the run is held to, which it keeps.
+        recipe: the file that the recipe was read from, which must not go with an older run.
+        steps: stop after so many, of a schedule for all: to repeat the beginning of a run.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    lock: str | None = None
+    steps: int | None = None
+    recipe: str | None = None
+
+
+def as_begun(run: RunDir, plan: Plan, start: Start) -> Plan:
+    """The plan with the day on which the run that goes on was begun, for chat templates that write it."""
+    if not start.resume or not run.is_run or plan.data.date is None:
+        return plan
+    return dated(plan, run.load_plan().data.date)
+
+
+def check_start(run: RunDir, plan: Plan, start: Start) -> None:
+    """Refuse what would lose or confuse a run. Raises UsageError."""
+    path = run.path
+    run.refuse_others()
+    if not run.is_run and start.resume:
+        raise UsageError(f"{path}: there is no run to resume; leave out --resume")
+    if not run.is_run or is_anew(run, start):
+        return
+    if run.result is not None:
+        raise UsageError(f"{path}: the run is finished; use --overwrite to start anew, or another output_dir")
+    if start.resume:
+        run.check_begun()
+    before, now = run.load_plan().decides(), plan.decides()
+    if before["data"]["tokenizer_sha256"] is None:  # the first run downloaded it
+        now["data"]["tokenizer_sha256"] = None
+    changed = changed_keys(before["recipe"], now["recipe"])
+    if changed:
+        raise UsageError(
+            f"{path}: holds a run of another recipe ({', '.join(changed[:5])}{' …' * (len(changed) > 5)}); use "
+            "--overwrite to start anew, or another output_dir"
+        )
+    changed = changed_keys(before, now)
+    if changed and start.resume:
+        raise UsageError(
+            f"{path}: the recipe is the same, but the data or the machine is not ({', '.join(changed[:5])}), so the "
+            "run can't go on exactly; bring back what changed, or start anew with --overwrite"
+        )
+    if not start.resume:
+        raise UsageError(f"{path}: holds an unfinished run; go on with --resume, or start anew with --overwrite")
+    changed = changed_source(plan, run) or (changed_base(plan, run) if run.base.is_dir() else [])
+    if changed:
+        raise UsageError(
+            f"{path}: the base {plan.model.name_or_path} is not the one that the run began with (changed: "
+            f"{listed(changed)}); bring it back, or start anew with --overwrite"
+        )
+
+
+def is_anew(run: RunDir, start: Start) -> bool:
+    """Whether a start takes the place of what a run holds."""
+    return start.overwrite or (run.is_empty and not start.resume)
+
+
+def check_way(run: RunDir, plan: Plan, start: Start) -> None:
+    """See that nothing but lorafit's own is where a new run will be, and nothing that is needed. Raises UsageError."""
+    if not run.is_begun or (run.is_run and not is_anew(run, start)):
+        return
+    if other := run.in_the_way(start.lock is not None):
+        raise UsageError(
+            f"{run.path}: {other} is in the way, which lorafit did not write; move it, or choose another output_dir"
+        )
+    sources = [source.path for source in (*plan.data.train, *plan.data.validation)]
+    sets = [one["path"] for one in plan.eval["sets"] if one["path"]]
+    named = [plan.model.name_or_path, *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
+    inside = next((name for name in named if run.holds(located(name))), None)
+    if inside is not None:
+        raise UsageError(f"{run.path}: would be replaced, and {inside} is in it; choose another output_dir")
+
+
+def check_checkpoints(run: RunDir) -> None:
+    """See that the checkpoints that a run goes on with are as they were written. Raises DriftError."""
+    last = run.last_checkpoint()
+    state = json.loads((last / "trainer_state.json").read_text(encoding="utf-8")) if last else {}
+    best = Path(state.get("best_model_checkpoint") or "").name
+    for folder in {*([run.checkpoints / best] if best else []), run.start} - {last}:
+        if folder.is_dir():
+            check_own(folder, ANEW)
+
+
+def changed_keys(before: Any, after: Any) -> list[str]:
+    """The keys at which two resolved recipes or plans differ."""
+    return [dotted(key) for key in sorted(key for key, _, _ in differences(before, after))]
+
+
+def make_run(run: RunDir, plan: Plan, recipe_text: bytes, start: Start) -> None:
+    """Write the directory of a new run, in place of an older one where that was asked for."""
+    if start.resume and not run.is_empty:
+        return
+    if start.overwrite:
+        run.set_aside()
+    else:
+        run.clear()
+    run.begin(plan, recipe_text, start.lock)

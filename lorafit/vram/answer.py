@@ -13,7 +13,7 @@ from lorafit.errors import UsageError
 from lorafit.gpus import GPUS, Device, Gpu, find_gpu, parse_device, parse_memory, sized
 from lorafit.hardware import Hardware, available_memory, meant_device
 from lorafit.memory import Estimate, Setup, fits, judged
-from lorafit.options.estimate_vram import EstimateOptions
+from lorafit.options import EstimateOptions
 from lorafit.outcome import Outcome
 from lorafit.progress import each
 from lorafit.text import gib

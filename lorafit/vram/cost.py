@@ -13,7 +13,7 @@ from lorafit.facts import ModelFacts
 from lorafit.gpus import Gpu
 from lorafit.memory import Setup
 from lorafit.memory.static import trained
-from lorafit.options.estimate_vram import EstimateOptions
+from lorafit.options import EstimateOptions
 from lorafit.outcome import Outcome
 
 

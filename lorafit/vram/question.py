@@ -16,7 +16,7 @@ from lorafit.errors import UsageError
 from lorafit.gpus import Gpu
 from lorafit.hardware import Hardware, hardware_of, meant_hardware
 from lorafit.memory import Sharding
-from lorafit.options.estimate_vram import EstimateOptions
+from lorafit.options import EstimateOptions
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.recipe import Recipe, RecipeError, Source
 from lorafit.recipe.load import sections

@@ -57,9 +57,7 @@ def plan_for(file: Path, folder: Path) -> Any:
 
 
 def lorafit_prepares(file: Path, folder: Path) -> dict[str, Any]:
-    from lorafit.engine.quiet import hush
 
-    hush()
     from lorafit.engine.data.prepare import prepare
     from lorafit.engine.tokenizer import load_tokenizer
 
@@ -109,9 +107,7 @@ class Watch(threading.Thread):
 
 def without_audit(file: Path, folder: Path) -> dict[str, Any]:
     """The same without what only the audit needs: looking into contents, hashing rows, comparing them."""
-    from lorafit.engine.quiet import hush
-
-    hush()
+    import lorafit.engine  # before the libraries that it quietens
     import lorafit.engine.data.prepare
     from lorafit.engine.data.encode import _Encoder
     from lorafit.engine.data.render import Renderer
@@ -132,9 +128,7 @@ def without_audit(file: Path, folder: Path) -> dict[str, Any]:
 
 def trl_prepares(file: Path, folder: Path) -> dict[str, Any]:
     """What SFTTrainer does with the same rows as messages, from reading the file to labels."""
-    from lorafit.engine.quiet import hush
 
-    hush()
     import datasets
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

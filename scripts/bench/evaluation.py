@@ -36,9 +36,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", default="1,4,8,16,32,64")
     arguments = parser.parse_args()
-    from lorafit.engine.quiet import hush
 
-    hush()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     work = prepare(arguments)
     print("| work | lorafit rows/s | lm-eval rows/s (best batch) | ratio | largest difference |")
@@ -85,7 +83,7 @@ def prepare(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], Any],
     from trl.trainer.utils import add_fused_lm_head
 
     from lorafit.engine.data.encode import IGNORED
-    from lorafit.engine.evaluate.greedy import generate
+    from lorafit.engine.evaluate.batches import generate
     from lorafit.engine.evaluate.likelihood import Choice, choices, likelihoods
     from lorafit.engine.loss import settle_head
 

@@ -118,14 +118,11 @@ class Meter(threading.Thread):
 def with_lorafit(base: Path, adapter: Path, output: Path, verify: str) -> str:
     from rich.console import Console
 
-    from lorafit.engine.quiet import hush
-
-    hush()
     from lorafit.engine.merge.run import merge
-    from lorafit.options.merge import Options
+    from lorafit.options import MergeOptions
 
     meter = Meter()
-    merge(Options(adapter, output=output, base=str(base), verify=verify, overwrite=True), Console(stderr=True))  # type: ignore[arg-type]
+    merge(MergeOptions(adapter, output=output, base=str(base), verify=verify, overwrite=True), Console(stderr=True))  # type: ignore[arg-type]
     return meter.result()
 
 

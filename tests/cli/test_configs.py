@@ -9,12 +9,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from lorafit.cli.schema import json_schema
 from lorafit.facts import ModelFacts, known_models, layout
 from lorafit.hardware import Hardware
 from lorafit.memory import estimate, fits, setup_of
 from lorafit.plan import make_plan
 from lorafit.recipe import Recipe
-from lorafit.recipe.docs import json_schema
 from lorafit.recipe.yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

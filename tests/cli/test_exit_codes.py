@@ -63,7 +63,7 @@ def test_codes_of_checks(code: int, folder: Path) -> None:
 
 
 def test_a_bug_is_1_and_has_its_traceback(folder: Path) -> None:
-    code = "import lorafit.recipe.docs as docs; docs.json_schema = None; from lorafit.cli import main; main()"
+    code = "import lorafit.cli.schema as docs; docs.json_schema = None; from lorafit.cli import main; main()"
     done = run(folder, "schema", command=[sys.executable, "-c", code])
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -80,7 +80,7 @@ def test_a_loss_that_is_not_finite_is_6(folder: Path, tiny_model: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(number: signal.Signals, folder: Path) -> None:
     code = (
-        "import time, lorafit.recipe.docs as docs\n"
+        "import time, lorafit.cli.schema as docs\n"
         "docs.json_schema = lambda: (print('at work', flush=True), time.sleep(60))\n"
         "from lorafit.cli import main; main()"
     )

@@ -26,12 +26,11 @@ from lorafit.engine.merge.run import merge
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.engine.train import train as run_training
 from lorafit.errors import ModelError, UsageError
-from lorafit.options.bench import BenchOptions, Shape, parse_models, parse_numbers
-from lorafit.options.merge import Options
+from lorafit.options import BenchOptions, MergeOptions, Shape, parse_models, parse_numbers
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
+from lorafit.run.manifest import Start
 
 QUIET = Console(file=io.StringIO())
 NAMES = ["base", "adapter", "merged", "quantized"]
@@ -54,7 +53,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> RunDir
     recipe = folder / "recipe.yaml"
     recipe.write_text(safe_dump(content))
     run_training(plan_recipe(Recipe.load(recipe, ()), recipe), recipe.read_bytes(), Start(), QUIET)
-    merge(Options(folder / "run", verify="weights", quantize="nf4"), QUIET)
+    merge(MergeOptions(folder / "run", verify="weights", quantize="nf4"), QUIET)
     return RunDir(folder / "run")
 
 
@@ -236,7 +235,7 @@ def test_a_missing_model_is_named_with_what_makes_it(missing: str, flags: str, m
 
 def test_a_copy_of_an_earlier_merge_is_refused(merged: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(merged.path, tmp_path / "run"))
-    merge(Options(run.path, verify="none", overwrite=True), QUIET)
+    merge(MergeOptions(run.path, verify="none", overwrite=True), QUIET)
     with pytest.raises(ModelError, match="merged-nf4: was not made of the model in"):
         contenders_of(run, run.load_plan(), ())
 

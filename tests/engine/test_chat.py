@@ -17,14 +17,13 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lorafit.engine.chat.conversation as module
-from lorafit.engine.chat.conversation import _Stream
-from lorafit.engine.chat.run import chat
+import lorafit.engine.chat as module
+from lorafit.engine.chat import _Stream, chat
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.files import SEAL
-from lorafit.options.chat import ChatOptions, Turn, from_stdin
+from lorafit.options import ChatOptions, Turn, from_stdin
 from lorafit.run.directory import RunDir
 from lorafit.text import harmless
 
@@ -98,7 +97,7 @@ def trained(place: Path, base: Path, name: str, **sections: Any) -> RunDir:
     from lorafit.engine.train import train
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
-    from lorafit.run.begin import Start
+    from lorafit.run.manifest import Start
 
     words = WORDS.split()
     rows = [conversation(f"{words[i]} {words[-i]}", f"{name} {words[i]}") for i in range(12)]

@@ -16,7 +16,7 @@ from conftest import RecipeMaker, Train
 from rich.console import Console
 
 from lorafit.engine.evaluate.run import evaluate
-from lorafit.options.evaluate import Options as EvalOptions
+from lorafit.options import EvalOptions
 from lorafit.run.directory import RunDir
 from lorafit.run.memory import calibrate
 from lorafit.text import GIB

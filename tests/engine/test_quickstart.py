@@ -30,13 +30,12 @@ from lorafit.cli import app
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
 from lorafit.engine.train import train as run_training
-from lorafit.options.evaluate import Options as EvalOptions
-from lorafit.options.merge import Options
+from lorafit.options import EvalOptions, MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import differences, fingerprint_of
+from lorafit.run.manifest import Start
 from lorafit.run.memory import calibrate, foresee
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,4 +245,4 @@ def test_a_gguf_file_trains_and_its_run_needs_no_gguf(recipe: RecipeMaker, train
     prepared = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "SmolLM2-135M-Instruct")
     weights = adapter.get_base_model().model.embed_tokens.weight
     assert torch.equal(weights, prepared.model.embed_tokens.weight)
-    assert merge(Options(run.path, verify="weights"), QUIET).is_dir()
+    assert merge(MergeOptions(run.path, verify="weights"), QUIET).is_dir()

@@ -14,9 +14,9 @@ from conftest import CHATML, RecipeMaker, conversation, make_model, make_tokeniz
 from typer.testing import CliRunner
 
 from lorafit.cli import app
-from lorafit.engine.smoke.golden import read_golden
+from lorafit.engine.smoke.run import read_golden
 from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
-from lorafit.options.smoke import SmokeOptions
+from lorafit.options import SmokeOptions
 from lorafit.recipe import RecipeError
 
 Smoke = Callable[..., Any]

@@ -11,7 +11,7 @@ from conftest import WORDS, RecipeMaker, Train, conversation, write_jsonl
 from test_train import digest, stop_at
 
 import lorafit.engine.data.encode
-import lorafit.engine.data.stream
+import lorafit.engine.data.prepare
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError, Interrupted

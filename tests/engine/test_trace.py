@@ -21,8 +21,8 @@ from lorafit.facts import ModelFacts, layout, read_facts
 from lorafit.memory import Setup, Stack
 from lorafit.memory.closed import WORKSPACE, alive, highest
 from lorafit.memory.estimate import DRIVER
+from lorafit.memory.operations import FREE
 from lorafit.memory.static import trained_bytes
-from lorafit.memory.tape import FREE
 from lorafit.recipe import LoraSection
 
 NF4 = {

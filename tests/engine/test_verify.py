@@ -24,7 +24,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lorafit.engine.train import train as run_training
     from lorafit.plan import plan_recipe
     from lorafit.recipe import Recipe
-    from lorafit.run.begin import Start
+    from lorafit.run.manifest import Start
 
     folder = tmp_path_factory.mktemp("verified")
     make_model(folder / "model")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lorafit import bounds
 from lorafit.errors import UsageError
-from lorafit.evaluation.metrics.answers import Judged
-from lorafit.evaluation.metrics.known import METRICS, MetricSpec, default_metrics, make_metric, make_metrics
+from lorafit.evaluation.answers import Judged
+from lorafit.evaluation.metrics import METRICS, MetricSpec, default_metrics, make_metric, make_metrics
 
 DRAFT_7 = "http://json-schema.org/draft-07/schema#"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

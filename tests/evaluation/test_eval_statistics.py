@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lorafit.evaluation import statistics
+from lorafit.evaluation import figures
+from lorafit.evaluation.figures import RESAMPLES, Bootstrap, Classes, Series, difference, interval, value_of
 from lorafit.evaluation.results import Difference
-from lorafit.evaluation.statistics import RESAMPLES, Bootstrap, Classes, Series, difference, interval, value_of
 
 Array = np.ndarray[Any, Any]
 ROWS = 80
@@ -173,7 +173,7 @@ def test_chunks_and_companions_change_nothing(monkeypatch: pytest.MonkeyPatch) -
         "c": Classes(tokens, tokens, 40),
     }
     alone = resampled(Bootstrap(ROWS, 1), series["b"])
-    monkeypatch.setattr(statistics, "_CHUNK_CELLS", ROWS * 999)
+    monkeypatch.setattr(figures, "_CHUNK_CELLS", ROWS * 999)
     made = Bootstrap(ROWS, 1).resampled(series)
     assert list(made) == ["a", "b", "c"]
     assert made["b"] == pytest.approx(alone, rel=1e-12)
@@ -181,8 +181,8 @@ def test_chunks_and_companions_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_more_rows_than_a_chunk_has_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "_CHUNK_CELLS", 5)
-    monkeypatch.setattr(statistics, "RESAMPLES", 20)
+    monkeypatch.setattr(figures, "_CHUNK_CELLS", 5)
+    monkeypatch.setattr(figures, "RESAMPLES", 20)
     made = resampled(Bootstrap(ROWS, 1), Series(np.ones(ROWS), np.full(ROWS, 2.0)))
     assert made.tolist() == [0.5] * 20
 

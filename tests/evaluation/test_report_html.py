@@ -14,7 +14,7 @@ import pytest
 
 from lorafit.evaluation.report.charts import learning_curves, state_of
 from lorafit.evaluation.report.html import as_json, shares, write_html
-from lorafit.evaluation.report.words import change, interval, quantity, visible
+from lorafit.evaluation.report.text import change, interval, quantity, visible
 from lorafit.evaluation.results import Answer, Difference, Figure, Gate, Metric, Model, Results, Sample, Set, Speed
 
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")

@@ -17,8 +17,8 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.numpy import save_file
 
+from lorafit.engine.merge.exports import push
 from lorafit.errors import ModelError, UsageError
-from lorafit.export.hub import push
 from lorafit.export.vllm import check_vllm
 
 transport: Any = importlib.import_module(hub_errors.HTTPError.__module__.partition(".")[0])  # httpx, or its successor

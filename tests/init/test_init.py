@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import lorafit.cli.init
 from lorafit.cli import app
-from lorafit.init.write import Document, Line, recipe_of, scalar
+from lorafit.init.propose import Document, Line, recipe_of, scalar
 from lorafit.recipe import Recipe
 from lorafit.recipe.yaml import read_yaml
 

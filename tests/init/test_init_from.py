@@ -16,7 +16,7 @@ from lorafit.cli import app
 from lorafit.errors import UsageError
 from lorafit.init.peers import KINDS, PEERS, convert
 from lorafit.init.peers.convert import Conversion, Kind, find
-from lorafit.init.write import recipe_of
+from lorafit.init.propose import recipe_of
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import section_at
 from lorafit.rows import Row, Shape, to_example

@@ -14,7 +14,7 @@ import pytest
 
 from lorafit.hardware import RETURNED_AT_ONCE
 from lorafit.memory.allocator import CachingAllocator, Heap, OutOfMemory, replay, round_size, segment_size
-from lorafit.memory.tape import FREE
+from lorafit.memory.operations import FREE
 from lorafit.text import MIB
 
 # --- sizes ----------------------------------------------------------------------------------------

@@ -18,21 +18,20 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from lorafit.cli import app
+from lorafit.engine.callbacks import Meter
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
 from lorafit.engine.merge.verify import Figures, Proof, Reference
-from lorafit.engine.meter import Meter
 from lorafit.engine.preview import preview
 from lorafit.engine.train import train as run_training
 from lorafit.errors import UsageError
-from lorafit.evaluation.metrics.answers import Judged
-from lorafit.evaluation.metrics.custom import custom_metric
-from lorafit.options.evaluate import Options as EvalOptions
-from lorafit.options.merge import Options as MergeOptions
+from lorafit.evaluation.answers import Judged
+from lorafit.evaluation.metrics import custom_metric
+from lorafit.options import EvalOptions, MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
-from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
+from lorafit.run.manifest import Start
 from lorafit.run.memory import calibrate
 from lorafit.text import GIB
 

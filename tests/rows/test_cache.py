@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 import lorafit.engine.data.prepare
 import lorafit.rows.cache
 from lorafit.cli import app
+from lorafit.engine.data.encode import repeated, shared, split, weighted
 from lorafit.engine.data.prepare import Prepared, prepare
-from lorafit.engine.data.table import repeated, shared, split, weighted
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError
 from lorafit.files import SEAL, Seal, seal
@@ -468,7 +468,7 @@ def test_a_full_disk(recipe: RecipeMaker, cache: Path, monkeypatch: pytest.Monke
         elif full == "np.save":
             patch.setattr(np, "save", fail)
         else:
-            patch.setattr("lorafit.engine.data.table.json.dumps", fail)
+            patch.setattr("lorafit.engine.data.encode.json.dumps", fail)
         done = CliRunner().invoke(app, ["preview", str(path)])
     assert done.exit_code == 5
     assert len(done.stderr.strip().splitlines()) == 1
@@ -714,7 +714,7 @@ def test_repeated_and_shared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, int] = {}
     again = [(at, seen[key]) for at, key in enumerate(keys.tolist()) if seen.setdefault(key, at) != at]
     for size in (1 << 21, 7, 1):
-        monkeypatch.setattr("lorafit.engine.data.table._ROWS_AT_ONCE", size)
+        monkeypatch.setattr("lorafit.engine.data.encode._ROWS_AT_ONCE", size)
         assert repeated(keys) == (len(again), *again[0])
     assert repeated(np.arange(5)) == (0, 0, 0)
     assert shared(np.array([9, 3, 1]), np.array([5, 1, 3, 1])) == (2, 1, 2)

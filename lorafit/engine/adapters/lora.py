@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 
-from lorafit.engine.saving import save_adapter
+from lorafit.engine.trainer import save_adapter
 from lorafit.errors import ModelError
 from lorafit.files import staged
 from lorafit.plan import Plan

@@ -23,7 +23,7 @@ from lorafit.engine.model import base_source, load_adapter, load_base, on_cpu
 from lorafit.errors import ModelError, UsageError
 from lorafit.files import check
 from lorafit.hardware import available_memory
-from lorafit.options.bench import Shape
+from lorafit.options import Shape
 from lorafit.plan import Plan
 from lorafit.run.directory import RunDir
 

@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.bounds import read_json
+from lorafit.engine import hush_progress
 from lorafit.engine.bench.measure import (
     Clock,
     Pass,
@@ -38,12 +39,11 @@ from lorafit.engine.bench.measure import (
 )
 from lorafit.engine.bench.report import BenchModel, BenchReport, Timing, as_markdown, ratios, timing
 from lorafit.engine.evaluate.models import NamedModel, groups
-from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import UsageError
 from lorafit.files import write_text
 from lorafit.hardware import detect
-from lorafit.options.bench import BenchOptions, Shape
+from lorafit.options import BenchOptions, Shape
 from lorafit.plan import Plan
 from lorafit.progress import Stage, stage
 from lorafit.run.directory import RunDir, open_run

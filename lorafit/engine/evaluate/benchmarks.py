@@ -20,13 +20,12 @@ from lorafit.engine.evaluate.batches import autocast
 from lorafit.engine.evaluate.models import Loaded, NamedModel
 from lorafit.engine.evaluate.tasks import Task, kept_templates, load, manager_of, resolve
 from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, is_out_of_memory
-from lorafit.evaluation.figures import Scores
+from lorafit.evaluation.figures import Scores, Series
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Answer, Better, Metric, Part, Sample
 from lorafit.evaluation.results import Set as SetInfo
-from lorafit.evaluation.statistics import Series
 from lorafit.hardware import is_installed
-from lorafit.plan.evaluation import sets_of
+from lorafit.plan.data import sets_of
 from lorafit.progress import counting, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.text import first_line

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 
 from lorafit.engine.data.render import special_tokens
-from lorafit.engine.evaluate.greedy import end_tokens, generate
+from lorafit.engine.evaluate.batches import end_tokens, generate
 from lorafit.engine.evaluate.likelihood import RowLikelihood, choices, divergences, likelihoods
 from lorafit.engine.evaluate.models import Loaded, NamedModel
 from lorafit.engine.evaluate.sets import EvalRows, Prompts, option_rows, raw_rows, said
-from lorafit.evaluation.figures import AGREEMENT, BASE, ENDED, LENGTH, Array, Scores, set_metrics
-from lorafit.evaluation.metrics.answers import Judged
-from lorafit.evaluation.metrics.known import MetricSpec, default_metrics, make_metrics, metric_info
+from lorafit.evaluation.answers import Judged
+from lorafit.evaluation.figures import AGREEMENT, BASE, ENDED, LENGTH, Array, Classes, Scores, Series, set_metrics
+from lorafit.evaluation.metrics import MetricSpec, default_metrics, make_metrics, metric_info
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Answer, Metric, Sample, Speed
-from lorafit.evaluation.statistics import Classes, Series
 from lorafit.judge import Pair, Verdict, compare, position_bias
 from lorafit.plan import Plan
 from lorafit.progress import each

@@ -24,7 +24,7 @@ from lorafit.errors import ModelError, UsageError
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
 from lorafit.files import check, check_own, file_digest
-from lorafit.options.evaluate import Options, name_of
+from lorafit.options import EvalOptions, name_of
 from lorafit.plan import Plan
 from lorafit.plan.adapters import check_adapter
 from lorafit.recipe import Recipe
@@ -297,7 +297,7 @@ class Comparison:
 
 
 @contextlib.contextmanager
-def opened(options: Options) -> Iterator[Comparison]:
+def opened(options: EvalOptions) -> Iterator[Comparison]:
     """Open what was named, and hold it until the block ends. Raises RecipeError, UsageError, ModelError."""
     path, recipe = options.path, None
     if path.is_file():
@@ -340,7 +340,7 @@ def _changed(recipe: Recipe, plan: Plan) -> list[str]:
     return [name for name in now if name not in later and now[name] != then.get(name)]
 
 
-def _models(options: Options, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> list[NamedModel]:
+def _models(options: EvalOptions, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> list[NamedModel]:
     own = result_of(run, plan)
     asked = options.compare
     if asked is None:

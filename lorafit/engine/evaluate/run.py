@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.bounds import read_json
+from lorafit.engine import hush_progress
 from lorafit.engine.data.prepare import Prepared
 from lorafit.engine.evaluate import benchmarks
 from lorafit.engine.evaluate.benchmarks import Benchmarked
@@ -30,7 +31,6 @@ from lorafit.engine.evaluate.measure import (
 )
 from lorafit.engine.evaluate.models import Comparison, NamedModel, groups, loaded, opened
 from lorafit.engine.evaluate.sets import EvalRows, option_rows, read_sets
-from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.evaluation.figures import HELD_OUT, LOSS, expected_figures, figures_of, own_models
@@ -46,13 +46,13 @@ from lorafit.evaluation.gates import (
     regression_gates,
 )
 from lorafit.evaluation.records import Records
-from lorafit.evaluation.report.write import Training, write_reports
+from lorafit.evaluation.report.html import Training, write_reports
 from lorafit.evaluation.results import Difference, Figure, Gate, Model, Results
 from lorafit.files import claim, file_digest, writing
 from lorafit.judge import endpoint_of
-from lorafit.options.evaluate import Options
+from lorafit.options import EvalOptions
 from lorafit.plan import Plan
-from lorafit.plan.evaluation import task_files
+from lorafit.plan.data import task_files
 from lorafit.progress import each, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.run.directory import RunDir, located
@@ -76,7 +76,7 @@ class Work:
     remarks: list[str]
 
 
-def evaluate(options: Options) -> tuple[Results, Path]:
+def evaluate(options: EvalOptions) -> tuple[Results, Path]:
     """Run models on rows, and write results.json, samples.jsonl and the reports into the run's eval/, or elsewhere.
 
     Returns what was found, and the folder. A gate that failed is in the results: what to make of it is the caller's.
@@ -109,7 +109,7 @@ def _training(run: RunDir) -> Training:
     return Training(run.metrics_until(sys.maxsize), run.load_manifest().get("memory"), report)
 
 
-def _needed(options: Options, comparison: Comparison) -> Iterator[Path]:
+def _needed(options: EvalOptions, comparison: Comparison) -> Iterator[Path]:
     """Files and folders that an evaluation reads, which its output must not replace."""
     yield from (comparison.run.path, options.path)
     yield from (located(model.path) for model in comparison.models)
@@ -118,7 +118,7 @@ def _needed(options: Options, comparison: Comparison) -> Iterator[Path]:
     yield from filter(None, (options.data, *(one.path and Path(one.path) for one in comparison.section.sets)))
 
 
-def prepare(options: Options, comparison: Comparison) -> Work:
+def prepare(options: EvalOptions, comparison: Comparison) -> Work:
     """Everything that can be wrong, before a model is loaded."""
     section, plan, main, names = comparison.section, comparison.plan, comparison.main, comparison.names
     remarks = list(comparison.remarks)
@@ -210,7 +210,7 @@ def run_models(work: Work, records: Records) -> Benchmarked:
     return found
 
 
-def assemble(work: Work, records: Records, found: Benchmarked, options: Options) -> Results:
+def assemble(work: Work, records: Records, found: Benchmarked, options: EvalOptions) -> Results:
     """Figures, differences and gates from the records."""
     comparison, names = work.comparison, work.comparison.names
     scores = {

@@ -22,13 +22,13 @@ from lorafit.engine.data.prepare import Prepared, prepare, rows_of
 from lorafit.engine.data.render import Renderer, special_tokens
 from lorafit.engine.evaluate.likelihood import Choice, common
 from lorafit.errors import DataError
+from lorafit.evaluation.answers import AnswerMetric
 from lorafit.evaluation.figures import HELD_OUT
-from lorafit.evaluation.metrics.answers import AnswerMetric
 from lorafit.evaluation.results import Metric
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.facts.template import REASONING, opens_reasoning, without_header, without_reasoning
 from lorafit.plan import Plan, SourcePlan
-from lorafit.plan.evaluation import sets_of
+from lorafit.plan.data import sets_of
 from lorafit.recipe.schema import EvalSection, EvalSet
 from lorafit.rows import Example, Fault, Row, detect_format, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate

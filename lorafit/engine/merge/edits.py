@@ -15,7 +15,7 @@ from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.utils import merge_utils
 from torch import nn
 
-from lorafit.options.merge import Combine
+from lorafit.options import Combine
 
 ADAPTER = "default"
 SAMPLED_ROWS = 32

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from lorafit.bounds import read_json
 from lorafit.console import Console
+from lorafit.engine import hush_progress
 from lorafit.engine.merge.edits import Combination
 from lorafit.engine.merge.exports import make_exports
 from lorafit.engine.merge.folder import (
@@ -36,17 +37,16 @@ from lorafit.engine.merge.stream import stream
 from lorafit.engine.merge.task import RoundTrip, Task
 from lorafit.engine.merge.tensors import FLOATS, Store, write_index
 from lorafit.engine.merge.verify import Proof, Reference, measure, rows_to_compare
-from lorafit.engine.quiet import hush_progress
 from lorafit.engine.tokenizer import load_tokenizer, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.facts import weight_files
 from lorafit.files import discard, finish, partial_of, settle, staged, writing
 from lorafit.hardware import available_memory
-from lorafit.options.merge import Options, unverified
+from lorafit.options import MergeOptions, unverified
 from lorafit.progress import stage
 from lorafit.recipe.schema import MergeSection
-from lorafit.run.card import write_merged_card
 from lorafit.run.directory import located
+from lorafit.run.summary import write_merged_card
 from lorafit.written import References
 
 # Read by torch at its first allocation: blocks of 2 MB and more in huge pages, where the system leaves that to programs
@@ -60,7 +60,7 @@ LIMITS = ("max_kl", "min_top1", "max_loss_increase", "max_logit_difference")
 """The settings that a merge is held to."""
 
 
-def merge(options: Options, console: Console) -> Path:
+def merge(options: MergeOptions, console: Console) -> Path:
     """Merge an adapter into its base, whole or not at all, and prove it.
 
     Returns the folder. Raises UsageError, ModelError for inputs that don't belong together,
@@ -82,7 +82,7 @@ def merge(options: Options, console: Console) -> Path:
         return _merge(options, source, others, destination, console)
 
 
-def _merge(options: Options, source: Source, others: list[Source], destination: Path, console: Console) -> Path:
+def _merge(options: MergeOptions, source: Source, others: list[Source], destination: Path, console: Console) -> Path:
     base = find_base(source, options.base, options.allow_other_base)
     held = [each.run.path if each.run else each.adapter for each in (source, *others)]
     options.claim([base.folder, *held, *(each.adapter for each in (source, *others))])
@@ -90,7 +90,7 @@ def _merge(options: Options, source: Source, others: list[Source], destination: 
     if base.remark:
         merging.say(base.remark)
     if options.as_adapter:
-        from lorafit.engine.merge.as_adapter import make_adapter
+        from lorafit.engine.merge.full import make_adapter
 
         return make_adapter(merging, destination)
     merging.prepare()
@@ -154,7 +154,9 @@ def _keep(folder: Path, chosen: Path, kinds: list[str]) -> None:
 class Merging:
     """One merge: what is known of its parts, and its steps."""
 
-    def __init__(self, options: Options, source: Source, others: list[Source], base: Base, console: Console) -> None:
+    def __init__(
+        self, options: MergeOptions, source: Source, others: list[Source], base: Base, console: Console
+    ) -> None:
         self.options, self.source, self.others, self.base, self.console = options, source, others, base, console
         self.settings = MergeSection.model_validate(options.settings(source.plan))
         self.limits: dict[str, float | None] = {name: getattr(self.settings, name) for name in LIMITS}

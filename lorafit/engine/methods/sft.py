@@ -36,8 +36,7 @@ def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenize
     from lorafit.engine.adapters import adapter_of  # torch and TRL take seconds, and data is prepared without them
     from lorafit.engine.loss import settle_head
     from lorafit.engine.model import dequantized_base, load_base
-    from lorafit.engine.saving import name_base
-    from lorafit.engine.trainer import Trainer, training_arguments
+    from lorafit.engine.trainer import Trainer, name_base, training_arguments
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     args = training_arguments(plan, run)  # from here on, several processes know each other

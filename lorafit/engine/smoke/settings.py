@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorafit.facts import ModelFacts
-from lorafit.options.smoke import Replaced
+from lorafit.options import Replaced
 from lorafit.plan import Plan
 from lorafit.plan.adapters import TargetError, find_targets, is_skipped
-from lorafit.plan.training import CUDA_ONLY_OPTIMIZERS
+from lorafit.plan.resolve import CUDA_ONLY_OPTIMIZERS
 from lorafit.recipe import LoraSection, Recipe
 from lorafit.rows import read_rows
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lorafit.memory.tape import FREE
+from lorafit.memory.operations import FREE
 
 
 @dataclass

@@ -31,11 +31,9 @@ from lorafit.engine.trace.steps import (
 from lorafit.errors import ModelError, UsageError
 from lorafit.memory.allocator import Replay, replay
 from lorafit.memory.closed import alive, cautions, highest, serve, workspace
-from lorafit.memory.estimate import Estimate, Term, band_of
-from lorafit.memory.setup import Setup
-from lorafit.memory.sharding import own_bytes
-from lorafit.memory.static import state_sizes, trained, weight_terms
-from lorafit.memory.tape import FREE
+from lorafit.memory.estimate import Estimate, Setup, Term, band_of
+from lorafit.memory.operations import FREE
+from lorafit.memory.static import own_bytes, state_sizes, trained, weight_terms
 from lorafit.text import first_line
 
 Model: TypeAlias = PreTrainedModel | PeftModel

@@ -24,7 +24,7 @@ from trl.kernels import chunked_logprob
 
 from lorafit.engine.trace.log import Recorder
 from lorafit.memory.decoder import FUSED_ROWS
-from lorafit.memory.setup import Setup
+from lorafit.memory.estimate import Setup
 
 Tensor = torch.Tensor
 FLASH = "lorafit_fused_attention"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorafit.evaluation.report.words import change, count
+from lorafit.evaluation.report.text import change, count
 from lorafit.evaluation.results import Difference, Metric
 
 MOST_POINTS = 600

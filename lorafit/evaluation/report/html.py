@@ -1,36 +1,46 @@
-"""The evaluation as one HTML page that needs nothing else: report.html."""
+"""The evaluation as one HTML page that needs nothing else, and all reports on the disk, whole or absent."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lorafit.evaluation.report import charts, words
+from lorafit.evaluation.report import charts
 from lorafit.evaluation.report.charts import Bar, State, bar, extent, is_number, state_of
-from lorafit.evaluation.report.words import (
+from lorafit.evaluation.report.text import (
     DifferenceRow,
     FigureRow,
+    as_junit,
+    as_markdown,
     count,
     difference_rows,
     figure_rows,
     in_bytes,
+    moment,
     number,
     quantity,
+    size,
+    visible,
 )
 from lorafit.evaluation.results import Answer, Metric, Results, Sample
 from lorafit.evaluation.results import Set as SetInfo
-from lorafit.files import write_text
+from lorafit.files import staged, write_text
 from lorafit.tree import dotted, leaves
+from lorafit.written import References, as_written
+
+if TYPE_CHECKING:
+    pass
 
 MOST_CHARACTERS = 20_000
 """Characters of one text; the rest of it is in samples.jsonl."""
@@ -101,14 +111,14 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=words.visible,
+        finalize=visible,
     )
-    environment.filters |= {"moment": words.moment, "quantity": words.quantity, "size": words.size}
+    environment.filters |= {"moment": moment, "quantity": quantity, "size": size}
     environment.globals |= {
         "cells": cells,
         "note": note,
         "state_of": state_of,
-        "count": words.count,
+        "count": count,
         "shortened": shortened,
         "shown": SHOWN,
         "bar_width": charts.BAR_WIDTH,
@@ -392,3 +402,44 @@ def merge_facts(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("checked on", str(verification.get("rows") or "")),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+FILES = {"samples": "samples.jsonl", "markdown": "report.md", "html": "report.html", "junit": "junit.xml"}
+
+
+class Training(NamedTuple):
+    """What the page says of a run's training: its metrics.jsonl, the manifest's memory, and its merge_report.json."""
+
+    metrics: list[dict[str, Any]]
+    memory: dict[str, Any] | None = None
+    merge: dict[str, Any] | None = None
+
+
+def write_reports(
+    destination: Path, results: Results, samples: Iterable[Sample], training: Training, references: References
+) -> Results:
+    """Write the folder of an evaluation; what stood there is replaced at the end. Returns the results as written.
+
+    Raises DoesNotFitError.
+
+    Args:
+        references: those that stand for what the recipe takes from the environment.
+    """
+    results = Results.model_validate(as_written(results.model_copy(update={"files": FILES}).model_dump(), references))
+    with staged(destination, "evaluation") as folder:
+        with (folder / FILES["samples"]).open("w", encoding="utf-8") as stream:
+            for sample in samples:
+                place = as_written(sample.place, references)  # a row is what it is
+                stream.write(sample.model_copy(update={"place": place}).model_dump_json() + "\n")
+        (folder / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / FILES["markdown"]).write_text(as_markdown(results), encoding="utf-8")
+        (folder / FILES["junit"]).write_text(as_junit(results), encoding="utf-8")
+        write_html(folder, results, read_samples(folder), *training)
+    return results
+
+
+def read_samples(folder: Path, most: int | None = None) -> Iterator[Sample]:
+    """The samples of an evaluation, in order."""
+    with (folder / FILES["samples"]).open(encoding="utf-8") as stream:
+        for line in itertools.islice(stream, most):
+            yield Sample.model_validate_json(line)

@@ -14,7 +14,7 @@ import yaml
 
 from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
-from lorafit.init.write import Document, Line
+from lorafit.init.propose import Document, Line
 from lorafit.recipe import RecipeError
 from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, compose, parse_scalar, shorten
 from lorafit.text import near, printable

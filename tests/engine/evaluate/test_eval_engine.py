@@ -34,10 +34,19 @@ from transformers import (
 )
 
 from lorafit.engine.evaluate import batches as batches_module
-from lorafit.engine.evaluate import greedy as greedy_module
+from lorafit.engine.evaluate import batches as greedy_module
 from lorafit.engine.evaluate import likelihood as likelihood_module
-from lorafit.engine.evaluate.batches import CPU_TOKENS, batches, padded, ready, shrinking, token_budget
-from lorafit.engine.evaluate.greedy import Generated, end_tokens, generate
+from lorafit.engine.evaluate.batches import (
+    CPU_TOKENS,
+    Generated,
+    batches,
+    end_tokens,
+    generate,
+    padded,
+    ready,
+    shrinking,
+    token_budget,
+)
 from lorafit.engine.evaluate.likelihood import Choice, choices, divergences, likelihoods, whole
 
 VOCABULARY = 384

@@ -38,12 +38,12 @@ from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelE
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Results, Sample
 from lorafit.files import SEAL, seal
-from lorafit.options.evaluate import Named, Options
-from lorafit.options.merge import Options as MergeOptions
+from lorafit.options import EvalOptions, Named
+from lorafit.options import EvalOptions as MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
-from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
+from lorafit.run.manifest import Start
 
 QUIET = Console(file=io.StringIO())
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,7 +54,7 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "four", "cat", "mat", "d
 def evaluated(run: RunDir | Path, **options: Any) -> Results:
     path = run.path if isinstance(run, RunDir) else run
     overrides = options.pop("overrides", PLAIN)
-    return evaluate(Options(path, overrides=tuple(overrides), **options))[0]
+    return evaluate(EvalOptions(path, overrides=tuple(overrides), **options))[0]
 
 
 def value(results: Results, name: str) -> float:
@@ -106,7 +106,7 @@ def run(trained: Path, tmp_path: Path) -> RunDir:
 def whole(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Path]:
     """A whole evaluation of it."""
     folder = tmp_path_factory.mktemp("whole") / "eval"
-    options = Options(
+    options = EvalOptions(
         trained, output=folder, max_new_tokens=6, fail_under=("heldout.loss.adapter < heldout.loss.base (ci)",)
     )
     return evaluate(options)

@@ -24,11 +24,11 @@ from lorafit.engine.merge.run import Merging, merge
 from lorafit.engine.train import train as run_training
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.files import LOCK, SEAL
-from lorafit.options.merge import Addition, Options
+from lorafit.options import Addition, MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
-from lorafit.run.begin import Start
 from lorafit.run.directory import RunDir
+from lorafit.run.manifest import Start
 
 IDS = torch.arange(3, 40)[None]
 QUIET = Console(file=io.StringIO())
@@ -36,7 +36,7 @@ QUIET = Console(file=io.StringIO())
 
 def merged(path: Path, said: io.StringIO | None = None, **options: Any) -> Path:
     """Merge, also where it was done before."""
-    return merge(Options(path, **{"overwrite": True} | options), Console(file=said or io.StringIO(), width=10_000))
+    return merge(MergeOptions(path, **{"overwrite": True} | options), Console(file=said or io.StringIO(), width=10_000))
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from lorafit.engine.merge.run import merge
-from lorafit.options.merge import Options
+from lorafit.options import MergeOptions
 
 SLACK = 48 << 20
 """Bytes for what is not tensors: modules, buffers of the writer, the C library's heap."""
@@ -44,9 +44,7 @@ def anonymous() -> int:
 
 
 def measured(adapter: Path, output: Path, base: Path, answer: Any) -> None:
-    from lorafit.engine.quiet import hush
 
-    hush()
     torch.set_num_threads(2)
     before, over, peaks = anonymous(), threading.Event(), [0]
 
@@ -56,7 +54,7 @@ def measured(adapter: Path, output: Path, base: Path, answer: Any) -> None:
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    merge(Options(adapter, output=output, base=str(base), verify="weights"), Console(file=io.StringIO()))
+    merge(MergeOptions(adapter, output=output, base=str(base), verify="weights"), Console(file=io.StringIO()))
     over.set()
     thread.join()
     answer.put(max(peaks) - before)

@@ -26,7 +26,7 @@ from lorafit.cli import app
 from lorafit.engine.merge.run import merge
 from lorafit.errors import Interrupted
 from lorafit.files import seal
-from lorafit.options.merge import Options
+from lorafit.options import MergeOptions
 
 KILLS = 20
 
@@ -57,7 +57,7 @@ def expected(adapter: Path) -> dict[str, bytes]:
 
 
 def run(adapter: Path, output: Path) -> Path:
-    return merge(Options(adapter, output=output, verify="weights", overwrite=True), Console(file=io.StringIO()))
+    return merge(MergeOptions(adapter, output=output, verify="weights", overwrite=True), Console(file=io.StringIO()))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -66,9 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def in_a_process(adapter: Path, output: Path) -> None:
-    from lorafit.engine.quiet import hush
 
-    hush()
     torch.set_num_threads(1)
     run(adapter, output)
 

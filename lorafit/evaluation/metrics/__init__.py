@@ -1,1 +1,0 @@
-"""Metrics of generated answers against expected ones, row by row."""
