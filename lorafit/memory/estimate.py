@@ -13,8 +13,7 @@ from typing import Any, Literal
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.plan import Plan
-from lorafit.plan.adapters import Adapter, Full, Lora
-from lorafit.recipe import LoraSection
+from lorafit.plan.adapters import Adapter
 from lorafit.text import MIB
 
 CONTEXT = (300 * MIB, 900 * MIB, 1500 * MIB)
@@ -180,7 +179,7 @@ def features_of(setup: Setup) -> dict[str, str]:
     """What a setup has in common with others."""
     loss = setup.stack.loss
     sharded = setup.sharding not in ("none", "ddp")
-    kind = "full training" if setup.adapter.trains_base else "lora"
+    kind = setup.adapter.title if setup.adapter.trains_base else setup.adapter.name
     if setup.quantization:
         kind = "8-bit lora" if setup.quantization.get("load_in_8bit") else "4-bit lora"
     return {
@@ -191,7 +190,7 @@ def features_of(setup: Setup) -> dict[str, str]:
         "attention": setup.attention,
         "optimizer": setup.optimizer.replace("_fused", ""),
         "packing": "packed" if setup.packed else "plain rows",
-        "dora": "dora" if setup.lora is not None and setup.lora.use_dora else "plain",
+        "dora": setup.adapter.variant,
         "family": setup.facts.model_type,
     }
 
@@ -247,7 +246,7 @@ class Setup:
         masked: whether padding reaches the attention as a mask; eval_masked: in evaluation.
         packed: rows of several examples, laid end to end in one row of batch x length tokens.
         quantization: for BitsAndBytesConfig; None without.
-        lora: None in full training.
+        adapter: what is trained, as lorafit.plan.adapters describes it.
         accumulation: forward and backward passes a step.
         supervised: share of the positions whose label is learned.
         eval_batch: rows at once in evaluation; 0 without.
@@ -260,7 +259,7 @@ class Setup:
     length: int
     dtype: str
     quantization: dict[str, Any] | None
-    lora: LoraSection | None
+    adapter: Adapter
     adapter_dtype: str
     optimizer: str
     checkpointing: Checkpointing
@@ -277,19 +276,10 @@ class Setup:
     sharding: Sharding = "none"
     stack: Stack = field(default_factory=Stack)
 
-    @functools.cached_property
-    def adapter(self) -> Adapter:
-        return Full() if self.lora is None else Lora(self.lora)
-
     @property
     def tokens(self) -> int:
         """Tokens in one pass, padding included."""
         return self.batch * self.length
-
-    @property
-    def drops(self) -> bool:
-        """Whether what goes into an adapter is dropped out."""
-        return self.lora is not None and self.lora.lora_dropout > 0
 
 
 def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) -> Setup:
@@ -313,7 +303,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
         length=data.max_length,
         dtype=plan.dtype,
         quantization=plan.quantization_kwargs,
-        lora=LoraSection.model_validate(plan.recipe["lora"]) if plan.recipe["lora"] is not None else None,
+        adapter=plan.adapter,
         adapter_dtype=plan.adapter_dtype,
         optimizer=training.optim,
         checkpointing="non_reentrant" if training.gradient_checkpointing else "none",

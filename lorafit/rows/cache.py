@@ -66,6 +66,7 @@ _SHAPING = (
     "tokenizer_sha256",
     "vocab_size",
     "trust_remote_code",
+    "method",
 )
 
 

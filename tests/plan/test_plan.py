@@ -804,7 +804,7 @@ def test_evaluations_and_checkpoints_of_an_epoch_become_steps() -> None:
 
 
 def test_what_a_method_does_not_read_is_refused(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = dataclasses.replace(SFT, name="of pairs", reads={"preference": ""})
+    pairs = dataclasses.replace(SFT, title="of pairs", reads={"preference": ""})
     monkeypatch.setattr("lorafit.plan.data.method_of", lambda recipe: pairs)
     with pytest.raises(DataError, match=r"dataset.train.0: of pairs .* prompt_completion"):
         planner()

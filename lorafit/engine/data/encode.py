@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.render import UNTRAINED, Rendered, Renderer, Span
 from lorafit.errors import DataError, ModelError
-from lorafit.plan.methods import SFT
 from lorafit.rows import Example, Fault, Row, Shape, place_of, to_example
 from lorafit.rows.audit import SourceAudit, source_from_dict
 from lorafit.text import first_line
@@ -328,8 +327,6 @@ class _Encoder:
 Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 """A key, the learned tokens and the length of each row: what is compared, split and counted without reading tokens."""
 NUMBERS = np.dtype([("key", "<i8"), ("learned", "<i4"), ("length", "<i4")])
-TRAINED = list(SFT.columns)
-"""The columns that the trainer takes; the others are for people and for the audit."""
 _TOKENS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(
     {

@@ -22,7 +22,6 @@ from datasets.iterable_dataset import ExamplesIterable
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.encode import (
-    TRAINED,
     Indices,
     Numbers,
     TokenRow,
@@ -35,9 +34,10 @@ from lorafit.engine.data.encode import (
     write_table,
 )
 from lorafit.engine.data.render import Renderer
-from lorafit.engine.methods import SFT
+from lorafit.engine.methods import module_of
 from lorafit.errors import DataError
 from lorafit.facts import spare_retries
+from lorafit.plan.methods import METHODS
 from lorafit.plan.values import DataPlan, SourcePlan, validation_rows
 from lorafit.progress import counting, each, stage
 from lorafit.rows import Row, detect_format, digest, place_of, read_rows
@@ -151,7 +151,9 @@ def tokenize_source(
     if first is None:
         raise DataError(f"{source.path}: there are no rows")
     format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
-    yield from SFT.encode(itertools.chain([first], rows), source.shape(format), plan, renderer, audit)
+    yield from module_of(plan.method).encode(
+        itertools.chain([first], rows), source.shape(format), plan, renderer, audit
+    )
 
 
 def rows_of(source: SourcePlan, streaming: bool = False) -> Iterator[Row]:
@@ -216,7 +218,8 @@ def read_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
     other = (together(held_out) if held_out else rows).select(validation) if len(validation) else None
     training = np.load(folder / "training.npy")
     chosen = rows.select(training)
-    trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(TRAINED)
+    columns = list(METHODS[plan.method].columns)
+    trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(columns)
     part = audit.training_rows
     if len(chosen) != part.rows or len(trained) != (part.packs if plan.packing else part.rows):
         raise ValueError(f"{folder}: has other rows than its audit says")
@@ -276,7 +279,7 @@ def pack(rows: Dataset, max_length: int, file: Path | None = None) -> Dataset:
 
     where = {"cache_file_name": str(file)} if file else {"keep_in_memory": True}
     with stage("packing rows"), counting((arrow_dataset, "hf_tqdm")):
-        return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
+        return pack_dataset(rows.select_columns(["input_ids", "labels"]), max_length, map_kwargs=where)
 
 
 def part_audit(numbers: Numbers, packs: int | None = None) -> PartAudit:
