@@ -1,4 +1,5 @@
-"""What happens beside the training steps: metrics, measured memory, progress, stopping."""
+"""What happens beside the training steps: metrics, measured memory, progress, stopping, and the refusal of losses
+and weights that are not finite."""
 
 from __future__ import annotations
 

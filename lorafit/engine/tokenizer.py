@@ -1,4 +1,5 @@
-"""Loading tokenizers: without torch's weight, for commands that look at data only."""
+"""Loading tokenizers, without torch's weight; where a model is loaded from, and what is said when it can't be,
+for want of memory too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training: a plan in, a run directory out."""
+"""Training: a plan in, a run directory out; and what is said when memory runs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainer, with whole checkpoints, exact sums and what happens beside its steps; and saving what was trained."""
+"""TRL's trainer, with whole checkpoints and means that do not depend on batches; and saving what was trained."""
 
 from __future__ import annotations
 

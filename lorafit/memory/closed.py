@@ -1,5 +1,4 @@
-"""The closed form: two optimizer steps and the loss on sizes alone, their highest moment, what is alive then, and
-why."""
+"""The closed form: two optimizer steps on sizes alone, the loss among them; the most that is held at once, and why."""
 
 from __future__ import annotations
 

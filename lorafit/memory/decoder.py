@@ -1,4 +1,4 @@
-"""A decoder's forward pass as operations on sizes: attention, feed-forward and norms by family.
+"""A decoder's layers by family: attention, feed-forward and norms, and the adapter on them, as operations on sizes.
 
 The order of the operations and what each keeps are those of transformers 5 (models/*/modeling_*.py),
 PEFT (tuners/lora/layer.py, bnb.py, dora.py) and bitsandbytes (backends/cuda/ops.py).

@@ -1,5 +1,4 @@
-"""Tensors that have a size and nothing else, and the operations of a decoder on them: what each makes, keeps and
-needs.
+"""Operations as torch does them, on tensors that have a size and nothing else: what each makes, keeps and needs.
 
 What a training step allocates follows from which tensors are alive at once. Operations here make
 values of the right sizes, keep for the backward pass what torch's keep, and let go of the rest when

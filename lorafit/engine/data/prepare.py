@@ -1,4 +1,4 @@
-"""Data sources -> audited, tokenized rows with labels, in the shape that TRL's trainer takes.
+"""A recipe's rows, prepared for training: read, tokenized, split, mixed, packed and cached, or streamed.
 
 rows (lorafit.rows) -> render (text and spans) -> encode (tokens and labels) -> table (Arrow, cached)
 -> mix (split, weights, order) -> packs

@@ -1,4 +1,4 @@
-"""`lorafit eval`: the story."""
+"""`lorafit eval`, step by step."""
 
 from __future__ import annotations
 

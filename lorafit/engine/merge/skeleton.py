@@ -1,4 +1,4 @@
-"""A model without memory: the real modules, whose parameters are one number that is seen at every place.
+"""A model's modules without its weights, on which an adapter is put to see what it changes.
 
 PEFT puts an adapter on it as on any model, with its own matching of names, patterns and ranks, and so tells what
 the adapter does to which parameter. Checkpoint keys are matched to parameters by transformers' own rules.

@@ -1,4 +1,4 @@
-"""A training step's memory, recorded on the real modules of the setup's model, without data, weights or a GPU."""
+"""The estimate by a trace: the setup's model built without data or weights, its step recorded, its highest moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CUDA kernels keep and borrow, said on `meta` tensors, where torch would take other paths.
+"""What CUDA kernels allocate, imitated on `meta` tensors, where torch would take another path.
 
 Each stand-in makes the tensors that the kernel makes, in its order, and saves for the backward pass
 what the kernel saves. Sources are named at each.
