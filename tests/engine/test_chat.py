@@ -401,7 +401,7 @@ def test_plain_text_is_continued_where_there_is_no_template(place: Path) -> None
     assert [turn.answer for turn in turns] == [
         alone(model, tokenizer, text, special=True) for text in ("one two", "three")
     ]
-    assert terminal.said.count("no chat template") == 1
+    assert terminal.said.count("has no chat") == 1
     assert "a system message" in terminal.said
     with pytest.raises(UsageError, match="system message"):
         talk(folder, system="x")
@@ -439,7 +439,7 @@ def test_a_template_that_refuses_a_conversation_is_one_line(place: Path) -> None
     terminal = Terminal("/system x", "one", "/system")
     turns = terminal.chat(folder)
     assert [turn.prompt for turn in turns] == ["one"]
-    assert "refuses the conversation: no system here" in terminal.said
+    assert terminal.said == Like("… refuses … no system here")
     with pytest.raises(DataError, match="no system here"):
         talk(folder, prompts=("one",), system="x")
 
@@ -451,7 +451,7 @@ def test_a_system_message_that_the_template_leaves_out_is_told(place: Path) -> N
     )
     terminal = Terminal("/system no", "one")
     terminal.chat(folder)
-    assert "leaves out the system" in terminal.said
+    assert terminal.said == Like("… leaves out … system")
 
 
 def test_bytes_that_are_no_text_are_refused(run: RunDir) -> None:

@@ -300,7 +300,7 @@ def test_a_template_that_leaves_out_tool_calls_is_refused(
     """Otherwise the model would learn to say nothing, or to promise and not to call."""
     tokenizer.chat_template = template
     messages = [user("a"), assistant(said, tool_calls=CALL), {"role": "tool", "content": "9"}, assistant("nine")]
-    with pytest.raises(DataError, match=r"^data\.jsonl:7: .*template leaves out (an answer|the tool call)"):
+    with pytest.raises(DataError, match=r"^data\.jsonl:7: .*leaves out (an answer|the tool call)"):
         learned(tokenizer, messages)
     assert learned(tokenizer, messages, "completion") == ["nine<|im_end|>"]
 
@@ -314,7 +314,7 @@ def test_an_answer_may_be_a_special_token(tokenizer: PreTrainedTokenizerBase) ->
 
 def test_an_answer_that_the_template_leaves_out(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML.replace("message['content']", "(message['content'] if loop.first else '')")
-    with pytest.raises(DataError, match=r"^data\.jsonl:7: .*template leaves out an answer"):
+    with pytest.raises(DataError, match=r"^data\.jsonl:7: .*leaves out an answer"):
         learned(tokenizer, SINGLE)
 
 

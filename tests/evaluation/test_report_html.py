@@ -355,7 +355,7 @@ def test_the_head_says_what_came_out(page: Page) -> None:
     assert "tickets-135m" in page.text
     assert "2 of 4 gates failed" in page.text
     assert "0.0% → 95.0%" in page.text
-    assert re.search(r"\+95\.0 points .{1,20}\+90\.2 \w+ \+99\.8 points adapter \w+ base, 60 rows", page.text)
+    assert re.search(r"\+95\.0 points .{1,20}\+90\.2 \w+ \+99\.8 points .{1,30}60 rows", page.text)
     assert "4 March 2030, 15:06 UTC" in page.text
     assert "4 of 60 held-out rows" in page.text
     assert "eval.max_new_tokens 64" in page.text
@@ -393,9 +393,9 @@ def test_forgetting_has_a_section_that_says_what_it_means(html: str, page: Page)
 
 def test_bars_show_direction_without_colour(html: str) -> None:
     assert len(re.findall(r'<svg class="bar ', html)) == len(differences())
-    assert re.search(r"loss: adapter \w+ base \w+ −3\.2096, better, .{1,5}60 rows", html)
-    assert re.search(r"bits per byte: adapter \w+ base \w+ \+0\.0434, worse, .{1,5}40 rows", html)
-    assert re.search(r"adapter \w+ base \w+ −27\.5, lower, .{1,5}40 rows", html)
+    assert re.search(r"loss: .{1,30}−3\.2096, better, .{1,5}60 rows", html)
+    assert re.search(r"bits per byte: .{1,30}\+0\.0434, worse, .{1,5}40 rows", html)
+    assert re.search(r"answer: .{1,30}−27\.5, lower, .{1,5}40 rows", html)
     # A lower loss is better, and better is to the right of the zero line at 120.
     bar = html[html.index("−3.2096, better") :]
     assert float(re.search(r'class="dot" cx="([\d.]+)"', bar)[1]) > 120  # type: ignore[index]

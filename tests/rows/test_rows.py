@@ -250,17 +250,17 @@ def test_compressed_files(suffix: str) -> None:
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_compressed_file_that_is_damaged(suffix: str) -> None:
     name = f"a.jsonl{suffix}"
-    start = f"{name}: can't be unpacked, the file is damaged or cut off: "
+    start = f"{name}: … unpacked … damaged"
     whole = packed(
         suffix, b"".join(b'{"n": "%s"}\n' % hashlib.sha256(b"%d" % n).hexdigest().encode() for n in range(9999))
     )
     for content in (b"", whole[:-4], whole[: len(whole) // 2], b"not packed at all", whole + b"garbage"):
-        assert error_of(name, content).startswith(start)
+        assert error_of(name, content) == Like(start)
     assert error_of(f"b.jsonl{suffix}", packed(suffix, b"nope")).startswith(f"b.jsonl{suffix}:1: not JSON")
 
 
 def test_a_parquet_file_is_not_compressed_again() -> None:
-    assert error_of("a.parquet.gz", b"").startswith("a.parquet.gz: expected a ")
+    assert error_of("a.parquet.gz", b"") == Like("a.parquet.gz: … .parquet")
 
 
 def test_globs(here: Path) -> None:
