@@ -39,8 +39,7 @@ from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelE
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Results, Sample
 from lorafit.files import SEAL, seal
-from lorafit.options import EvalOptions, Named
-from lorafit.options import EvalOptions as MergeOptions
+from lorafit.options import EvalOptions, MergeOptions, Named
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.run.directory import RunDir
