@@ -406,7 +406,7 @@ def test_a_card_that_is_too_small() -> None:
     enough = estimate_by_trace(setup)
     small = estimate_by_trace(setup, enough.total // 2)
     assert not small.served
-    assert any("runs out of memory" in note for note in small.notes)
+    assert any("out of memory" in note for note in small.notes)
     assert (small.allocated, small.reserved) == (enough.allocated, enough.reserved)
     large = estimate_by_trace(setup, 4 * enough.total)
     assert large.served
@@ -426,7 +426,7 @@ def test_a_tight_card_gives_cached_memory_back() -> None:
     tight = estimate_by_trace(setup, card(free.reserved - (2 << 20)))
     assert tight.served
     assert tight.reserved < free.reserved
-    assert any("gives cached memory back" in note for note in tight.notes)
+    assert any("cached memory" in note for note in tight.notes)
     assert not estimate_by_trace(setup, card(free.reserved + (2 << 20))).notes
 
 
