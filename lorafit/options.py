@@ -96,6 +96,88 @@ def run_of(path: Path) -> RunDir:
 
 
 @dataclass(frozen=True)
+class ValidateOptions(JsonOptions):
+    """What is checked, and for which machine.
+
+    Attributes:
+        overrides: for every recipe.
+        skip: parts that are left out, of lorafit.validate.findings.PARTS.
+        here: whether what this machine lacks is a fault.
+    """
+
+    paths: Annotated[tuple[str, ...], Argument("Recipes, folders of them, or patterns.", "PATH", "recipes")]
+    overrides: Overrides = ()
+    deep: Annotated[bool, Option("Tokenize and audit all data as well; loads torch, but no weights.")] = False
+    skip: Annotated[
+        tuple[str, ...], Option("Leave a part out, such as data that is elsewhere.", "data|model|memory")
+    ] = ()
+    gpu: ForGpu = None
+    here: Here = False
+    strict: Annotated[bool, Option("What can't be checked is a fault.")] = False
+    format: Annotated[str | None, Option("text, json, github, junit or sarif.  [default: text]", "FORMAT")] = None
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """To plan for; None: what each recipe is meant for. Raises UsageError."""
+        return hardware_for(self.gpu, self.here)
+
+    def check(self) -> None:
+        """Raises UsageError for two formats at once."""
+        if self.as_json and self.format not in (None, "json"):
+            raise UsageError(f"--json and --format {self.format} exclude each other")
+
+
+@dataclass(frozen=True)
+class InitOptions(Options):
+    """A first recipe as it was asked for: for a model, data and one of gpu, vram and cpu; or from another tool's.
+
+    Attributes:
+        validation: a path, or a fraction as text.
+    """
+
+    file: Annotated[Path, Argument("The recipe to write.", "[FILE]")] = Path("recipe.yaml")
+    model: Annotated[str | None, Option("Hub id or folder of the base.", "NAME")] = None
+    data: Annotated[str | None, Option("Training rows.", "PATH")] = None
+    validation: Annotated[str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", "PATH|FRACTION")] = (
+        None
+    )
+    gpu: Annotated[str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", "NAME", "gpus")] = None
+    vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", "SIZE")] = None
+    cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
+    name: Annotated[str | None, Option("Name of the run, below runs/.  [default: FILE's]", "RUN")] = None
+    source: Annotated[
+        Path | None, Option("Convert a recipe of axolotl, LLaMA-Factory or TRL instead.", "--from OTHER")
+    ] = None
+    kind: Annotated[str | None, Option("The tool that --from is of: axolotl, llamafactory or trl.", "TOOL")] = None
+    force: Annotated[bool, Option("Overwrite FILE.")] = False
+    to_stdout: Annotated[bool, Option("Print the recipe; write nothing.", "--print")] = False
+
+    def check(self) -> None:
+        """Raises UsageError for what doesn't go together, or can't be written."""
+        if self.cpu and (self.gpu or self.vram):
+            raise UsageError("--cpu and --gpu or --vram exclude each other")
+        if not self.to_stdout:
+            self.refuse_overwriting(self.file)
+        if self.source is not None and (self.model or self.data or self.validation or self.name):
+            raise UsageError(
+                "--from takes everything from the other recipe; it goes with --kind, --gpu, --vram and --cpu"
+            )
+        if self.source is None and self.kind is not None:
+            raise UsageError("--kind says whose recipe --from is; give both")
+
+    def refuse_overwriting(self, file: Path) -> None:
+        """Raises UsageError for a file that may not, or can't, be written."""
+        if file.is_dir():
+            raise UsageError(f"{file}: is a folder; give the name of a file")
+        if file.exists() and not file.is_file():
+            raise UsageError(f"{file}: is no file that can be replaced")
+        if file.exists() and not self.force:
+            raise UsageError(f"{file}: is there already; --force overwrites it, --print only shows")
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: there is no folder {file.parent}")
+
+
+@dataclass(frozen=True)
 class EstimateOptions(JsonOptions):
     """An estimate as it was asked for.
 

@@ -14,6 +14,7 @@ from lorafit.facts import ModelFacts, known_models, read_facts
 from lorafit.gpus import find_gpu, parse_memory
 from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume, hardware_of
 from lorafit.memory import Estimate
+from lorafit.options import InitOptions
 from lorafit.recipe import Recipe
 from lorafit.recipe.layers import Draft
 from lorafit.recipe.load import section_at, validate
@@ -165,90 +166,70 @@ PACKED_BELOW = 0.5
 """Share of max_length that rows fill on average, below which they are packed."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is asked for: a model, data, and one of gpu, vram and cpu.
+def first_recipe(asked: InitOptions) -> tuple[Document, tuple[str, ...]]:
+    """A first recipe, and what should be said of it, where a model, data and a machine are given.
 
-    Attributes:
-        validation: a path, or a fraction as text.
-        name: of the run.
+    Raises UsageError, DataError, ModelError and DoesNotFitError.
     """
-
-    model: str
-    data: str
-    name: str
-    validation: str | None = None
-    gpu: str | None = None
-    vram: str | None = None
-    cpu: bool = False
-
-
-@dataclass(frozen=True)
-class First:
-    """A first recipe, and what should be said of it."""
-
-    document: Document
-    remarks: tuple[str, ...]
-
-
-def first_recipe(wish: Wish) -> First:
-    """Choose everything. Raises UsageError, DataError, ModelError and DoesNotFitError."""
-    hardware, capacity = _meant(wish)
+    hardware, capacity = _meant(asked)
+    model, data = asked.model, asked.data
+    assert model is not None
+    assert data is not None
     try:
-        facts = read_facts(wish.model)
+        facts = read_facts(model)
     except ModelError as error:
-        raise ModelError(f"{error}{near(wish.model, known_models())}") from None
-    sample = look(wish.data)
-    held_out, held_out_why = _validation(wish, sample)
+        raise ModelError(f"{error}{near(model, known_models())}") from None
+    sample = look(data)
+    held_out, held_out_why = _validation(asked, sample)
     length, length_why = _max_length(sample, facts)
     packing = capacity is not None and _worth_packing(sample, length)
     if capacity is None:
         settings = next(candidates(length))
     else:
         others = (f"training.packing={str(packing).lower()}", *["dataset.validation=0.1"] * (held_out is not None))
-        settings = fitting(wish.model, hardware, capacity, length, others)
+        settings = fitting(model, hardware, capacity, length, others)
     if settings.max_length < length:
         length_why = f"the longest that fits; longer rows are cut ({length} would hold the longest seen)"
     lines = (
-        _model(wish, settings)
-        | _dataset(wish, sample, held_out, held_out_why)
+        _model(asked, settings)
+        | _dataset(asked, sample, held_out, held_out_why)
         | _training(facts, sample, settings, length_why, packing)
-        | _hardware(wish)
-        | {"output_dir": Line(f"runs/{wish.name}")}
+        | _hardware(asked)
+        | {"output_dir": Line(f"runs/{asked.name or asked.file.stem}")}
     )
-    memory = _memory(wish, settings)
+    memory = _memory(asked, settings)
     method = "QLoRA" if settings.method == "qlora" else "LoRA"
-    title = f"{method} of {wish.model} on {wish.data}, for {_place(wish)}. Made by `lorafit init`."
+    title = f"{method} of {model} on {data}, for {_place(asked)}. Made by `lorafit init`."
     faulty = (f"{sample.faulty}; `lorafit preview` counts such rows",) if sample.faulty else ()
-    return First(Document(lines, (title, memory)), (*settings.passed, memory, *faulty))
+    return Document(lines, (title, memory)), (*settings.passed, memory, *faulty)
 
 
-def _meant(wish: Wish) -> tuple[Hardware, int | None]:
+def _meant(asked: InitOptions) -> tuple[Hardware, int | None]:
     """What the recipe is for, and its memory; None on a CPU."""
-    if wish.cpu:
+    if asked.cpu:
         return detect_cpu(), None
-    if wish.gpu is not None:
-        gpu = find_gpu(wish.gpu)
-        return hardware_of(gpu), parse_memory(wish.vram) if wish.vram else gpu.memory_bytes
-    assert wish.vram is not None
-    return detect_gpu_or_assume(), parse_memory(wish.vram)
+    if asked.gpu is not None:
+        gpu = find_gpu(asked.gpu)
+        return hardware_of(gpu), parse_memory(asked.vram) if asked.vram else gpu.memory_bytes
+    assert asked.vram is not None
+    return detect_gpu_or_assume(), parse_memory(asked.vram)
 
 
-def _validation(wish: Wish, sample: Sample) -> tuple[float | list[dict[str, Any]] | None, str]:
+def _validation(asked: InitOptions, sample: Sample) -> tuple[float | list[dict[str, Any]] | None, str]:
     """The held-out rows, and why. Raises UsageError and DataError."""
-    if wish.validation is None:
+    if asked.validation is None:
         if sample.rows is not None and sample.rows < FEW_ROWS:
             return None, ""
         return 0.1, "a tenth is held out: shows when the model only learns the rows by heart"
     try:
-        share = float(wish.validation)
+        share = float(asked.validation)
     except ValueError:
-        if is_local(wish.validation):
-            data_files(wish.validation)
-        seen = look(wish.validation)
-        return [{"path": wish.validation, "format": seen.format or "auto"}], "rows of their own"
+        if is_local(asked.validation):
+            data_files(asked.validation)
+        seen = look(asked.validation)
+        return [{"path": asked.validation, "format": seen.format or "auto"}], "rows of their own"
     if not 0 < share < 1:
-        raise UsageError(f"--validation {wish.validation}: expected a path, or a fraction between 0 and 1 such as 0.1")
+        raise UsageError(f"--validation {asked.validation}: expected a path, or a fraction between 0 and 1 such as 0.1")
     return share, "the share of rows that is held out"
 
 
@@ -269,9 +250,9 @@ def _worth_packing(sample: Sample, length: int) -> bool:
     return many and sample.average is not None and sample.average < PACKED_BELOW * length
 
 
-def _model(wish: Wish, settings: Settings) -> dict[str, Line]:
-    lines = {"model.name_or_path": Line(wish.model)}
-    if wish.cpu:
+def _model(asked: InitOptions, settings: Settings) -> dict[str, Line]:
+    lines = {"model.name_or_path": Line(asked.model)}
+    if asked.cpu:
         lines["model.dtype"] = Line("float32", "CPUs rarely have bfloat16; the same result on every machine")
     if settings.method == "qlora":
         lines["quantization.load_in_4bit"] = Line(True, "QLoRA: in 16 bits the base does not fit")
@@ -283,9 +264,9 @@ def _model(wish: Wish, settings: Settings) -> dict[str, Line]:
     }
 
 
-def _dataset(wish: Wish, sample: Sample, held_out: Any, held_out_why: str) -> dict[str, Line]:
+def _dataset(asked: InitOptions, sample: Sample, held_out: Any, held_out_why: str) -> dict[str, Line]:
     known = Line(sample.format or "auto", sample.why)
-    lines = {"dataset.train": Line([{"path": wish.data, "format": known}])}
+    lines = {"dataset.train": Line([{"path": asked.data, "format": known}])}
     if held_out is not None:
         lines["dataset.validation"] = Line(held_out, held_out_why)
     text = sample.format == "text"
@@ -324,29 +305,29 @@ def _epochs(sample: Sample) -> tuple[int, str]:
     return (2, f"{rows}: rarely better with more") if sample.rows < MOST_ROWS else (1, f"{rows}: one pass is plenty")
 
 
-def _hardware(wish: Wish) -> dict[str, Line]:
+def _hardware(asked: InitOptions) -> dict[str, Line]:
     """What the recipe is for."""
-    if wish.cpu:
+    if asked.cpu:
         return {"hardware.device": Line("cpu")}
-    asked = {"hardware.gpu": wish.gpu and find_gpu(wish.gpu).name, "hardware.vram": wish.vram}
-    given = {key: Line(value) for key, value in asked.items() if value}
+    known = {"hardware.gpu": asked.gpu and find_gpu(asked.gpu).name, "hardware.vram": asked.vram}
+    given = {key: Line(value) for key, value in known.items() if value}
     first = next(iter(given))
     return given | {first: Line(given[first].value, "what it has to fit; checked by validate and by CI")}
 
 
-def _place(wish: Wish) -> str:
-    if wish.cpu:
+def _place(asked: InitOptions) -> str:
+    if asked.cpu:
         return "a CPU"
-    return find_gpu(wish.gpu).name if wish.gpu else f"a GPU of {wish.vram}"
+    return find_gpu(asked.gpu).name if asked.gpu else f"a GPU of {asked.vram}"
 
 
-def _memory(wish: Wish, settings: Settings) -> str:
+def _memory(asked: InitOptions, settings: Settings) -> str:
     known = settings.estimate
     if known is None:
         return "Memory: `lorafit estimate-vram` says what it takes, and how much is free."
     return (
         f"Memory: about {gib(known.total)} GiB on the GPU, from {gib(known.least)} to {gib(known.most)} "
-        f"(estimated; {_place(wish)})."
+        f"(estimated; {_place(asked)})."
     )
 
 

@@ -14,7 +14,6 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lorafit import __version__
 from lorafit.errors import EXIT_CODES, DataError, DoesNotFitError, LorafitError, ModelError, UsageError
-from lorafit.hardware import Hardware
 from lorafit.recipe import Mistake, Position, Recipe, RecipeError
 from lorafit.text import gib, printable
 from lorafit.tree import KeyPath, dotted
@@ -124,31 +123,16 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is checked, and for which machine.
+@dataclass
+class Findings:
+    """What was found in a recipe so far.
 
     Attributes:
-        overrides: KEY=VALUE, for every recipe.
-        skip: parts that are left out, of lorafit.validate.findings.PARTS.
-        hardware: None: what each recipe is meant for.
-        here: whether recipes are checked for this machine, so that what it lacks is a fault.
         strict: whether what can't be checked is a fault.
     """
 
-    overrides: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    hardware: Hardware | None = None
-    here: bool = False
-    strict: bool = False
-
-
-@dataclass
-class Findings:
-    """What was found in a recipe so far."""
-
     recipe: Recipe
-    options: Options
+    strict: bool = False
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -169,7 +153,7 @@ class Findings:
 
     def unchecked(self, path: KeyPath, error: LorafitError) -> None:
         """What can't be told on this machine."""
-        if self.options.strict:
+        if self.strict:
             self.wrong(path, error)
         else:
             self.notes.append(f"{dotted(path)}: {error}")
