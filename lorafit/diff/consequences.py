@@ -154,6 +154,10 @@ class Difference:
     unknown: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
+    @property
+    def differs(self) -> bool:
+        return bool(self.changes)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, as `--format json` prints them."""
         return {
@@ -266,6 +270,11 @@ class Many:
     @property
     def differs(self) -> bool:
         return bool(self.changed or self.new or self.gone or self.unreadable)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able values, as `--format json` prints them."""
+        whole = {"revision": self.revision, "changed": [one.as_dict() for one in self.changed]}
+        return whole | {name: list(getattr(self, name)) for name in ("same", "new", "gone", "unreadable")}
 
     @property
     def others(self) -> Iterator[tuple[str, str]]:

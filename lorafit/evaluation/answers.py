@@ -64,8 +64,6 @@ def load_extra(module: str, metric: str) -> Any:
 
 
 _ARTICLES = frozenset(("a", "an", "the"))
-
-
 _GRAM = 4
 
 
@@ -185,12 +183,12 @@ def _tokens(text: str) -> list[str]:
 
 
 def _rouge_n(answer: str, expected: str, size: int) -> float | None:
-    given, wanted = (_grams(_tokens(text), size) for text in (answer, expected))
+    def grams(text: str) -> Counter[tuple[str, ...]]:
+        tokens = _tokens(text)
+        return Counter(zip(*(tokens[start:] for start in range(size)), strict=False))
+
+    given, wanted = grams(answer), grams(expected)
     return _f1((given & wanted).total(), given.total(), wanted.total())
-
-
-def _grams(tokens: list[str], size: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[start:] for start in range(size)), strict=False))
 
 
 def _f1(common: int, given: int, wanted: int) -> float | None:

@@ -133,10 +133,6 @@ _Fields = dict[str, Any]
 """Fields of an Example."""
 
 
-def _from_text(cells: Cells) -> _Fields:
-    return {"text": cells.answer("text")}
-
-
 def _from_alpaca(cells: Cells) -> _Fields:
     messages = [
         *_history(cells),
@@ -165,10 +161,6 @@ def _history(cells: Cells) -> list[Message]:
 
 def _from_messages(cells: Cells, name: str = "messages") -> _Fields:
     return _conversation(cells, name, read_turns(cells, name, cells.need(name)))
-
-
-def _from_sharegpt(cells: Cells) -> _Fields:
-    return _from_messages(cells, "conversations")
 
 
 def _from_prompt_completion(cells: Cells) -> _Fields:
@@ -279,9 +271,9 @@ def _from_unpaired_preference(cells: Cells) -> _Fields:
 _READERS: dict[Format, Callable[[Cells], _Fields]] = {
     "alpaca": _from_alpaca,
     "messages": _from_messages,
-    "sharegpt": _from_sharegpt,
+    "sharegpt": lambda cells: _from_messages(cells, "conversations"),
     "prompt_completion": _from_prompt_completion,
-    "text": _from_text,
+    "text": lambda cells: {"text": cells.answer("text")},
     "preference": _from_preference,
     "unpaired_preference": _from_unpaired_preference,
 }

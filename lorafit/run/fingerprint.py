@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import xxhash
 
@@ -39,10 +39,6 @@ from lorafit.rows.cache import remembered
 from lorafit.run.directory import RunDir
 from lorafit.text import first_line
 from lorafit.written import as_written, expanded
-
-if TYPE_CHECKING:
-    from lorafit.plan import Plan
-    from lorafit.run.directory import RunDir
 
 VERSION = 3
 Fingerprint = dict[str, Any]

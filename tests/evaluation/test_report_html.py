@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lorafit.evaluation.report.charts import learning_curves, state_of
+from lorafit.evaluation.report.charts import learning_curves
 from lorafit.evaluation.report.html import as_json, shares, write_html
-from lorafit.evaluation.report.text import change, interval, quantity, visible
+from lorafit.evaluation.report.text import change, interval, quantity, state_of, visible
 from lorafit.evaluation.results import Answer, Difference, Figure, Gate, Metric, Model, Results, Sample, Set, Speed
 
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")

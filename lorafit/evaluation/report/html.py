@@ -11,16 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorafit.evaluation.report import charts
-from lorafit.evaluation.report.charts import Bar, State, bar, extent, is_number, state_of
+from lorafit.evaluation.report.charts import Bar, bar, extent, is_number
 from lorafit.evaluation.report.text import (
     DifferenceRow,
     FigureRow,
+    State,
     as_junit,
     as_markdown,
     count,
@@ -31,6 +32,7 @@ from lorafit.evaluation.report.text import (
     number,
     quantity,
     size,
+    state_of,
     visible,
 )
 from lorafit.evaluation.results import Answer, Metric, Results, Sample
@@ -38,9 +40,6 @@ from lorafit.evaluation.results import Set as SetInfo
 from lorafit.files import staged, write_text
 from lorafit.tree import dotted, leaves
 from lorafit.written import References, as_written
-
-if TYPE_CHECKING:
-    pass
 
 MOST_CHARACTERS = 20_000
 """Characters of one text; the rest of it is in samples.jsonl."""
