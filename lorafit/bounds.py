@@ -155,7 +155,7 @@ class Environment(ImmutableSandboxedEnvironment):
         super().__init__(*args, **options | {"optimized": False})  # constants would be computed as it is compiled
         self.globals.pop("lipsum", None)
         self.filters = _Filters()
-        for name, function in (FILTERS | {"join": _join, "list": _list}).items():
+        for name, function in (FILTERS | {"join": _join, "list": lambda value: list(weighed(list(value)))}).items():
             self.filters[name] = function
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -342,10 +342,6 @@ def _join(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) -> str:
     parts = list(value)
     _fits(_weight(parts) + len(str(d)) * len(parts))
     return str(do_join(eval_ctx, parts, d, attribute))
-
-
-def _list(value: Any) -> list[Any]:
-    return list(weighed(list(value)))
 
 
 # --- files ----------------------------------------------------------------------------------------

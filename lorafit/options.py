@@ -349,20 +349,20 @@ class Addition:
 
 def parse_addition(text: str) -> Addition:
     """`PATH:WEIGHT`, or a path alone for a weight of 1. Raises UsageError."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or (weight and not _is_number(weight) and Path(text).exists()):
+    path, colon, typed = text.rpartition(":")
+    weight = _number(typed)
+    if not colon or (typed and weight is None and Path(text).exists()):
         return Addition(Path(text), 1.0)
-    if not path or not _is_number(weight) or not math.isfinite(float(weight)) or float(weight) == 0:
+    if not path or not weight or not math.isfinite(weight):
         raise UsageError(f"{text}: expected RUN:WEIGHT with a number other than 0, such as runs/other:0.3")
-    return Addition(Path(path), float(weight))
+    return Addition(Path(path), weight)
 
 
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 @dataclass(frozen=True)

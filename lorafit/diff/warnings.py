@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,8 @@ class Both:
         return f": {before:,} optimizer steps become {after:,}" if before and after and before != after else ""
 
 
+_asked = operator.attrgetter("left", "comparison")
+"""What a gate is about, whatever it demands."""
 _MERGE = {"max_kl": False, "min_top1": True, "max_loss_increase": False, "max_logit_difference": False}
 """The merge's limits, and whether a lower one is the weaker."""
 
@@ -87,7 +90,7 @@ def _gates(before: tuple[str, ...], after: tuple[str, ...]) -> Iterator[str]:
         old = _read(text)
         if old in kept:
             continue
-        instead = next((other for other in free if _is_alike(_read(other), old)), None)
+        instead = next((other for other in free if _asked(_read(other)) == _asked(old)), None)
         if instead is None:
             yield f"A gate was removed: {text}."
             continue
@@ -99,10 +102,6 @@ def _gates(before: tuple[str, ...], after: tuple[str, ...]) -> Iterator[str]:
 def _read(text: str) -> Demand:
     """A gate but for how it is written."""
     return dataclasses.replace(parse(text), text="")
-
-
-def _is_alike(one: Demand, other: Demand) -> bool:
-    return (one.left, one.comparison) == (other.left, other.comparison)
 
 
 def _is_stricter(old: Demand, new: Demand) -> bool:

@@ -281,7 +281,7 @@ def difference(
         metric=metric,
         model=model,
         against=against,
-        value=value if value is not None and math.isfinite(value) else None,
+        value=_finite(value),
         low=low,
         high=high,
         wins=int((change > 0).sum()),

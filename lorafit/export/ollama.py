@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -192,16 +192,11 @@ class _Jinja:
         return padded is not None and "  a\n" not in padded
 
 
-def _system(text: str) -> Message:
-    return {"role": "system", "content": text}
+def _turn_of(role: str) -> Callable[[str], Message]:
+    return lambda text: {"role": role, "content": text}
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+_system, _user, _assistant = map(_turn_of, ("system", "user", "assistant"))
 
 
 def _make(jinja: _Jinja) -> tuple[str, str | None]:

@@ -365,11 +365,11 @@ class Document:
         for section in Recipe.model_fields:
             own = {key: line for key, line in self.lines.items() if key.split(".")[0] == section}
             if section in own:
-                parts += _entry(section, own[section], "")
+                parts += _entry(section, own[section])
             elif own:
                 parts.append(f"{section}:")
                 for key, line in sorted(own.items(), key=_place_of_key):
-                    parts += _entry(key.split(".", 1)[1], line, "  ")
+                    parts += [f"  {text}" for text in _entry(key.split(".", 1)[1], line)]
         return "\n".join([*parts, *([""] if self.foot else []), *map(_comment, self.foot), ""])
 
 
@@ -389,33 +389,22 @@ def _comment(text: str) -> str:
     return f"# {printable(text)}".rstrip()
 
 
-def _entry(key: str, line: Line, indent: str) -> Iterator[str]:
-    value = line.value
+def _entry(key: str, line: Line) -> list[str]:
+    """The lines of a key with its value, and of what is in that."""
+    value, remark = line.value, f" {_comment(line.comment)}" if line.comment else ""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        yield from _remarked(f"{indent}{key}:", line.comment)
-        for item in value:
-            first = "- "
-            for name, part in item.items():
-                yield from _nested(name, part, f"{indent}  ", first)
-                first = "  "
-        return
-    if isinstance(value, dict) and value:
-        yield from _remarked(f"{indent}{key}:", line.comment)
-        for name, part in value.items():
-            yield from _nested(name, part, f"{indent}  ", "")
-        return
-    yield from _remarked(f"{indent}{key}: {scalar(value)}", line.comment)
+        items = [_entries(item) for item in value]
+        inside = [f"{'  ' if number else '- '}{text}" for item in items for number, text in enumerate(item)]
+    elif isinstance(value, dict) and value:
+        inside = _entries(value)
+    else:
+        return [f"{key}: {scalar(value)}{remark}"]
+    return [f"{key}:{remark}", *(f"  {text}" for text in inside)]
 
 
-def _nested(name: str, value: Any, indent: str, first: str) -> Iterator[str]:
-    part = value if isinstance(value, Line) else Line(value)
-    entry = list(_entry(_text(name), part, indent + " " * len(first)))
-    yield f"{indent}{first}{entry[0].lstrip()}"
-    yield from entry[1:]
-
-
-def _remarked(text: str, comment: str) -> Iterator[str]:
-    yield f"{text} {_comment(comment)}" if comment else text
+def _entries(values: Mapping[str, Any]) -> list[str]:
+    pairs = ((_text(name), part if isinstance(part, Line) else Line(part)) for name, part in values.items())
+    return [text for name, line in pairs for text in _entry(name, line)]
 
 
 def scalar(value: Any) -> str:

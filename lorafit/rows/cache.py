@@ -45,16 +45,8 @@ SETTLED_NS = 2_000_000_000
 _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
 _CODE = ("rows", "engine/data", "engine/methods", "bounds.py", "facts/template.py", "plan/values.py")
 _SHAPING = (
-    "loss_on",
-    "max_length",
-    "min_length",
-    "excess_length_strategy",
-    "chat_template",
-    "chat_template_kwargs",
-    "date",
-    "tokenizer_sha256",
-    "vocab_size",
-    "trust_remote_code",
+    *("loss_on", "max_length", "min_length", "excess_length_strategy", "chat_template", "chat_template_kwargs"),
+    *("date", "tokenizer_sha256", "vocab_size", "trust_remote_code"),
 )
 
 

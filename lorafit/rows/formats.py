@@ -48,12 +48,14 @@ def detect_format(
         found = needed
         if name == "unpaired_preference":  # a label alone may be anything
             found = (*needed, *[column for column in _LABELLED if cells.has(column)][:1])
-            if len(found) > 1 and _may_be_yes_or_no(cells):
+            label = cells.get("label") if cells.has("label") else None
+            is_word = isinstance(label, str) and label.strip().lower() in ("true", "false")  # CSV knows only text
+            if len(found) > 1 and not isinstance(label, bool) and label in (0, 1, "0", "1"):
                 raise DataError(
-                    f"{row.place}: label {brief(cells.get('label'))} may say that the answer is good or bad, or be a "
+                    f"{row.place}: label {brief(label)} may say that the answer is good or bad, or be a "
                     f"class; name the format with {key}.format (unpaired_preference learns the good ones only)"
                 )
-            if len(found) == 1 or not _is_yes_or_no(cells):
+            if len(found) == 1 or not (isinstance(label, bool) or is_word):
                 continue
         if all(map(cells.has, found)):
             made = " and ".join(repr(column) for column in found if column in cells.made)
@@ -68,17 +70,6 @@ def detect_format(
         f"{row.place}: the columns {names(row.fields)} fit no format ({known}); "
         f"name the format with {key}.format and map the columns with {key}.columns"
     )
-
-
-def _is_yes_or_no(cells: Cells) -> bool:
-    """Whether the label is true or false. Numbers may be classes, and CSV knows only text."""
-    label = cells.get("label") if cells.has("label") else None
-    return isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))
-
-
-def _may_be_yes_or_no(cells: Cells) -> bool:
-    label = cells.get("label") if cells.has("label") else None
-    return not isinstance(label, bool) and label in (0, 1, "0", "1")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def build_manifest(
     """
     state, template = trainer.state, trainer.processing_class.chat_template
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    local = [source for source in (*plan.data.train, *plan.data.validation) if source.hub is None]
     ended = datetime.datetime.now(datetime.UTC)
     manifest = {
         "manifest_version": 1,
@@ -57,7 +58,7 @@ def build_manifest(
         "hardware": dataclasses.asdict(plan.hardware),
         "model": dataclasses.asdict(plan.model) | {"fingerprint": summary(base)},
         "data": {
-            "files": {str(file): file_digest(file) for source in _local(plan) for file in data_files(source)},
+            "files": {str(file): file_digest(file) for source in local for file in data_files(source.path)},
             "audit": audit.as_dict(),
         },
         "tokenizer": {
@@ -115,10 +116,6 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-
-
-def _local(plan: Plan) -> list[str]:
-    return [source.path for source in (*plan.data.train, *plan.data.validation) if source.hub is None]
 
 
 ANEW = "bring that back, or start anew with --overwrite"

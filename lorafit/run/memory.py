@@ -83,12 +83,7 @@ def shortage(found: Foreseen) -> Shortage | None:
 def memory_record(found: Foreseen, device: str, baseline: int, measured: dict[str, int]) -> dict[str, Any]:
     """Predicted and measured peak, with what the prediction was made from."""
     known, setup = found.estimate, found.setup
-    record: dict[str, Any] = {
-        "device": device,
-        "predicted": None,
-        "measured": measured,
-        "baseline": baseline,
-    }
+    record: dict[str, Any] = {"device": device, "predicted": None, "measured": measured, "baseline": baseline}
     if known is not None:
         record["predicted"] = {"allocated": known.allocated, "reserved": known.reserved, "method": known.method}
     if setup is not None:

@@ -42,6 +42,11 @@ class Fault:
     def rule(self) -> str:
         return RULES[self.exit_code]
 
+    @property
+    def message(self) -> str:
+        """What is wrong, after the key."""
+        return f"{self.mistake.path}: " * bool(self.mistake.path) + self.mistake.message
+
     def as_dict(self) -> dict[str, Any]:
         at = self.mistake.position
         where = {"file": at.file, "line": at.line, "column": at.column, "key": self.mistake.path}
@@ -211,10 +216,7 @@ def github(report: Report) -> str:
 
 def _commands(report: Report) -> Iterator[str]:
     for fault in report.faults:
-        key = fault.mistake.path
-        yield _command(
-            "error", fault.mistake.position, f"lorafit: {fault.rule}", f"{key}: " * bool(key) + fault.mistake.message
-        )
+        yield _command("error", fault.mistake.position, f"lorafit: {fault.rule}", fault.message)
     for one in report.checked:
         for note in one.notes:
             yield _command("notice", Position(one.file), "lorafit", note)
@@ -266,10 +268,8 @@ def sarif(report: Report) -> dict[str, Any]:
 
 
 def _result(fault: Fault) -> dict[str, Any]:
-    key = fault.mistake.path
-    message = f"{key}: " * bool(key) + fault.mistake.message
     places = [{"physicalLocation": place} for place in _physical(fault.mistake.position)]
-    return {"ruleId": fault.rule, "level": "error", "message": {"text": message}, "locations": places}
+    return {"ruleId": fault.rule, "level": "error", "message": {"text": fault.message}, "locations": places}
 
 
 def _physical(at: Position) -> Iterator[dict[str, Any]]:

@@ -60,21 +60,24 @@ class Examples:
     characters: int = 0
 
 
+class Training(NamedTuple):
+    """What the page says of a run's training: its metrics.jsonl, the manifest's memory, and its merge_report.json."""
+
+    metrics: list[dict[str, Any]]
+    memory: dict[str, Any] | None = None
+    merge: dict[str, Any] | None = None
+
+
 def write_html(
     folder: Path,
     results: Results,
     samples: Iterable[Sample],
-    metrics: list[dict[str, Any]],
-    memory: dict[str, Any] | None,
-    merge: dict[str, Any] | None,
+    training: Training,
     most_samples: int = 1000,
 ) -> None:
     """Write folder/report.html.
 
     Args:
-        metrics: the lines of the run's metrics.jsonl.
-        memory: `memory` of the run's manifest.
-        merge: the content of merge_report.json.
         most_samples: that the page holds, over all sets; a set gets its share of them, from its first row on.
     """
     page = resources.files("lorafit.evaluation.report").joinpath("page")
@@ -93,10 +96,10 @@ def write_html(
             verdict=outcome(results),
             keys=keys(results),
             sets=sets_of(results),
-            curves=charts.learning_curves(metrics),
+            curves=charts.learning_curves(training.metrics),
             examples=examples,
-            memory=memory,
-            merge=merge,
+            memory=training.memory,
+            merge=training.merge,
         )
     )
     # Surrogates are escaped where they are shown and in the data; this is for any that are left, such as in a path.
@@ -131,12 +134,9 @@ def _environment() -> Environment:
 
 
 def _policy(style: str, script: str) -> str:
-    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
-    return (
-        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'".format(
-            *hashes
-        )
-    )
+    css, js = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    allowed = f"style-src 'sha256-{css}'; script-src 'sha256-{js}'"
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
 
 
 def shares(results: Results, most: int) -> dict[str, int]:
@@ -406,14 +406,6 @@ def merge_facts(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
 FILES = {"samples": "samples.jsonl", "markdown": "report.md", "html": "report.html", "junit": "junit.xml"}
 
 
-class Training(NamedTuple):
-    """What the page says of a run's training: its metrics.jsonl, the manifest's memory, and its merge_report.json."""
-
-    metrics: list[dict[str, Any]]
-    memory: dict[str, Any] | None = None
-    merge: dict[str, Any] | None = None
-
-
 def write_reports(
     destination: Path, results: Results, samples: Iterable[Sample], training: Training, references: References
 ) -> Results:
@@ -433,7 +425,7 @@ def write_reports(
         (folder / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (folder / FILES["markdown"]).write_text(as_markdown(results), encoding="utf-8")
         (folder / FILES["junit"]).write_text(as_junit(results), encoding="utf-8")
-        write_html(folder, results, read_samples(folder), *training)
+        write_html(folder, results, read_samples(folder), training)
     return results
 
 

@@ -24,29 +24,15 @@ from lorafit.text import GIB, MIB, markdown, markdown_table
 
 BRIEF = {
     "task": (
-        "loss",
-        "perplexity",
-        "token_accuracy",
-        "exact_match",
-        "accuracy",
-        "macro_f1",
-        "json_valid",
-        "ended",
-        "agreement",
-        "judge",
+        *("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1"),
+        *("json_valid", "ended", "agreement", "judge"),
     ),
     "forgetting": ("bits_per_byte", "kl"),
 }
 """Metrics that a terminal and a pull request show first; others that a recipe asks for come after them."""
 UNTOLD = (
-    "exact_match_normalized",
-    "token_f1",
-    "json_match",
-    "repetition",
-    "length",
-    "bits_per_byte",
-    "loss",
-    "perplexity",
+    *("exact_match_normalized", "token_f1", "json_match", "repetition", "length"),
+    *("bits_per_byte", "loss", "perplexity"),
 )
 """Metrics that are measured anyway, and left to results.json and report.html where BRIEF does not have them."""
 
@@ -181,16 +167,8 @@ def as_markdown(results: Results) -> str:
     lines = _bounded(lines)
     about = {"run": results.run, "created": results.created, "versions": results.versions, "hardware": results.hardware}
     text = json.dumps(about | {"settings": results.settings}, indent=1, ensure_ascii=True).replace("```", "` ` `")
-    lines += [
-        "",
-        "<details><summary>Versions, hardware and settings</summary>",
-        "",
-        "```json",
-        text[:MOST_SETTINGS],
-        "```",
-        "",
-    ]
-    lines += ["</details>"]
+    lines += ["", "<details><summary>Versions, hardware and settings</summary>", ""]
+    lines += ["```json", text[:MOST_SETTINGS], "```", "", "</details>"]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode() + "\n"
 
 

@@ -133,14 +133,8 @@ def _alpaca(columns: dict[str, str]) -> dict[str, Any]:
 TITLE = "LLaMA-Factory"
 NAMED = "model_name_or_path"
 MARKS: tuple[str, ...] = (
-    "stage",
-    "finetuning_type",
-    "cutoff_len",
-    "template",
-    "dataset_dir",
-    "lora_rank",
-    "lora_target",
-    "val_size",
+    *("stage", "finetuning_type", "cutoff_len", "template"),
+    *("dataset_dir", "lora_rank", "lora_target", "val_size"),
 )
 """Keys by which a recipe is known to be LLaMA-Factory's."""
 

@@ -13,13 +13,8 @@ from lorafit.rows import detect_format, is_local, read_rows
 TITLE = "TRL"
 NAMED = "model_name_or_path"
 MARKS: tuple[str, ...] = (
-    "dataset_name",
-    "use_peft",
-    "lora_r",
-    "max_length",
-    "assistant_only_loss",
-    "dtype",
-    "torch_dtype",
+    *("dataset_name", "use_peft", "lora_r", "max_length"),
+    *("assistant_only_loss", "dtype", "torch_dtype"),
 )
 """Keys by which a recipe is known to be TRL's."""
 _ROWS = "dataset.train"
