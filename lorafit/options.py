@@ -97,13 +97,7 @@ def run_of(path: Path) -> RunDir:
 
 @dataclass(frozen=True)
 class ValidateOptions(JsonOptions):
-    """What is checked, and for which machine.
-
-    Attributes:
-        overrides: for every recipe.
-        skip: parts that are left out, of lorafit.validate.findings.PARTS.
-        here: whether what this machine lacks is a fault.
-    """
+    """What is checked, and for which machine; with `here`, what that lacks is a fault."""
 
     paths: Annotated[tuple[str, ...], Argument("Recipes, folders of them, or patterns.", "PATH", "recipes")]
     overrides: Overrides = ()
@@ -129,11 +123,7 @@ class ValidateOptions(JsonOptions):
 
 @dataclass(frozen=True)
 class InitOptions(Options):
-    """A first recipe as it was asked for: for a model, data and one of gpu, vram and cpu; or from another tool's.
-
-    Attributes:
-        validation: a path, or a fraction as text.
-    """
+    """A first recipe as it was asked for: for a model, data and one of gpu, vram and cpu; or from another tool's."""
 
     file: Annotated[Path, Argument("The recipe to write.", "[FILE]")] = Path("recipe.yaml")
     model: Annotated[str | None, Option("Hub id or folder of the base.", "NAME")] = None
@@ -179,14 +169,7 @@ class InitOptions(Options):
 
 @dataclass(frozen=True)
 class EstimateOptions(JsonOptions):
-    """An estimate as it was asked for.
-
-    Attributes:
-        gpus: names; the plan is made for the first.
-        sizes: amounts of memory.
-        asserted: either.
-        world: GPUs that train together.
-    """
+    """An estimate as it was asked for; the plan is made for the first of `gpus`."""
 
     config: Annotated[Path | None, Argument("The recipe, a YAML file.", "[CONFIG]", "recipes")] = None
     overrides: Overrides = ()
@@ -273,8 +256,7 @@ Adapters = Annotated[
 class EvalOptions(JsonOptions):
     """An evaluation as it was asked for. None means: as the recipe's eval section has it, or its default.
 
-    Attributes:
-        path: a run, or a recipe, whose run is evaluated by the recipe's eval section as it is now.
+    Of a recipe, its run is evaluated by the eval section as it is now.
     """
 
     path: Annotated[Path, Argument("A run directory, or the recipe of one.", "RUN|CONFIG", "runs")]
@@ -530,14 +512,7 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ChatOptions(JsonOptions):
-    """A chat as it was asked for.
-
-    Attributes:
-        adapters: more adapters on the same base: names, and runs or adapter folders.
-        prompts: a conversation to have instead of asking for prompts.
-        seed: decides what is drawn; the n-th answer of a chat is drawn alike every time.
-        use: which model answers first; None: what the run trained, or the model itself.
-    """
+    """A chat as it was asked for; by the seed, its n-th answer is drawn alike every time."""
 
     path: Annotated[str, Argument("A run directory, a model folder or a hub id.", "RUN|MODEL", "runs")]
     adapters: Adapters = ()
@@ -612,12 +587,7 @@ def parse_models(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BenchOptions(JsonOptions):
-    """A benchmark as it was asked for.
-
-    Attributes:
-        models: names of MODELS; empty: all that the run has.
-        output: where the report goes as well, as .json or .md.
-    """
+    """A benchmark as it was asked for, of some of MODELS."""
 
     run: RunPath
     models: Annotated[
@@ -676,14 +646,7 @@ DEFAULT_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class SmokeOptions(RecipeOptions):
-    """What the command line asks for.
-
-    Attributes:
-        steps: None: the recording's with --check, else DEFAULT_STEPS.
-        compare: whether the losses are compared with the golden file's.
-        golden: None: beside the recipe.
-        tolerance: relative; None: DEFAULT_TOLERANCE.
-    """
+    """A smoke run as it was asked for."""
 
     steps: Annotated[int | None, Option("Optimizer steps.  [default: 5, or the recording's]", "N")] = None
     record: Annotated[bool, Option("Write the losses to the golden file.")] = False

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class Stage:
     place: Callable[[], float] | None = None
     partly: float = 0.0
     note: str = ""
-    begun: float = field(default_factory=time.monotonic)
     told: bool = False
 
     def __post_init__(self) -> None:
+        self.begun = time.monotonic()
         self.skipped = self.done
 
     def advance(self, by: float = 1) -> None:

@@ -48,7 +48,7 @@ def markdown(found: Difference) -> str:
     remarks = [f"<sub>{_safe(line)}</sub>" for line in found.remarks]
     if not found.changes:
         return "\n".join([f"{head}", "", "The same after `extends` and defaults.", *_apart(remarks)]) + "\n"
-    rows = [[_code(one.key), _before(one, _code), _after(one, _code)] for one in found.changes]
+    rows = [[_code(one.key), *_sides(one, _code)] for one in found.changes]
     lines = [head, "", *_table(["changed", "before", "after"], rows)]
     figures = [
         [_safe(one.name), _safe(figure(one, one.before)), _safe(figure(one, one.after)), _safe(change(one))]
@@ -87,12 +87,10 @@ def change(one: Consequence) -> str:
     return "" if one.change is None else f"{one.change:+.1%}"
 
 
-def _before(one: Change, dress: Callable[[str], str] = str) -> str:
-    return _dressed(one, one.before, one.after, one.meant_before, dress)
-
-
-def _after(one: Change, dress: Callable[[str], str] = str) -> str:
-    return _dressed(one, one.after, one.before, one.meant_after, dress)
+def _sides(one: Change, dress: Callable[[str], str] = str) -> tuple[str, str]:
+    """What a value was, and what it is."""
+    before = _dressed(one, one.before, one.after, one.meant_before, dress)
+    return before, _dressed(one, one.after, one.before, one.meant_after, dress)
 
 
 def _dressed(one: Change, value: Any, other: Any, meant: Any, dress: Callable[[str], str]) -> str:
@@ -131,7 +129,7 @@ def _plain(default: Any) -> Any:
 
 def _changes(changes: tuple[Change, ...]) -> Iterator[str]:
     """Each on a line, or on two where they would be long."""
-    rows = [(one.key, _before(one), "->", _after(one)) for one in changes]
+    rows = [(one.key, before, "->", after) for one in changes for before, after in [_sides(one)]]
     short = [row for row in rows if max(map(len, row)) <= WIDEST]
     aligned = dict(zip((row[0] for row in short), _columns(short), strict=True))
     for key, before, _, after in rows:

@@ -347,7 +347,7 @@ def regression_gates(current: Results, baseline: Results) -> list[Gate]:
     What is allowed is the root of the summed squares of the two half widths: they are of different runs of chance.
     """
     gone = dict(no_longer_measured(current.figures, current.sets, (), baseline))
-    found = [_failed(name, why) for name, why in gone.items()]
+    found = [_regression_gate(name, why) for name, why in gone.items()]
     for set_name, info in current.sets.items():
         for metric in info.metrics:
             for model, its in current.models.items():
@@ -361,19 +361,18 @@ def regression_gates(current: Results, baseline: Results) -> list[Gate]:
 
 
 def _regression(name: str, now: Figure, before: Figure, then: float, is_lower_better: bool) -> Gate:
-    gate, was = f"{name} no worse than before", f"was {then:.4g}"
     if now.value is None:
-        return _failed(name, f"{name} has no value and {was}")
+        return _regression_gate(name, f"{name} has no value and was {then:.4g}")
     allowed = math.hypot(_half_width(now), _half_width(before))
     worse = (now.value - then) * (1 if is_lower_better else -1)
-    sentence = f"{name} is {now.value:.4g} and {was}; {allowed:.2g} is within noise"
+    sentence = f"{name} is {now.value:.4g} and was {then:.4g}; {allowed:.2g} is within noise"
     if now.rows != before.rows:
-        return _failed(name, f"{sentence} (other rows: {now.rows} now, {before.rows} then)")
-    return Gate(gate=gate, where="--baseline", passed=worse <= allowed, sentence=sentence)
+        return _regression_gate(name, f"{sentence} (other rows: {now.rows} now, {before.rows} then)")
+    return _regression_gate(name, sentence, worse <= allowed)
 
 
-def _failed(name: str, sentence: str) -> Gate:
-    return Gate(gate=f"{name} no worse than before", where="--baseline", passed=False, sentence=sentence)
+def _regression_gate(name: str, sentence: str, passed: bool = False) -> Gate:
+    return Gate(gate=f"{name} no worse than before", where="--baseline", passed=passed, sentence=sentence)
 
 
 def _half_width(figure: Figure) -> float:

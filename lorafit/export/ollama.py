@@ -170,8 +170,8 @@ class _Jinja:
             return None
         return text.removeprefix(self._bos) if self._bos else text
 
-    def need(self, messages: list[Message], prompt: bool = True) -> str:
-        text = self.render(messages, prompt)
+    def need(self, messages: list[Message]) -> str:
+        text = self.render(messages)
         if text is None:
             raise _CannotExpress(f"the chat template fails on {len(messages)} messages: {self._error}")
         return text

@@ -6,13 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter
+from typing import Any
 
 from lorafit.errors import DataError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,9 @@ def source_from_dict(raw: Mapping[str, Any]) -> SourceAudit:
 
 
 @functools.cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(kind)
 
 

@@ -57,6 +57,7 @@ class Chart:
     title: str
     summary: str
     left: int
+    top: int
     right: float
     bottom: float
     across: tuple[Tick, ...]
@@ -124,6 +125,7 @@ def _chart(panel: Panel, series: Mapping[Name, Points]) -> Chart:
         title=f"{panel.title}, logarithmic scale" if is_log else panel.title,
         summary=_summary(series),
         left=left,
+        top=top,
         right=right,
         bottom=bottom,
         across=tuple(Tick(x(step), f"{step:,.0f}") for step in _ticks(first, last) if step <= last and step % 1 == 0),

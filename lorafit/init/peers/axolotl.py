@@ -158,15 +158,13 @@ def _adapter(c: Conversion) -> bool:
     four, eight = c.on("load_in_4bit"), c.on("load_in_8bit")
     if kind not in ("", "lora", "qlora"):
         c.refuse("adapter", f"lorafit has no {kind}; it trains lora and qlora, or all weights")
+    bits = "load_in_4bit" if four else "load_in_8bit"
     if not kind:
         if four or eight:
-            c.refuse(
-                "load_in_4bit" if four else "load_in_8bit", "quantized weights can't be trained without an adapter"
-            )
+            c.refuse(bits, "quantized weights can't be trained without an adapter")
         c.without_adapter()
         return False
     if four or eight:
-        bits = "load_in_4bit" if four else "load_in_8bit"
         c.put(f"quantization.{bits}", True, bits)
     if four:
         c.default("quantization.bnb_4bit_quant_type", "nf4")
@@ -194,17 +192,13 @@ def _adapter(c: Conversion) -> bool:
 
 
 def _masking(c: Conversion) -> None:
-    everything = c.on("train_on_inputs")
-    if any(source["format"] == "text" for source in c.value("dataset.train")) and not everything:
-        return _too_long(c)  # texts are learned whole, and what else there is has only its answers learned, by default
-    if not everything and c.value("dataset.loss_on") is None:
-        c.put("dataset.loss_on", "assistant", c.why("train_on_inputs"))
-    elif everything:
+    """What is learned, and what becomes of rows that are too long."""
+    # Beside texts, which are learned whole, lorafit learns only the answers of what else there is, by default.
+    has_texts = any(source["format"] == "text" for source in c.value("dataset.train"))
+    if c.on("train_on_inputs"):
         c.put("dataset.loss_on", "all", "train_on_inputs")
-    return _too_long(c)
-
-
-def _too_long(c: Conversion) -> None:
+    elif not has_texts and c.value("dataset.loss_on") is None:
+        c.put("dataset.loss_on", "assistant", c.why("train_on_inputs"))
     strategy = c.get("excess_length_strategy", read.text, "drop")
     if strategy not in ("drop", "truncate"):
         c.refuse("excess_length_strategy", f"lorafit knows drop and truncate, not {strategy}")
@@ -233,11 +227,8 @@ def _precision(c: Conversion, adapter: bool) -> None:
 
 def _attention(c: Conversion) -> None:
     named = c.get("attn_implementation", read.text, "")
-    for key, name in (
-        ("flash_attention", "flash_attention_2"),
-        ("sdp_attention", "sdpa"),
-        ("eager_attention", "eager"),
-    ):
+    switches = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
+    for key, name in switches.items():
         if c.on(key):
             c.put("model.attn_implementation", name, key)
     if named in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
@@ -252,9 +243,7 @@ def _attention(c: Conversion) -> None:
 def _template(c: Conversion) -> None:
     """The template of conversations: the data sets' own has been set before."""
     name, jinja = c.get("chat_template", read.text, ""), c.get("chat_template_jinja", read.text, "")
-    if not c.value("dataset.train") or not any(
-        s["format"] in ("messages", "sharegpt") for s in c.value("dataset.train")
-    ):
+    if not any(source["format"] in ("messages", "sharegpt") for source in c.value("dataset.train")):
         c.no_effect("chat_template", "chat_template_jinja", why="the rows are no conversations")
         return
     if "model.chat_template" not in c.lines:

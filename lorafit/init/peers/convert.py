@@ -98,8 +98,8 @@ def _is_among(value: Any, known: Iterable[Any]) -> bool:
 Rules = tuple[Rule, ...]
 
 
-def becomes(key: str, target: str, read: Callable[[Any], Any], remark: str = "") -> Rules:
-    return (Rule(key, "becomes", target, remark, read),)
+def becomes(key: str, target: str, read: Callable[[Any], Any]) -> Rules:
+    return (Rule(key, "becomes", target, read=read),)
 
 
 def decides(keys: str, target: str, remark: str = "") -> Rules:
@@ -262,7 +262,7 @@ class Conversion:
         if rule.fate == "becomes":
             if value is None:
                 return EMPTY
-            self.put(rule.target, self.read(path, rule.read, value), f"{key}; {rule.remark}" if rule.remark else key)
+            self.put(rule.target, self.read(path, rule.read, value), key)
             return rule.target
         if rule.fate in ("decides", "idle"):
             return rule.target or f"{NO_EFFECT}{f': {rule.remark}' if rule.remark else ''}"
