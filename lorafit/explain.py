@@ -95,12 +95,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was asked for.
-
-    Attributes:
-        documentation: of the one field that was asked for.
-        remarks: why something isn't known, a sentence each.
-    """
+    """What was asked for, the documentation of the one field asked for, and why something isn't known."""
 
     values: tuple[Explained, ...]
     documentation: str | None = None

@@ -694,11 +694,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.
-
-    Attributes:
-        moved: how far all trained tensors are from where they began, as one vector's length.
-    """
+    """One optimizer step; `moved` is how far all trained tensors are from where they began, as one vector's length."""
 
     step: int
     loss: float

@@ -28,11 +28,7 @@ PairScore = Callable[[str, str], float | None]
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer to score.
-
-    Attributes:
-        row: as it was read from the file; may be empty.
-    """
+    """An answer to score, with the row as it was read from the file, which may be empty."""
 
     answer: str
     expected: str

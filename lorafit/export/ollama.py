@@ -70,12 +70,7 @@ _SYSTEM_WORDS = ["lorafitsystem", "lorafitquestion"]
 
 @dataclass(frozen=True)
 class Modelfile:
-    """A Modelfile.
-
-    Attributes:
-        text: its content.
-        remark: what it can't do and what to do about it, on one line; None if it renders as the chat template does.
-    """
+    """A Modelfile, and a line on what it can't do; None if it renders as the chat template does."""
 
     text: str
     remark: str | None

@@ -33,14 +33,7 @@ _QUANTIZED = re.compile(r"(?i)(bnb|-4bit|-8bit|gptq|awq|gguf)")
 
 @dataclass(frozen=True)
 class VllmReport:
-    """What vLLM does with an adapter.
-
-    Attributes:
-        servable: whether it can be served without merging.
-        reasons: why not, one line each; empty if it can be.
-        command: the shell command that serves it, or None.
-        remarks: what is to be known beside that.
-    """
+    """Whether vLLM can serve an adapter unmerged: the command for it, or the reasons why not; and what else to know."""
 
     servable: bool
     reasons: tuple[str, ...]

@@ -126,10 +126,9 @@ class Settings:
 
 
 def fitting(model: str, hardware: Hardware, capacity: int, max_length: int, others: tuple[str, ...]) -> Settings:
-    """The first of the candidates that surely fits. Raises ModelError, and DoesNotFitError where none does.
+    """The first of the candidates that surely fits, beside other values that matter to memory, as overrides.
 
-    Args:
-        others: the recipe's other values that matter to memory, as overrides.
+    Raises ModelError, and DoesNotFitError where none does.
     """
     solve = solver()
     passed: list[str] = []
@@ -347,13 +346,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe to be written.
-
-    Attributes:
-        lines: by the dotted key of the recipe; they are written in the order of the recipe's sections.
-        head: comments before it.
-        foot: comments after it.
-    """
+    """A recipe to be written: lines by dotted key, in the order of the recipe's sections, between comments."""
 
     lines: Mapping[str, Line]
     head: tuple[str, ...] = ()

@@ -72,11 +72,7 @@ class SourceAudit:
 
 @dataclass(frozen=True)
 class PartAudit:
-    """The training or the validation rows as they will be used: split, mixed and repeated.
-
-    Attributes:
-        packs: rows of max_length after packing; None without packing.
-    """
+    """The training or the validation rows as they will be used: split, mixed, repeated, and packed into `packs` ones."""
 
     rows: int
     tokens: int

@@ -160,11 +160,7 @@ def kept(folder: Path, make: Callable[[Path], None], read: Callable[[Path], T]) 
 
 
 def remembered(file: Path, what: str, make: Callable[[Path], T]) -> T:
-    """What was found by reading a whole file, until its size, its times or its inode change.
-
-    Args:
-        make: reads the file; its result can be written as JSON.
-    """
+    """What was found by reading a whole file, as JSON has it, until its size, its times or its inode change."""
     real = file.resolve()
     before = _identity(real)
     place = cache_folder() / "digests" / f"{_hash(str(real))}.json"

@@ -54,11 +54,7 @@ def place_of(file: str, number: int) -> str:
 
 
 class Fault(DataError):
-    """A row that can't be learned, which an audit counts.
-
-    Attributes:
-        rule: the audit's rule that it breaks.
-    """
+    """A row that can't be learned, which an audit counts by the rule that it breaks."""
 
     def __init__(self, rule: str, message: str) -> None:
         super().__init__(message)

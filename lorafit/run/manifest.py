@@ -84,12 +84,7 @@ def build_manifest(
 
 
 def hashes(run: RunDir, result: Path, name: str) -> dict[str, str]:
-    """SHA-256 of what a finished run holds, by path in it.
-
-    Args:
-        result: where the result is now.
-        name: what it will be called.
-    """
+    """SHA-256 of what a finished run holds, by path in it; the result will be called `name`, wherever it is now."""
     own = [run.recipe, run.lock_file, run.plan_file, run.metrics, run.fingerprint]
     files = {file.name: file for file in own if file.is_file()}
     inside = sorted(file for file in result.rglob("*") if file.is_file())

@@ -124,11 +124,7 @@ def setup_of_run(plan: Plan) -> Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """A run's peak in bytes, predicted and measured.
-
-    Attributes:
-        quantity: allocated or reserved on a GPU, resident on a CPU (which holds what was there before).
-    """
+    """A run's peak in bytes: allocated and reserved on a GPU, on a CPU resident, with what was there before."""
 
     run: str
     device: str

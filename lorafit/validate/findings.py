@@ -28,12 +28,7 @@ Kind = Literal["recipe", "part"]
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
-
-    Attributes:
-        mistake: what, and where it was written.
-        exit_code: of what it is about, see lorafit.errors.
-    """
+    """One thing that is wrong, where it was written, and the exit code of what it is about."""
 
     mistake: Mistake
     exit_code: int
@@ -86,11 +81,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A YAML file, or a link to a folder, in a folder that was searched, and why it was not checked.
-
-    Attributes:
-        is_recipe: whether it may be a recipe.
-    """
+    """A YAML file, or a link to a folder, that was found and not checked; why, and whether it may be a recipe."""
 
     file: str
     reason: str
@@ -130,11 +121,7 @@ class Report:
 
 @dataclass
 class Findings:
-    """What was found in a recipe so far.
-
-    Attributes:
-        strict: whether what can't be checked is a fault.
-    """
+    """What was found in a recipe so far; if it is strict, what can't be checked is a fault."""
 
     recipe: Recipe
     strict: bool = False

@@ -85,14 +85,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """Rough time and money on a GPU, or on several of it.
-
-    Attributes:
-        utilisation: of the peak, assumed.
-        hours: on the clock.
-        tokens_per_second: of all GPUs together.
-        money: of all GPUs together, in the price's currency; None without a price.
-    """
+    """Rough time on the clock and money of a GPU, or of several together, at an assumed share of the peak."""
 
     gpu: Gpu
     utilisation: Range

@@ -411,10 +411,7 @@ def write_reports(
 ) -> Results:
     """Write the folder of an evaluation; what stood there is replaced at the end. Returns the results as written.
 
-    Raises DoesNotFitError.
-
-    Args:
-        references: those that stand for what the recipe takes from the environment.
+    What the recipe takes from the environment is written as references. Raises DoesNotFitError.
     """
     results = Results.model_validate(as_written(results.model_copy(update={"files": FILES}).model_dump(), references))
     with staged(destination, "evaluation") as folder:
