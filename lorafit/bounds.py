@@ -155,7 +155,7 @@ class Environment(ImmutableSandboxedEnvironment):
         super().__init__(*args, **options | {"optimized": False})  # constants would be computed as it is compiled
         self.globals.pop("lipsum", None)
         self.filters = _Filters()
-        for name, function in (FILTERS | {"join": _join, "list": _list}).items():
+        for name, function in (FILTERS | {"join": _join, "list": lambda value: list(weighed(list(value)))}).items():
             self.filters[name] = function
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -292,16 +292,8 @@ def _indented(text: Any, width: Any = 4, *_: Any, **__: Any) -> int:
     return len(str(text)) + (str(text).count("\n") + 1) * _length(width)
 
 
-def _as_json(value: Any, *_: Any, indent: Any = None, **__: Any) -> int:
-    return _weight(value) * _length(indent) if indent else 0
-
-
 def _of_arguments(*_: Any, **__: Any) -> int:
     return 0  # which are small
-
-
-def _summed(value: Any, attribute: Any = None, start: Any = 0) -> int:
-    return 0 if isinstance(start, (int, float)) else LONGEST_TEXT + 1
 
 
 _FILTERS: dict[str, Callable[..., int]] = {
@@ -310,8 +302,8 @@ _FILTERS: dict[str, Callable[..., int]] = {
     "wordwrap": _longest,
     "urlize": _longest,
     "format": lambda text, *args, **kwargs: _formatted(str(text), args or kwargs),
-    "tojson": _as_json,
-    "sum": _summed,
+    "tojson": lambda value, *_, indent=None, **__: _weight(value) * _length(indent) if indent else 0,
+    "sum": lambda value, attribute=None, start=0: 0 if isinstance(start, (int, float)) else LONGEST_TEXT + 1,
     **dict.fromkeys(("center", "batch", "slice", "round", "truncate"), _of_arguments),
 }
 _METHODS: dict[str, Callable[..., int]] = {
@@ -352,10 +344,6 @@ def _join(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) -> str:
     return str(do_join(eval_ctx, parts, d, attribute))
 
 
-def _list(value: Any) -> list[Any]:
-    return list(weighed(list(value)))
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -394,6 +382,14 @@ def read_bytes(path: Path, most: int = LARGEST_FILE) -> bytes:
 def read_text(path: Path, most: int = LARGEST_FILE) -> str:
     """Read all of a file as text. Raises OSError, and ValueError for what is not UTF-8 or no path."""
     return read_bytes(path, most).decode("utf-8")
+
+
+def known_json(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file that lorafit wrote; None where there is none that can be read."""
+    try:
+        return dict(json.loads(read_text(file)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def read_json(file: Path) -> dict[str, Any]:

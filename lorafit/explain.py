@@ -95,12 +95,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was asked for.
-
-    Attributes:
-        documentation: of the one field that was asked for.
-        remarks: why something isn't known, a sentence each.
-    """
+    """What was asked for, the documentation of the one field asked for, and why something isn't known."""
 
     values: tuple[Explained, ...]
     documentation: str | None = None
@@ -236,11 +231,7 @@ def as_dict(found: Explanation) -> dict[str, Any]:
 
 def _value_dict(one: Explained) -> dict[str, Any]:
     return {
-        "key": one.key,
-        "value": one.value,
-        "origin": one.origin,
-        "asked": one.asked,
-        "reason": one.reason,
+        **{name: getattr(one, name) for name in ("key", "value", "origin", "asked", "reason")},
         **(_written_dict(one.written) if one.written else {"place": None, "reference": None}),
         "overridden": [{"value": old.value, "removed": old.removes, **_written_dict(old)} for old in one.earlier],
     }

@@ -96,15 +96,80 @@ def run_of(path: Path) -> RunDir:
 
 
 @dataclass(frozen=True)
-class EstimateOptions(JsonOptions):
-    """An estimate as it was asked for.
+class ValidateOptions(JsonOptions):
+    """What is checked, and for which machine; with `here`, what that lacks is a fault."""
 
-    Attributes:
-        gpus: names; the plan is made for the first.
-        sizes: amounts of memory.
-        asserted: either.
-        world: GPUs that train together.
-    """
+    paths: Annotated[tuple[str, ...], Argument("Recipes, folders of them, or patterns.", "PATH", "recipes")]
+    overrides: Overrides = ()
+    deep: Annotated[bool, Option("Tokenize and audit all data as well; loads torch, but no weights.")] = False
+    skip: Annotated[
+        tuple[str, ...], Option("Leave a part out, such as data that is elsewhere.", "data|model|memory")
+    ] = ()
+    gpu: ForGpu = None
+    here: Here = False
+    strict: Annotated[bool, Option("What can't be checked is a fault.")] = False
+    format: Annotated[str | None, Option("text, json, github, junit or sarif.  [default: text]", "FORMAT")] = None
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """To plan for; None: what each recipe is meant for. Raises UsageError."""
+        return hardware_for(self.gpu, self.here)
+
+    def check(self) -> None:
+        """Raises UsageError for two formats at once."""
+        if self.as_json and self.format not in (None, "json"):
+            raise UsageError(f"--json and --format {self.format} exclude each other")
+
+
+@dataclass(frozen=True)
+class InitOptions(Options):
+    """A first recipe as it was asked for: for a model, data and one of gpu, vram and cpu; or from another tool's."""
+
+    file: Annotated[Path, Argument("The recipe to write.", "[FILE]")] = Path("recipe.yaml")
+    model: Annotated[str | None, Option("Hub id or folder of the base.", "NAME")] = None
+    data: Annotated[str | None, Option("Training rows.", "PATH")] = None
+    validation: Annotated[str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", "PATH|FRACTION")] = (
+        None
+    )
+    gpu: Annotated[str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", "NAME", "gpus")] = None
+    vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", "SIZE")] = None
+    cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
+    name: Annotated[str | None, Option("Name of the run, below runs/.  [default: FILE's]", "RUN")] = None
+    source: Annotated[
+        Path | None, Option("Convert a recipe of axolotl, LLaMA-Factory or TRL instead.", "--from OTHER")
+    ] = None
+    kind: Annotated[str | None, Option("The tool that --from is of: axolotl, llamafactory or trl.", "TOOL")] = None
+    force: Annotated[bool, Option("Overwrite FILE.")] = False
+    to_stdout: Annotated[bool, Option("Print the recipe; write nothing.", "--print")] = False
+
+    def check(self) -> None:
+        """Raises UsageError for what doesn't go together, or can't be written."""
+        if self.cpu and (self.gpu or self.vram):
+            raise UsageError("--cpu and --gpu or --vram exclude each other")
+        if not self.to_stdout:
+            self.refuse_overwriting(self.file)
+        if self.source is not None and (self.model or self.data or self.validation or self.name):
+            raise UsageError(
+                "--from takes everything from the other recipe; it goes with --kind, --gpu, --vram and --cpu"
+            )
+        if self.source is None and self.kind is not None:
+            raise UsageError("--kind says whose recipe --from is; give both")
+
+    def refuse_overwriting(self, file: Path) -> None:
+        """Raises UsageError for a file that may not, or can't, be written."""
+        if file.is_dir():
+            raise UsageError(f"{file}: is a folder; give the name of a file")
+        if file.exists() and not file.is_file():
+            raise UsageError(f"{file}: is no file that can be replaced")
+        if file.exists() and not self.force:
+            raise UsageError(f"{file}: is there already; --force overwrites it, --print only shows")
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: there is no folder {file.parent}")
+
+
+@dataclass(frozen=True)
+class EstimateOptions(JsonOptions):
+    """An estimate as it was asked for; the plan is made for the first of `gpus`."""
 
     config: Annotated[Path | None, Argument("The recipe, a YAML file.", "[CONFIG]", "recipes")] = None
     overrides: Overrides = ()
@@ -191,8 +256,7 @@ Adapters = Annotated[
 class EvalOptions(JsonOptions):
     """An evaluation as it was asked for. None means: as the recipe's eval section has it, or its default.
 
-    Attributes:
-        path: a run, or a recipe, whose run is evaluated by the recipe's eval section as it is now.
+    Of a recipe, its run is evaluated by the eval section as it is now.
     """
 
     path: Annotated[Path, Argument("A run directory, or the recipe of one.", "RUN|CONFIG", "runs")]
@@ -267,20 +331,20 @@ class Addition:
 
 def parse_addition(text: str) -> Addition:
     """`PATH:WEIGHT`, or a path alone for a weight of 1. Raises UsageError."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or (weight and not _is_number(weight) and Path(text).exists()):
+    path, colon, typed = text.rpartition(":")
+    weight = _number(typed)
+    if not colon or (typed and weight is None and Path(text).exists()):
         return Addition(Path(text), 1.0)
-    if not path or not _is_number(weight) or not math.isfinite(float(weight)) or float(weight) == 0:
+    if not path or not weight or not math.isfinite(weight):
         raise UsageError(f"{text}: expected RUN:WEIGHT with a number other than 0, such as runs/other:0.3")
-    return Addition(Path(path), float(weight))
+    return Addition(Path(path), weight)
 
 
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 @dataclass(frozen=True)
@@ -448,14 +512,7 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ChatOptions(JsonOptions):
-    """A chat as it was asked for.
-
-    Attributes:
-        adapters: more adapters on the same base: names, and runs or adapter folders.
-        prompts: a conversation to have instead of asking for prompts.
-        seed: decides what is drawn; the n-th answer of a chat is drawn alike every time.
-        use: which model answers first; None: what the run trained, or the model itself.
-    """
+    """A chat as it was asked for; by the seed, its n-th answer is drawn alike every time."""
 
     path: Annotated[str, Argument("A run directory, a model folder or a hub id.", "RUN|MODEL", "runs")]
     adapters: Adapters = ()
@@ -530,12 +587,7 @@ def parse_models(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BenchOptions(JsonOptions):
-    """A benchmark as it was asked for.
-
-    Attributes:
-        models: names of MODELS; empty: all that the run has.
-        output: where the report goes as well, as .json or .md.
-    """
+    """A benchmark as it was asked for, of some of MODELS."""
 
     run: RunPath
     models: Annotated[
@@ -594,14 +646,7 @@ DEFAULT_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class SmokeOptions(RecipeOptions):
-    """What the command line asks for.
-
-    Attributes:
-        steps: None: the recording's with --check, else DEFAULT_STEPS.
-        compare: whether the losses are compared with the golden file's.
-        golden: None: beside the recipe.
-        tolerance: relative; None: DEFAULT_TOLERANCE.
-    """
+    """A smoke run as it was asked for."""
 
     steps: Annotated[int | None, Option("Optimizer steps.  [default: 5, or the recording's]", "N")] = None
     record: Annotated[bool, Option("Write the losses to the golden file.")] = False
@@ -649,11 +694,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.
-
-    Attributes:
-        moved: how far all trained tensors are from where they began, as one vector's length.
-    """
+    """One optimizer step; `moved` is how far all trained tensors are from where they began, as one vector's length."""
 
     step: int
     loss: float

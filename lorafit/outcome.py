@@ -116,12 +116,7 @@ class Outcomes:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one recipe comes to on one machine, see this module's documentation.
-
-    Attributes:
-        name, reading, count_rows, sharding: as for `Outcomes.of`.
-        hardware: what it is planned for.
-    """
+    """What one recipe comes to on one machine, see this module's documentation and `Outcomes.of`."""
 
     recipe: Recipe
     name: str

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ DRAWN = 0.2
 """Seconds between two looks of a terminal's bars, which come after twice that."""
 
 
+@dataclass(eq=False)
 class Stage:
     """A piece of work.
 
@@ -45,20 +47,18 @@ class Stage:
         told: whether a line told of it.
     """
 
-    def __init__(
-        self,
-        what: str,
-        total: float | None = None,
-        unit: str = "",
-        done: float = 0.0,
-        place: Callable[[], float] | None = None,
-    ) -> None:
-        self.what, self.total, self.unit, self.place = what, total, unit, place
-        self.done = self.skipped = done
-        self.partly = 0.0
-        self.note = ""
+    what: str
+    total: float | None = None
+    unit: str = ""
+    done: float = 0.0
+    place: Callable[[], float] | None = None
+    partly: float = 0.0
+    note: str = ""
+    told: bool = False
+
+    def __post_init__(self) -> None:
         self.begun = time.monotonic()
-        self.told = False
+        self.skipped = self.done
 
     def advance(self, by: float = 1) -> None:
         self.done += by

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MIB = 1 << 20
@@ -47,6 +48,23 @@ def gib(size: int) -> str:
     return f"{size / GIB:,.2f}" if size < 100 * GIB else f"{size / GIB:,.0f}"
 
 
+def clipped(text: str, most: int) -> str:
+    """The text, or so many characters of it, of which the last says that there is more."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def markdown(text: str, most: int = 300) -> str:
+    """Text that is nothing but text in a cell of a Markdown table."""
+    text = clipped(" ".join(text.split()), most)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#@!])", r"\\\1", text)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a table, whose cells are Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
 _MOST = 300
 """Characters of a value in a table."""
 
@@ -64,5 +82,4 @@ def brief(value: Any) -> str:
         text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
     else:
         text = json.dumps(value, ensure_ascii=False)
-    text = printable(text)
-    return text if len(text) <= _MOST else f"{text[: _MOST - 1]}…"
+    return clipped(printable(text), _MOST)

@@ -18,8 +18,9 @@ from typer.testing import CliRunner, Result
 from wording import Like
 
 from lorafit.cli import app
+from lorafit.options import ValidateOptions
 from lorafit.validate.check import Checker
-from lorafit.validate.findings import Options, Report
+from lorafit.validate.findings import Report
 
 ROOT = Path(__file__).parent.parent
 HERE = "#!"
@@ -383,7 +384,7 @@ def test_one_fault_is_found_at_its_line_and_nothing_else(name: str, written: Pat
     text, code, message = FAULTS[name]
     file = write(text, tiny_model)
     line = next(number for number, line in enumerate(text.splitlines(), 1) if HERE in line)
-    checked = Checker(Options()).check(file)
+    checked = Checker(ValidateOptions(())).check(file)
     assert [(f.mistake.position.file, f.mistake.position.line, f.exit_code) for f in checked.faults] == [
         (file, line, code)
     ], checked.faults
@@ -434,10 +435,10 @@ def test_what_this_machine_lacks_hides_no_fault(
     """Without a tracker, a network and a place to write: the same fault, and the same exit code as of `train`."""
     text, code, _ = FAULTS[name]
     file = write(text, tiny_model)
-    expected = Checker(Options()).check(file).faults
+    expected = Checker(ValidateOptions(())).check(file).faults
     for variable, value in {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": "/dev/null/none"}.items():
         monkeypatch.setenv(variable, value)
-    lacking = Checker(Options(overrides=("training.report_to=[dvclive]",))).check(file)
+    lacking = Checker(ValidateOptions((), overrides=("training.report_to=[dvclive]",))).check(file)
     assert lacking.faults == expected
     if name not in NOT_TOLD_BY_TRAINING:
         ran = CliRunner().invoke(app, ["train", file, "--dry-run"])
@@ -479,7 +480,7 @@ def test_an_evaluation_refuses_what_validation_finds(
 
 @pytest.mark.parametrize("name", SOUND)
 def test_no_false_alarm(name: str, written: Path, tiny_model: Path) -> None:
-    checked = Checker(Options(strict=True)).check(write(SOUND[name], tiny_model))
+    checked = Checker(ValidateOptions((), strict=True)).check(write(SOUND[name], tiny_model))
     assert checked.faults == ()
 
 
@@ -744,7 +745,7 @@ def test_an_unknown_format(two_faults: str) -> None:
 
 def test_a_tracker_that_is_only_missing_here_is_no_fault(written: Path, tiny_model: Path) -> None:
     file = write(added("training", "report_to: [dvclive]"), tiny_model)
-    checked = Checker(Options()).check(file)
+    checked = Checker(ValidateOptions(())).check(file)
     assert checked.faults == ()
     assert checked.notes[0].startswith("training.report_to.0: dvclive ")
     assert run(file, "--here").exit_code == 2
@@ -808,7 +809,7 @@ def test_a_model_that_cannot_be_had_hides_no_fault(
     monkeypatch.setenv("HF_HUB_CACHE", str(written / "no cache"))
     text, code, _ = FAULTS[name]
     line = next(number for number, line in enumerate(text.splitlines(), 1) if HERE in line)
-    checked = Checker(Options()).check(write(text.replace("MODEL", "somebody/some-model"), tiny_model))
+    checked = Checker(ValidateOptions(())).check(write(text.replace("MODEL", "somebody/some-model"), tiny_model))
     assert [(fault.mistake.position.line, fault.exit_code) for fault in checked.faults] == [(line, code)]
 
 

@@ -29,29 +29,21 @@ class DiffOptions(JsonOptions):
 
 @command
 def diff(options: DiffOptions) -> None:
-    from lorafit.diff.text import FORMATS
+    from lorafit.diff.text import FORMATS, shown
 
     paths, format = options.paths, options.format
     if format not in FORMATS:
         raise UsageError(f"--format {format}: not one of {', '.join(FORMATS)}")
     if options.against is None and len(paths) != 2:
         raise UsageError(f"expected two recipes, got {len(paths)}; to compare with a revision, give --against")
-    from lorafit.diff.consequences import (
-        compare_all,
-        difference,
-    )
-    from lorafit.diff.text import (
-        shown,
-    )
+    from lorafit.diff.consequences import Difference, Many, compare_all, difference
 
-    format = "json" if options.as_json else format
     hardware = hardware_for(options.gpu)
+    found: Difference | Many
     if options.against is not None:
-        many = compare_all(options.against, paths, hardware)
-        text, differs = shown(many, format), many.differs
+        found = compare_all(options.against, paths, hardware)
     else:
         found = difference(paths[0], paths[1], hardware)
-        text, differs = FORMATS[format](found).rstrip("\n"), bool(found.changes)
-    typer.echo(text)
-    if differs:
+    typer.echo(shown(found, "json" if options.as_json else format))
+    if found.differs:
         raise typer.Exit(DriftError.exit_code)

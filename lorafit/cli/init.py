@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from lorafit.cli.exits import remark, warn
 from lorafit.cli.signature import command
 from lorafit.errors import LorafitError, UsageError
-from lorafit.options import Argument, Option, Options
+from lorafit.options import InitOptions
 from lorafit.written import from_home
 
 if TYPE_CHECKING:
-    from lorafit.init.propose import Wish
     from lorafit.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class InitOptions(Options):
-    file: Annotated[Path, Argument("The recipe to write.", "[FILE]")] = Path("recipe.yaml")
-    model: Annotated[str | None, Option("Hub id or folder of the base.", "NAME")] = None
-    data: Annotated[str | None, Option("Training rows.", "PATH")] = None
-    validation: Annotated[str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", "PATH|FRACTION")] = (
-        None
-    )
-    gpu: Annotated[str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", "NAME", "gpus")] = None
-    vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", "SIZE")] = None
-    cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
-    name: Annotated[str | None, Option("Name of the run, below runs/.  [default: FILE's]", "RUN")] = None
-    source: Annotated[
-        Path | None, Option("Convert a recipe of axolotl, LLaMA-Factory or TRL instead.", "--from OTHER")
-    ] = None
-    kind: Annotated[str | None, Option("The tool that --from is of: axolotl, llamafactory or trl.", "TOOL")] = None
-    force: Annotated[bool, Option("Overwrite FILE.")] = False
-    to_stdout: Annotated[bool, Option("Print the recipe; write nothing.", "--print")] = False
-
-    def check(self) -> None:
-        if self.cpu and (self.gpu or self.vram):
-            raise UsageError("--cpu and --gpu or --vram exclude each other")
-        if not self.to_stdout:
-            self.refuse_overwriting(self.file)
-        if self.source is not None and (self.model or self.data or self.validation or self.name):
-            raise UsageError(
-                "--from takes everything from the other recipe; it goes with --kind, --gpu, --vram and --cpu"
-            )
-        if self.source is None and self.kind is not None:
-            raise UsageError("--kind says whose recipe --from is; give both")
-
-    def refuse_overwriting(self, file: Path) -> None:
-        """Raises UsageError for a file that may not, or can't, be written."""
-        if file.is_dir():
-            raise UsageError(f"{file}: is a folder; give the name of a file")
-        if file.exists() and not file.is_file():
-            raise UsageError(f"{file}: is no file that can be replaced")
-        if file.exists() and not self.force:
-            raise UsageError(f"{file}: is there already; --force overwrites it, --print only shows")
-        if not file.parent.is_dir():
-            raise UsageError(f"{file}: there is no folder {file.parent}")
 
 
 @command
@@ -68,19 +24,18 @@ def init(options: InitOptions) -> None:
     if options.source is not None:
         convert_other(options.source, options)
         return
-    wish = wished(options)
+    options = completed(options)
     from lorafit.init.propose import first_recipe
 
-    made = first_recipe(wish)
-    for line in made.remarks:
+    document, remarks = first_recipe(options)
+    for line in remarks:
         remark(line)
-    deliver(made.document.text(), options, {})
+    deliver(document.text(), options, {})
 
 
-def wished(options: InitOptions) -> Wish:
+def completed(options: InitOptions) -> InitOptions:
     """The options; on a terminal the missing ones are asked for. Raises UsageError."""
     from lorafit.gpus import parse_device
-    from lorafit.init.propose import Wish
 
     model, data, gpu, vram, cpu = options.model, options.data, options.gpu, options.vram, options.cpu
     needed = {"--model": model, "--data": data, "--gpu, --vram or --cpu": gpu or vram or cpu}
@@ -96,7 +51,7 @@ def wished(options: InitOptions) -> Wish:
         else:
             known = parse_device(device).gpu
             gpu, vram = (known.name, None) if known else (None, device.strip())
-    return Wish(model, data, options.name or options.file.stem, options.validation, gpu, vram, cpu)
+    return dataclasses.replace(options, model=model, data=data, gpu=gpu, vram=vram, cpu=cpu)
 
 
 def here() -> str:

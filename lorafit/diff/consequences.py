@@ -137,13 +137,7 @@ def _rounded(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs, and what follows.
-
-    Attributes:
-        before, after: names, as typed.
-        unknown: why figures are missing, a sentence each.
-        remarks: what else to know, a sentence each.
-    """
+    """What differs between two recipes, named as typed, and what follows; `unknown` and `remarks` are sentences."""
 
     before: str
     after: str
@@ -153,6 +147,10 @@ class Difference:
     warnings: tuple[Warned, ...] = ()
     unknown: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    @property
+    def differs(self) -> bool:
+        return bool(self.changes)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able values, as `--format json` prints them."""
@@ -170,10 +168,9 @@ class Difference:
 
 
 def difference(before: str, after: str, hardware: Hardware | None = None) -> Difference:
-    """Compare two recipes, each a file or `REV:path`. Raises UsageError and RecipeError.
+    """Compare two recipes, each a file or `REV:path`, planned for a machine or for what each is meant for.
 
-    Args:
-        hardware: to plan for both; None: what each is meant for.
+    Raises UsageError and RecipeError.
     """
     outcomes = Outcomes(hardware)
     return between(open_recipe(before, outcomes), open_recipe(after, outcomes))
@@ -249,12 +246,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Many:
-    """Recipes by what became of them since a revision.
-
-    Attributes:
-        new, gone: files.
-        unreadable: files whose recipe in the revision had mistakes.
-    """
+    """Recipes by what became of them since a revision; in that, the unreadable ones had mistakes."""
 
     revision: str
     changed: tuple[Difference, ...]
@@ -266,6 +258,11 @@ class Many:
     @property
     def differs(self) -> bool:
         return bool(self.changed or self.new or self.gone or self.unreadable)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able values, as `--format json` prints them."""
+        whole = {"revision": self.revision, "changed": [one.as_dict() for one in self.changed]}
+        return whole | {name: list(getattr(self, name)) for name in ("same", "new", "gone", "unreadable")}
 
     @property
     def others(self) -> Iterator[tuple[str, str]]:

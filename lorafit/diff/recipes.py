@@ -23,13 +23,7 @@ from lorafit.written import expanded
 
 @dataclass(frozen=True)
 class Opened:
-    """A recipe that was read.
-
-    Attributes:
-        name: as it was typed.
-        revision: None for a file on the disk.
-        outcome: what it comes to.
-    """
+    """A recipe that was read, by the name that was typed; from the disk where it has no revision."""
 
     name: str
     revision: Revision | None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from pydantic import BaseModel
 from lorafit.diff.consequences import Consequence, Difference, Many
 from lorafit.diff.recipes import Change
 from lorafit.recipe.load import section_at
-from lorafit.text import brief, gib, printable
+from lorafit.text import brief, gib, markdown_table, printable
+from lorafit.text import markdown as escaped
 from lorafit.written import hidden_in
 
 MOST_VALUE, MOST_ROWS = 160, 150
@@ -48,7 +48,7 @@ def markdown(found: Difference) -> str:
     remarks = [f"<sub>{_safe(line)}</sub>" for line in found.remarks]
     if not found.changes:
         return "\n".join([f"{head}", "", "The same after `extends` and defaults.", *_apart(remarks)]) + "\n"
-    rows = [[_code(one.key), _before(one, _code), _after(one, _code)] for one in found.changes]
+    rows = [[_code(one.key), *_sides(one, _code)] for one in found.changes]
     lines = [head, "", *_table(["changed", "before", "after"], rows)]
     figures = [
         [_safe(one.name), _safe(figure(one, one.before)), _safe(figure(one, one.after)), _safe(change(one))]
@@ -65,13 +65,6 @@ def markdown(found: Difference) -> str:
     if found.warnings:
         lines += ["", "**Warnings**", "", *(f"- {_safe(one.text, 1000)}" for one in found.warnings)]
     return "\n".join([*lines, *_apart(remarks)]) + "\n"
-
-
-def as_json(found: Difference) -> str:
-    return json.dumps(hidden_in(found.as_dict()), indent=2, ensure_ascii=False)
-
-
-FORMATS: dict[str, Callable[[Difference], str]] = {"text": text, "markdown": markdown, "json": as_json}
 
 
 def figure(one: Consequence, value: Any) -> str:
@@ -94,12 +87,10 @@ def change(one: Consequence) -> str:
     return "" if one.change is None else f"{one.change:+.1%}"
 
 
-def _before(one: Change, dress: Callable[[str], str] = str) -> str:
-    return _dressed(one, one.before, one.after, one.meant_before, dress)
-
-
-def _after(one: Change, dress: Callable[[str], str] = str) -> str:
-    return _dressed(one, one.after, one.before, one.meant_after, dress)
+def _sides(one: Change, dress: Callable[[str], str] = str) -> tuple[str, str]:
+    """What a value was, and what it is."""
+    before = _dressed(one, one.before, one.after, one.meant_before, dress)
+    return before, _dressed(one, one.after, one.before, one.meant_after, dress)
 
 
 def _dressed(one: Change, value: Any, other: Any, meant: Any, dress: Callable[[str], str]) -> str:
@@ -138,7 +129,7 @@ def _plain(default: Any) -> Any:
 
 def _changes(changes: tuple[Change, ...]) -> Iterator[str]:
     """Each on a line, or on two where they would be long."""
-    rows = [(one.key, _before(one), "->", _after(one)) for one in changes]
+    rows = [(one.key, before, "->", after) for one in changes for before, after in [_sides(one)]]
     short = [row for row in rows if max(map(len, row)) <= WIDEST]
     aligned = dict(zip((row[0] for row in short), _columns(short), strict=True))
     for key, before, _, after in rows:
@@ -166,31 +157,33 @@ def _apart(lines: list[str]) -> list[str]:
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     more = len(rows) - MOST_ROWS
-    shown = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows[:MOST_ROWS]]]
+    shown = markdown_table(head, rows[:MOST_ROWS])
     return shown + ([f"| … and {more} more |{' |' * (len(head) - 1)}"] if more > 0 else [])
 
 
 def _safe(value: str, most: int = 300) -> str:
-    """Text that is nothing but text in a cell of a table."""
-    shown = printable(" ".join(value.split()))
-    shown = shown if len(shown) <= most else f"{shown[: most - 1]}…"
-    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~#@!])", r"\\\1", shown)
+    return escaped(printable(" ".join(value.split())), most)
 
 
 def _code(value: str) -> str:
     """Text in the type of code, as HTML: a backtick in it would end Markdown's own, and a bar a cell."""
-    shown = printable(" ".join(value.split()))
-    shown = shown if len(shown) <= MOST_VALUE else f"{shown[: MOST_VALUE - 1]}…"
-    return f"<code>{_safe(shown, MOST_VALUE + 1)}</code>"
+    return f"<code>{_safe(value, MOST_VALUE)}</code>"
 
 
-def shown(found: Many, format: str) -> str:
-    return {"text": many_text, "markdown": many_markdown, "json": many_json}[format](found)
+FORMATS = ("text", "markdown", "json")
+
+
+def shown(found: Difference | Many, format: str) -> str:
+    """One or many differences in one of FORMATS."""
+    if format == "json":
+        return json.dumps(hidden_in(found.as_dict()), indent=2, ensure_ascii=False)
+    if isinstance(found, Many):
+        return many_text(found) if format == "text" else many_markdown(found)
+    return text(found) if format == "text" else markdown(found).rstrip("\n")
 
 
 def many_text(found: Many) -> str:
-    parts = [FORMATS["text"](one).rstrip("\n") for one in found.changed]
+    parts = [text(one) for one in found.changed]
     lines = [f"{printable(file)}: {what}" for file, what in found.others]
     lines += [f"{printable(file)}: the same" for file in found.same]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
@@ -199,12 +192,6 @@ def many_text(found: Many) -> str:
 def many_markdown(found: Many) -> str:
     if not found.differs:
         return f"### Recipes\n\nNone differs from `{printable(found.revision)}`."
-    parts = [FORMATS["markdown"](one).rstrip("\n") for one in found.changed]
+    parts = [markdown(one).rstrip("\n") for one in found.changed]
     lines = [f"- `{printable(file).replace('`', '')}`: {what}" for file, what in found.others]
     return "\n\n".join([*parts, *(["### Other recipes\n\n" + "\n".join(lines)] if lines else [])])
-
-
-def many_json(found: Many) -> str:
-    whole = {"revision": found.revision, "changed": [one.as_dict() for one in found.changed]}
-    rest = {name: list(getattr(found, name)) for name in ("same", "new", "gone", "unreadable")}
-    return json.dumps(hidden_in(whole | rest), indent=2, ensure_ascii=False)

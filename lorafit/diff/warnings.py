@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
+import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorafit.diff.recipes import Change
+from lorafit.evaluation.gates import Demand, compute, parse
 from lorafit.outcome import Outcome
 from lorafit.plan.adapters import adapter_of
 from lorafit.recipe import Recipe
@@ -45,16 +48,10 @@ class Both:
         return f": {before:,} optimizer steps become {after:,}" if before and after and before != after else ""
 
 
-_GATE = re.compile(r"(?P<left>.*?)\s*(?P<sign>>=|<=|==|!=|>|<)\s*(?P<right>.*?)\s*(?P<ci>\(\s*ci\s*\))?\s*")
+_asked = operator.attrgetter("left", "comparison")
+"""What a gate is about, whatever it demands."""
 _MERGE = {"max_kl": False, "min_top1": True, "max_loss_increase": False, "max_logit_difference": False}
 """The merge's limits, and whether a lower one is the weaker."""
-
-
-class _Gate(NamedTuple):
-    left: str
-    sign: str
-    right: str
-    by_interval: bool
 
 
 def _loosened(both: Both) -> Iterator[Warned]:
@@ -93,7 +90,7 @@ def _gates(before: tuple[str, ...], after: tuple[str, ...]) -> Iterator[str]:
         old = _read(text)
         if old in kept:
             continue
-        instead = next((other for other in free if _read(other)[:2] == old[:2]), None)
+        instead = next((other for other in free if _asked(_read(other)) == _asked(old)), None)
         if instead is None:
             yield f"A gate was removed: {text}."
             continue
@@ -102,31 +99,19 @@ def _gates(before: tuple[str, ...], after: tuple[str, ...]) -> Iterator[str]:
             yield f"A gate was loosened: {text} became {instead}."
 
 
-def _read(text: str) -> _Gate:
-    found = _GATE.fullmatch(text)
-    if found is None:
-        return _Gate(text, "", "", False)
-    left, right = (" ".join(found[part].split()) for part in ("left", "right"))
-    return _Gate(left, found["sign"], right, found["ci"] is not None)
+def _read(text: str) -> Demand:
+    """A gate but for how it is written."""
+    return dataclasses.replace(parse(text), text="")
 
 
-def _is_stricter(old: _Gate, new: _Gate) -> bool:
+def _is_stricter(old: Demand, new: Demand) -> bool:
     """Whether the new gate lets nothing pass that the old one didn't, as far as plain numbers tell."""
     if old.by_interval and not new.by_interval:
         return False
     if old.right == new.right:
         return True
-    numbers = [_number(old.right), _number(new.right)]
-    if numbers[0] is None or numbers[1] is None or old.sign in ("==", "!="):
-        return False
-    return numbers[1] >= numbers[0] if old.sign.startswith(">") else numbers[1] <= numbers[0]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        return None
+    before, after = (float(compute(one.right, lambda _: math.nan)) for one in (old, new))
+    return after >= before if old.comparison.startswith(">") else old.comparison.startswith("<") and after <= before
 
 
 def is_on(recipe: Recipe, key: str) -> bool:

@@ -20,7 +20,7 @@ from lorafit.engine.data.render import special_tokens
 from lorafit.engine.evaluate.run import rehearse
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError, LorafitError, UsageError
-from lorafit.hardware import meant_hardware
+from lorafit.hardware import Hardware
 from lorafit.plan import Plan, plan_recipe, with_audit
 from lorafit.rows import place_of
 from lorafit.rows.audit import Audit, Limits, Share, breaches, findings, source_findings
@@ -150,12 +150,12 @@ def packing(plan: Plan, data: Prepared) -> dict[str, Any] | None:
     }
 
 
-def check_deep(found: Findings, file: str) -> None:
+def check_deep(found: Findings, file: str, hardware: Hardware) -> None:
     """Note what an audit finds beyond its limits, and a tokenizer or template that does not work."""
     hush_progress()
     recipe = found.recipe
     try:
-        plan = plan_recipe(recipe, file, found.options.hardware or meant_hardware(recipe), count_rows=False)
+        plan = plan_recipe(recipe, file, hardware, count_rows=False)
         tokenizer = load_tokenizer(plan)
         data = prepare(plan.data, tokenizer)
         known = len(plan.remarks)

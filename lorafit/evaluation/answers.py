@@ -28,11 +28,7 @@ PairScore = Callable[[str, str], float | None]
 
 @dataclass(frozen=True)
 class Judged:
-    """An answer to score.
-
-    Attributes:
-        row: as it was read from the file; may be empty.
-    """
+    """An answer to score, with the row as it was read from the file, which may be empty."""
 
     answer: str
     expected: str
@@ -64,8 +60,6 @@ def load_extra(module: str, metric: str) -> Any:
 
 
 _ARTICLES = frozenset(("a", "an", "the"))
-
-
 _GRAM = 4
 
 
@@ -185,12 +179,12 @@ def _tokens(text: str) -> list[str]:
 
 
 def _rouge_n(answer: str, expected: str, size: int) -> float | None:
-    given, wanted = (_grams(_tokens(text), size) for text in (answer, expected))
+    def grams(text: str) -> Counter[tuple[str, ...]]:
+        tokens = _tokens(text)
+        return Counter(zip(*(tokens[start:] for start in range(size)), strict=False))
+
+    given, wanted = grams(answer), grams(expected)
     return _f1((given & wanted).total(), given.total(), wanted.total())
-
-
-def _grams(tokens: list[str], size: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(tokens[start:] for start in range(size)), strict=False))
 
 
 def _f1(common: int, given: int, wanted: int) -> float | None:

@@ -117,21 +117,12 @@ def figures_of(name: str, scores: dict[str, dict[str, Scores]], seed: int, main:
         if against in scores and model != against
     ]
     metrics = dict.fromkeys(metric for metric, _ in series)
-    differences = [
-        difference(
-            name,
-            metric,
-            model,
-            against,
-            series[metric, model],
-            series[metric, against],
-            drawn[metric, model],
-            drawn[metric, against],
-        )
-        for model, against in pairs
-        for metric in metrics
-        if (metric, model) in series and (metric, against) in series
-    ]
+    differences = []
+    for (model, against), metric in itertools.product(pairs, metrics):
+        a, b = (metric, model), (metric, against)
+        if a in series and b in series:
+            one = difference(name, metric, model, against, series[a], series[b], drawn[a], drawn[b])
+            differences.append(one)
     return SetFigures(figures, differences, resamples)
 
 
@@ -290,7 +281,7 @@ def difference(
         metric=metric,
         model=model,
         against=against,
-        value=value if value is not None and math.isfinite(value) else None,
+        value=_finite(value),
         low=low,
         high=high,
         wins=int((change > 0).sum()),

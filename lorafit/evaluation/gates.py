@@ -26,13 +26,13 @@ Value = float | Array
 BASELINE = "baseline."
 Expression = tuple[float | str, ...]
 """Numbers, figures and signs in postfix order: `a.b.c + 2 * d.e.f` is ("a.b.c", 2.0, "d.e.f", "*", "+")."""
-_COMBINE: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
+_SIGNS: dict[Any, tuple[int, Callable[[Any, Any], Any]]] = {
+    "+": (1, operator.add),
+    "-": (1, operator.sub),
+    "*": (2, operator.mul),
+    "/": (2, operator.truediv),
 }
-_BINDS = {"+": 1, "-": 1, "*": 2, "/": 2}
+"""What a sign does, and how strongly it binds."""
 
 
 def compute(expression: Expression, look_up: Callable[[str], Value]) -> Value:
@@ -40,9 +40,9 @@ def compute(expression: Expression, look_up: Callable[[str], Value]) -> Value:
     stack: list[Any] = []
     with np.errstate(all="ignore"):
         for token in expression:
-            if token in _BINDS:
+            if token in _SIGNS:
                 right = stack.pop()
-                stack.append(_COMBINE[str(token)](stack.pop(), right))
+                stack.append(_SIGNS[token][1](stack.pop(), right))
             else:
                 stack.append(np.asarray(token if isinstance(token, float) else look_up(token), dtype=np.float64))
     found: Value = stack[0]
@@ -62,7 +62,7 @@ class Demand:
     def figures(self) -> list[str]:
         """The names in it, each once."""
         tokens = (*self.left, *self.right)
-        return list(dict.fromkeys(one for one in tokens if isinstance(one, str) and one not in _BINDS))
+        return list(dict.fromkeys(one for one in tokens if isinstance(one, str) and one not in _SIGNS))
 
     def check(self, where: str, known: Collection[str], baseline: Results | None) -> None:
         """Raises UsageError if a figure is not among the known ones, or not in the baseline."""
@@ -151,9 +151,9 @@ class _Parser:
     def expression(self, least: int = 1) -> list[float | str]:
         """The expression that follows, up to a sign that binds less strongly than `least`."""
         found = self.factor()
-        while _BINDS.get(sign := self.tokens[self.at][1], 0) >= least:
+        while (sign := self.tokens[self.at][1]) in _SIGNS and (strength := _SIGNS[sign][0]) >= least:
             self.at += 1
-            found += [*self.expression(_BINDS[sign] + 1), sign]
+            found += [*self.expression(strength + 1), sign]
         return found
 
     def factor(self) -> list[float | str]:
@@ -186,22 +186,15 @@ class _Parser:
         return value
 
 
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-    "==": operator.eq,
-    "!=": operator.ne,
+_COMPARE: dict[str, tuple[Callable[[Any, Any], Any], str, str]] = {
+    ">=": (operator.ge, "{} or more", "0 or more"),
+    "<=": (operator.le, "{} or less", "0 or less"),
+    ">": (operator.gt, "more than {}", "above 0"),
+    "<": (operator.lt, "less than {}", "below 0"),
+    "==": (operator.eq, "{}", ""),
+    "!=": (operator.ne, "another value than {}", ""),
 }
-_DEMANDED = {
-    ">=": "{} or more",
-    "<=": "{} or less",
-    ">": "more than {}",
-    "<": "less than {}",
-    "==": "{}",
-    "!=": "another value than {}",
-}
+"""How two values are compared, what is demanded then, and on which side of 0 an interval has to be."""
 
 
 def judge(
@@ -253,7 +246,8 @@ def _outcome(demand: Demand, value_of: Callable[[str], float], drawn: Callable[[
         return False, f"{missing[0]} has no value"
     if not (math.isfinite(left) and math.isfinite(right)):
         return False, "can't be computed: it divides by zero, or is out of range"
-    compare, shown = _COMPARE[demand.comparison], _sentence(demand, left, right, value_of)
+    compare, demanded, side = _COMPARE[demand.comparison]
+    shown = _sentence(demand, left, right, demanded, value_of)
     if not demand.by_interval:
         return bool(compare(left, right)), shown
     gap = _gap(demand, drawn)
@@ -265,7 +259,6 @@ def _outcome(demand: Demand, value_of: Callable[[str], float], drawn: Callable[[
         share = 1 - np.isfinite(gap).mean()
         return False, f"has no 95% interval: it divides by zero, or is out of range, in {share:.2g} of the resamples"
     passed = bool(compare(low, 0.0) and compare(high, 0.0))
-    side = {">=": "0 or more", "<=": "0 or less", ">": "above 0", "<": "below 0"}[demand.comparison]
     alike = " (without width, as no row differs from the others)" if low == high else ""
     return passed, (
         f"{shown}; the 95% interval of left - right is [{low:.4g}, {high:.4g}]{alike}, which is "
@@ -286,10 +279,10 @@ def _gap(demand: Demand, drawn: Callable[[str], Value]) -> Array:
     return np.where(np.isfinite(gap), gap, worst)[there]
 
 
-def _sentence(demand: Demand, left: float, right: float, value_of: Callable[[str], float]) -> str:
+def _sentence(demand: Demand, left: float, right: float, demanded: str, value_of: Callable[[str], float]) -> str:
     kinds = [type(side[0]) if len(side) == 1 else None for side in (demand.left, demand.right)]
     if kinds == [str, float]:
-        return f"{demand.left[0]} is {left:.4g}, and {_DEMANDED[demand.comparison].format(f'{right:g}')} was demanded"
+        return f"{demand.left[0]} is {left:.4g}, and {demanded.format(f'{right:g}')} was demanded"
     shown = ", ".join(f"{name} is {value_of(name):.4g}" for name in demand.figures())
     return shown if kinds == [str, str] else f"{shown}: left is {left:.4g}, right is {right:.4g}"
 
@@ -354,7 +347,7 @@ def regression_gates(current: Results, baseline: Results) -> list[Gate]:
     What is allowed is the root of the summed squares of the two half widths: they are of different runs of chance.
     """
     gone = dict(no_longer_measured(current.figures, current.sets, (), baseline))
-    found = [_failed(name, why) for name, why in gone.items()]
+    found = [_regression_gate(name, why) for name, why in gone.items()]
     for set_name, info in current.sets.items():
         for metric in info.metrics:
             for model, its in current.models.items():
@@ -368,19 +361,18 @@ def regression_gates(current: Results, baseline: Results) -> list[Gate]:
 
 
 def _regression(name: str, now: Figure, before: Figure, then: float, is_lower_better: bool) -> Gate:
-    gate, was = f"{name} no worse than before", f"was {then:.4g}"
     if now.value is None:
-        return _failed(name, f"{name} has no value and {was}")
+        return _regression_gate(name, f"{name} has no value and was {then:.4g}")
     allowed = math.hypot(_half_width(now), _half_width(before))
     worse = (now.value - then) * (1 if is_lower_better else -1)
-    sentence = f"{name} is {now.value:.4g} and {was}; {allowed:.2g} is within noise"
+    sentence = f"{name} is {now.value:.4g} and was {then:.4g}; {allowed:.2g} is within noise"
     if now.rows != before.rows:
-        return _failed(name, f"{sentence} (other rows: {now.rows} now, {before.rows} then)")
-    return Gate(gate=gate, where="--baseline", passed=worse <= allowed, sentence=sentence)
+        return _regression_gate(name, f"{sentence} (other rows: {now.rows} now, {before.rows} then)")
+    return _regression_gate(name, sentence, worse <= allowed)
 
 
-def _failed(name: str, sentence: str) -> Gate:
-    return Gate(gate=f"{name} no worse than before", where="--baseline", passed=False, sentence=sentence)
+def _regression_gate(name: str, sentence: str, passed: bool = False) -> Gate:
+    return Gate(gate=f"{name} no worse than before", where="--baseline", passed=passed, sentence=sentence)
 
 
 def _half_width(figure: Figure) -> float:

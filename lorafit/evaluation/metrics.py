@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from numbers import Real
 from pathlib import Path
@@ -50,11 +50,19 @@ class KnownMetric:
         needs: a package of the extra `eval`, which a score with an argument loads itself.
     """
 
-    info: Metric
+    name: str
+    label: str
     plain: PairScore | None = None
+    _: KW_ONLY
+    unit: Literal["share", "number"] = "share"
+    better: Better = "higher"
     bind: Callable[[str], PairScore] | None = None
     argument: str = ""
     needs: str | None = None
+
+    @property
+    def info(self) -> Metric:
+        return Metric(name=self.name, label=self.label, unit=self.unit, better=self.better)
 
     @property
     def about(self) -> str:
@@ -64,7 +72,7 @@ class KnownMetric:
 
     def check(self, argument: str | None) -> None:
         """Raises UsageError if an argument is missing, one too many, or wrong, as far as it alone can tell."""
-        name = self.info.name
+        name = self.name
         if argument is None:
             if self.plain is None:
                 raise UsageError(f"metric {name} needs an argument: write `{name}: {self.argument}`")
@@ -81,49 +89,31 @@ class KnownMetric:
         if self.bind is not None and argument is not None:
             return self.bind(argument)
         if self.needs:
-            load_extra(self.needs, self.info.name)
+            load_extra(self.needs, self.name)
         assert self.plain is not None
         return self.plain
 
 
-def _metric(
-    name: str,
-    label: str,
-    plain: PairScore | None = None,
-    *,
-    unit: Literal["share", "number"] = "share",
-    better: Better = "higher",
-    bind: Callable[[str], PairScore] | None = None,
-    argument: str = "",
-    needs: str | None = None,
-) -> KnownMetric:
-    return KnownMetric(Metric(name=name, label=label, unit=unit, better=better), plain, bind, argument, needs)
-
-
 METRICS: Mapping[str, KnownMetric] = {
-    known.info.name: known
+    known.name: known
     for known in (
-        _metric("exact_match", "exact match", answers.exact_match),
-        _metric("exact_match_normalized", "exact match, normalized", answers.exact_match_normalized),
-        _metric("token_f1", "token F1", answers.token_f1),
-        _metric("contains", "contains", answers.contains, bind=answers.contains_text, argument="TEXT"),
-        _metric("regex", "matches the expression", bind=answers.regex, argument="PATTERN"),
-        _metric("json_valid", "is JSON", answers.json_valid),
-        _metric("json_match", "same JSON", answers.json_match),
-        _metric(
-            "json_schema",
-            "fits the schema",
-            bind=answers.json_schema,
-            argument="PATH",
-            needs="jsonschema.validators",
+        KnownMetric("exact_match", "exact match", answers.exact_match),
+        KnownMetric("exact_match_normalized", "exact match, normalized", answers.exact_match_normalized),
+        KnownMetric("token_f1", "token F1", answers.token_f1),
+        KnownMetric("contains", "contains", answers.contains, bind=answers.contains_text, argument="TEXT"),
+        KnownMetric("regex", "matches the expression", bind=answers.regex, argument="PATTERN"),
+        KnownMetric("json_valid", "is JSON", answers.json_valid),
+        KnownMetric("json_match", "same JSON", answers.json_match),
+        KnownMetric(
+            "json_schema", "fits the schema", bind=answers.json_schema, argument="PATH", needs="jsonschema.validators"
         ),
-        _metric("rouge_1", "ROUGE-1", answers.rouge_1),
-        _metric("rouge_2", "ROUGE-2", answers.rouge_2),
-        _metric("rouge_l", "ROUGE-L", answers.rouge_l),
-        _metric("chrf", "chrF", answers.chrf, needs="sacrebleu.metrics"),
-        _metric("bleu", "BLEU", answers.bleu, needs="sacrebleu.metrics"),
-        _metric("words", "words", answers.words, unit="number", better=None),
-        _metric("repetition", "repetition", answers.repetition, better="lower"),
+        KnownMetric("rouge_1", "ROUGE-1", answers.rouge_1),
+        KnownMetric("rouge_2", "ROUGE-2", answers.rouge_2),
+        KnownMetric("rouge_l", "ROUGE-L", answers.rouge_l),
+        KnownMetric("chrf", "chrF", answers.chrf, needs="sacrebleu.metrics"),
+        KnownMetric("bleu", "BLEU", answers.bleu, needs="sacrebleu.metrics"),
+        KnownMetric("words", "words", answers.words, unit="number", better=None),
+        KnownMetric("repetition", "repetition", answers.repetition, better="lower"),
     )
 }
 """Metrics by name, in the order of the documentation."""
@@ -360,26 +350,19 @@ def _accepts(arguments: ast.arguments, count: int) -> bool:
 
 def _load(spec: str) -> Callable[..., Any]:
     module, _, name = spec.partition(":")
-    try:
-        with _working_directory():
-            found: object = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise UsageError(f"metric {spec}: {module} can't be imported: {what}") from error
-    if not callable(found):
-        raise UsageError(f"metric {spec}: {module} has no function {name}")
-    return found
-
-
-@contextlib.contextmanager
-def _working_directory() -> Iterator[None]:
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
-        yield
+        found: object = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UsageError(f"metric {spec}: {module} can't be imported: {what}") from error
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
+    if not callable(found):
+        raise UsageError(f"metric {spec}: {module} has no function {name}")
+    return found
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

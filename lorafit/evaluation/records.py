@@ -15,6 +15,7 @@ from typing import Any
 
 import xxhash
 
+from lorafit.bounds import known_json
 from lorafit.errors import DriftError, UsageError
 from lorafit.files import Seal, claim, discard, read_seal, write_bytes, write_text
 
@@ -65,7 +66,9 @@ class Records:
                 yield add
             finally:
                 if timed:
-                    self._note_time(names, time.perf_counter() - began, added)
+                    seconds = time.perf_counter() - began
+                    with self._own(self.folder / _TIMES).open("ab") as times:
+                        times.write(_packed({"of": names, "seconds": seconds, "records": added}))
 
     def read(self, *names: str) -> Iterator[dict[str, Any]]:
         """All records, in the order in which they were written."""
@@ -99,10 +102,6 @@ class Records:
     def discard(self) -> None:
         """Remove them: the evaluation is finished."""
         discard(self.folder)
-
-    def _note_time(self, names: tuple[str, ...], seconds: float, records: int) -> None:
-        with self._own(self.folder / _TIMES).open("a", encoding="utf-8") as stream:
-            stream.write(_packed({"of": names, "seconds": seconds, "records": records}).decode())
 
     def _times(self) -> list[dict[str, Any]]:
         file = self.folder / _TIMES
@@ -165,11 +164,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _check(folder: Path, key: dict[str, Any]) -> None:
-    try:
-        before = json.loads((folder / _KEY).read_text(encoding="utf-8"))
-        before = dict(before)
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise UsageError(f"{folder}: there is no interrupted evaluation to go on with; leave out --resume") from None
+    before = known_json(folder / _KEY)
+    if before is None:
+        raise UsageError(f"{folder}: there is no interrupted evaluation to go on with; leave out --resume")
     now = json.loads(json.dumps(key))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -70,12 +70,7 @@ _SYSTEM_WORDS = ["lorafitsystem", "lorafitquestion"]
 
 @dataclass(frozen=True)
 class Modelfile:
-    """A Modelfile.
-
-    Attributes:
-        text: its content.
-        remark: what it can't do and what to do about it, on one line; None if it renders as the chat template does.
-    """
+    """A Modelfile, and a line on what it can't do; None if it renders as the chat template does."""
 
     text: str
     remark: str | None
@@ -170,8 +165,8 @@ class _Jinja:
             return None
         return text.removeprefix(self._bos) if self._bos else text
 
-    def need(self, messages: list[Message], prompt: bool = True) -> str:
-        text = self.render(messages, prompt)
+    def need(self, messages: list[Message]) -> str:
+        text = self.render(messages)
         if text is None:
             raise _CannotExpress(f"the chat template fails on {len(messages)} messages: {self._error}")
         return text
@@ -192,16 +187,11 @@ class _Jinja:
         return padded is not None and "  a\n" not in padded
 
 
-def _system(text: str) -> Message:
-    return {"role": "system", "content": text}
+def _turn_of(role: str) -> Callable[[str], Message]:
+    return lambda text: {"role": role, "content": text}
 
 
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> Message:
-    return {"role": "assistant", "content": text}
+_system, _user, _assistant = map(_turn_of, ("system", "user", "assistant"))
 
 
 def _make(jinja: _Jinja) -> tuple[str, str | None]:

@@ -33,14 +33,7 @@ _QUANTIZED = re.compile(r"(?i)(bnb|-4bit|-8bit|gptq|awq|gguf)")
 
 @dataclass(frozen=True)
 class VllmReport:
-    """What vLLM does with an adapter.
-
-    Attributes:
-        servable: whether it can be served without merging.
-        reasons: why not, one line each; empty if it can be.
-        command: the shell command that serves it, or None.
-        remarks: what is to be known beside that.
-    """
+    """Whether vLLM can serve an adapter unmerged: the command for it, or the reasons why not; and what else to know."""
 
     servable: bool
     reasons: tuple[str, ...]
@@ -114,12 +107,8 @@ def _refused_tensors(header: dict[str, tuple[int, ...]]) -> list[str]:
 
 def _ranks(header: dict[str, tuple[int, ...]]) -> dict[str, int]:
     """Each adapted module's rank, from its A matrix (rank, inputs)."""
-    ranks = {}
-    for name, shape in header.items():
-        match = _PAIR.fullmatch(name)
-        if match and match["matrix"] == "A":
-            ranks[match["module"]] = shape[0]
-    return ranks
+    found = ((_PAIR.fullmatch(name), shape) for name, shape in header.items())
+    return {match["module"]: shape[0] for match, shape in found if match and match["matrix"] == "A"}
 
 
 def _scaled_otherwise(config: dict[str, Any], ranks: dict[str, int]) -> list[str]:
@@ -132,12 +121,16 @@ def _scaled_otherwise(config: dict[str, Any], ranks: dict[str, int]) -> list[str
     def factor(alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
+    def own_alpha(module: str) -> float:
+        patterns = (config.get("alpha_pattern") or {}).items()  # as PEFT, which takes the first that matches
+        return float(next((value for pattern, value in patterns if pattern_matches(pattern, module)), alpha))
+
     alpha = float(config["lora_alpha"])
     general = factor(alpha, int(config["r"]))
     odd = [
         module
         for module, rank in ranks.items()
-        if not math.isclose(factor(_by_pattern(config, module, alpha), rank), general, rel_tol=1e-6)
+        if not math.isclose(factor(own_alpha(module), rank), general, rel_tol=1e-6)
     ]
     if not odd:
         return []
@@ -145,14 +138,6 @@ def _scaled_otherwise(config: dict[str, Any], ranks: dict[str, int]) -> list[str
         f"vLLM scales every module by {general:g}, which is wrong for {len(odd)} of {len(ranks)} "
         f"(rank_pattern or alpha_pattern), first {min(odd)}"
     ]
-
-
-def _by_pattern(config: dict[str, Any], module: str, alpha: float) -> float:
-    """PEFT's rule: the first pattern that is the module's name, or its end after a dot, as a regular expression."""
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if pattern_matches(pattern, module):
-            return float(value)
-    return alpha
 
 
 def _command(adapter: Path, config: dict[str, Any], largest: int) -> str:

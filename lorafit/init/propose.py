@@ -14,6 +14,7 @@ from lorafit.facts import ModelFacts, known_models, read_facts
 from lorafit.gpus import find_gpu, parse_memory
 from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume, hardware_of
 from lorafit.memory import Estimate
+from lorafit.options import InitOptions
 from lorafit.recipe import Recipe
 from lorafit.recipe.layers import Draft
 from lorafit.recipe.load import section_at, validate
@@ -125,10 +126,9 @@ class Settings:
 
 
 def fitting(model: str, hardware: Hardware, capacity: int, max_length: int, others: tuple[str, ...]) -> Settings:
-    """The first of the candidates that surely fits. Raises ModelError, and DoesNotFitError where none does.
+    """The first of the candidates that surely fits, beside other values that matter to memory, as overrides.
 
-    Args:
-        others: the recipe's other values that matter to memory, as overrides.
+    Raises ModelError, and DoesNotFitError where none does.
     """
     solve = solver()
     passed: list[str] = []
@@ -165,90 +165,70 @@ PACKED_BELOW = 0.5
 """Share of max_length that rows fill on average, below which they are packed."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is asked for: a model, data, and one of gpu, vram and cpu.
+def first_recipe(asked: InitOptions) -> tuple[Document, tuple[str, ...]]:
+    """A first recipe, and what should be said of it, where a model, data and a machine are given.
 
-    Attributes:
-        validation: a path, or a fraction as text.
-        name: of the run.
+    Raises UsageError, DataError, ModelError and DoesNotFitError.
     """
-
-    model: str
-    data: str
-    name: str
-    validation: str | None = None
-    gpu: str | None = None
-    vram: str | None = None
-    cpu: bool = False
-
-
-@dataclass(frozen=True)
-class First:
-    """A first recipe, and what should be said of it."""
-
-    document: Document
-    remarks: tuple[str, ...]
-
-
-def first_recipe(wish: Wish) -> First:
-    """Choose everything. Raises UsageError, DataError, ModelError and DoesNotFitError."""
-    hardware, capacity = _meant(wish)
+    hardware, capacity = _meant(asked)
+    model, data = asked.model, asked.data
+    assert model is not None
+    assert data is not None
     try:
-        facts = read_facts(wish.model)
+        facts = read_facts(model)
     except ModelError as error:
-        raise ModelError(f"{error}{near(wish.model, known_models())}") from None
-    sample = look(wish.data)
-    held_out, held_out_why = _validation(wish, sample)
+        raise ModelError(f"{error}{near(model, known_models())}") from None
+    sample = look(data)
+    held_out, held_out_why = _validation(asked, sample)
     length, length_why = _max_length(sample, facts)
     packing = capacity is not None and _worth_packing(sample, length)
     if capacity is None:
         settings = next(candidates(length))
     else:
         others = (f"training.packing={str(packing).lower()}", *["dataset.validation=0.1"] * (held_out is not None))
-        settings = fitting(wish.model, hardware, capacity, length, others)
+        settings = fitting(model, hardware, capacity, length, others)
     if settings.max_length < length:
         length_why = f"the longest that fits; longer rows are cut ({length} would hold the longest seen)"
     lines = (
-        _model(wish, settings)
-        | _dataset(wish, sample, held_out, held_out_why)
+        _model(asked, settings)
+        | _dataset(asked, sample, held_out, held_out_why)
         | _training(facts, sample, settings, length_why, packing)
-        | _hardware(wish)
-        | {"output_dir": Line(f"runs/{wish.name}")}
+        | _hardware(asked)
+        | {"output_dir": Line(f"runs/{asked.name or asked.file.stem}")}
     )
-    memory = _memory(wish, settings)
+    memory = _memory(asked, settings)
     method = "QLoRA" if settings.method == "qlora" else "LoRA"
-    title = f"{method} of {wish.model} on {wish.data}, for {_place(wish)}. Made by `lorafit init`."
+    title = f"{method} of {model} on {data}, for {_place(asked)}. Made by `lorafit init`."
     faulty = (f"{sample.faulty}; `lorafit preview` counts such rows",) if sample.faulty else ()
-    return First(Document(lines, (title, memory)), (*settings.passed, memory, *faulty))
+    return Document(lines, (title, memory)), (*settings.passed, memory, *faulty)
 
 
-def _meant(wish: Wish) -> tuple[Hardware, int | None]:
+def _meant(asked: InitOptions) -> tuple[Hardware, int | None]:
     """What the recipe is for, and its memory; None on a CPU."""
-    if wish.cpu:
+    if asked.cpu:
         return detect_cpu(), None
-    if wish.gpu is not None:
-        gpu = find_gpu(wish.gpu)
-        return hardware_of(gpu), parse_memory(wish.vram) if wish.vram else gpu.memory_bytes
-    assert wish.vram is not None
-    return detect_gpu_or_assume(), parse_memory(wish.vram)
+    if asked.gpu is not None:
+        gpu = find_gpu(asked.gpu)
+        return hardware_of(gpu), parse_memory(asked.vram) if asked.vram else gpu.memory_bytes
+    assert asked.vram is not None
+    return detect_gpu_or_assume(), parse_memory(asked.vram)
 
 
-def _validation(wish: Wish, sample: Sample) -> tuple[float | list[dict[str, Any]] | None, str]:
+def _validation(asked: InitOptions, sample: Sample) -> tuple[float | list[dict[str, Any]] | None, str]:
     """The held-out rows, and why. Raises UsageError and DataError."""
-    if wish.validation is None:
+    if asked.validation is None:
         if sample.rows is not None and sample.rows < FEW_ROWS:
             return None, ""
         return 0.1, "a tenth is held out: shows when the model only learns the rows by heart"
     try:
-        share = float(wish.validation)
+        share = float(asked.validation)
     except ValueError:
-        if is_local(wish.validation):
-            data_files(wish.validation)
-        seen = look(wish.validation)
-        return [{"path": wish.validation, "format": seen.format or "auto"}], "rows of their own"
+        if is_local(asked.validation):
+            data_files(asked.validation)
+        seen = look(asked.validation)
+        return [{"path": asked.validation, "format": seen.format or "auto"}], "rows of their own"
     if not 0 < share < 1:
-        raise UsageError(f"--validation {wish.validation}: expected a path, or a fraction between 0 and 1 such as 0.1")
+        raise UsageError(f"--validation {asked.validation}: expected a path, or a fraction between 0 and 1 such as 0.1")
     return share, "the share of rows that is held out"
 
 
@@ -269,9 +249,9 @@ def _worth_packing(sample: Sample, length: int) -> bool:
     return many and sample.average is not None and sample.average < PACKED_BELOW * length
 
 
-def _model(wish: Wish, settings: Settings) -> dict[str, Line]:
-    lines = {"model.name_or_path": Line(wish.model)}
-    if wish.cpu:
+def _model(asked: InitOptions, settings: Settings) -> dict[str, Line]:
+    lines = {"model.name_or_path": Line(asked.model)}
+    if asked.cpu:
         lines["model.dtype"] = Line("float32", "CPUs rarely have bfloat16; the same result on every machine")
     if settings.method == "qlora":
         lines["quantization.load_in_4bit"] = Line(True, "QLoRA: in 16 bits the base does not fit")
@@ -283,9 +263,9 @@ def _model(wish: Wish, settings: Settings) -> dict[str, Line]:
     }
 
 
-def _dataset(wish: Wish, sample: Sample, held_out: Any, held_out_why: str) -> dict[str, Line]:
+def _dataset(asked: InitOptions, sample: Sample, held_out: Any, held_out_why: str) -> dict[str, Line]:
     known = Line(sample.format or "auto", sample.why)
-    lines = {"dataset.train": Line([{"path": wish.data, "format": known}])}
+    lines = {"dataset.train": Line([{"path": asked.data, "format": known}])}
     if held_out is not None:
         lines["dataset.validation"] = Line(held_out, held_out_why)
     text = sample.format == "text"
@@ -324,29 +304,29 @@ def _epochs(sample: Sample) -> tuple[int, str]:
     return (2, f"{rows}: rarely better with more") if sample.rows < MOST_ROWS else (1, f"{rows}: one pass is plenty")
 
 
-def _hardware(wish: Wish) -> dict[str, Line]:
+def _hardware(asked: InitOptions) -> dict[str, Line]:
     """What the recipe is for."""
-    if wish.cpu:
+    if asked.cpu:
         return {"hardware.device": Line("cpu")}
-    asked = {"hardware.gpu": wish.gpu and find_gpu(wish.gpu).name, "hardware.vram": wish.vram}
-    given = {key: Line(value) for key, value in asked.items() if value}
+    known = {"hardware.gpu": asked.gpu and find_gpu(asked.gpu).name, "hardware.vram": asked.vram}
+    given = {key: Line(value) for key, value in known.items() if value}
     first = next(iter(given))
     return given | {first: Line(given[first].value, "what it has to fit; checked by validate and by CI")}
 
 
-def _place(wish: Wish) -> str:
-    if wish.cpu:
+def _place(asked: InitOptions) -> str:
+    if asked.cpu:
         return "a CPU"
-    return find_gpu(wish.gpu).name if wish.gpu else f"a GPU of {wish.vram}"
+    return find_gpu(asked.gpu).name if asked.gpu else f"a GPU of {asked.vram}"
 
 
-def _memory(wish: Wish, settings: Settings) -> str:
+def _memory(asked: InitOptions, settings: Settings) -> str:
     known = settings.estimate
     if known is None:
         return "Memory: `lorafit estimate-vram` says what it takes, and how much is free."
     return (
         f"Memory: about {gib(known.total)} GiB on the GPU, from {gib(known.least)} to {gib(known.most)} "
-        f"(estimated; {_place(wish)})."
+        f"(estimated; {_place(asked)})."
     )
 
 
@@ -366,13 +346,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe to be written.
-
-    Attributes:
-        lines: by the dotted key of the recipe; they are written in the order of the recipe's sections.
-        head: comments before it.
-        foot: comments after it.
-    """
+    """A recipe to be written: lines by dotted key, in the order of the recipe's sections, between comments."""
 
     lines: Mapping[str, Line]
     head: tuple[str, ...] = ()
@@ -384,11 +358,11 @@ class Document:
         for section in Recipe.model_fields:
             own = {key: line for key, line in self.lines.items() if key.split(".")[0] == section}
             if section in own:
-                parts += _entry(section, own[section], "")
+                parts += _entry(section, own[section])
             elif own:
                 parts.append(f"{section}:")
                 for key, line in sorted(own.items(), key=_place_of_key):
-                    parts += _entry(key.split(".", 1)[1], line, "  ")
+                    parts += [f"  {text}" for text in _entry(key.split(".", 1)[1], line)]
         return "\n".join([*parts, *([""] if self.foot else []), *map(_comment, self.foot), ""])
 
 
@@ -408,33 +382,22 @@ def _comment(text: str) -> str:
     return f"# {printable(text)}".rstrip()
 
 
-def _entry(key: str, line: Line, indent: str) -> Iterator[str]:
-    value = line.value
+def _entry(key: str, line: Line) -> list[str]:
+    """The lines of a key with its value, and of what is in that."""
+    value, remark = line.value, f" {_comment(line.comment)}" if line.comment else ""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        yield from _remarked(f"{indent}{key}:", line.comment)
-        for item in value:
-            first = "- "
-            for name, part in item.items():
-                yield from _nested(name, part, f"{indent}  ", first)
-                first = "  "
-        return
-    if isinstance(value, dict) and value:
-        yield from _remarked(f"{indent}{key}:", line.comment)
-        for name, part in value.items():
-            yield from _nested(name, part, f"{indent}  ", "")
-        return
-    yield from _remarked(f"{indent}{key}: {scalar(value)}", line.comment)
+        items = [_entries(item) for item in value]
+        inside = [f"{'  ' if number else '- '}{text}" for item in items for number, text in enumerate(item)]
+    elif isinstance(value, dict) and value:
+        inside = _entries(value)
+    else:
+        return [f"{key}: {scalar(value)}{remark}"]
+    return [f"{key}:{remark}", *(f"  {text}" for text in inside)]
 
 
-def _nested(name: str, value: Any, indent: str, first: str) -> Iterator[str]:
-    part = value if isinstance(value, Line) else Line(value)
-    entry = list(_entry(_text(name), part, indent + " " * len(first)))
-    yield f"{indent}{first}{entry[0].lstrip()}"
-    yield from entry[1:]
-
-
-def _remarked(text: str, comment: str) -> Iterator[str]:
-    yield f"{text} {_comment(comment)}" if comment else text
+def _entries(values: Mapping[str, Any]) -> list[str]:
+    pairs = ((_text(name), part if isinstance(part, Line) else Line(part)) for name, part in values.items())
+    return [text for name, line in pairs for text in _entry(name, line)]
 
 
 def scalar(value: Any) -> str:

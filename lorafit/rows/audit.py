@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,11 +72,7 @@ class SourceAudit:
 
 @dataclass(frozen=True)
 class PartAudit:
-    """The training or the validation rows as they will be used: split, mixed and repeated.
-
-    Attributes:
-        packs: rows of max_length after packing; None without packing.
-    """
+    """The training or the validation rows as they will be used: split, mixed, repeated, and packed into `packs` ones."""
 
     rows: int
     tokens: int
@@ -112,19 +109,9 @@ class Audit:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Audit:
-        def finding(value: Any) -> Finding | None:
-            return Finding(**value) if value else None
-
-        return Audit(
-            train=tuple(map(source_from_dict, raw["train"])),
-            validation=tuple(map(source_from_dict, raw["validation"])),
-            training_rows=PartAudit(**raw["training_rows"]),
-            validation_rows=PartAudit(**raw["validation_rows"]) if raw["validation_rows"] else None,
-            duplicates=finding(raw["duplicates"]),
-            leaked=finding(raw["leaked"]),
-            whole=raw["whole"],
-            unweighted_rows=raw["unweighted_rows"],
-        )
+        """Raises ValueError for what `as_dict` did not give."""
+        found: Audit = _adapter(Audit).validate_python(raw)
+        return found
 
     @property
     def masks(self) -> str:
@@ -132,7 +119,16 @@ class Audit:
 
 
 def source_from_dict(raw: Mapping[str, Any]) -> SourceAudit:
-    return SourceAudit(**{**raw, "found": {rule: Finding(**value) for rule, value in raw["found"].items()}})
+    """A source's part of `Audit.as_dict`."""
+    found: SourceAudit = _adapter(SourceAudit).validate_python(raw)
+    return found
+
+
+@functools.cache
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 RULES: dict[str, str] = {

@@ -28,20 +28,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorafit import files
+from lorafit.bounds import known_json
 from lorafit.errors import DoesNotFitError, UsageError
-from lorafit.files import (
-    damage,
-    discard,
-    held,
-    is_free,
-    is_intact,
-    is_ours,
-    lock_of,
-    own_digest,
-    read_seal,
-    staged,
-    write_text,
-)
 from lorafit.rows.audit import Audit
 
 if TYPE_CHECKING:
@@ -56,17 +45,8 @@ SETTLED_NS = 2_000_000_000
 _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
 _CODE = ("rows", "engine/data", "engine/methods", "bounds.py", "facts/template.py", "plan/values.py")
 _SHAPING = (
-    "loss_on",
-    "max_length",
-    "min_length",
-    "excess_length_strategy",
-    "chat_template",
-    "chat_template_kwargs",
-    "date",
-    "tokenizer_sha256",
-    "vocab_size",
-    "trust_remote_code",
-    "method",
+    *("loss_on", "max_length", "min_length", "excess_length_strategy", "chat_template", "chat_template_kwargs"),
+    *("date", "tokenizer_sha256", "vocab_size", "trust_remote_code", "method"),
 )
 
 
@@ -94,10 +74,10 @@ def set_key(plan: DataPlan) -> str | None:
 def code_version() -> str:
     """A hash of what turns rows into tokens: lorafit's own modules, and the versions of the libraries."""
     package = Path(__file__).parents[1]
-    files = [
+    code = [
         file for name in _CODE for file in (sorted((package / name).glob("*.py")) or [package / name]) if file.is_file()
     ]
-    return _hash([[hashlib.sha256(file.read_bytes()).hexdigest() for file in files], [version(p) for p in _PACKAGES]])
+    return _hash([[hashlib.sha256(file.read_bytes()).hexdigest() for file in code], [version(p) for p in _PACKAGES]])
 
 
 def _hash(value: Any) -> str:
@@ -142,7 +122,7 @@ def _shared_folder() -> Path:
 def entry(kind: str, key: str) -> Path:
     """The folder of an entry, there or not. What lorafit did not write there is left alone."""
     places = (cache_folder() / kind / f"{key}{f'-{number}' * bool(number)}" for number in itertools.count())
-    return next(filter(is_free, places))
+    return next(filter(files.is_free, places))
 
 
 def known_audit(plan: DataPlan) -> dict[str, Any] | None:
@@ -152,7 +132,7 @@ def known_audit(plan: DataPlan) -> dict[str, Any] | None:
         return None
     folder = entry("sets", key)
     try:
-        if not is_intact(folder, "audit.json"):
+        if not files.is_intact(folder, "audit.json"):
             return None
         raw = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
         return Audit.from_dict(raw).as_dict()
@@ -168,31 +148,24 @@ def kept(folder: Path, make: Callable[[Path], None], read: Callable[[Path], T]) 
         read: opens a whole one; one where this fails is of another version and made anew.
     """
     with in_use(folder):
-        found, kind = read_seal(folder), f"cache {folder.name}"
-        if found is not None and found.kind == kind and not damage(folder):
+        found, kind = files.read_seal(folder), f"cache {folder.name}"
+        if found is not None and found.kind == kind and not files.damage(folder):
             with contextlib.suppress(Exception):
                 return read(folder)
         if found is not None and found.kind != kind:
-            discard(folder)  # another entry, under this one's name
-        with staged(folder, kind) as partial:
+            files.discard(folder)  # another entry, under this one's name
+        with files.staged(folder, kind) as partial:
             make(partial)
         return read(folder)
 
 
 def remembered(file: Path, what: str, make: Callable[[Path], T]) -> T:
-    """What was found by reading a whole file, until its size, its times or its inode change.
-
-    Args:
-        make: reads the file; its result can be written as JSON.
-    """
+    """What was found by reading a whole file, as JSON has it, until its size, its times or its inode change."""
     real = file.resolve()
     before = _identity(real)
     place = cache_folder() / "digests" / f"{_hash(str(real))}.json"
-    try:
-        known = dict(json.loads(place.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        known = {}
-    if known.get("file") != before or known.get("sha256") != own_digest(known):
+    known = known_json(place) or {}
+    if known.get("file") != before or known.get("sha256") != files.own_digest(known):
         known = {"file": before}
     if what not in known:
         known[what] = make(file)
@@ -200,7 +173,7 @@ def remembered(file: Path, what: str, make: Callable[[Path], T]) -> T:
         if time.time_ns() - max(before[2:]) > SETTLED_NS and _identity(real) == before:
             with contextlib.suppress(OSError, DoesNotFitError):
                 place.parent.mkdir(exist_ok=True)
-                write_text(place, json.dumps(known | {"sha256": own_digest(known)}))
+                files.write_text(place, json.dumps(known | {"sha256": files.own_digest(known)}))
     made: T = known[what]
     return made
 
@@ -214,7 +187,7 @@ def _identity(file: Path) -> list[int]:
 def in_use(folder: Path) -> Iterator[None]:
     """Hold an entry for this process: others wait, and nobody prunes it. Marks it as used."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with held(lock_of(folder), wait=True):
+    with files.held(files.lock_of(folder), wait=True):
         yield
         with contextlib.suppress(OSError):
             os.utime(folder)
@@ -229,7 +202,7 @@ def prune(keep: set[Path], limit: int | None = None) -> None:
     for leftover in _folders(".*"):
         _remove(leftover, leftover.with_name(leftover.name.lstrip(".").partition(".")[0]))
     found = []
-    for folder in filter(is_ours, _folders("[!.]*")):
+    for folder in filter(files.is_ours, _folders("[!.]*")):
         with contextlib.suppress(OSError):  # another process may be pruning as well
             found.append((folder.stat().st_mtime, sum(f.stat().st_size for f in folder.iterdir()), folder))
     total = sum(size for _, size, _ in found)
@@ -246,7 +219,7 @@ def _folders(pattern: str) -> list[Path]:
 
 def _remove(path: Path, folder: Path) -> bool:
     """Remove an entry's folder, or what is left of making it, unless another process holds the entry."""
-    with contextlib.suppress(UsageError, OSError), held(lock_of(folder)):
-        discard(path)
+    with contextlib.suppress(UsageError, OSError), files.held(files.lock_of(folder)):
+        files.discard(path)
         return True
     return False

@@ -13,7 +13,7 @@ import jinja2
 
 from lorafit.bounds import Environment, within
 from lorafit.errors import DataError
-from lorafit.text import first_line, printable
+from lorafit.text import clipped, first_line, printable
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 KINDS = (*TEXT_KINDS, ".parquet")
@@ -54,11 +54,7 @@ def place_of(file: str, number: int) -> str:
 
 
 class Fault(DataError):
-    """A row that can't be learned, which an audit counts.
-
-    Attributes:
-        rule: the audit's rule that it breaks.
-    """
+    """A row that can't be learned, which an audit counts by the rule that it breaks."""
 
     def __init__(self, rule: str, message: str) -> None:
         super().__init__(message)
@@ -71,7 +67,7 @@ def brief(value: Any, limit: int = 40) -> str:
         text = printable(json.dumps(value, ensure_ascii=False, default=str))
     except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return clipped(text, limit)
 
 
 def names(columns: Iterable[str]) -> str:

@@ -48,12 +48,14 @@ def detect_format(
         found = needed
         if name == "unpaired_preference":  # a label alone may be anything
             found = (*needed, *[column for column in _LABELLED if cells.has(column)][:1])
-            if len(found) > 1 and _may_be_yes_or_no(cells):
+            label = cells.get("label") if cells.has("label") else None
+            is_word = isinstance(label, str) and label.strip().lower() in ("true", "false")  # CSV knows only text
+            if len(found) > 1 and not isinstance(label, bool) and label in (0, 1, "0", "1"):
                 raise DataError(
-                    f"{row.place}: label {brief(cells.get('label'))} may say that the answer is good or bad, or be a "
+                    f"{row.place}: label {brief(label)} may say that the answer is good or bad, or be a "
                     f"class; name the format with {key}.format (unpaired_preference learns the good ones only)"
                 )
-            if len(found) == 1 or not _is_yes_or_no(cells):
+            if len(found) == 1 or not (isinstance(label, bool) or is_word):
                 continue
         if all(map(cells.has, found)):
             made = " and ".join(repr(column) for column in found if column in cells.made)
@@ -68,17 +70,6 @@ def detect_format(
         f"{row.place}: the columns {names(row.fields)} fit no format ({known}); "
         f"name the format with {key}.format and map the columns with {key}.columns"
     )
-
-
-def _is_yes_or_no(cells: Cells) -> bool:
-    """Whether the label is true or false. Numbers may be classes, and CSV knows only text."""
-    label = cells.get("label") if cells.has("label") else None
-    return isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))
-
-
-def _may_be_yes_or_no(cells: Cells) -> bool:
-    label = cells.get("label") if cells.has("label") else None
-    return not isinstance(label, bool) and label in (0, 1, "0", "1")
 
 
 @dataclass(frozen=True)
@@ -133,10 +124,6 @@ _Fields = dict[str, Any]
 """Fields of an Example."""
 
 
-def _from_text(cells: Cells) -> _Fields:
-    return {"text": cells.answer("text")}
-
-
 def _from_alpaca(cells: Cells) -> _Fields:
     messages = [
         *_history(cells),
@@ -165,10 +152,6 @@ def _history(cells: Cells) -> list[Message]:
 
 def _from_messages(cells: Cells, name: str = "messages") -> _Fields:
     return _conversation(cells, name, read_turns(cells, name, cells.need(name)))
-
-
-def _from_sharegpt(cells: Cells) -> _Fields:
-    return _from_messages(cells, "conversations")
 
 
 def _from_prompt_completion(cells: Cells) -> _Fields:
@@ -279,9 +262,9 @@ def _from_unpaired_preference(cells: Cells) -> _Fields:
 _READERS: dict[Format, Callable[[Cells], _Fields]] = {
     "alpaca": _from_alpaca,
     "messages": _from_messages,
-    "sharegpt": _from_sharegpt,
+    "sharegpt": lambda cells: _from_messages(cells, "conversations"),
     "prompt_completion": _from_prompt_completion,
-    "text": _from_text,
+    "text": lambda cells: {"text": cells.answer("text")},
     "preference": _from_preference,
     "unpaired_preference": _from_unpaired_preference,
 }

@@ -14,27 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.bounds import read_text
+from lorafit import files
+from lorafit.bounds import known_json, read_text
 from lorafit.errors import DriftError, UsageError
-from lorafit.files import (
-    CARD,
-    LOCK,
-    SEAL,
-    Seal,
-    damage,
-    discard,
-    file_digest,
-    foreign,
-    held,
-    is_left,
-    is_ours,
-    is_vacant,
-    own_digest,
-    plain_name,
-    read_seal,
-    write_bytes,
-    write_text,
-)
 from lorafit.plan import Plan
 from lorafit.text import first_line, printable
 from lorafit.written import expanded
@@ -105,7 +87,7 @@ class RunDir:
     @property
     def is_begun(self) -> bool:
         """Whether lorafit wrote it, if only its seal: a start that was killed goes no further."""
-        return any((seal := read_seal(path)) and seal.kind in _RUN for path in (self.path, self.replaced))
+        return any((seal := files.read_seal(path)) and seal.kind in _RUN for path in (self.path, self.replaced))
 
     @property
     def is_empty(self) -> bool:
@@ -121,20 +103,17 @@ class RunDir:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(f"{self.plan_file}: can't be read as a plan of this version: {error}") from None
         if not self.is_begun:
-            raise UsageError(f"{self.path}: not a run directory of lorafit's (it has no {SEAL})")
+            raise UsageError(f"{self.path}: not a run directory of lorafit's (it has no {files.SEAL})")
         return plan
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest as it is now; an empty one if there is none that can be read."""
-        try:
-            return dict(json.loads(read_text(self.manifest)))
-        except (OSError, ValueError, TypeError, RecursionError):
-            return {}
+        return known_json(self.manifest) or {}
 
     def load_manifest(self) -> dict[str, Any]:
         """The manifest of a finished run. Raises DriftError if it is missing or was edited."""
         manifest = self.read_manifest()
-        if manifest.get("sha256") != own_digest(manifest):
+        if manifest.get("sha256") != files.own_digest(manifest):
             what = "was edited (its sha256 is not that of its content)" if manifest else "is missing or can't be read"
             raise DriftError(f"{self.manifest}: {what}; bring it back, or train anew")
         return manifest
@@ -148,9 +127,10 @@ class RunDir:
         if not isinstance(recorded, dict) or self.result is None:
             raise DriftError(f"{self.manifest}: has no hashes of the run's files")
         name = self.result.name
-        inside = (f"{name}/{SEAL}", *(file for file in recorded if "/" not in file))  # the seal has those of the rest
+        # the seal has the hashes of the rest
+        inside = (f"{name}/{files.SEAL}", *(file for file in recorded if "/" not in file))
         wrong = [line for file in inside if (line := self.changed(file, recorded.get(file)))]
-        wrong += [f"{name}/{line}" for line in damage(self.result, CARD)]
+        wrong += [f"{name}/{line}" for line in files.damage(self.result, files.CARD)]
         if wrong:
             raise DriftError(
                 f"{self.path}: is not as it was trained: {', '.join(wrong[:5])}{' …' * (len(wrong) > 5)}; bring that "
@@ -162,7 +142,7 @@ class RunDir:
         file = self.path / name
         if not file.is_file():
             return f"{name} is missing"
-        return None if file_digest(file) == digest else f"{name} has changed"
+        return None if files.file_digest(file) == digest else f"{name} has changed"
 
     def added(self, recorded: Container[str]) -> Iterator[str]:
         """The result's files that are not recorded."""
@@ -173,12 +153,12 @@ class RunDir:
 
     def begun_with(self) -> dict[str, str]:
         """SHA-256 of what was written as the run began, by name, which each checkpoint keeps."""
-        files = (self.recipe, self.plan_file, self.fingerprint)
-        return {file.name: file_digest(file) for file in files if file.is_file()}
+        begun = (self.recipe, self.plan_file, self.fingerprint)
+        return {file.name: files.file_digest(file) for file in begun if file.is_file()}
 
     def write_begun(self, checkpoint: Path, step: int) -> None:
         """Say in a checkpoint which run and step it is of."""
-        write_text(checkpoint / BEGUN, json.dumps({"step": step, "files": self.begun_with()}) + "\n")
+        files.write_text(checkpoint / BEGUN, json.dumps({"step": step, "files": self.begun_with()}) + "\n")
 
     def check_begun(self) -> None:
         """See that the run is still what its newest checkpoint is of. Raises DriftError."""
@@ -187,11 +167,11 @@ class RunDir:
             return
         try:
             before = dict(json.loads(read_text(last / BEGUN)))
-            files, step = dict(before["files"]), int(before["step"])
+            then, step = dict(before["files"]), int(before["step"])
         except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return  # a damaged checkpoint, which is told as such
         now = self.begun_with()
-        if changed := [name for name in sorted({*files, *now}) if files.get(name) != now.get(name)]:
+        if changed := [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]:
             raise DriftError(
                 f"{self.path}: {', '.join(changed)}: not what {last.name} was trained with; bring that back, or start "
                 "anew with --overwrite"
@@ -211,9 +191,9 @@ class RunDir:
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint. Raises DriftError if it is damaged, and names the one before it that is whole."""
         found = self.all_checkpoints()
-        if not found or not (wrong := damage(found[0])):
+        if not found or not (wrong := files.damage(found[0])):
             return found[0] if found else None
-        whole = next((number for number, folder in enumerate(found) if number and not damage(folder)), None)
+        whole = next((number for number, folder in enumerate(found) if number and not files.damage(folder)), None)
         if whole is None:
             way = "none before it is whole: remove them, and start anew"
         else:
@@ -229,23 +209,23 @@ class RunDir:
 
     def refuse_others(self) -> None:
         """See that the directory is not there, vacant, or a run. Raises UsageError."""
-        if self.path.exists() and not self.is_begun and not (self.path.is_dir() and is_vacant(self.path)):
+        if self.path.exists() and not self.is_begun and not (self.path.is_dir() and files.is_vacant(self.path)):
             raise UsageError(f"{self.path}: exists and is not a run; choose another output_dir")
 
     def in_the_way(self, locked: bool) -> str | None:
         """The first thing where a new run would write that is not lorafit's; None if there is none."""
-        seal = read_seal(self.path)
-        ours = (SEAL, *seal.names) if seal else ()
-        for name in (SEAL, *(FILES_LOCKED if locked else FILES)):
+        seal = files.read_seal(self.path)
+        ours = (files.SEAL, *seal.names) if seal else ()
+        for name in (files.SEAL, *(FILES_LOCKED if locked else FILES)):
             if name not in ours and os.path.lexists(self.path / name):
                 return str(name)
-        if os.path.lexists(self.replaced) and not is_ours(self.replaced):
+        if os.path.lexists(self.replaced) and not files.is_ours(self.replaced):
             return str(self.replaced.name)
         for folder in (self.adapter, self.model, self.base, self.start, *self.all_checkpoints(), *self._sealed()):
             if os.path.lexists(folder):
                 is_folder = folder.is_dir() and not folder.is_symlink()
                 kept = folder.parent != self.checkpoints
-                other = next(foreign(folder, changed=kept), None) if is_folder else ""
+                other = next(files.foreign(folder, changed=kept), None) if is_folder else ""
                 if other is not None:
                     return (folder.relative_to(self.path) / other).as_posix()
         is_other = self.checkpoints.is_symlink() or self.checkpoints.is_file()
@@ -259,17 +239,17 @@ class RunDir:
         """Make the directory of a new run, or fill a vacant one, with the recipe, its lock and the plan."""
         self.path.mkdir(parents=True, exist_ok=True)
         names = FILES if lock_text is None else FILES_LOCKED
-        Seal("run", dict.fromkeys(names)).write(self.path)  # makes it lorafit's, so it comes first
-        write_bytes(self.recipe, recipe_text)
+        files.Seal("run", dict.fromkeys(names)).write(self.path)  # makes it lorafit's, so it comes first
+        files.write_bytes(self.recipe, recipe_text)
         if lock_text is not None:
-            write_text(self.lock_file, lock_text)
-        write_text(self.plan_file, plan.to_json())  # makes it a run, so it comes last
+            files.write_text(self.lock_file, lock_text)
+        files.write_text(self.plan_file, plan.to_json())  # makes it a run, so it comes last
 
     def clear(self) -> None:
         """Take out what lorafit wrote, but for the seal: the directory stays, as it may be a mount point."""
         for entry in self._entries():
             if entry.is_dir():
-                discard(entry)
+                files.discard(entry)
             else:
                 entry.unlink()
         with contextlib.suppress(OSError):  # there is none, or something else is in it
@@ -279,14 +259,14 @@ class RunDir:
         """Make way for a new run: keep this one until that is finished, if it holds anything."""
         if self.result is not None:
             self.forget_replaced()  # this one replaced it
-        if self.is_empty or read_seal(self.replaced) is not None:
+        if self.is_empty or files.read_seal(self.replaced) is not None:
             self.clear()
             return
         self.replaced.mkdir(exist_ok=True)
-        seal = read_seal(self.path)
-        Seal("moving", seal.files if seal else {}).write(self.replaced)
+        seal = files.read_seal(self.path)
+        files.Seal("moving", seal.files if seal else {}).write(self.replaced)
         self._move(self, RunDir(self.replaced))
-        (self.path / SEAL).replace(self.replaced / SEAL)  # last: until then `restore` undoes it
+        (self.path / files.SEAL).replace(self.replaced / files.SEAL)  # last: until then `restore` undoes it
 
     def restore(self) -> None:
         """Undo a `set_aside` that was killed half-way. Raises UsageError if another process is at it."""
@@ -294,11 +274,11 @@ class RunDir:
             with self.lock():
                 if self._is_moving:
                     self._move(RunDir(self.replaced), self)
-                    discard(self.replaced)
+                    files.discard(self.replaced)
 
     @property
     def _is_moving(self) -> bool:
-        seal = read_seal(self.replaced)
+        seal = files.read_seal(self.replaced)
         return seal is not None and seal.kind == "moving"
 
     @staticmethod
@@ -315,25 +295,28 @@ class RunDir:
         """Remove the run that the finished one replaces."""
         if (before := RunDir(self.replaced)).is_begun:
             before.clear()
-            discard(before.path)
+            files.discard(before.path)
 
     def _entries(self) -> Iterator[Path]:
         """What lorafit wrote, but for the seal: files (those that the seal lists), sealed folders, checkpoints."""
-        seal = read_seal(self.path)
-        names = [SEAL, *(seal.names if seal else ())]
-        for entry in sorted(self.path.iterdir()) if self.path.is_dir() else ():
-            if not entry.is_dir() and (entry.name in names[1:] or is_left(entry.name, names)):
+        seal = files.read_seal(self.path)
+        names = [files.SEAL, *(seal.names if seal else ())]
+        for entry in self._listed():
+            if not entry.is_dir() and (entry.name in names[1:] or files.is_left(entry.name, names)):
                 yield entry
         yield from self._sealed()
         if self.checkpoints.is_dir() and not self.checkpoints.is_symlink():
             for folder in sorted(self.checkpoints.iterdir()):
-                if _CHECKPOINT.fullmatch(plain_name(folder)) and _seal_of(folder):
+                if _CHECKPOINT.fullmatch(files.plain_name(folder)) and _seal_of(folder):
                     yield folder
 
     def _sealed(self) -> list[Path]:
         """The folders that lorafit makes in a run, those of killed processes too; copies of other names are not its."""
-        folders = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        return [folder for folder in folders if plain_name(folder) in FOLDERS and _seal_of(folder) not in (None, *_RUN)]
+        named = [folder for folder in self._listed() if files.plain_name(folder) in FOLDERS]
+        return [folder for folder in named if _seal_of(folder) not in (None, *_RUN)]
+
+    def _listed(self) -> list[Path]:
+        return sorted(self.path.iterdir()) if self.path.is_dir() else []
 
     def base_files(self) -> dict[str, Any] | None:
         """The base's fingerprint (see lorafit.run.fingerprint) that `write_base_files` wrote; None if it did not.
@@ -348,11 +331,11 @@ class RunDir:
             raise UsageError(f"{self.fingerprint}: can't be read as a fingerprint: {first_line(error)}") from None
 
     def write_base_files(self, fingerprint: dict[str, Any]) -> None:
-        write_text(self.fingerprint, json.dumps(fingerprint, indent=2) + "\n")
+        files.write_text(self.fingerprint, json.dumps(fingerprint, indent=2) + "\n")
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        whole = manifest | {"sha256": own_digest(manifest)}
-        write_text(self.manifest, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+        whole = manifest | {"sha256": files.own_digest(manifest)}
+        files.write_text(self.manifest, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
     def metrics_until(self, step: int) -> list[dict[str, Any]]:
         """The metrics up to a step; a line that was cut off by a kill is left out."""
@@ -372,25 +355,25 @@ class RunDir:
         if not shared:
             self.path.mkdir(parents=True, exist_ok=True)
         busy = f"{self.path}: another process is at work on this run"
-        with held(self.path / LOCK, busy, shared):
+        with files.held(self.path / files.LOCK, busy, shared):
             try:
                 yield
             finally:
-                if made and is_vacant(self.path):  # nothing was begun
+                if made and files.is_vacant(self.path):  # nothing was begun
                     with contextlib.suppress(OSError):
-                        (self.path / LOCK).unlink()
+                        (self.path / files.LOCK).unlink()
                         self.path.rmdir()
 
     def refuse_busy(self, shared: bool = False) -> None:
         """Say that another process is at work on a run, before anything heavy is imported. Raises UsageError."""
-        if (self.path / LOCK).is_file():
+        if (self.path / files.LOCK).is_file():
             with self.lock(shared):
                 pass
 
 
 def _seal_of(folder: Path) -> str | None:
     """The kind of a folder that lorafit sealed; links are followed by nobody."""
-    seal = None if folder.is_symlink() else read_seal(folder)
+    seal = None if folder.is_symlink() else files.read_seal(folder)
     return seal.kind if seal else None
 
 

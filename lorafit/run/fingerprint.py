@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import xxhash
 
@@ -39,10 +39,6 @@ from lorafit.rows.cache import remembered
 from lorafit.run.directory import RunDir
 from lorafit.text import first_line
 from lorafit.written import as_written, expanded
-
-if TYPE_CHECKING:
-    from lorafit.plan import Plan
-    from lorafit.run.directory import RunDir
 
 VERSION = 3
 Fingerprint = dict[str, Any]
@@ -114,7 +110,8 @@ def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
     The tensors have to be the same ones, but for an output head that is only stored a second time.
     """
     before, now = _weights_like(before, now), _weights_like(now, before)
-    changed = _changed_files(_part(before, "files"), _part(now, "files"))
+    old, new = _part(before, "files"), _part(now, "files")
+    changed = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
     if before.get("config") and before.get("config") == now.get("config"):
         changed = [name for name in changed if name != _CONFIG]  # it was only written anew
     one, two = _part(before, "weights"), _part(now, "weights")
@@ -185,10 +182,6 @@ def _weights_like(side: Fingerprint, other: Fingerprint) -> Fingerprint:
 
 def _part(fingerprint: Fingerprint, name: str) -> dict[str, Any]:
     return fingerprint.get(name) or {}
-
-
-def _changed_files(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    return sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
 
 
 def _changed_tensors(before: dict[str, str], now: dict[str, str]) -> list[str]:

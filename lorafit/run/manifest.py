@@ -3,6 +3,7 @@ and how it went."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -12,35 +13,21 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorafit.errors import UsageError
 from lorafit.files import check_own, file_digest
-from lorafit.plan import Plan, dated
+from lorafit.plan import Plan, Schedule, dated
 from lorafit.rows import data_files
+from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located
 from lorafit.run.fingerprint import Fingerprint, changed_base, changed_source, listed, summary
 from lorafit.tree import differences, dotted
 from lorafit.written import as_written
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lorafit.plan import Plan, Schedule
-    from lorafit.rows.audit import Audit
-    from lorafit.run.directory import RunDir
-
 STACK = (
-    "lorafit",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "safetensors",
+    *("lorafit", "torch", "transformers", "trl", "peft"),
+    *("bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors"),
 )
 
 
@@ -59,8 +46,9 @@ def build_manifest(
         base: the fingerprint of the base, as the run began.
         began: when, in seconds since 1970.
     """
-    state = trainer.state
+    state, template = trainer.state, trainer.processing_class.chat_template
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    local = [source for source in (*plan.data.train, *plan.data.validation) if source.hub is None]
     ended = datetime.datetime.now(datetime.UTC)
     manifest = {
         "manifest_version": 1,
@@ -70,11 +58,11 @@ def build_manifest(
         "hardware": dataclasses.asdict(plan.hardware),
         "model": dataclasses.asdict(plan.model) | {"fingerprint": summary(base)},
         "data": {
-            "files": {path: digest for source in _local(plan) for path, digest in _hash_files(source)},
+            "files": {str(file): file_digest(file) for source in local for file in data_files(source.path)},
             "audit": audit.as_dict(),
         },
         "tokenizer": {
-            "chat_template_sha256": _hash_text(trainer.processing_class.chat_template),
+            "chat_template_sha256": None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
             "eos_token": trainer.processing_class.eos_token,
             "pad_token": trainer.processing_class.pad_token,
         },
@@ -96,12 +84,7 @@ def build_manifest(
 
 
 def hashes(run: RunDir, result: Path, name: str) -> dict[str, str]:
-    """SHA-256 of what a finished run holds, by path in it.
-
-    Args:
-        result: where the result is now.
-        name: what it will be called.
-    """
+    """SHA-256 of what a finished run holds, by path in it; the result will be called `name`, wherever it is now."""
     own = [run.recipe, run.lock_file, run.plan_file, run.metrics, run.fingerprint]
     files = {file.name: file for file in own if file.is_file()}
     inside = sorted(file for file in result.rglob("*") if file.is_file())
@@ -110,12 +93,11 @@ def hashes(run: RunDir, result: Path, name: str) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
+    """Versions of what lorafit stands on, by package, as far as it is installed."""
     found = {}
     for name in STACK:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -129,18 +111,6 @@ def git_state() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
-
-
-def _local(plan: Plan) -> list[str]:
-    return [source.path for source in (*plan.data.train, *plan.data.validation) if source.hub is None]
-
-
-def _hash_files(path: str) -> list[tuple[str, str]]:
-    return [(str(file), file_digest(file)) for file in data_files(path)]
-
-
-def _hash_text(text: Any) -> str | None:
-    return hashlib.sha256(str(text).encode()).hexdigest() if text is not None else None
 
 
 ANEW = "bring that back, or start anew with --overwrite"

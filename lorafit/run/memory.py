@@ -83,12 +83,7 @@ def shortage(found: Foreseen) -> Shortage | None:
 def memory_record(found: Foreseen, device: str, baseline: int, measured: dict[str, int]) -> dict[str, Any]:
     """Predicted and measured peak, with what the prediction was made from."""
     known, setup = found.estimate, found.setup
-    record: dict[str, Any] = {
-        "device": device,
-        "predicted": None,
-        "measured": measured,
-        "baseline": baseline,
-    }
+    record: dict[str, Any] = {"device": device, "predicted": None, "measured": measured, "baseline": baseline}
     if known is not None:
         record["predicted"] = {"allocated": known.allocated, "reserved": known.reserved, "method": known.method}
     if setup is not None:
@@ -129,11 +124,7 @@ def setup_of_run(plan: Plan) -> Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """A run's peak in bytes, predicted and measured.
-
-    Attributes:
-        quantity: allocated or reserved on a GPU, resident on a CPU (which holds what was there before).
-    """
+    """A run's peak in bytes: allocated and reserved on a GPU, on a CPU resident, with what was there before."""
 
     run: str
     device: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.markup import escape
@@ -16,9 +16,6 @@ from lorafit.plan import Plan
 from lorafit.rows.audit import RULES, Audit, Limits, findings
 from lorafit.text import harmless
 from lorafit.written import REFERENCE
-
-if TYPE_CHECKING:
-    from lorafit.plan import Plan
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:

@@ -15,8 +15,9 @@ import yaml
 from lorafit.bounds import expand, opened
 from lorafit.errors import DoesNotFitError, MissingError, ModelError, UsageError
 from lorafit.facts import UnreachableError
-from lorafit.hardware import meant_device, missing_packages
+from lorafit.hardware import Hardware, meant_device, missing_packages
 from lorafit.memory import setup_of
+from lorafit.options import ValidateOptions
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.plan import Plan
 from lorafit.progress import each
@@ -26,7 +27,7 @@ from lorafit.recipe.yaml import MAX_BYTES
 from lorafit.run.directory import RunDir, located
 from lorafit.text import gib, near
 from lorafit.validate.contents import check_contents, check_evaluation, first_rows, place_of_fault
-from lorafit.validate.findings import PARTS, Checked, Fault, Findings, Options, Report, Skipped
+from lorafit.validate.findings import PARTS, Checked, Fault, Findings, Report, Skipped
 
 ENDINGS = (".yaml", ".yml")
 NOT_SEARCHED = ("node_modules", "__pycache__", "venv")
@@ -154,14 +155,14 @@ def _top_keys(text: str) -> Iterator[str | None]:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
 
 
-DeepCheck = Callable[[Findings, str], None]
-"""A check of a recipe's whole data that loads torch: findings so far, and the recipe's file."""
+DeepCheck = Callable[[Findings, str, Hardware], None]
+"""A check of a recipe's whole data that loads torch: findings so far, the recipe's file, and the machine."""
 
 
 class Checker:
     """Checks recipes one after the other, and looks once at what they share."""
 
-    def __init__(self, options: Options, deep: DeepCheck | None = None) -> None:
+    def __init__(self, options: ValidateOptions, deep: DeepCheck | None = None) -> None:
         self._options = options
         self._deep = deep
         self._outcomes = Outcomes(options.hardware, looks_up="model" not in options.skip)
@@ -174,7 +175,7 @@ class Checker:
             recipe = Recipe.load(file, options.overrides)
         except RecipeError as error:
             return _unreadable(file, error)
-        found = Findings(recipe, options)
+        found = Findings(recipe, options.strict)
         reads_data = "data" not in options.skip
         outcome = self._outcomes.of(recipe, Path(file).stem, reading="formats" if reads_data else "nothing")
         plan = self._plan(found, outcome)
@@ -187,7 +188,7 @@ class Checker:
         if plan is not None:
             self._fit(found, outcome, plan)
             if self._deep is not None and not found.faults:
-                self._deep(found, file)
+                self._deep(found, file, outcome.hardware)
         return Checked(file, "recipe", tuple(dict.fromkeys(found.faults)), tuple(found.notes), found.facts)
 
     def _plan(self, found: Findings, outcome: Outcome) -> Plan | None:
@@ -253,13 +254,13 @@ def _unreadable(file: str, error: RecipeError) -> Checked:
     return Checked(file, "part" if is_part else "recipe", tuple(Fault(one, error.exit_code) for one in mistakes))
 
 
-def validate(paths: Iterable[str], options: Options, deep: DeepCheck | None = None) -> Report:
+def validate(options: ValidateOptions, deep: DeepCheck | None = None) -> Report:
     """Check every recipe that the paths name. Raises UsageError for a path without recipes, or an unknown part."""
+    checker = Checker(options, deep)
     for part in options.skip:
         if part not in PARTS:
             raise UsageError(f"--skip {part}: no such part{near(part, PARTS)}")
-    found = find(paths)
-    checker = Checker(options, deep)
+    found = find(options.paths)
     wrong = [one for one in found.skipped if one.is_recipe and options.strict]
     checked = [*map(checker.check, each(found.recipes, "validating", len(found.recipes), "recipes"))]
     checked += (one.as_fault() for one in wrong)

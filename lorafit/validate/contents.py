@@ -27,7 +27,7 @@ from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to
 from lorafit.rows.cells import Fault as RowFault
 from lorafit.rows.cells import Shape
 from lorafit.tree import KeyPath, dotted
-from lorafit.validate.findings import Findings, Options
+from lorafit.validate.findings import Findings
 
 FIRST_ROWS = 20
 """Rows of each file that are read."""
@@ -138,7 +138,7 @@ def refuse(recipe: Recipe, is_begun: bool) -> list[str]:
     Of a run that is begun, only what this machine lacks is looked for. Returns what it lacks for the evaluation alone,
     a sentence each. Raises RecipeError, DataError.
     """
-    found, lacking = Findings(recipe, Options()), Findings(recipe, Options())
+    found, lacking = Findings(recipe), Findings(recipe)
     for path, message in missing_packages(recipe):
         lacking.wrong(path, MissingError(message))
     if not is_begun:
@@ -226,7 +226,7 @@ def _check_judge(found: Findings) -> None:
         try:
             endpoint_of(asked)
         except MissingError as error:  # the key is seldom where recipes are checked, and checks nothing
-            if not found.options.strict:
+            if not found.strict:
                 found.notes.append(str(error))
         except UsageError as error:
             where, _, what = str(error).partition(": ")

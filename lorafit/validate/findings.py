@@ -14,7 +14,6 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from lorafit import __version__
 from lorafit.errors import EXIT_CODES, DataError, DoesNotFitError, LorafitError, ModelError, UsageError
-from lorafit.hardware import Hardware
 from lorafit.recipe import Mistake, Position, Recipe, RecipeError
 from lorafit.text import gib, printable
 from lorafit.tree import KeyPath, dotted
@@ -29,12 +28,7 @@ Kind = Literal["recipe", "part"]
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
-
-    Attributes:
-        mistake: what, and where it was written.
-        exit_code: of what it is about, see lorafit.errors.
-    """
+    """One thing that is wrong, where it was written, and the exit code of what it is about."""
 
     mistake: Mistake
     exit_code: int
@@ -42,6 +36,11 @@ class Fault:
     @property
     def rule(self) -> str:
         return RULES[self.exit_code]
+
+    @property
+    def message(self) -> str:
+        """What is wrong, after the key."""
+        return f"{self.mistake.path}: " * bool(self.mistake.path) + self.mistake.message
 
     def as_dict(self) -> dict[str, Any]:
         at = self.mistake.position
@@ -82,11 +81,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A YAML file, or a link to a folder, in a folder that was searched, and why it was not checked.
-
-    Attributes:
-        is_recipe: whether it may be a recipe.
-    """
+    """A YAML file, or a link to a folder, that was found and not checked; why, and whether it may be a recipe."""
 
     file: str
     reason: str
@@ -124,31 +119,12 @@ class Report:
         }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is checked, and for which machine.
-
-    Attributes:
-        overrides: KEY=VALUE, for every recipe.
-        skip: parts that are left out, of lorafit.validate.findings.PARTS.
-        hardware: None: what each recipe is meant for.
-        here: whether recipes are checked for this machine, so that what it lacks is a fault.
-        strict: whether what can't be checked is a fault.
-    """
-
-    overrides: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    hardware: Hardware | None = None
-    here: bool = False
-    strict: bool = False
-
-
 @dataclass
 class Findings:
-    """What was found in a recipe so far."""
+    """What was found in a recipe so far; if it is strict, what can't be checked is a fault."""
 
     recipe: Recipe
-    options: Options
+    strict: bool = False
     faults: list[Fault] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -169,7 +145,7 @@ class Findings:
 
     def unchecked(self, path: KeyPath, error: LorafitError) -> None:
         """What can't be told on this machine."""
-        if self.options.strict:
+        if self.strict:
             self.wrong(path, error)
         else:
             self.notes.append(f"{dotted(path)}: {error}")
@@ -227,10 +203,7 @@ def github(report: Report) -> str:
 
 def _commands(report: Report) -> Iterator[str]:
     for fault in report.faults:
-        key = fault.mistake.path
-        yield _command(
-            "error", fault.mistake.position, f"lorafit: {fault.rule}", f"{key}: " * bool(key) + fault.mistake.message
-        )
+        yield _command("error", fault.mistake.position, f"lorafit: {fault.rule}", fault.message)
     for one in report.checked:
         for note in one.notes:
             yield _command("notice", Position(one.file), "lorafit", note)
@@ -282,10 +255,8 @@ def sarif(report: Report) -> dict[str, Any]:
 
 
 def _result(fault: Fault) -> dict[str, Any]:
-    key = fault.mistake.path
-    message = f"{key}: " * bool(key) + fault.mistake.message
     places = [{"physicalLocation": place} for place in _physical(fault.mistake.position)]
-    return {"ruleId": fault.rule, "level": "error", "message": {"text": message}, "locations": places}
+    return {"ruleId": fault.rule, "level": "error", "message": {"text": fault.message}, "locations": places}
 
 
 def _physical(at: Position) -> Iterator[dict[str, Any]]:

@@ -32,13 +32,9 @@ SMALLER_STATES = {
 
 @dataclass(frozen=True)
 class Change:
-    """One way to lower the memory, as overrides or as more GPUs; or several together.
+    """A way to lower the memory, or several: what it does and costs, as overrides for `--set` or as more GPUs.
 
-    Attributes:
-        overrides: KEY=VALUE for `--set`.
-        does: what is changed.
-        costs: what is lost by it.
-        harmful: whether the result of the training changes, or more GPUs are needed.
+    It is harmful where the result of the training changes, or more GPUs are needed.
     """
 
     does: str

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
-from lorafit.gpus import GPUS, Device, Gpu, find_gpu, parse_device, parse_memory, sized
+from lorafit.gpus import GPUS, Device, find_gpu, parse_device, parse_memory, sized
 from lorafit.hardware import Hardware, available_memory, meant_device
 from lorafit.memory import Estimate, Setup, fits, judged
 from lorafit.options import EstimateOptions
@@ -113,7 +113,9 @@ def ask(asked: EstimateOptions, tracer: Tracer) -> Answer:
         found = answer(solve, subject, devices, asserted, sweeps, tracer if asked.trace else None)
     if asked.plot is not None:
         _draw(found, asked.plot)
-    return _with_cost(found, asked, gpus)
+    if not gpus and asked.tokens is None:
+        return found
+    return dataclasses.replace(found, asks_cost=True, spending=spending(found.found, asked, gpus), price=asked.price)
 
 
 def answer(
@@ -184,13 +186,6 @@ def _swept(solve: Solver, subject: Subject, devices: list[Device], sweeps: Sweep
             known = solve(cell).estimate()
             verdicts = [solve(cell.on(device.gpu)).judged(device.memory_bytes)[1] for device in devices]
         yield Cell(values, known, tuple(verdicts))
-
-
-def _with_cost(found: Answer, asked: EstimateOptions, gpus: list[Gpu]) -> Answer:
-    if not gpus and asked.tokens is None:
-        return found
-    spent = spending(found.found, asked, gpus)
-    return dataclasses.replace(found, asks_cost=True, spending=spent, price=asked.price)
 
 
 def _draw(found: Answer, file: Path) -> None:
@@ -273,6 +268,9 @@ def _estimate_dict(known: Estimate) -> dict[str, Any]:
     return {name: getattr(known, name) for name in figures} | {"band": band}
 
 
+_OF_CHANGE = ("overrides", "options", "does", "costs", "harmful")
+
+
 def _verdict_dict(one: Verdict) -> dict[str, Any]:
     return {
         "name": one.device.name,
@@ -283,11 +281,7 @@ def _verdict_dict(one: Verdict) -> dict[str, Any]:
         "notes": list(one.estimate.notes),
         "advice": [
             {
-                "overrides": list(advice.change.overrides),
-                "options": advice.change.options,
-                "does": advice.change.does,
-                "costs": advice.change.costs,
-                "harmful": advice.change.harmful,
+                **{name: getattr(advice.change, name) for name in _OF_CHANGE},
                 "verdict": advice.verdict,
                 **_estimate_dict(advice.estimate),
             }

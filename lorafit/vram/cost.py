@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorafit.errors import LorafitError, UsageError
 from lorafit.facts import ModelFacts
@@ -17,18 +17,14 @@ from lorafit.options import EstimateOptions
 from lorafit.outcome import Outcome
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """Something that is known to lie roughly between two numbers."""
 
     low: float
     high: float
 
-    def __mul__(self, factor: float) -> Range:
+    def times(self, factor: float) -> Range:
         return Range(self.low * factor, self.high * factor)
-
-    def as_list(self) -> list[float]:
-        return [self.low, self.high]
 
 
 UTILISATION_16BIT = Range(0.25, 0.50)
@@ -89,14 +85,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """Rough time and money on a GPU, or on several of it.
-
-    Attributes:
-        utilisation: of the peak, assumed.
-        hours: on the clock.
-        tokens_per_second: of all GPUs together.
-        money: of all GPUs together, in the price's currency; None without a price.
-    """
+    """Rough time on the clock and money of a GPU, or of several together, at an assumed share of the peak."""
 
     gpu: Gpu
     utilisation: Range
@@ -120,10 +109,10 @@ def cost(work: Work, gpu: Gpu, *, bits: int = 16, world_size: int = 1, price_per
     reached = UTILISATION_4BIT if bits <= 8 else UTILISATION_16BIT
     peak = gpu.peak_tflops * 1e12 * world_size
     seconds = Range(work.flops / (peak * reached.high), work.flops / (peak * reached.low))
-    hours = seconds * (1 / 3600)
+    hours = seconds.times(1 / 3600)
     tokens = work.tokens * work.epochs
     speed = Range(tokens / seconds.high, tokens / seconds.low) if seconds.low > 0 else Range(0, 0)
-    money = None if price_per_hour is None else hours * (world_size * price_per_hour)
+    money = None if price_per_hour is None else hours.times(world_size * price_per_hour)
     return Cost(gpu, reached, hours, speed, money)
 
 
@@ -131,8 +120,8 @@ def time_text(hours: Range) -> str:
     """Such as "2.1 to 4.3 h", in the unit that suits the longer one."""
     for unit, in_hours, below in (("s", 1 / 3600, 2 / 60), ("min", 1 / 60, 2.0), ("h", 1.0, 72.0)):
         if hours.high < below:
-            return _span(hours * (1 / in_hours), unit)
-    return _span(hours * (1 / 24), "days")
+            return _span(hours.times(1 / in_hours), unit)
+    return _span(hours.times(1 / 24), "days")
 
 
 def money_text(money: Range) -> str:
@@ -192,18 +181,12 @@ class Spending:
             "tokens_from": self.tokens.source,
             "flops": self.flops,
             "gpus": [
-                {
-                    "name": one.gpu.name,
-                    "hours": one.hours.as_list(),
-                    "tokens_per_second": one.tokens_per_second.as_list(),
-                    "utilisation": one.utilisation.as_list(),
-                    "money": one.money.as_list() if one.money else None,
-                }
-                for one in self.costs
+                {"name": one.gpu.name} | {name: getattr(one, name) for name in _ROUGH_FIGURES} for one in self.costs
             ],
         }
 
 
+_ROUGH_FIGURES = ("hours", "tokens_per_second", "utilisation", "money")
 UNKNOWN = "the number of tokens is not known: give --tokens N (of one epoch), or let `lorafit preview` count them once"
 
 

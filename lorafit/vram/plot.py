@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import UsageError
 from lorafit.files import claim_file, write_bytes
-from lorafit.text import GIB, printable
+from lorafit.text import GIB, clipped, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,9 +62,41 @@ def stacked_bar(
     Raises UsageError for another kind of file, a folder that isn't there, and without matplotlib.
     """
     check(file)
-    data = _render(terms, title, capacity, file.suffix.lower()[1:], timeline, phases)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = [(printable(name), size) for name, size in terms if size > 0]
+    lines = [(printable(name), size) for name, size in capacity]
+    kind = file.suffix.lower()[1:]
+    key = 0.2 * (-(-len(shown) // 2)) + 0.1
+    top = 1.75 + key
+    height = top + (3.05 if timeline else 0.0)
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        matplotlib.rcdefaults()
+        settings: Any = matplotlib.rcParams
+        settings.update(SETTINGS)
+        figure = Figure(figsize=(WIDTH, height), dpi=150)
+        left, width = 0.075, 0.895
+        bar = figure.add_axes((left, 1 - 1.2 / height, width, 0.5 / height))
+        _draw_bar(bar, shown, lines)
+        figure.text(left, 1 - 0.14 / height, clipped(printable(title), 80), weight="bold", size=11, va="top")
+        if shown:
+            patches = bar.patches[: len(shown)]
+            names = [f"{clipped(name, 38)}  {_gib(size)}" for name, size in shown]
+            place = (left, 1 - 1.68 / height)
+            bar.legend(
+                patches, names, loc="upper left", bbox_to_anchor=place, bbox_transform=figure.transFigure,
+                ncols=2, frameon=False, borderaxespad=0, handlelength=1.4, columnspacing=3,
+            )  # fmt: skip
+        if timeline:
+            over = figure.add_axes((left, 0.45 / height, width, 2.1 / height))
+            _draw_timeline(over, timeline, phases, lines)
+        data = io.BytesIO()
+        metadata: dict[str, Any] = {"Date": None, "Creator": MADE_BY} if kind == "svg" else {"Software": MADE_BY}
+        figure.savefig(data, format=kind, metadata=metadata)
     try:
-        write_bytes(file, data)
+        write_bytes(file, data.getvalue())
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(f"{file}: {error.strerror}") from None
@@ -109,49 +141,6 @@ def thin(
     return xs, allocated, reserved
 
 
-def _render(
-    terms: Sequence[tuple[str, int]],
-    title: str,
-    capacity: Sequence[tuple[str, int]],
-    kind: str,
-    timeline: Sequence[tuple[float, int, int]],
-    phases: Sequence[tuple[float, str]],
-) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    shown = [(printable(name), size) for name, size in terms if size > 0]
-    lines = [(printable(name), size) for name, size in capacity]
-    key = 0.2 * (-(-len(shown) // 2)) + 0.1
-    top = 1.75 + key
-    height = top + (3.05 if timeline else 0.0)
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        matplotlib.rcdefaults()
-        settings: Any = matplotlib.rcParams
-        settings.update(SETTINGS)
-        figure = Figure(figsize=(WIDTH, height), dpi=150)
-        left, width = 0.075, 0.895
-        bar = figure.add_axes((left, 1 - 1.2 / height, width, 0.5 / height))
-        _draw_bar(bar, shown, lines)
-        figure.text(left, 1 - 0.14 / height, _clip(printable(title), 80), weight="bold", size=11, va="top")
-        if shown:
-            patches = bar.patches[: len(shown)]
-            names = [f"{_clip(name, 38)}  {_gib(size)}" for name, size in shown]
-            place = (left, 1 - 1.68 / height)
-            bar.legend(
-                patches, names, loc="upper left", bbox_to_anchor=place, bbox_transform=figure.transFigure,
-                ncols=2, frameon=False, borderaxespad=0, handlelength=1.4, columnspacing=3,
-            )  # fmt: skip
-        if timeline:
-            over = figure.add_axes((left, 0.45 / height, width, 2.1 / height))
-            _draw_timeline(over, timeline, phases, lines)
-        data = io.BytesIO()
-        metadata: dict[str, Any] = {"Date": None, "Creator": MADE_BY} if kind == "svg" else {"Software": MADE_BY}
-        figure.savefig(data, format=kind, metadata=metadata)
-    return data.getvalue()
-
-
 def _draw_bar(axes: Axes, terms: list[tuple[str, int]], capacity: list[tuple[str, int]]) -> None:
     total = 0
     for index, (_, size) in enumerate(terms):
@@ -169,7 +158,7 @@ def _draw_bar(axes: Axes, terms: list[tuple[str, int]], capacity: list[tuple[str
               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85})  # fmt: skip
     for size in dict.fromkeys(size for _, size in capacity):
         axes.axvline(size / GIB, color="black", linewidth=1.4, linestyle=(0, (4, 2)), zorder=3)
-    labels = [(size / GIB, f"{_clip(name, 40)}: {_gib(size)}") for name, size in sorted(capacity, key=lambda c: c[1])]
+    labels = [(size / GIB, f"{clipped(name, 40)}: {_gib(size)}") for name, size in sorted(capacity, key=lambda c: c[1])]
     for x, label, lane, align in _placed(labels, 0, most * 1.12, lanes=2):
         axes.annotate(label, (x, 0.5), (0, 3 + 11 * lane), textcoords="offset points", ha=align, size=8)
 
@@ -193,7 +182,7 @@ def _draw_timeline(
     for name, size in sorted(capacity, key=lambda line: line[1]):
         if size / GIB <= 1.6 * highest:
             axes.axhline(size / GIB, color="black", linewidth=1.2, linestyle=(0, (4, 2)))
-            axes.annotate(_clip(name, 40), (1, size / GIB), (-2, 2), xycoords=("axes fraction", "data"),
+            axes.annotate(clipped(name, 40), (1, size / GIB), (-2, 2), xycoords=("axes fraction", "data"),
                           textcoords="offset points", ha="right", size=8)  # fmt: skip
             highest = max(highest, size / GIB)
     axes.set_xlim(xs[0], end)
@@ -231,7 +220,3 @@ def _placed(
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size / (1 << 20):.2f} MiB"
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -40,12 +40,7 @@ Sweeps = tuple[tuple[str, tuple[str, ...]], ...]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is estimated: a recipe's file, or a model with defaults for everything else.
-
-    Attributes:
-        overrides: KEY=VALUE, as `--set` takes them.
-        hardware: what the plan is made for; all its processes are alike.
-    """
+    """What is estimated: a recipe's file, or a model with defaults; overrides are KEY=VALUE, as `--set` takes them."""
 
     config: Path | None
     model: str | None

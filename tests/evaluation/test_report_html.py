@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lorafit.evaluation.report.charts import learning_curves, state_of
-from lorafit.evaluation.report.html import as_json, shares, write_html
-from lorafit.evaluation.report.text import change, interval, quantity, visible
+from lorafit.evaluation.report.charts import learning_curves
+from lorafit.evaluation.report.html import Training, as_json, shares, write_html
+from lorafit.evaluation.report.text import change, interval, quantity, state_of, visible
 from lorafit.evaluation.results import Answer, Difference, Figure, Gate, Metric, Model, Results, Sample, Set, Speed
 
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")
@@ -321,14 +321,10 @@ class Page(HTMLParser):
 
 
 def write(folder: Path, **changed: Any) -> str:
-    given: dict[str, Any] = {
-        "results": example_results(),
-        "samples": iter(example_samples()),
-        "metrics": example_metrics(),
-        "memory": MEMORY,
-        "merge": MERGE,
-    }
-    write_html(folder, **(given | changed))
+    given = {"metrics": example_metrics(), "memory": MEMORY, "merge": MERGE}
+    training = Training(**{name: changed.pop(name, value) for name, value in given.items()})
+    rows: dict[str, Any] = {"results": example_results(), "samples": iter(example_samples())}
+    write_html(folder, training=training, **(rows | changed))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

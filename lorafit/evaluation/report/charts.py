@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorafit.evaluation.report.text import change, count
+from lorafit.evaluation.report.text import State, change, count, state_of
 from lorafit.evaluation.results import Difference, Metric
 
 MOST_POINTS = 600
@@ -19,7 +19,6 @@ BAR_WIDTH, BAR_HEIGHT, BAR_HALF = 240, 22, 112
 
 Points = list[tuple[float, float]]
 Name = Literal["train", "validation"]
-State = Literal["better", "worse", "same", "unclear", "higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -38,22 +37,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Chart:
-    id: str
-    title: str
-    summary: str
-    width: int
-    height: int
-    left: int
-    top: int
-    right: float
-    bottom: float
-    across: tuple[Tick, ...]
-    up: tuple[Tick, ...]
-    curves: tuple[Curve, ...]
-
-
-@dataclass(frozen=True)
 class Panel:
     """A chart of fields of metrics.jsonl."""
 
@@ -64,6 +47,22 @@ class Panel:
     width: int = 440
     height: int = 220
     may_be_log: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A panel with its curves, between the edges of the plot."""
+
+    panel: Panel
+    title: str
+    summary: str
+    left: int
+    top: int
+    right: float
+    bottom: float
+    across: tuple[Tick, ...]
+    up: tuple[Tick, ...]
+    curves: tuple[Curve, ...]
 
 
 PANELS = (
@@ -122,11 +121,9 @@ def _chart(panel: Panel, series: Mapping[Name, Points]) -> Chart:
         path = "M" + "L".join(f"{across:g},{height:g}" for across, height in places)
         curves.append(Curve(name, path, places if name == "validation" and len(places) <= 60 else ()))
     return Chart(
-        id=panel.id,
+        panel=panel,
         title=f"{panel.title}, logarithmic scale" if is_log else panel.title,
         summary=_summary(series),
-        width=panel.width,
-        height=panel.height,
         left=left,
         top=top,
         right=right,
@@ -196,14 +193,6 @@ def extent(differences: Iterable[Difference]) -> float:
     """The largest value or end of an interval of a metric's differences; their bars share a scale."""
     ends = [abs(end) for one in differences for end in (one.value, one.low, one.high) if end is not None]
     return max((end for end in ends if math.isfinite(end)), default=0.0) or 1.0
-
-
-def state_of(difference: Difference, metric: Metric) -> State:
-    if not difference.is_clear or not difference.value:
-        return "same" if difference.is_same else "unclear"
-    if metric.better is None:
-        return "higher" if difference.value > 0 else "lower"
-    return "better" if (difference.value > 0) == (metric.better == "higher") else "worse"
 
 
 def bar(difference: Difference, metric: Metric, most: float) -> Bar | None:

@@ -11,16 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorafit.evaluation.report import charts
-from lorafit.evaluation.report.charts import Bar, State, bar, extent, is_number, state_of
+from lorafit.evaluation.report.charts import Bar, bar, extent, is_number
 from lorafit.evaluation.report.text import (
     DifferenceRow,
     FigureRow,
+    State,
     as_junit,
     as_markdown,
     count,
@@ -31,6 +32,7 @@ from lorafit.evaluation.report.text import (
     number,
     quantity,
     size,
+    state_of,
     visible,
 )
 from lorafit.evaluation.results import Answer, Metric, Results, Sample
@@ -38,9 +40,6 @@ from lorafit.evaluation.results import Set as SetInfo
 from lorafit.files import staged, write_text
 from lorafit.tree import dotted, leaves
 from lorafit.written import References, as_written
-
-if TYPE_CHECKING:
-    pass
 
 MOST_CHARACTERS = 20_000
 """Characters of one text; the rest of it is in samples.jsonl."""
@@ -61,21 +60,24 @@ class Examples:
     characters: int = 0
 
 
+class Training(NamedTuple):
+    """What the page says of a run's training: its metrics.jsonl, the manifest's memory, and its merge_report.json."""
+
+    metrics: list[dict[str, Any]]
+    memory: dict[str, Any] | None = None
+    merge: dict[str, Any] | None = None
+
+
 def write_html(
     folder: Path,
     results: Results,
     samples: Iterable[Sample],
-    metrics: list[dict[str, Any]],
-    memory: dict[str, Any] | None,
-    merge: dict[str, Any] | None,
+    training: Training,
     most_samples: int = 1000,
 ) -> None:
     """Write folder/report.html.
 
     Args:
-        metrics: the lines of the run's metrics.jsonl.
-        memory: `memory` of the run's manifest.
-        merge: the content of merge_report.json.
         most_samples: that the page holds, over all sets; a set gets its share of them, from its first row on.
     """
     page = resources.files("lorafit.evaluation.report").joinpath("page")
@@ -94,10 +96,10 @@ def write_html(
             verdict=outcome(results),
             keys=keys(results),
             sets=sets_of(results),
-            curves=charts.learning_curves(metrics),
+            curves=charts.learning_curves(training.metrics),
             examples=examples,
-            memory=memory,
-            merge=merge,
+            memory=training.memory,
+            merge=training.merge,
         )
     )
     # Surrogates are escaped where they are shown and in the data; this is for any that are left, such as in a path.
@@ -132,12 +134,9 @@ def _environment() -> Environment:
 
 
 def _policy(style: str, script: str) -> str:
-    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
-    return (
-        "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; base-uri 'none'; form-action 'none'".format(
-            *hashes
-        )
-    )
+    css, js = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
+    allowed = f"style-src 'sha256-{css}'; script-src 'sha256-{js}'"
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
 
 
 def shares(results: Results, most: int) -> dict[str, int]:
@@ -407,23 +406,12 @@ def merge_facts(merge: Mapping[str, Any]) -> list[tuple[str, str]]:
 FILES = {"samples": "samples.jsonl", "markdown": "report.md", "html": "report.html", "junit": "junit.xml"}
 
 
-class Training(NamedTuple):
-    """What the page says of a run's training: its metrics.jsonl, the manifest's memory, and its merge_report.json."""
-
-    metrics: list[dict[str, Any]]
-    memory: dict[str, Any] | None = None
-    merge: dict[str, Any] | None = None
-
-
 def write_reports(
     destination: Path, results: Results, samples: Iterable[Sample], training: Training, references: References
 ) -> Results:
     """Write the folder of an evaluation; what stood there is replaced at the end. Returns the results as written.
 
-    Raises DoesNotFitError.
-
-    Args:
-        references: those that stand for what the recipe takes from the environment.
+    What the recipe takes from the environment is written as references. Raises DoesNotFitError.
     """
     results = Results.model_validate(as_written(results.model_copy(update={"files": FILES}).model_dump(), references))
     with staged(destination, "evaluation") as folder:
@@ -434,7 +422,7 @@ def write_reports(
         (folder / "results.json").write_text(results.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (folder / FILES["markdown"]).write_text(as_markdown(results), encoding="utf-8")
         (folder / FILES["junit"]).write_text(as_junit(results), encoding="utf-8")
-        write_html(folder, results, read_samples(folder), *training)
+        write_html(folder, results, read_samples(folder), training)
     return results
 
 

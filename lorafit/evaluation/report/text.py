@@ -9,10 +9,10 @@ import math
 import re
 import unicodedata
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 from rich.table import Table
@@ -20,37 +20,24 @@ from rich.text import Text
 
 from lorafit.console import Console, print_line, print_table, table
 from lorafit.evaluation.results import Difference, Figure, Metric, Results, Sample
-from lorafit.text import GIB, MIB
+from lorafit.text import GIB, MIB, markdown, markdown_table
 
 BRIEF = {
     "task": (
-        "loss",
-        "perplexity",
-        "token_accuracy",
-        "exact_match",
-        "accuracy",
-        "macro_f1",
-        "json_valid",
-        "ended",
-        "agreement",
-        "judge",
+        *("loss", "perplexity", "token_accuracy", "exact_match", "accuracy", "macro_f1"),
+        *("json_valid", "ended", "agreement", "judge"),
     ),
     "forgetting": ("bits_per_byte", "kl"),
 }
 """Metrics that a terminal and a pull request show first; others that a recipe asks for come after them."""
 UNTOLD = (
-    "exact_match_normalized",
-    "token_f1",
-    "json_match",
-    "repetition",
-    "length",
-    "bits_per_byte",
-    "loss",
-    "perplexity",
+    *("exact_match_normalized", "token_f1", "json_match", "repetition", "length"),
+    *("bits_per_byte", "loss", "perplexity"),
 )
 """Metrics that are measured anyway, and left to results.json and report.html where BRIEF does not have them."""
 
 
+State = Literal["better", "worse", "same", "unclear", "higher", "lower"]
 MOST_METRICS = 2
 """Metrics in the verdict of those that gates ask for; the tables have the others."""
 
@@ -116,21 +103,25 @@ def brief(results: Results, name: str) -> tuple[list[FigureRow], list[Difference
     )
 
 
-def says(row: DifferenceRow) -> str:
+def state_of(difference: Difference, metric: Metric) -> State:
     """How a difference is read."""
-    one, better = row.difference, row.metric.better
-    if not one.is_clear:
-        return "same" if one.is_same else _unclear(one)
-    if better is None:
-        return "differs"
-    return "better" if (one.value or 0) * (1 if better == "higher" else -1) > 0 else "worse"
+    if not difference.is_clear or not difference.value:
+        return "same" if difference.is_same else "unclear"
+    if metric.better is None:
+        return "higher" if difference.value > 0 else "lower"
+    return "better" if (difference.value > 0) == (metric.better == "higher") else "worse"
+
+
+def _says(row: DifferenceRow) -> str:
+    state = state_of(row.difference, row.metric)
+    return _unclear(row.difference) if state == "unclear" else "differs" if state in ("higher", "lower") else state
 
 
 def _cells(row: DifferenceRow) -> tuple[str, ...]:
     """The cells of a row: models, metric, difference, interval, rows won, tied and lost, reading, detectable."""
     one = row.difference
     won, least = f"{one.wins}/{one.ties}/{one.losses}", quantity(one.detectable, row.metric.unit)
-    return (f"{one.model} − {one.against}", row.metric.label, row.value, row.interval, won, says(row), least)
+    return (f"{one.model} − {one.against}", row.metric.label, row.value, row.interval, won, _says(row), least)
 
 
 MOST_TEXT = 300
@@ -153,7 +144,7 @@ def as_markdown(results: Results) -> str:
             (_safe(gate.gate), "✅ passed" if gate.passed else "❌ **failed**", _safe(gate.sentence))
             for gate in results.gates[:100]
         ]
-        lines += [*_markdown_table(("gate", "", "figures"), gates), ""]
+        lines += [*markdown_table(("gate", "", "figures"), gates), ""]
     for name, info in results.sets.items():
         answered = f", {info.answered} answered" if info.answered else ""
         lines += [f"### {_safe(name)}", "", f"{info.rows} rows{answered}: {_safe(info.source)}", ""]
@@ -167,25 +158,17 @@ def as_markdown(results: Results) -> str:
             )
             for row in rows
         ]
-        lines += [*_markdown_table(("", *map(_safe, results.models)), figures), ""]
+        lines += [*markdown_table(("", *map(_safe, results.models)), figures), ""]
         differences = [map(_safe, _cells(row)) for row in differing]
         if differences:
             head = ("difference", "", "value", "95% interval", "won/tied/lost", "", "detectable")
-            lines += [*_markdown_table(head, differences), ""]
+            lines += [*markdown_table(head, differences), ""]
     lines += [f"- {_safe(remark)}" for remark in results.remarks]
     lines = _bounded(lines)
     about = {"run": results.run, "created": results.created, "versions": results.versions, "hardware": results.hardware}
     text = json.dumps(about | {"settings": results.settings}, indent=1, ensure_ascii=True).replace("```", "` ` `")
-    lines += [
-        "",
-        "<details><summary>Versions, hardware and settings</summary>",
-        "",
-        "```json",
-        text[:MOST_SETTINGS],
-        "```",
-        "",
-    ]
-    lines += ["</details>"]
+    lines += ["", "<details><summary>Versions, hardware and settings</summary>", ""]
+    lines += ["```json", text[:MOST_SETTINGS], "```", "", "</details>"]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
@@ -196,18 +179,8 @@ def _bounded(lines: list[str]) -> list[str]:
     return lines if kept == len(lines) else [*lines[:kept], "", "The rest is in results.json and report.html."]
 
 
-def _markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    columns = list(head)
-    made = [columns, ["---"] * len(columns), *map(list, rows)]
-    return [f"| {' | '.join(row)} |" for row in made]
-
-
 def _safe(text: str, most: int = MOST_TEXT) -> str:
-    """Text that is nothing but text in a cell of a table."""
-    text = " ".join(str(visible(text)).split())
-    text = text if len(text) <= most else f"{text[: most - 1]}…"
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~#@!])", r"\\\1", text)
+    return markdown(str(visible(text)), most)
 
 
 def print_results(results: Results, samples: list[Sample], console: Console | None = None) -> None:

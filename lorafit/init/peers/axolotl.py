@@ -4,38 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorafit.init.peers import read
+from lorafit.init.peers import transformers as shared
 from lorafit.init.peers.axolotl_data import DATASET_RULES, set_template, sources
-from lorafit.init.peers.convert import (
-    Conversion,
-    Rules,
-    above_zero,
-    becomes,
-    count,
-    decides,
-    flag,
-    idle,
-    indices,
-    lost,
-    mapping,
-    names,
-    number,
-    refused,
-    table,
-    text,
-    whole,
-)
-from lorafit.init.peers.transformers import (
-    COMMON,
-    NOT_LEARNED,
-    evaluation,
-    held_out,
-    logging,
-    optimizer,
-    peft_default_targets,
-    sampling,
-    schedule,
-    scheduler,
-)
+from lorafit.init.peers.convert import Conversion, Rules, becomes, decides, idle, lost, refused, table
 
 TITLE = "axolotl"
 NAMED = "base_model"
@@ -47,8 +19,8 @@ _OTHER_LOSS = "lorafit trains on answers (SFT) only"
 _LAYERS = "which weights are trained would be others"
 
 RULES: Rules = table(
-    becomes("base_model", "model.name_or_path", text),
-    becomes("revision_of_model", "model.revision", text),
+    becomes("base_model", "model.name_or_path", read.text),
+    becomes("revision_of_model", "model.revision", read.text),
     decides("bf16 fp16 bfloat16 float16 float32", "model.dtype"),
     decides(
         "flash_attention sdp_attention eager_attention attn_implementation xformers_attention flex_attention",
@@ -57,25 +29,25 @@ RULES: Rules = table(
     decides("chat_template chat_template_jinja", "model.chat_template"),
     decides("load_in_4bit load_in_8bit", "quantization"),
     decides("adapter", "lora, quantization"),
-    becomes("lora_r", "lora.r", count),
+    becomes("lora_r", "lora.r", read.count),
     decides("lora_target_modules lora_target_linear", "lora.target_modules"),
-    becomes("lora_modules_to_save", "lora.modules_to_save", names),
-    becomes("peft_layers_to_transform", "lora.layers_to_transform", indices),
-    becomes("peft_use_dora", "lora.use_dora", flag),
-    becomes("peft_use_rslora", "lora.use_rslora", flag),
+    becomes("lora_modules_to_save", "lora.modules_to_save", read.names),
+    becomes("peft_layers_to_transform", "lora.layers_to_transform", read.indices),
+    becomes("peft_use_dora", "lora.use_dora", read.flag),
+    becomes("peft_use_rslora", "lora.use_rslora", read.flag),
     decides("peft_init_lora_weights", "lora.init_lora_weights"),
-    becomes("loraplus_lr_ratio", "lora.loraplus_lr_ratio", above_zero),
+    becomes("loraplus_lr_ratio", "lora.loraplus_lr_ratio", read.above_zero),
     decides("datasets", "dataset.train"),
     decides("test_datasets val_set_size", "dataset.validation"),
     decides("train_on_inputs", "dataset.loss_on"),
-    becomes("min_sample_len", "dataset.min_length", count),
+    becomes("min_sample_len", "dataset.min_length", read.count),
     decides("excess_length_strategy", "dataset.excess_length_strategy"),
-    becomes("sequence_len", "training.max_length", count),
-    becomes("sample_packing", "training.packing", flag),
+    becomes("sequence_len", "training.max_length", read.count),
+    becomes("sample_packing", "training.packing", read.flag),
     decides("num_epochs max_steps", "training.num_train_epochs, training.max_steps"),
-    becomes("micro_batch_size", "training.per_device_train_batch_size", count),
+    becomes("micro_batch_size", "training.per_device_train_batch_size", read.count),
     decides("gradient_accumulation_steps batch_size", "training.gradient_accumulation_steps"),
-    becomes("eval_batch_size", "training.per_device_eval_batch_size", count),
+    becomes("eval_batch_size", "training.per_device_eval_batch_size", read.count),
     decides("lr_scheduler cosine_min_lr_ratio", "training.lr_scheduler_type"),
     decides("optimizer", "training.optim"),
     decides("noisy_embedding_alpha", "training.neftune_noise_alpha"),
@@ -86,12 +58,12 @@ RULES: Rules = table(
         "eval_strategy evaluation_strategy eval_steps evals_per_epoch", "training.eval_strategy, training.eval_steps"
     ),
     decides("save_strategy save_steps saves_per_epoch", "training.save_strategy, training.save_steps"),
-    becomes("early_stopping_patience", "training.early_stopping_patience", whole),
+    becomes("early_stopping_patience", "training.early_stopping_patience", read.whole),
     decides(
         "wandb_project wandb_mode use_wandb use_tensorboard use_mlflow mlflow_experiment_name use_comet",
         "training.report_to",
     ),
-    COMMON,
+    shared.COMMON,
     DATASET_RULES,
     refused("rl reward_model process_reward_model", _OTHER_LOSS),
     refused("pretraining_dataset", "lorafit does no pretraining; name the rows as datasets of type completion"),
@@ -116,7 +88,7 @@ RULES: Rules = table(
         "include_tokens_per_second include_tkps gc_steps lora_on_cpu hf_use_auth_token lora_fan_in_fan_out world_size "
         "experimental_skip_move_to_device skip_prepare_dataset remove_unused_columns merge_lora merge_method "
         "loraplus_lr_embedding mean_resizing_embeddings max_prompt_len",
-        NOT_LEARNED,
+        shared.NOT_LEARNED,
     ),
     idle(
         "trl vllm num_labels dpo_* orpo_alpha rpo_alpha simpo_gamma cpo_alpha kto_* rl_beta gradio_* pretrain_* "
@@ -125,7 +97,7 @@ RULES: Rules = table(
     ),
     idle(
         "use_ray ray_* is_preprocess preprocess_iterable total_* axolotl_config_path multipack_real_batches",
-        NOT_LEARNED,
+        shared.NOT_LEARNED,
     ),
     lost("quantization", "the trained model is quantized by `lorafit merge`"),
     decides("special_tokens plugins peft", ""),
@@ -168,13 +140,13 @@ def assemble(c: Conversion) -> None:
     _attention(c)
     _template(c)
     _batches(c)
-    schedule(c, "num_epochs", 1.0)
+    shared.schedule(c, "num_epochs", 1.0)
     _schedule(c)
-    optimizer(c, "optimizer")
+    shared.optimizer(c, "optimizer")
     if not c.given("learning_rate"):
         c.note("learning_rate", "is not given, which axolotl wants; lorafit's default is 2e-4")
-    logging(c)
-    sampling(c)
+    shared.logging(c)
+    shared.sampling(c)
     c.defaults(max_length=512, weight_decay=0.0, max_grad_norm=1.0, seed=42)
     _validation(c)
     _trackers(c)
@@ -182,19 +154,17 @@ def assemble(c: Conversion) -> None:
 
 
 def _adapter(c: Conversion) -> bool:
-    kind = c.get("adapter", text, "")
-    four, eight = c.get("load_in_4bit", flag, False), c.get("load_in_8bit", flag, False)
+    kind = c.get("adapter", read.text, "")
+    four, eight = c.on("load_in_4bit"), c.on("load_in_8bit")
     if kind not in ("", "lora", "qlora"):
         c.refuse("adapter", f"lorafit has no {kind}; it trains lora and qlora, or all weights")
+    bits = "load_in_4bit" if four else "load_in_8bit"
     if not kind:
         if four or eight:
-            c.refuse(
-                "load_in_4bit" if four else "load_in_8bit", "quantized weights can't be trained without an adapter"
-            )
+            c.refuse(bits, "quantized weights can't be trained without an adapter")
         c.without_adapter()
         return False
     if four or eight:
-        bits = "load_in_4bit" if four else "load_in_8bit"
         c.put(f"quantization.{bits}", True, bits)
     if four:
         c.default("quantization.bnb_4bit_quant_type", "nf4")
@@ -206,34 +176,30 @@ def _adapter(c: Conversion) -> bool:
             c.put(target, 8, "PEFT's default, if nothing is said")
     c.default("lora.lora_dropout", 0.0)
     named = c.plain("lora_target_modules")
-    if c.get("lora_target_linear", flag, False) or named == "all-linear":
+    if c.on("lora_target_linear") or named == "all-linear":
         c.put("lora.target_modules", "all-linear", "lora_target_linear" if named is None else "lora_target_modules")
     elif isinstance(named, list):
-        c.put("lora.target_modules", c.read("lora_target_modules", names, named), "lora_target_modules")
+        c.put("lora.target_modules", c.read("lora_target_modules", read.names, named), "lora_target_modules")
     elif named:
-        c.put("lora.target_modules", c.read("lora_target_modules", text, named), "lora_target_modules")
+        c.put("lora.target_modules", c.read("lora_target_modules", read.text, named), "lora_target_modules")
     else:
-        peft_default_targets(c)
+        shared.peft_default_targets(c)
     start = c.plain("peft_init_lora_weights")
     if start is not None:
-        start = start if isinstance(start, bool) else c.read("peft_init_lora_weights", text, start)
+        start = start if isinstance(start, bool) else c.read("peft_init_lora_weights", read.text, start)
         c.put("lora.init_lora_weights", start, "peft_init_lora_weights")
     return True
 
 
 def _masking(c: Conversion) -> None:
-    everything = c.get("train_on_inputs", flag, False)
-    if any(source["format"] == "text" for source in c.value("dataset.train")) and not everything:
-        return _too_long(c)  # texts are learned whole, and what else there is has only its answers learned, by default
-    if not everything and c.value("dataset.loss_on") is None:
-        c.put("dataset.loss_on", "assistant", c.why("train_on_inputs"))
-    elif everything:
+    """What is learned, and what becomes of rows that are too long."""
+    # Beside texts, which are learned whole, lorafit learns only the answers of what else there is, by default.
+    has_texts = any(source["format"] == "text" for source in c.value("dataset.train"))
+    if c.on("train_on_inputs"):
         c.put("dataset.loss_on", "all", "train_on_inputs")
-    return _too_long(c)
-
-
-def _too_long(c: Conversion) -> None:
-    strategy = c.get("excess_length_strategy", text, "drop")
+    elif not has_texts and c.value("dataset.loss_on") is None:
+        c.put("dataset.loss_on", "assistant", c.why("train_on_inputs"))
+    strategy = c.get("excess_length_strategy", read.text, "drop")
     if strategy not in ("drop", "truncate"):
         c.refuse("excess_length_strategy", f"lorafit knows drop and truncate, not {strategy}")
     c.put("dataset.excess_length_strategy", strategy, c.why("excess_length_strategy"))
@@ -241,15 +207,15 @@ def _too_long(c: Conversion) -> None:
 
 def _precision(c: Conversion, adapter: bool) -> None:
     bf16 = c.plain("bf16")
-    if c.get("float16", flag, False) or (c.get("fp16", flag, False) and bf16 in (None, False)):
+    if c.on("float16") or (c.on("fp16") and bf16 in (None, False)):
         dtype, key = "float16", "fp16"
-    elif c.get("bfloat16", flag, False):
+    elif c.on("bfloat16"):
         dtype, key = "bfloat16", "bfloat16"
-    elif c.get("float32", flag, False):
+    elif c.on("float32"):
         dtype, key = "float32", "float32"
     elif bf16 in (None, "auto"):
         dtype, key = "auto" if adapter else "bfloat16", "bf16"
-    elif bf16 == "full" or c.get("bf16", flag, False):
+    elif bf16 == "full" or c.on("bf16"):
         dtype, key = "bfloat16", "bf16"
     else:
         dtype, key = "float32", "bf16"
@@ -260,29 +226,24 @@ def _precision(c: Conversion, adapter: bool) -> None:
 
 
 def _attention(c: Conversion) -> None:
-    named = c.get("attn_implementation", text, "")
-    for key, name in (
-        ("flash_attention", "flash_attention_2"),
-        ("sdp_attention", "sdpa"),
-        ("eager_attention", "eager"),
-    ):
-        if c.get(key, flag, False):
+    named = c.get("attn_implementation", read.text, "")
+    switches = {"flash_attention": "flash_attention_2", "sdp_attention": "sdpa", "eager_attention": "eager"}
+    for key, name in switches.items():
+        if c.on(key):
             c.put("model.attn_implementation", name, key)
     if named in ("sdpa", "eager", "flash_attention_2", "flash_attention_3"):
         c.put("model.attn_implementation", named, "attn_implementation")
     elif named:
         c.note("attn_implementation", f"'{named}': no equivalent; lorafit chooses")
     for key in ("xformers_attention", "flex_attention"):
-        if c.get(key, flag, False):
+        if c.on(key):
             c.note(key, "no equivalent; lorafit chooses (the same result but for rounding)")
 
 
 def _template(c: Conversion) -> None:
     """The template of conversations: the data sets' own has been set before."""
-    name, jinja = c.get("chat_template", text, ""), c.get("chat_template_jinja", text, "")
-    if not c.value("dataset.train") or not any(
-        s["format"] in ("messages", "sharegpt") for s in c.value("dataset.train")
-    ):
+    name, jinja = c.get("chat_template", read.text, ""), c.get("chat_template_jinja", read.text, "")
+    if not any(source["format"] in ("messages", "sharegpt") for source in c.value("dataset.train")):
         c.no_effect("chat_template", "chat_template_jinja", why="the rows are no conversations")
         return
     if "model.chat_template" not in c.lines:
@@ -294,42 +255,42 @@ def _template(c: Conversion) -> None:
 
 def _batches(c: Conversion) -> None:
     c.default("training.per_device_train_batch_size", 1)
-    rows, total = int(c.value("training.per_device_train_batch_size")), c.get("batch_size", whole, 0)
+    rows, total = int(c.value("training.per_device_train_batch_size")), c.get("batch_size", read.whole, 0)
     if total:
         c.put("training.gradient_accumulation_steps", max(total // rows, 1), "batch_size / micro_batch_size")
     else:
-        c.choose("training.gradient_accumulation_steps", "gradient_accumulation_steps", count, 1)
+        c.choose("training.gradient_accumulation_steps", "gradient_accumulation_steps", read.count, 1)
     checkpointing = c.plain("gradient_checkpointing")
     if isinstance(checkpointing, str) and checkpointing in ("offload", "offload_disk", "unsloth"):
         c.note("gradient_checkpointing", f"'{checkpointing}': no equivalent; plain checkpointing is written")
         checkpointing = True
-    on = False if checkpointing is None else c.read("gradient_checkpointing", flag, checkpointing)
+    on = False if checkpointing is None else c.read("gradient_checkpointing", read.flag, checkpointing)
     c.put("training.gradient_checkpointing", on, c.why("gradient_checkpointing"))
-    noise = c.get("noisy_embedding_alpha", above_zero, 0.0)
+    noise = c.get("noisy_embedding_alpha", read.above_zero, 0.0)
     if noise:
         c.put("training.neftune_noise_alpha", noise, "noisy_embedding_alpha")
 
 
 def _schedule(c: Conversion) -> None:
-    scheduler(c, "lr_scheduler", "cosine")
-    least = c.get("cosine_min_lr_ratio", number, 0.0)
+    shared.scheduler(c, "lr_scheduler", "cosine")
+    least = c.get("cosine_min_lr_ratio", read.number, 0.0)
     if least and c.value("training.lr_scheduler_type") == "cosine":
         c.put("training.lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler, cosine_min_lr_ratio")
         c.put("training.lr_scheduler_kwargs", {"min_lr_rate": least}, "cosine_min_lr_ratio")
     if c.given("warmup_steps"):
-        c.put("training.warmup_steps", c.get("warmup_steps", whole, 0), "warmup_steps")
+        c.put("training.warmup_steps", c.get("warmup_steps", read.whole, 0), "warmup_steps")
     elif c.given("warmup_ratio"):
-        c.put("training.warmup_ratio", c.get("warmup_ratio", number, 0.0), "warmup_ratio")
+        c.put("training.warmup_ratio", c.get("warmup_ratio", read.number, 0.0), "warmup_ratio")
     else:
         c.put("training.warmup_ratio", 0.03, "axolotl's default (there at most 100 steps)")
 
 
 def _validation(c: Conversion) -> None:
     if "dataset.validation" not in c.lines:
-        held_out(c, "val_set_size")
+        shared.held_out(c, "val_set_size")
     else:
         c.no_effect("val_set_size", why="test_datasets are the validation rows")
-    evaluation(c, ("evals_per_epoch", "saves_per_epoch"))
+    shared.evaluation(c, ("evals_per_epoch", "saves_per_epoch"))
     if c.value("dataset.validation") is None:
         keys = ("early_stopping_patience", "eval_batch_size", "load_best_model_at_end")
         c.no_effect(*keys, why="there are no validation rows")
@@ -337,7 +298,7 @@ def _validation(c: Conversion) -> None:
         c.lines.pop("training.per_device_eval_batch_size", None)
         return
     stops = bool(c.value("training.early_stopping_patience"))
-    c.choose("training.load_best_model_at_end", "load_best_model_at_end", flag, stops)
+    c.choose("training.load_best_model_at_end", "load_best_model_at_end", read.flag, stops)
 
 
 def _trackers(c: Conversion) -> None:
@@ -361,13 +322,13 @@ def _trackers(c: Conversion) -> None:
 
 def _words(c: Conversion) -> None:
     """Special tokens and plugins."""
-    tokens: dict[str, Any] = c.get("special_tokens", mapping, {})
+    tokens: dict[str, Any] = c.get("special_tokens", read.mapping, {})
     others = [name for name, token in tokens.items() if token and name != "pad_token"]
     if others:
         c.note("special_tokens", f"{', '.join(others)}: no equivalent (the tokenizer keeps its own special tokens)")
     else:
         c.no_effect("special_tokens", why="padding is masked")
-    plugins: list[str] = c.get("plugins", names, [])
+    plugins: list[str] = c.get("plugins", read.names, [])
     strange = [name for name in plugins if not any(part in str(name) for part in ("liger", "cut_cross_entropy"))]
     c.fates["plugins"] = "no effect on what is learned: faster kernels" if not strange else c.fates.get("plugins", "")
     if strange:

@@ -7,20 +7,9 @@ import re
 import string
 from typing import Any
 
-from lorafit.init.peers.convert import (
-    Conversion,
-    Rules,
-    data_sets,
-    decides,
-    file_names,
-    idle,
-    lost,
-    mapping,
-    table,
-    text,
-    words,
-)
-from lorafit.init.peers.transformers import beside_recipe, chat_template
+from lorafit.init.peers import read
+from lorafit.init.peers import transformers as shared
+from lorafit.init.peers.convert import Conversion, Rules, decides, idle, lost, table
 from lorafit.rows import is_local
 from lorafit.rows.turns import ROLES
 
@@ -145,7 +134,7 @@ def sources(c: Conversion) -> None:
 
 def _all(c: Conversion, key: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    c.read(key, data_sets, c.plain(key))
+    c.read(key, read.data_sets, c.plain(key))
     for index, located in enumerate(c.source[key].value):
         _fates(c, key, index, located.value)
         found += _source(c, f"{key}.{index}", located.plain())
@@ -170,9 +159,9 @@ def _fates(c: Conversion, key: str, index: int, values: Any) -> None:
 def _source(c: Conversion, key: str, entry: dict[str, Any]) -> list[dict[str, Any]]:
     for name in _TEXTS:
         if entry.get(name) is not None:
-            c.read(f"{key}.{name}", text, entry[name])
-    path = c.read(f"{key}.path", text, entry.get("path"))
-    named = c.read(f"{key}.data_files", file_names, entry.get("data_files"))
+            c.read(f"{key}.{name}", read.text, entry[name])
+    path = c.read(f"{key}.path", read.text, entry.get("path"))
+    named = c.read(f"{key}.data_files", read.file_names, entry.get("data_files"))
     if path not in ("json", "csv", "parquet", "text") and named and not is_local(path):
         c.note(f"{key}.data_files", "files of a hub data set have no equivalent; all of the split is read")
         named = []
@@ -222,8 +211,8 @@ def _shape(c: Conversion, key: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _conversation(c: Conversion, key: str, entry: dict[str, Any], column: str) -> dict[str, Any]:
-    properties = "message_property_mappings"
-    mapped = {name: c.read(f"{key}.{properties}", text, to) for name, to in _mapping(c, key, entry, properties).items()}
+    properties = _mapping(c, key, entry, "message_property_mappings").items()
+    mapped = {name: c.read(f"{key}.message_property_mappings", read.text, to) for name, to in properties}
     role = entry.get("message_field_role") or mapped.get("role") or "role"
     content = entry.get("message_field_content") or mapped.get("content") or "content"
     for name, known in zip((role, content), _KNOWN_ROLE_KEYS, strict=True):
@@ -231,7 +220,7 @@ def _conversation(c: Conversion, key: str, entry: dict[str, Any], column: str) -
             said = next((k for k in ("message_property_mappings", "message_field_role") if k in entry), "type")
             c.note(f"{key}.{said}", f"'{name}': turns need role and content, or from and value; rename it in the rows")
     roles = _mapping(c, key, entry, "roles").values()
-    strange = {role for some in roles for role in c.read(f"{key}.roles", words, some)} - {*ROLES}
+    strange = {role for some in roles for role in c.read(f"{key}.roles", read.words, some)} - {*ROLES}
     if strange:
         c.note(f"{key}.roles", f"{', '.join(sorted(strange))}: no equivalent; lorafit knows {', '.join(ROLES)}")
     _roles_to_train(c, key, entry)
@@ -249,13 +238,13 @@ def _conversation(c: Conversion, key: str, entry: dict[str, Any], column: str) -
 
 def _mapping(c: Conversion, key: str, entry: dict[str, Any], name: str) -> dict[str, Any]:
     value = entry.get(name)
-    return {} if value is None else c.read(f"{key}.{name}", mapping, value)
+    return {} if value is None else c.read(f"{key}.{name}", read.mapping, value)
 
 
 def _roles_to_train(c: Conversion, key: str, entry: dict[str, Any]) -> None:
     if entry.get("roles_to_train") is None:
         return
-    roles = c.read(f"{key}.roles_to_train", words, entry["roles_to_train"])
+    roles = c.read(f"{key}.roles_to_train", read.words, entry["roles_to_train"])
     if roles and {*roles} <= {"assistant", "gpt", "model"}:
         return
     if {"user", "human"} & {*roles} and {"assistant", "gpt", "model"} & {*roles}:
@@ -278,10 +267,10 @@ def set_template(c: Conversion, key: str, name: str, jinja: str) -> None:
     """The chat template that a data set or the whole recipe names."""
     if jinja and name in ("", "jinja"):
         if "{" in jinja:
-            beside_recipe(c, "chat_template.jinja", jinja, "chat_template_jinja")
+            shared.beside_recipe(c, "chat_template.jinja", jinja, "chat_template_jinja")
         else:
             c.put("model.chat_template", jinja, "chat_template_jinja")
     elif name.startswith("tokenizer_default_fallback_"):
         c.note(key, f"'{name}': the tokenizer's own is used; if it has none, set model.chat_template")
     elif name not in ("", "tokenizer_default"):
-        chat_template(c, key, name, TEMPLATES)
+        shared.chat_template(c, key, name, TEMPLATES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import yaml
 
 from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
+from lorafit.init.peers.read import flag
 from lorafit.init.propose import Document, Line
 from lorafit.recipe import RecipeError
 from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, compose, parse_scalar, shorten
@@ -55,108 +55,6 @@ def read_peer(file: Path) -> Located:
     return root
 
 
-# --- values as those tools read them: PyYAML's, and text that is a number; each raises ValueError ---
-
-
-def flag(value: Any) -> bool:
-    word = value.strip().lower() if isinstance(value, str) else value
-    known: dict[Any, bool] = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
-    if isinstance(word, str) and word in known:
-        return known[word]
-    if isinstance(value, bool) or value in (0, 1):
-        return bool(value)
-    raise ValueError("expected true or false")
-
-
-def number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError("expected a number")
-    try:
-        found = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError("expected a number") from None
-    if not math.isfinite(found):
-        raise ValueError("expected a finite number")
-    return found
-
-
-def above_zero(value: Any) -> float:
-    found = number(value)
-    if found <= 0:
-        raise ValueError("expected a number above 0")
-    return found
-
-
-def above_zero_or_none(value: Any) -> float | None:
-    """None for 0, which is as good as nothing."""
-    return above_zero(value) if number(value) else None
-
-
-def whole(value: Any) -> int:
-    found = number(value)
-    if found != int(found):
-        raise ValueError("expected a whole number")
-    return int(found)
-
-
-def text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("expected text")
-    return value
-
-
-def names(value: Any) -> list[str]:
-    """A list of names, or one text with commas between."""
-    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-    if not isinstance(parts, list) or not all(isinstance(part, str) and part for part in parts):
-        raise ValueError("expected a list of names")
-    return parts
-
-
-def count(value: Any) -> int:
-    if (found := whole(value)) <= 0:
-        raise ValueError("expected a whole number above 0")
-    return found
-
-
-def limit(value: Any) -> int | None:
-    """A number of which 0 and less mean that there is none."""
-    found = whole(value)
-    return found if found > 0 else None
-
-
-def indices(value: Any) -> list[int]:
-    if not isinstance(value, list):
-        raise ValueError("expected a list of whole numbers")
-    return [whole(item) for item in value]
-
-
-def words(value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise ValueError("expected a list of words")
-    return [text(item) for item in value]
-
-
-def mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("expected a mapping")
-    return value
-
-
-def data_sets(value: Any) -> list[dict[str, Any]]:
-    """A list of mappings that isn't empty."""
-    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        raise ValueError("expected a list of data sets, such as [{path: …}]")
-    return value
-
-
-def file_names(value: Any) -> list[str]:
-    """The files of `data_files`: one, several, or those of the split train."""
-    if isinstance(value, dict):
-        value = value.get("train", [])
-    return [text(value)] if isinstance(value, str) else words(value or [])
-
-
 Fate = Literal["becomes", "decides", "idle", "lost", "refused"]
 """`becomes`: the value is the recipe's. `decides`: together with other keys. `idle`: has no effect on what is learned.
 `lost`: no equivalent, and listed. `refused`: no recipe is made, since it would train something else."""
@@ -182,7 +80,7 @@ class Rule:
     fate: Fate
     target: str = ""
     remark: str = ""
-    read: Callable[[Any], Any] = text
+    read: Callable[[Any], Any] = str
     harmless: tuple[Any, ...] = ()
     chosen: tuple[Any, ...] = ()
 
@@ -200,8 +98,8 @@ def _is_among(value: Any, known: Iterable[Any]) -> bool:
 Rules = tuple[Rule, ...]
 
 
-def becomes(key: str, target: str, read: Callable[[Any], Any], remark: str = "") -> Rules:
-    return (Rule(key, "becomes", target, remark, read),)
+def becomes(key: str, target: str, read: Callable[[Any], Any]) -> Rules:
+    return (Rule(key, "becomes", target, read=read),)
 
 
 def decides(keys: str, target: str, remark: str = "") -> Rules:
@@ -273,6 +171,10 @@ class Conversion:
         """The value of a key as it is read; the default where it isn't given, or null."""
         value = self.plain(key)
         return default if value is None else self.read(key, read, value)
+
+    def on(self, key: str) -> bool:
+        """Whether a switch is on; it is off where it isn't given."""
+        return self.get(key, flag, False)
 
     def plain(self, key: str) -> Any:
         return self.source[key].plain() if key in self.source else None
@@ -360,7 +262,7 @@ class Conversion:
         if rule.fate == "becomes":
             if value is None:
                 return EMPTY
-            self.put(rule.target, self.read(path, rule.read, value), f"{key}; {rule.remark}" if rule.remark else key)
+            self.put(rule.target, self.read(path, rule.read, value), key)
             return rule.target
         if rule.fate in ("decides", "idle"):
             return rule.target or f"{NO_EFFECT}{f': {rule.remark}' if rule.remark else ''}"

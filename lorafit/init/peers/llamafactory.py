@@ -7,37 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import read_text
-from lorafit.init.peers.convert import (
-    Conversion,
-    Rules,
-    above_zero,
-    becomes,
-    count,
-    decides,
-    flag,
-    idle,
-    lost,
-    names,
-    refused,
-    table,
-    text,
-    whole,
-)
-from lorafit.init.peers.transformers import (
-    NOT_LEARNED,
-    TRANSFORMERS,
-    chat_template,
-    evaluation,
-    held_out,
-    logging,
-    optimizer,
-    quiet_evaluation,
-    sampling,
-    schedule,
-    scheduler,
-    trackers,
-    warmup,
-)
+from lorafit.init.peers import read
+from lorafit.init.peers import transformers as shared
+from lorafit.init.peers.convert import Conversion, Rules, becomes, decides, idle, lost, refused, table
 
 INFO = "dataset_info.json"
 _TAGS = {
@@ -58,16 +30,16 @@ _READ = ("file_name", "hf_hub_url", "formatting", "columns", "tags", "subset", "
 
 def sources(c: Conversion) -> None:
     """The training rows, and those of eval_dataset."""
-    folder = Path(c.get("dataset_dir", text, "data"))
+    folder = Path(c.get("dataset_dir", read.text, "data"))
     if not folder.is_absolute() and not folder.is_dir() and (c.file.parent / folder).is_dir():
         folder = c.file.parent / folder
     if not c.given("dataset"):
         c.refuse("dataset", "there is none, so there is nothing to train on")
     info = _info(c, folder)
-    most = c.get("max_samples", count, 0)
+    most = c.get("max_samples", read.count, 0)
     for key, target in (("dataset", "dataset.train"), ("eval_dataset", "dataset.validation")):
         if c.given(key):
-            asked: list[str] = c.get(key, names, [])
+            asked: list[str] = c.get(key, read.names, [])
             found = [_source(c, key, name, folder, info) for name in asked]
             c.put(target, [one | ({"max_rows": most} if most else {}) for one in found], key)
     if c.given("eval_dataset"):
@@ -161,14 +133,8 @@ def _alpaca(columns: dict[str, str]) -> dict[str, Any]:
 TITLE = "LLaMA-Factory"
 NAMED = "model_name_or_path"
 MARKS: tuple[str, ...] = (
-    "stage",
-    "finetuning_type",
-    "cutoff_len",
-    "template",
-    "dataset_dir",
-    "lora_rank",
-    "lora_target",
-    "val_size",
+    *("stage", "finetuning_type", "cutoff_len", "template"),
+    *("dataset_dir", "lora_rank", "lora_target", "val_size"),
 )
 """Keys by which a recipe is known to be LLaMA-Factory's."""
 
@@ -176,8 +142,8 @@ _OTHER_METHOD = "lorafit trains with LoRA, QLoRA, or all weights"
 _NO_IMAGES = "for images, videos and audio only"
 
 RULES: Rules = table(
-    becomes("model_name_or_path", "model.name_or_path", text),
-    becomes("model_revision", "model.revision", text),
+    becomes("model_name_or_path", "model.name_or_path", read.text),
+    becomes("model_revision", "model.revision", read.text),
     decides("flash_attn", "model.attn_implementation"),
     decides("template", "model.chat_template"),
     decides("stage", "", "sft is what lorafit does"),
@@ -185,27 +151,27 @@ RULES: Rules = table(
     decides("quantization_bit quantization_method", "quantization"),
     decides("quantization_type", "quantization.bnb_4bit_quant_type"),
     decides("double_quantization", "quantization.bnb_4bit_use_double_quant"),
-    becomes("lora_rank", "lora.r", count),
+    becomes("lora_rank", "lora.r", read.count),
     decides("lora_target", "lora.target_modules"),
-    becomes("additional_target", "lora.modules_to_save", names),
-    becomes("use_rslora", "lora.use_rslora", flag),
-    becomes("use_dora", "lora.use_dora", flag),
-    becomes("loraplus_lr_ratio", "lora.loraplus_lr_ratio", above_zero),
+    becomes("additional_target", "lora.modules_to_save", read.names),
+    becomes("use_rslora", "lora.use_rslora", read.flag),
+    becomes("use_dora", "lora.use_dora", read.flag),
+    becomes("loraplus_lr_ratio", "lora.loraplus_lr_ratio", read.above_zero),
     decides("pissa_init pissa_iter", "lora.init_lora_weights"),
     decides("dataset dataset_dir", "dataset.train"),
     decides("eval_dataset val_size", "dataset.validation"),
     decides("max_samples", "dataset.train"),
     decides("enable_thinking", "model.chat_template_kwargs"),
     decides("train_on_prompt mask_history", "dataset.loss_on"),
-    becomes("cutoff_len", "training.max_length", count),
+    becomes("cutoff_len", "training.max_length", read.count),
     decides("packing neat_packing", "training.packing"),
     decides("disable_gradient_checkpointing", "training.gradient_checkpointing"),
     idle("gradient_checkpointing activation_checkpointing", "disable_gradient_checkpointing decides it"),
-    becomes("early_stopping_steps", "training.early_stopping_patience", whole),
+    becomes("early_stopping_steps", "training.early_stopping_patience", read.whole),
     decides("disable_shuffling", "training.train_sampling_strategy"),
     decides("pure_bf16", "model.dtype"),
     decides("use_swanlab", "training.report_to"),
-    TRANSFORMERS,
+    shared.TRANSFORMERS,
     idle(
         "cache_dir use_fast_tokenizer low_cpu_mem_usage use_unsloth use_unsloth_gc enable_liger_kernel pissa_convert "
         "use_reentrant_gc infer_backend infer_dtype offload_folder use_kv_cache print_param_status buffer_size "
@@ -213,7 +179,7 @@ RULES: Rules = table(
         "plot_loss compute_accuracy include_effective_tokens_per_second create_new_adapter eval_num_beams "
         "eval_on_each_dataset predict_with_generate ray_* placement_strategy resources_per_worker upcast_lmhead_output "
         "quantization_device_map loraplus_lr_embedding export_* adapter_folder flash_attn_* use_v1_kernels",
-        NOT_LEARNED,
+        shared.NOT_LEARNED,
     ),
     idle("hf_hub_token ms_hub_token om_hub_token", "secrets come from the environment"),
     idle(
@@ -269,7 +235,7 @@ ATTENTION = {
 
 def assemble(c: Conversion) -> None:
     """What several keys decide together, and LLaMA-Factory's own defaults."""
-    stage = c.get("stage", text, "sft")
+    stage = c.get("stage", read.text, "sft")
     if stage != "sft":
         c.refuse("stage", f"lorafit trains on answers (sft) only, not {stage}")
     _method(c)
@@ -280,17 +246,15 @@ def assemble(c: Conversion) -> None:
     c.put("model.attn_implementation", *_attention(c))
     _training(c)
     if "dataset.validation" not in c.lines:
-        held_out(c, "val_size")
-    evaluation(c)
-    quiet_evaluation(c)
-    trackers(c)
-    if c.get("use_swanlab", flag, False):
+        shared.held_out(c, "val_size")
+    shared.quiet_evaluation(c)
+    if c.on("use_swanlab"):
         c.put("training.report_to", [*(c.value("training.report_to") or []), "swanlab"], "use_swanlab")
 
 
 def _method(c: Conversion) -> None:
-    kind = c.get("finetuning_type", text, "lora")
-    bits = c.get("quantization_bit", whole, 0)
+    kind = c.get("finetuning_type", read.text, "lora")
+    bits = c.get("quantization_bit", read.whole, 0)
     if kind not in ("lora", "full"):
         c.refuse("finetuning_type", f"lorafit has no {kind}; it trains lora, or all weights (full)")
     if bits:
@@ -304,10 +268,10 @@ def _method(c: Conversion) -> None:
     if "lora.lora_alpha" not in c.lines:
         c.put("lora.lora_alpha", 2 * c.value("lora.r"), "LLaMA-Factory's default: twice lora_rank")
     c.default("lora.lora_dropout", 0.0)
-    targets = c.get("lora_target", names, ["all"])
+    targets = c.get("lora_target", read.names, ["all"])
     c.put("lora.target_modules", "all-linear" if targets == ["all"] else targets, c.why("lora_target"))
-    if c.get("pissa_init", flag, False):
-        rounds = c.get("pissa_iter", whole, 16)
+    if c.on("pissa_init"):
+        rounds = c.get("pissa_iter", read.whole, 16)
         c.put("lora.init_lora_weights", "pissa" if rounds == -1 else f"pissa_niter_{rounds}", "pissa_init, pissa_iter")
 
 
@@ -318,9 +282,9 @@ def _quantization(c: Conversion, bits: int) -> None:
         c.refuse(key, f"lorafit quantizes with bitsandbytes, to 4 or 8 bits, not with {how} to {bits}")
     c.put(f"quantization.load_in_{bits}bit", True, "quantization_bit")
     if bits == 4:
-        c.choose("quantization.bnb_4bit_quant_type", "quantization_type", text, "nf4")
-        c.choose("quantization.bnb_4bit_use_double_quant", "double_quantization", flag, True)
-        if c.get("bf16", flag, False):
+        c.choose("quantization.bnb_4bit_quant_type", "quantization_type", read.text, "nf4")
+        c.choose("quantization.bnb_4bit_use_double_quant", "double_quantization", read.flag, True)
+        if c.on("bf16"):
             c.note(
                 "quantization_bit", "with a 4-bit base lorafit keeps the adapter in bfloat16, LLaMA-Factory in float32"
             )
@@ -328,9 +292,9 @@ def _quantization(c: Conversion, bits: int) -> None:
 
 
 def _masking(c: Conversion) -> None:
-    if c.get("train_on_prompt", flag, False):
+    if c.on("train_on_prompt"):
         c.put("dataset.loss_on", "all", "train_on_prompt")
-    elif c.get("mask_history", flag, False):
+    elif c.on("mask_history"):
         c.put("dataset.loss_on", "completion", "mask_history: only the last answer")
     else:
         given = next((key for key in ("train_on_prompt", "mask_history") if c.given(key)), None)
@@ -338,24 +302,24 @@ def _masking(c: Conversion) -> None:
 
 
 def _precision(c: Conversion) -> None:
-    if c.get("pure_bf16", flag, False):
+    if c.on("pure_bf16"):
         c.put("model.dtype", "bfloat16", "pure_bf16")
-    elif c.get("bf16", flag, False):
+    elif c.on("bf16"):
         # In full, its weights are float32 under bfloat16 arithmetic: lorafit's auto.
         c.put("model.dtype", "bfloat16" if "lora.r" in c.lines else "auto", "bf16")
-    elif c.get("fp16", flag, False):
+    elif c.on("fp16"):
         c.put("model.dtype", "float16" if "lora.r" in c.lines else "auto", "fp16")
     else:
         c.put("model.dtype", "auto", "LLaMA-Factory's default: the model's own type")
 
 
 def _template(c: Conversion) -> None:
-    name = c.get("template", text, "")
+    name = c.get("template", read.text, "")
     if name:
-        chat_template(c, "template", name, TEMPLATES)
+        shared.chat_template(c, "template", name, TEMPLATES)
     if not c.given("enable_thinking"):
         return
-    if c.get("enable_thinking", flag, True):
+    if c.get("enable_thinking", read.flag, True):
         c.note("enable_thinking", "true: LLaMA-Factory also learns an empty block where a row has no reasoning")
     else:
         c.put("model.chat_template_kwargs", {"enable_thinking": False}, "enable_thinking")
@@ -366,7 +330,7 @@ def _template(c: Conversion) -> None:
 def _attention(c: Conversion) -> tuple[str, str]:
     asked = c.plain("flash_attn")
     words = {True: "fa2", False: "disabled", None: "auto"}  # as older recipes say it
-    name = words[asked] if asked is None or isinstance(asked, bool) else c.read("flash_attn", text, asked)
+    name = words[asked] if asked is None or isinstance(asked, bool) else c.read("flash_attn", read.text, asked)
     if name not in ATTENTION:
         c.note("flash_attn", f"'{name}': no equivalent; lorafit chooses")
         name = "auto"
@@ -375,20 +339,13 @@ def _attention(c: Conversion) -> tuple[str, str]:
 
 def _training(c: Conversion) -> None:
     c.default("training.max_length", 2048)
-    if c.get("packing", flag, False) or c.get("neat_packing", flag, False):
-        key = "neat_packing" if c.get("neat_packing", flag, False) else "packing"
+    if c.on("packing") or c.on("neat_packing"):
+        key = "neat_packing" if c.on("neat_packing") else "packing"
         c.put("training.packing", True, key)
         if key == "packing":
             c.note("packing", "LLaMA-Factory lets packed rows see each other, lorafit doesn't", "training.packing")
-    c.defaults(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=5e-5)
-    c.defaults(weight_decay=0.0, max_grad_norm=1.0, seed=42)
     key = "disable_gradient_checkpointing"
-    c.put("training.gradient_checkpointing", not c.get(key, flag, False), c.why(key))
-    schedule(c, "num_train_epochs", 3.0)
-    scheduler(c, "lr_scheduler_type", "linear")
-    warmup(c)
-    optimizer(c, "optim")
-    sampling(c)
-    if c.get("disable_shuffling", flag, False):
+    c.put("training.gradient_checkpointing", not c.on(key), c.why(key))
+    shared.training(c, 5e-5)
+    if c.on("disable_shuffling"):
         c.put("training.train_sampling_strategy", "sequential", "disable_shuffling")
-    logging(c)

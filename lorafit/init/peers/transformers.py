@@ -12,26 +12,8 @@ from lorafit.errors import LorafitError, UsageError
 from lorafit.facts import read_facts
 from lorafit.facts.template import trl_templates
 from lorafit.families import family_of
-from lorafit.init.peers.convert import (
-    NO_EFFECT,
-    Conversion,
-    Rules,
-    above_zero,
-    above_zero_or_none,
-    becomes,
-    count,
-    decides,
-    flag,
-    idle,
-    limit,
-    lost,
-    mapping,
-    names,
-    number,
-    table,
-    text,
-    whole,
-)
+from lorafit.init.peers import read
+from lorafit.init.peers.convert import NO_EFFECT, Conversion, Rules, becomes, decides, idle, lost, table
 from lorafit.recipe import TrainingSection
 from lorafit.rows import is_local, read_rows
 
@@ -57,22 +39,22 @@ CHATML = (
 )
 NOT_LEARNED = "only how fast it runs, or what is shown"
 COMMON: Rules = table(
-    becomes("trust_remote_code", "model.trust_remote_code", flag),
-    becomes("lora_alpha", "lora.lora_alpha", number),
-    becomes("lora_dropout", "lora.lora_dropout", number),
-    becomes("learning_rate", "training.learning_rate", above_zero),
+    becomes("trust_remote_code", "model.trust_remote_code", read.flag),
+    becomes("lora_alpha", "lora.lora_alpha", read.number),
+    becomes("lora_dropout", "lora.lora_dropout", read.number),
+    becomes("learning_rate", "training.learning_rate", read.above_zero),
     decides("warmup_ratio warmup_steps", "training.warmup_ratio, training.warmup_steps"),
-    becomes("lr_scheduler_kwargs", "training.lr_scheduler_kwargs", mapping),
-    becomes("weight_decay", "training.weight_decay", number),
-    becomes("adam_beta1", "training.adam_beta1", number),
-    becomes("adam_beta2", "training.adam_beta2", number),
-    becomes("adam_epsilon", "training.adam_epsilon", above_zero),
-    becomes("max_grad_norm", "training.max_grad_norm", number),
-    becomes("neftune_noise_alpha", "training.neftune_noise_alpha", above_zero_or_none),
-    becomes("seed", "training.seed", whole),
-    becomes("dataloader_num_workers", "training.dataloader_num_workers", whole),
-    becomes("output_dir", "output_dir", text),
-    becomes("save_total_limit", "training.save_total_limit", limit),
+    becomes("lr_scheduler_kwargs", "training.lr_scheduler_kwargs", read.mapping),
+    becomes("weight_decay", "training.weight_decay", read.number),
+    becomes("adam_beta1", "training.adam_beta1", read.number),
+    becomes("adam_beta2", "training.adam_beta2", read.number),
+    becomes("adam_epsilon", "training.adam_epsilon", read.above_zero),
+    becomes("max_grad_norm", "training.max_grad_norm", read.number),
+    becomes("neftune_noise_alpha", "training.neftune_noise_alpha", read.above_zero_or_none),
+    becomes("seed", "training.seed", read.whole),
+    becomes("dataloader_num_workers", "training.dataloader_num_workers", read.whole),
+    becomes("output_dir", "output_dir", read.text),
+    becomes("save_total_limit", "training.save_total_limit", read.limit),
     decides("load_best_model_at_end", "training.load_best_model_at_end"),
     lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
     lost("deepspeed fsdp fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
@@ -83,8 +65,8 @@ COMMON: Rules = table(
 """Keys that mean the same to all three tools."""
 TRANSFORMERS: Rules = table(
     COMMON,
-    becomes("per_device_train_batch_size", "training.per_device_train_batch_size", count),
-    becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", count),
+    becomes("per_device_train_batch_size", "training.per_device_train_batch_size", read.count),
+    becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", read.count),
     decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
     decides("lr_scheduler_type", "training.lr_scheduler_type"),
     decides("optim", "training.optim"),
@@ -123,20 +105,32 @@ TRANSFORMERS: Rules = table(
 """transformers' TrainingArguments, which TRL and LLaMA-Factory take as they are."""
 
 
+def training(c: Conversion, learning_rate: float) -> None:
+    """The options of a training under transformers' own names, with its defaults but for the learning rate."""
+    c.defaults(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=learning_rate)
+    c.defaults(weight_decay=0.0, max_grad_norm=1.0, seed=42)
+    schedule(c, "num_train_epochs", 3.0)
+    scheduler(c, "lr_scheduler_type", "linear")
+    warmup(c)
+    optimizer(c, "optim")
+    sampling(c)
+    logging(c)
+
+
 def schedule(c: Conversion, epochs_key: str, epochs: float) -> None:
     """max_steps has the last word over epochs; a recipe has only one of them."""
-    steps = c.get("max_steps", whole, -1)
+    steps = c.get("max_steps", read.whole, -1)
     if steps > 0:
         c.put("training.max_steps", steps, "max_steps")
         c.no_effect(epochs_key, why="max_steps has the last word")
     elif c.given(epochs_key):
-        c.put("training.num_train_epochs", c.get(epochs_key, above_zero, epochs), epochs_key)
+        c.put("training.num_train_epochs", c.get(epochs_key, read.above_zero, epochs), epochs_key)
     else:
         c.default("training.num_train_epochs", epochs)
 
 
 def scheduler(c: Conversion, key: str, default: str) -> None:
-    name = c.get(key, text, default)
+    name = c.get(key, read.text, default)
     if name not in SCHEDULERS:
         c.note(key, f"'{name}': no equivalent; {default} is written in its place")
         if c.lines.pop("training.lr_scheduler_kwargs", None):
@@ -146,7 +140,7 @@ def scheduler(c: Conversion, key: str, default: str) -> None:
 
 
 def optimizer(c: Conversion, key: str) -> None:
-    name = c.get(key, text, FUSED)
+    name = c.get(key, read.text, FUSED)
     if name not in OPTIMIZERS:
         c.note(key, f"'{name}': no equivalent; {FUSED} is written in its place")
         name = FUSED
@@ -155,8 +149,8 @@ def optimizer(c: Conversion, key: str) -> None:
 
 def warmup(c: Conversion) -> None:
     """transformers': steps before the ratio, steps below 1 are a ratio, and none by default."""
-    steps = c.get("warmup_steps", number, 0.0)
-    ratio = c.get("warmup_ratio", number, 0.0)
+    steps = c.get("warmup_steps", read.number, 0.0)
+    ratio = c.get("warmup_ratio", read.number, 0.0)
     if steps >= 1:
         c.put("training.warmup_steps", int(steps), "warmup_steps")
     elif steps or ratio:
@@ -168,7 +162,7 @@ def warmup(c: Conversion) -> None:
 
 def trackers(c: Conversion) -> None:
     """transformers' report_to."""
-    asked: list[str] = c.get("report_to", names, [])
+    asked: list[str] = c.get("report_to", read.names, [])
     named = [name for name in asked if name not in ("none", "all")]
     if "all" in asked:
         c.note("report_to", "all: name the trackers in training.report_to")
@@ -177,15 +171,15 @@ def trackers(c: Conversion) -> None:
 
 
 def sampling(c: Conversion) -> None:
-    strategy = c.get("train_sampling_strategy", text, "random")
-    if c.get("group_by_length", flag, False):
+    strategy = c.get("train_sampling_strategy", read.text, "random")
+    if c.on("group_by_length"):
         strategy = "group_by_length"
     if strategy != "random":
         c.put("training.train_sampling_strategy", strategy, "group_by_length")
 
 
 def logging(c: Conversion) -> None:
-    steps = c.get("logging_steps", number, 0.0)
+    steps = c.get("logging_steps", read.number, 0.0)
     if steps >= 1:
         c.put("training.logging_steps", int(steps), "logging_steps")
     elif steps:
@@ -242,8 +236,8 @@ def evaluation(c: Conversion, per_epoch: tuple[str, str] = ("", ""), logged: int
     for what, key in zip(("eval", "save"), per_epoch, strict=True):
         given = next((k for k in (f"{what}_strategy", "evaluation_strategy") if c.given(k)), f"{what}_strategy")
         strategy = _strategy(c.plain(given)) if what == "eval" or given == "save_strategy" else None
-        steps = c.get(f"{what}_steps", number, 0.0)
-        often = c.get(key, whole, 0) if key else 0
+        steps = c.get(f"{what}_steps", read.number, 0.0)
+        often = c.get(key, read.whole, 0) if key else 0
         if what == "eval" and not has_rows:
             c.no_effect(given, "eval_steps", key, why="there are no validation rows")
             continue
@@ -316,7 +310,7 @@ def rows_here(c: Conversion) -> int | None:
 
 def held_out(c: Conversion, key: str) -> None:
     """A share of the training rows, or a number of them."""
-    size = c.get(key, number, 0.0)
+    size = c.get(key, read.number, 0.0)
     if not size:
         return
     if size < 1:
@@ -330,8 +324,10 @@ def held_out(c: Conversion, key: str) -> None:
         c.put("dataset.validation", round(size / count, 6), f"{key}: {size:g} of {count} rows")
 
 
-def quiet_evaluation(c: Conversion) -> None:
-    """transformers evaluates and keeps the best only if it is told to."""
+def quiet_evaluation(c: Conversion, logged: int = 500) -> None:
+    """`evaluation` and trackers; transformers evaluates and keeps the best only if it is told to."""
+    evaluation(c, logged=logged)
+    trackers(c)
     patience = c.value("training.early_stopping_patience")
     if c.value("dataset.validation") is None:
         keys = ("early_stopping_steps", "load_best_model_at_end", "per_device_eval_batch_size")
@@ -339,7 +335,7 @@ def quiet_evaluation(c: Conversion) -> None:
         c.lines.pop("training.early_stopping_patience", None)
         return
     c.default("training.eval_strategy", "no")
-    rows = c.get("per_device_eval_batch_size", whole, 0)
+    rows = c.get("per_device_eval_batch_size", read.whole, 0)
     if rows:
         c.put("training.per_device_eval_batch_size", rows, "per_device_eval_batch_size")
     if c.value("training.eval_strategy") == "no":
@@ -348,4 +344,4 @@ def quiet_evaluation(c: Conversion) -> None:
             c.fates["early_stopping_steps"] = f"{NO_EFFECT}: there are no evaluations"
         c.put("training.load_best_model_at_end", False, c.why("load_best_model_at_end"))
     else:
-        c.choose("training.load_best_model_at_end", "load_best_model_at_end", flag, False)
+        c.choose("training.load_best_model_at_end", "load_best_model_at_end", read.flag, False)

@@ -5,58 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from lorafit.errors import LorafitError
-from lorafit.init.peers.convert import (
-    Conversion,
-    Rules,
-    becomes,
-    count,
-    data_sets,
-    decides,
-    file_names,
-    flag,
-    idle,
-    lost,
-    names,
-    number,
-    refused,
-    table,
-    text,
-    whole,
-)
-from lorafit.init.peers.transformers import (
-    NOT_LEARNED,
-    TRANSFORMERS,
-    evaluation,
-    logging,
-    optimizer,
-    peft_default_targets,
-    quiet_evaluation,
-    sampling,
-    schedule,
-    scheduler,
-    split_of_folder,
-    trackers,
-    warmup,
-)
+from lorafit.init.peers import read
+from lorafit.init.peers import transformers as shared
+from lorafit.init.peers.convert import Conversion, Rules, becomes, decides, idle, lost, refused, table
 from lorafit.rows import detect_format, is_local, read_rows
 
 TITLE = "TRL"
 NAMED = "model_name_or_path"
 MARKS: tuple[str, ...] = (
-    "dataset_name",
-    "use_peft",
-    "lora_r",
-    "max_length",
-    "assistant_only_loss",
-    "dtype",
-    "torch_dtype",
+    *("dataset_name", "use_peft", "lora_r", "max_length"),
+    *("assistant_only_loss", "dtype", "torch_dtype"),
 )
 """Keys by which a recipe is known to be TRL's."""
 _ROWS = "dataset.train"
 
 RULES: Rules = table(
-    becomes("model_name_or_path", "model.name_or_path", text),
-    becomes("model_revision", "model.revision", text),
+    becomes("model_name_or_path", "model.name_or_path", read.text),
+    becomes("model_revision", "model.revision", read.text),
     decides("dtype torch_dtype", "model.dtype"),
     decides("attn_implementation", "model.attn_implementation"),
     decides("chat_template_path", "model.chat_template"),
@@ -64,26 +29,26 @@ RULES: Rules = table(
     decides("bnb_4bit_quant_type", "quantization.bnb_4bit_quant_type"),
     decides("use_bnb_nested_quant", "quantization.bnb_4bit_use_double_quant"),
     decides("use_peft", "lora"),
-    becomes("lora_r", "lora.r", count),
+    becomes("lora_r", "lora.r", read.count),
     decides("lora_target_modules", "lora.target_modules"),
-    becomes("lora_modules_to_save", "lora.modules_to_save", names),
-    becomes("use_rslora", "lora.use_rslora", flag),
-    becomes("use_dora", "lora.use_dora", flag),
+    becomes("lora_modules_to_save", "lora.modules_to_save", read.names),
+    becomes("use_rslora", "lora.use_rslora", read.flag),
+    becomes("use_dora", "lora.use_dora", read.flag),
     decides("dataset_name datasets dataset_train_split dataset_config", _ROWS),
     decides("dataset_test_split test_split_size", "dataset.validation"),
     decides("dataset_text_field", _ROWS),
     decides("dataset_streaming streaming", "dataset.streaming"),
     decides("assistant_only_loss completion_only_loss", "dataset.loss_on"),
     decides("max_length max_seq_length", "training.max_length"),
-    becomes("packing", "training.packing", flag),
+    becomes("packing", "training.packing", read.flag),
     decides("gradient_checkpointing activation_checkpointing", "training.gradient_checkpointing"),
     decides("datasets[].path datasets[].data_files datasets[].name datasets[].split", _ROWS),
     idle("datasets[].columns", "the format decides which columns are read"),
     lost("datasets[].fraction", "use max_rows or weight"),
     lost("datasets[].data_dir", "name the files"),
-    TRANSFORMERS,
-    idle("padding_free pad_to_multiple_of eval_packing activation_offloading pad_token", NOT_LEARNED),
-    idle("ignore_bias_buffers bnb_4bit_quant_storage lora_task_type shuffle_dataset", NOT_LEARNED),
+    shared.TRANSFORMERS,
+    idle("padding_free pad_to_multiple_of eval_packing activation_offloading pad_token", shared.NOT_LEARNED),
+    idle("ignore_bias_buffers bnb_4bit_quant_storage lora_task_type shuffle_dataset", shared.NOT_LEARNED),
     lost("env", "set environment variables where the training is started"),
     lost("dataset_kwargs", "lorafit prepares the rows itself"),
     refused("vision_model", "lorafit trains on text only"),
@@ -101,7 +66,7 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 def assemble(c: Conversion) -> None:
     """What several keys decide together, and TRL's own defaults."""
-    adapter = c.get("use_peft", flag, False)
+    adapter = c.on("use_peft")
     _quantization(c, adapter)
     if adapter:
         _adapter(c)
@@ -113,21 +78,19 @@ def assemble(c: Conversion) -> None:
     _sources(c)
     _masking(c)
     _training(c)
-    evaluation(c, logged=10)
-    quiet_evaluation(c)
-    trackers(c)
+    shared.quiet_evaluation(c, logged=10)
 
 
 def _quantization(c: Conversion, adapter: bool) -> None:
-    four, eight = c.get("load_in_4bit", flag, False), c.get("load_in_8bit", flag, False)
+    four, eight = c.on("load_in_4bit"), c.on("load_in_8bit")
     key = "load_in_4bit" if four else "load_in_8bit"
     if (four or eight) and not adapter:
         c.refuse(key, "quantized weights can't be trained without an adapter; TRL wants use_peft: true with it")
     if four or eight:
         c.put(f"quantization.{key}", True, key)
     if four:
-        c.choose("quantization.bnb_4bit_quant_type", "bnb_4bit_quant_type", text, "nf4")
-        c.choose("quantization.bnb_4bit_use_double_quant", "use_bnb_nested_quant", flag, False)
+        c.choose("quantization.bnb_4bit_quant_type", "bnb_4bit_quant_type", read.text, "nf4")
+        c.choose("quantization.bnb_4bit_use_double_quant", "use_bnb_nested_quant", read.flag, False)
 
 
 def _adapter(c: Conversion) -> None:
@@ -136,19 +99,19 @@ def _adapter(c: Conversion) -> None:
     c.default("lora.lora_dropout", 0.05)
     targets = c.plain("lora_target_modules")
     if not targets:
-        peft_default_targets(c)
+        shared.peft_default_targets(c)
     elif targets in ("all-linear", ["all-linear"]):
         c.put("lora.target_modules", "all-linear", "lora_target_modules")
     else:
-        c.put("lora.target_modules", c.read("lora_target_modules", names, targets), "lora_target_modules")
+        c.put("lora.target_modules", c.read("lora_target_modules", read.names, targets), "lora_target_modules")
 
 
 def _precision(c: Conversion, adapter: bool) -> None:
     key = "dtype" if c.given("dtype") else "torch_dtype"
-    dtype = c.get(key, text, "float32")
+    dtype = c.get(key, read.text, "float32")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         c.refuse(key, f"expected auto, float32, bfloat16 or float16, got {dtype}")
-    mixed = c.get("bf16", flag, not c.get("fp16", flag, False)) or c.get("fp16", flag, False)
+    mixed = c.get("bf16", read.flag, not c.on("fp16")) or c.on("fp16")
     if dtype == "float32" and mixed and adapter:
         message = "TRL computes in 16 bits on float32 weights, lorafit in float32; dtype: bfloat16 halves the memory"
         c.note(key if c.given(key) else "dtype", message, "model.dtype")
@@ -158,7 +121,7 @@ def _precision(c: Conversion, adapter: bool) -> None:
 
 
 def _attention(c: Conversion) -> None:
-    name = c.get("attn_implementation", text, "")
+    name = c.get("attn_implementation", read.text, "")
     if name in ATTENTION:
         c.put("model.attn_implementation", name, "attn_implementation")
     elif name:
@@ -166,7 +129,7 @@ def _attention(c: Conversion) -> None:
 
 
 def _template(c: Conversion) -> None:
-    path = c.get("chat_template_path", text, "")
+    path = c.get("chat_template_path", read.text, "")
     if path.endswith((".jinja", ".j2", ".jinja2")):
         c.put("model.chat_template", path, "chat_template_path")
     elif path:
@@ -176,14 +139,14 @@ def _template(c: Conversion) -> None:
 def _sources(c: Conversion) -> None:
     if c.plain("datasets"):
         found: list[dict[str, Any]] = []
-        c.read("datasets", data_sets, c.plain("datasets"))
+        c.read("datasets", read.data_sets, c.plain("datasets"))
         for index, located in enumerate(c.source["datasets"].value):
             c.apply("datasets", index, located.value)
             entry = located.plain()
-            path = c.read(f"datasets.{index}.path", text, entry.get("path"))
-            for file in c.read(f"datasets.{index}.data_files", file_names, entry.get("data_files")) or [path]:
+            path = c.read(f"datasets.{index}.path", read.text, entry.get("path"))
+            for file in c.read(f"datasets.{index}.data_files", read.file_names, entry.get("data_files")) or [path]:
                 hub = {
-                    name: c.read(f"datasets.{index}.{name}", text, entry[name])
+                    name: c.read(f"datasets.{index}.{name}", read.text, entry[name])
                     for name in ("name", "split")
                     if entry.get(name) not in (None, "train")
                 }
@@ -194,13 +157,13 @@ def _sources(c: Conversion) -> None:
         c.put("dataset.train", [_shaped(c, _split(c, "dataset_train_split", "train"))], "dataset_name")
     else:
         c.refuse("dataset_name", "there is none, so there is nothing to train on")
-    if c.get("test_split_size", number, 0.0):
-        c.put("dataset.validation", c.get("test_split_size", number, 0.0), "test_split_size")
+    if c.get("test_split_size", read.number, 0.0):
+        c.put("dataset.validation", c.get("test_split_size", read.number, 0.0), "test_split_size")
     elif c.given("dataset_name") and _evaluates(c):
         rows = _split(c, "dataset_test_split", "test")
         if "split" in rows or rows["path"] != c.plain("dataset_name"):
             c.put("dataset.validation", [_shaped(c, rows)], c.why("dataset_test_split"))
-    if c.get("dataset_streaming", flag, False) or c.get("streaming", flag, False):
+    if c.on("dataset_streaming") or c.on("streaming"):
         c.put("dataset.streaming", True, "dataset_streaming")
 
 
@@ -211,12 +174,12 @@ def _evaluates(c: Conversion) -> bool:
 
 def _split(c: Conversion, key: str, usual: str) -> dict[str, Any]:
     """A split of dataset_name: on the hub, or the files of a folder that are named after it."""
-    path, split = c.get("dataset_name", text, ""), c.get(key, text, usual)
+    path, split = c.get("dataset_name", read.text, ""), c.get(key, read.text, usual)
     if not is_local(path):
-        config = c.get("dataset_config", text, "")
+        config = c.get("dataset_config", read.text, "")
         return {"path": path} | ({"name": config} if config else {}) | ({"split": split} if split != "train" else {})
-    files = split_of_folder(path, split)
-    if files is None and split != c.get("dataset_train_split", text, "train"):
+    files = shared.split_of_folder(path, split)
+    if files is None and split != c.get("dataset_train_split", read.text, "train"):
         c.note(
             key if c.given(key) else "dataset_name",
             f"no files of the split {split} in {path}: it does not evaluate",
@@ -226,7 +189,7 @@ def _split(c: Conversion, key: str, usual: str) -> dict[str, Any]:
 
 def _shaped(c: Conversion, source: dict[str, Any]) -> dict[str, Any]:
     """A source with its rows' format, if they are here."""
-    column = c.get("dataset_text_field", text, "text")
+    column = c.get("dataset_text_field", read.text, "text")
     columns = {"text": column} if column != "text" else {}
     form = "auto"
     if is_local(source["path"]):
@@ -242,9 +205,9 @@ def _masking(c: Conversion) -> None:
     """Mask a prompt by default if it has a column of its own; else all tokens are learned."""
     forms = {source["format"] for source in c.value("dataset.train")}
     only = c.plain("completion_only_loss")
-    if c.get("assistant_only_loss", flag, False):
+    if c.on("assistant_only_loss"):
         c.put("dataset.loss_on", "assistant", "assistant_only_loss")
-    elif forms == {"prompt_completion"} and (only is None or c.read("completion_only_loss", flag, only)):
+    elif forms == {"prompt_completion"} and (only is None or c.read("completion_only_loss", read.flag, only)):
         c.put("dataset.loss_on", "completion", c.why("completion_only_loss"))
     else:
         c.put("dataset.loss_on", "all", c.why("completion_only_loss"))
@@ -255,17 +218,10 @@ def _masking(c: Conversion) -> None:
 
 def _training(c: Conversion) -> None:
     key = "max_length" if c.given("max_length") or "max_length" in c.source else "max_seq_length"
-    length = c.get(key, whole, 1024)
+    length = c.get(key, read.whole, 1024)
     if "max_length" in c.source and not c.given("max_length"):
         c.note("max_length", "null: TRL cuts no rows; lorafit needs a limit, 1024 is written")
     c.put("training.max_length", length, c.why(key))
-    c.defaults(per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=2e-5)
-    c.defaults(weight_decay=0.0, max_grad_norm=1.0, seed=42)
     key = "gradient_checkpointing" if c.given("gradient_checkpointing") else "activation_checkpointing"
-    c.choose("training.gradient_checkpointing", key, flag, True)
-    schedule(c, "num_train_epochs", 3.0)
-    scheduler(c, "lr_scheduler_type", "linear")
-    warmup(c)
-    optimizer(c, "optim")
-    sampling(c)
-    logging(c)
+    c.choose("training.gradient_checkpointing", key, read.flag, True)
+    shared.training(c, 2e-5)
