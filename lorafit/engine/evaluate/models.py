@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorafit.bounds import read_json
 from lorafit.engine.evaluate.batches import autocast, ready
@@ -57,17 +58,22 @@ class NamedModel:
     sha256: str | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is a model of its own, and not the run's base or an adapter on that."""
+        return self.kind in ("trained", "merged")
+
+    @property
     def quantization(self) -> str | None:
         """Such as nf4 or int8."""
         kwargs = self.plan.quantization_kwargs
-        if kwargs is None or self.kind in ("trained", "merged"):
+        if kwargs is None or self.is_whole:
             return None
         return str(kwargs.get("bnb_4bit_quant_type")) if kwargs.get("load_in_4bit") else "int8"
 
     @property
     def loads(self) -> str:
         """A key of what has to be in memory for it: equal for models that share a base."""
-        if self.kind in ("trained", "merged"):
+        if self.is_whole:
             return f"{self.kind} {self.path}"
         name, kwargs = self.plan.model.name_or_path, self.plan.model_kwargs
         base = str(self.run.base) if self.run.base.is_dir() else name
@@ -243,23 +249,31 @@ def _biases(model: LoadedModel) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in _bias_parameters(model)]
 
 
+def from_disk(model: NamedModel) -> tuple[PreTrainedModel, Plan]:
+    """A model, or of an adapter its base, and the plan that it was loaded by: on a CPU where there is no GPU.
+
+    Raises ModelError, DoesNotFitError.
+    """
+    plan = model.plan
+    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
+        plan = on_cpu(plan)
+    if not model.is_whole:
+        return load_base(plan, base_source(plan, model.run)), plan
+    plan = dataclasses.replace(plan, quantization_kwargs=None)
+    return load_base(plan, located(model.path)), plan
+
+
 @contextlib.contextmanager
 def loaded(models: list[NamedModel]) -> Iterator[Loaded]:
     """Models that share what `loads` says, in memory until the block ends. Raises ModelError, DoesNotFitError."""
-    first = models[0]
-    plan = first.plan
-    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
-        plan = on_cpu(plan)
-    if first.kind in ("trained", "merged"):
-        plan = dataclasses.replace(plan, quantization_kwargs=None)
-        alone = load_base(plan, located(first.path))
-        _check_finite(alone, first.path)
-        made = Loaded(ready(alone, plan))
-    else:
-        made = Loaded(ready(load_base(plan, base_source(plan, first.run)), plan))
-        for model in models:
-            if model.kind == "adapter":
-                made.add(model.name, Path(model.path))
+    base, plan = from_disk(models[0])
+    if models[0].is_whole:
+        _check_finite(base, models[0].path)
+    made = Loaded(ready(base, plan))
+    del base
+    for model in models:
+        if model.kind == "adapter":
+            made.add(model.name, Path(model.path))
     try:
         yield made
     finally:
