@@ -21,8 +21,9 @@ from trl.trainer.utils import add_fused_lm_head
 from lorafit.bounds import read_json
 from lorafit.console import Console
 from lorafit.engine import hush_progress
+from lorafit.engine.data.encode import plain_prompt
 from lorafit.engine.data.render import ChatTemplate, special_tokens
-from lorafit.engine.evaluate.batches import autocast
+from lorafit.engine.evaluate.batches import autocast, end_tokens, placed
 from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import cannot_load, gguf, load_tokenizer, location
@@ -63,7 +64,7 @@ class Session:
         except UnicodeEncodeError:
             raise DataError("the prompt is no text: it has bytes in it that are no UTF-8") from None
         if self.template is None:
-            return self._plain(str(messages[-1]["content"]))
+            return plain_prompt(self.tokenizer, str(messages[-1]["content"]))
         return list(self.tokenizer(self.text(messages), add_special_tokens=False, verbose=False)["input_ids"])
 
     def text(self, messages: list[Message]) -> str:
@@ -74,19 +75,10 @@ class Session:
         except Exception as error:  # noqa: BLE001 - a template may fail in any way
             raise DataError(f"the chat template refuses the conversation: {first_line(error)}") from None
 
-    def _plain(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if start is not None and ids[:2] == [start, start]:
-            ids = ids[1:]
-        return ids[:-1] if ids[1:] and ids[-1] == end and not text.endswith(str(self.tokenizer.eos_token)) else ids
-
     def ends(self, model: Any) -> list[int]:
         """The tokens at which an answer ends."""
-        known = model.generation_config.eos_token_id
         closing = self.tokenizer.convert_tokens_to_ids(sorted(self.template.closing)) if self.template else []
-        ids = [*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id, *closing]
-        return sorted({token for token in ids if token is not None})
+        return sorted(end_tokens(model, self.tokenizer, closing))
 
     def answer(self, name: str, messages: list[Message], options: ChatOptions, seed: int, show: Write) -> Turn:
         """One model's answer to a conversation, shown as it comes. Where people type, Ctrl-C stops it.
@@ -407,9 +399,7 @@ def _of_model(options: ChatOptions, console: Console) -> Iterator[Session]:
     if template is None:
         _tell(console, _untemplated(name))
     model = _from_pretrained(AutoModelForCausalLM, "model", name, dtype="auto")
-    if getattr(model, "hf_quantizer", None) is None:  # else it is in its place
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.eval()
+    placed(model, "cuda" if torch.cuda.is_available() else "cpu")
     if folders:
         add_fused_lm_head(model, outputs=("log_probs", "is_top1"))  # Loaded settles it with each adapter
     here = Loaded(model)

@@ -40,7 +40,7 @@ from lorafit.errors import DataError
 from lorafit.facts import spare_retries
 from lorafit.plan.values import DataPlan, SourcePlan, validation_rows
 from lorafit.progress import counting, each, stage
-from lorafit.rows import Row, detect_format, digest, place_of, read_rows
+from lorafit.rows import Row, Shape, detect_format, digest, place_of, read_rows
 from lorafit.rows.audit import Audit, Finding, PartAudit, SourceAudit, breaches, source_findings
 from lorafit.rows.cache import entry, kept, prune, rows_key, set_key
 from lorafit.text import first_line
@@ -146,12 +146,19 @@ def tokenize_source(
     plan: DataPlan, source: SourcePlan, renderer: Renderer, audit: SourceAudit
 ) -> Iterator[list[TokenRow]]:
     """A source's rows as tokens, in batches. Raises DataError if it has no rows."""
-    rows = itertools.islice(rows_of(source, plan.streaming), source.max_rows)
+    rows, shape = with_shape(itertools.islice(rows_of(source, plan.streaming), source.max_rows), source)
+    if shape is None:
+        raise DataError(f"{source.path}: there are no rows")
+    yield from SFT.encode(rows, shape, plan, renderer, audit)
+
+
+def with_shape(rows: Iterator[Row], source: SourcePlan) -> tuple[Iterator[Row], Shape | None]:
+    """Rows of a source, and their shape, which the first one tells if the recipe doesn't; None where there are none."""
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{source.path}: there are no rows")
+        return rows, None
     format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
-    yield from SFT.encode(itertools.chain([first], rows), source.shape(format), plan, renderer, audit)
+    return itertools.chain([first], rows), source.shape(format)
 
 
 def rows_of(source: SourcePlan, streaming: bool = False) -> Iterator[Row]:
