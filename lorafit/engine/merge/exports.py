@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lorafit.console import Console
 from lorafit.engine.merge.folder import copy_tokenizer, write_report
-from lorafit.engine.merge.verify import PROBES, Agreement, Reference, breaches, compare_folder
+from lorafit.engine.merge.verify import PROBES, Reference, agreement, breaches, compare_folder
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import cannot_load, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError, is_out_of_memory
@@ -192,8 +192,8 @@ def compare_gguf(folder: Path, gguf: Path, token_rows: list[list[int]]) -> dict[
                 raise ModelError(f"{gguf}: has {other.shape[-1]:,} tokens, the model {first.shape[-1]:,}")
             yield first, other
 
-    found = Agreement.of(pairs())
-    return {"top1_agreement": found.top1, "mean_kl": found.kl, "positions": float(found.positions)}
+    found = agreement(pairs())
+    return {"top1_agreement": found["top1"], "mean_kl": found["kl"], "positions": float(sum(map(len, rows)))}
 
 
 def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[torch.Tensor]:

@@ -111,19 +111,13 @@ def _check(peft: PeftModel, adapter: Path) -> int:
         if isinstance(module, BaseTunerLayer):
             count += 1
             size = math.inf
-            with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
-                size = float(torch.linalg.vector_norm(_delta(module)))
+            with torch.no_grad(), contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+                size = float(torch.linalg.vector_norm(module.get_delta_weight("default")))
             if size == 0:
                 raise GateError(
                     f"{name}: the adapter changes nothing here, so it is untrained or broken; nothing was kept"
                 )
     return count
-
-
-@torch.no_grad()
-def _delta(layer: Any) -> torch.Tensor:
-    found: torch.Tensor = layer.get_delta_weight("default")
-    return found
 
 
 def _separate_tied(peft: PeftModel) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lorafit.engine.merge.edits import LayerEdit, Replacement
+from lorafit.engine.merge.edits import SAMPLED, LayerEdit, Replacement
 from lorafit.engine.merge.task import Job, Task
 from lorafit.engine.merge.tensors import DTYPES, Writer, as_bytes
 from lorafit.errors import GateError
@@ -26,8 +26,6 @@ BLOCK = 1 << 18
 """Elements that norms are computed of at a time, so that they stay in the cache."""
 OFF = 1e-5
 """How far sampled rows may be off the adapter's definition, relative to their norm: float32 sums of other order."""
-SAMPLED = 32
-"""Rows of each chunk in which the loss by rounding is measured."""
 
 
 @dataclass(frozen=True)

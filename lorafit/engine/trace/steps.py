@@ -14,7 +14,7 @@ from transformers import Adafactor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafit import facts
-from lorafit.engine.loss import score
+from lorafit.engine.loss import score, spread
 from lorafit.engine.trace.log import Recorder, template_of
 from lorafit.engine.trace.standins import Autocast, Made, run_kernel
 from lorafit.memory.closed import liger_rows
@@ -269,8 +269,7 @@ def _compact(model: Any, inputs: dict[str, Any], labels: Tensor, setup: Setup) -
     chosen = run_kernel(functools.partial(_first_rows, count), hidden)
     chosen_targets = targets.reshape(-1)[:count].clone()
     scores = score(chosen, head.weight, getattr(head, "bias", None), chosen_targets)
-    spread = [values.new_zeros(mask.shape).masked_scatter(mask, values) for values in scores]
-    log_probs = spread[0]
+    log_probs, *_ = (spread(values, mask) for values in scores)
     loss = -log_probs.sum() / mask.sum().clamp(min=1)
     return (-log_probs).sum() / torch.as_tensor(mask.sum()).clamp(min=1) + 0 * loss.detach()
 
