@@ -26,7 +26,7 @@ from lorafit.engine.data.render import ChatTemplate, special_tokens
 from lorafit.engine.evaluate.batches import autocast, end_tokens, placed
 from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded
 from lorafit.engine.model import loading
-from lorafit.engine.tokenizer import cannot_load, gguf, load_tokenizer, location
+from lorafit.engine.tokenizer import gguf, load_tokenizer, location, reading
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
@@ -414,11 +414,8 @@ def _of_model(options: ChatOptions, console: Console) -> Iterator[Session]:
 
 
 def _from_pretrained(kind: Any, what: str, name: str, **kwargs: Any) -> Any:
-    try:
-        with loading(name):
-            return kind.from_pretrained(*location(name), **gguf(name), trust_remote_code=False, **kwargs)
-    except Exception as error:
-        raise cannot_load(what, name, error) from error
+    with reading(what, name), loading(name):
+        return kind.from_pretrained(*location(name), **gguf(name), trust_remote_code=False, **kwargs)
 
 
 def _check_model(name: str) -> None:

@@ -488,12 +488,11 @@ def _difference(prompt: str, thinks: bool, is_first: bool) -> str:
 def _with_text_arguments(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message
-    calls = copy.deepcopy(message["tool_calls"])
-    for call in calls:
-        function = call.get("function", call)
+    message = copy.deepcopy(message)
+    for function in (call.get("function", call) for call in message["tool_calls"]):
         if not isinstance(function.get("arguments"), str):
             function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
-    return {**message, "tool_calls": calls}
+    return message
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

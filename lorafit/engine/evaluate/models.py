@@ -20,7 +20,7 @@ from lorafit.bounds import read_json
 from lorafit.engine.evaluate.batches import autocast, ready
 from lorafit.engine.loss import settle_head
 from lorafit.engine.model import base_source, load_base, on_cpu
-from lorafit.engine.tokenizer import cannot_load
+from lorafit.engine.tokenizer import reading
 from lorafit.errors import ModelError, UsageError
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
@@ -176,13 +176,11 @@ class Loaded:
         inner = f"adapter{len(self._names)}"  # PEFT's names may not be any
         self.use(BASE)
         check_adapter(folder, (name for name, _ in self.model.named_modules()))
-        try:
+        with reading("adapter", folder):
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(folder), adapter_name=inner)
             else:
                 self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=inner)
-        except Exception as error:
-            raise cannot_load("adapter", str(folder), error) from error
         _check_finite(self.model, str(folder), f".{inner}.")
         self.model.eval()
         self._names[name] = inner

@@ -156,13 +156,7 @@ class EvalRows:
     def sha256(self) -> str:
         """SHA-256 of what the rows were read from and how, and of their numbers: whatever the model makes of them."""
         read = [
-            [
-                source.hub or _digest(source),
-                source.format,
-                source.columns,
-                source.template,
-                source.max_rows,
-            ]
+            [source.hub or _digest(source), source.format, source.columns, source.template, source.max_rows]
             for source in self.sources
         ]
         text = json.dumps([read, list(self.rows["number"])], sort_keys=True)

@@ -16,7 +16,7 @@ from lorafit.console import Console
 from lorafit.engine.merge.folder import copy_tokenizer, write_report
 from lorafit.engine.merge.verify import PROBES, Reference, agreement, breaches, compare_folder
 from lorafit.engine.model import loading
-from lorafit.engine.tokenizer import cannot_load, tokenizer_of
+from lorafit.engine.tokenizer import reading, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError, is_out_of_memory
 from lorafit.export.gguf import export_gguf, parse_export
 from lorafit.export.ollama import modelfile
@@ -145,13 +145,10 @@ def quantized_copy(merged: Path, kind: str) -> Path:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     with staged(destination, "merge") as folder:
-        try:
-            with loading(merged):
-                model = AutoModelForCausalLM.from_pretrained(
-                    str(merged), dtype="auto", quantization_config=config, device_map={"": "cpu"}
-                )
-        except Exception as error:
-            raise cannot_load("merged model", str(merged), error) from error
+        with reading("merged model", merged), loading(merged):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(merged), dtype="auto", quantization_config=config, device_map={"": "cpu"}
+            )
         with stage(f"writing {destination}"):
             model.save_pretrained(folder)
         copy_tokenizer(merged, folder)  # nothing, if it has none

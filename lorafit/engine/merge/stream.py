@@ -96,18 +96,16 @@ def _copied(shard: Shard, places: dict[str, Tensor], computed: set[str]) -> Iter
 def _read_ahead(jobs: list[Job]) -> Generator[torch.Tensor, None, None]:
     """The jobs' weights, chunk by chunk, each read by a thread while the one before is computed."""
 
+    def chunk(job: Job, whole: Callable[[], torch.Tensor | None], rows: slice | None) -> torch.Tensor:
+        weight = whole()
+        if weight is None:
+            return job.read(rows)
+        return weight if rows is None else weight[rows]
+
     def reads() -> Iterator[Callable[[], torch.Tensor]]:
         for job in jobs:
-            whole: list[torch.Tensor | None] = []
-
-            def read(rows: slice | None, job: Job = job, whole: list[torch.Tensor | None] = whole) -> torch.Tensor:
-                if not whole:
-                    whole.append(job.whole())
-                if whole[0] is None:
-                    return job.read(rows)
-                return whole[0] if rows is None else whole[0][rows]
-
-            yield from (functools.partial(read, rows) for rows in job.chunks())
+            whole = functools.cache(job.whole)
+            yield from (functools.partial(chunk, job, whole, rows) for rows in job.chunks())
 
     with ThreadPoolExecutor(1, "lorafit-reader") as pool:
         ahead: Future[torch.Tensor] | None = None

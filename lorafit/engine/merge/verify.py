@@ -18,7 +18,7 @@ from lorafit.engine.evaluate.likelihood import divergence
 from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.source import Base, Source
 from lorafit.engine.model import keep_gradients, load_adapter, load_base, loading, on_cpu
-from lorafit.engine.tokenizer import cannot_load
+from lorafit.engine.tokenizer import reading
 from lorafit.errors import DataError, GateError, LorafitError
 from lorafit.progress import each
 
@@ -173,13 +173,10 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
 def load_merged(folder: Path, quantization: BitsAndBytesConfig | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model folder by transformers alone, in float32 arithmetic, and what was missing or left over."""
     more: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}
-    try:
-        with loading(folder):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype="auto", output_loading_info=True, trust_remote_code=False, **more
-            )
-    except Exception as error:
-        raise cannot_load("merged model", str(folder), error) from error
+    with reading("merged model", folder), loading(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", output_loading_info=True, trust_remote_code=False, **more
+        )
     return in_float32(model), info
 
 
