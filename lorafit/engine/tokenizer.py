@@ -84,8 +84,6 @@ def reading(what: str, name: str | Path) -> Iterator[None]:
     """Within, what a library raises while it reads something is one of our errors, on one line."""
     try:
         yield
-    except LorafitError:
-        raise
     except Exception as error:
         raise cannot_load(what, str(name), error) from error
 
