@@ -34,14 +34,16 @@ class StopRequest:
     A second SIGINT raises KeyboardInterrupt at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: signal.Signals) -> None:
+        """Args: the signals, if not those two."""
+        self.signals = signals or (signal.SIGINT, signal.SIGTERM)
         self.signal_number: int | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._receive) for number in self.signals}
         try:
-            yield self
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -21,6 +21,7 @@ from trl.trainer.utils import add_fused_lm_head
 from lorafit.bounds import read_json
 from lorafit.console import Console
 from lorafit.engine import hush_progress
+from lorafit.engine.callbacks import StopRequest
 from lorafit.engine.data.encode import plain_prompt
 from lorafit.engine.data.render import ChatTemplate, special_tokens
 from lorafit.engine.evaluate.batches import autocast, end_tokens, placed
@@ -32,7 +33,6 @@ from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
 from lorafit.files import check
 from lorafit.options import ChatOptions, Turn, Write
-from lorafit.plan import Plan
 from lorafit.rows import Message
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located, open_run
@@ -102,7 +102,9 @@ class Session:
         inputs = torch.tensor([ids], device=model.device)
         torch.manual_seed(seed)
         began = time.perf_counter()
-        with _stoppable(not options.prompts) as stop, autocast(model), _memory_errors(name):
+        stop = _Stop(signal.SIGINT)
+        by_hand = contextlib.nullcontext() if options.prompts else stop.listening()
+        with by_hand, autocast(model), _memory_errors(name):
             model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -115,7 +117,7 @@ class Session:
                 **(draw if options.temperature else greedy),
             )
         seconds = time.perf_counter() - began
-        ended: Literal["end", "stopped", "length"] = "stopped" if stop.asked else "length"
+        ended: Literal["end", "stopped", "length"] = "stopped" if stop.signal_number else "length"
         if stream.ids and stream.ids[-1] in ends:
             ended = "end"
         return Turn(str(messages[-1]["content"]), stream.text, name, len(stream.ids), seconds, ended)
@@ -154,34 +156,12 @@ class _Stream(BaseStreamer):
             self.show(new)
 
 
-class _Stop(StoppingCriteria):
-    """Ends an answer once that is asked for."""
-
-    def __init__(self) -> None:
-        self.asked = False
+class _Stop(StopRequest, StoppingCriteria):
+    """Ends an answer once Ctrl-C asked for it; a second one is a KeyboardInterrupt."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.asked, device=input_ids.device, dtype=torch.bool)
-
-
-@contextlib.contextmanager
-def _stoppable(by_hand: bool) -> Iterator[_Stop]:
-    """Ctrl-C asks for a stop while the block runs; a second one is a KeyboardInterrupt."""
-    stop = _Stop()
-    if not by_hand:
-        yield stop
-        return
-
-    def ask(*_: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+        asked = self.signal_number is not None
+        return torch.full((len(input_ids),), asked, device=input_ids.device, dtype=torch.bool)
 
 
 @contextlib.contextmanager
@@ -370,18 +350,15 @@ def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
             first = known(options.use or first, names)
             tokenizer = load_tokenizer(plan, run.result)
             template = _template(tokenizer, plan.data.date)
-            if template is not None and _is_plain(plan):
+            # Whether the training saw prompts without the chat template.
+            is_plain = plan.audit is not None and Audit.from_dict(plan.audit).masks == "the completion column"
+            if template is not None and is_plain:
                 template = None
                 _tell(console, f"{run.path}: learned to complete plain prompts, so each prompt is continued as it is")
             elif template is None:
                 _tell(console, _untemplated(options.path))
             model = models.enter_context(loaded(contenders))
         yield Session(model, names, first, tokenizer, template)
-
-
-def _is_plain(plan: Plan) -> bool:
-    """Whether the training saw prompts without the chat template."""
-    return plan.audit is not None and Audit.from_dict(plan.audit).masks == "the completion column"
 
 
 @contextlib.contextmanager

@@ -209,7 +209,7 @@ def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None,
         first = plan.data.train[0]
         source = SourcePlan(str(data), "--data", columns=first.columns, template=first.template)
         return _read(plan, source, tokenizer)
-    if not plan.data.validation and plan.data.validation_fraction is None:
+    if _has_none(plan):
         raise DataError("the run held no rows out of training; name some with --data")
     if (made := prepared) is None:
         check_unchanged(plan)
