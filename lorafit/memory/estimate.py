@@ -156,18 +156,17 @@ CPU = Band(0.12, 11, "of a model of 135M parameters on a CPU (docs/vram.md)")
 
 def band_of(setup: Setup, method: str) -> Band:
     """A method's band on the measured runs most like a setup, and what no measured run has."""
-    found = _recorded()
     having = features_of(setup)
-    group = next((g for g in found["groups"] if all(g[name] == having[name] for name in GROUPED)), None)
-    missing = [f"{name} {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
-    alike = ", ".join(having[name] for name in GROUPED)
     if setup.device == "cpu":
-        unlike = setup.world > 1 or having["method"] == "8-bit lora"
-        if unlike:
+        if setup.world > 1 or having["method"] == "8-bit lora":
             what = "several processes" if setup.world > 1 else having["method"]
             return Band(UNCOVERED, 0, f"no run on a CPU with {what} has been measured")
         other = f"; none of the family {having['family']}" * (having["family"] != "llama")
         return replace(CPU, features=CPU.features + other)
+    found = _recorded()
+    group = next((g for g in found["groups"] if all(g[name] == having[name] for name in GROUPED)), None)
+    missing = [f"{name} {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
+    alike = ", ".join(having[name] for name in GROUPED)
     if group is None or method not in group["error"]:
         return Band(UNCOVERED, 0, f"no run with {alike} has been measured")
     error = max(LEAST, group["error"][method], 0.05 if missing else 0.0)

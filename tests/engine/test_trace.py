@@ -355,13 +355,13 @@ def test_quantized_layers_get_the_adapter_made_for_them(bits: int) -> None:
 def test_attention_under_autocast_is_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch casts the inputs of scaled_dot_product_attention, rotated in float32 as they may be."""
     seen = set()
-    kernel = standins._Kernel.forward
+    kernel = standins._Attention._kernel
 
-    def forward(ctx: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    def spy(self: Any, q: Any, k: Any, v: Any, bias: Any) -> Any:
         seen.update({q.dtype, k.dtype, v.dtype})
-        return kernel(ctx, q, k, v, *rest)
+        return kernel(self, q, k, v, bias)
 
-    monkeypatch.setattr(standins._Kernel, "forward", staticmethod(forward))
+    monkeypatch.setattr(standins._Attention, "_kernel", spy)
     trace(on_gpu(adapter=Full(), dtype="float32"))
     assert seen == {torch.bfloat16}
 

@@ -155,6 +155,15 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **optio
         raise ModelError(f"the tokenizer of the model can't read a row: {first_line(error)}") from None
 
 
+def plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A plain prompt's tokens, without a second start token, and without an end that the tokenizer adds."""
+    ids = list(tokenized(tokenizer, text)["input_ids"])
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends and not text.endswith(str(tokenizer.eos_token)) else ids
+
+
 class _Encoder:
     """Tokenizes batches of rendered rows and counts what an audit wants to know."""
 
@@ -197,8 +206,9 @@ class _Encoder:
                     self.tails[tail] = tokenized(self.tokenizer, tail, add_special_tokens=False)["input_ids"]
                 if ids[last + 1 : count] == self.tails[tail]:
                     return ids[:count]
-        found: list[int] = tokenized(self.tokenizer, text, add_special_tokens=row.special)["input_ids"]
-        return self._without_end(found, text) if row.special else found
+        if row.special:
+            return plain_prompt(self.tokenizer, text)
+        return list(tokenized(self.tokenizer, text, add_special_tokens=False)["input_ids"])
 
     def rows(self, batch: list[Rendered], encoded: Any) -> list[TokenRow]:
         """The rows that can be trained on."""
@@ -212,13 +222,6 @@ class _Encoder:
             if (done := self._row(row, ids, offsets)) is not None:
                 made.append(done)
         return made
-
-    def _without_end(self, ids: list[int], text: str) -> list[int]:
-        """A prompt's tokens without a second start token, and without an end that the tokenizer adds."""
-        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = ids[1:]
-        ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
-        return ids[:-1] if ends and not text.endswith(str(self.tokenizer.eos_token)) else ids
 
     def _row(self, row: Rendered, ids: list[int], offsets: list[Span]) -> TokenRow | None:
         audit, limit = self.audit, self.lengths.max_length
