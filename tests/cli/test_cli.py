@@ -253,16 +253,6 @@ def test_version() -> None:
     assert lorafit("--version")[1].strip() == __version__
 
 
-def test_generated_docs_are_fresh() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "make_docs"), "--check"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_nothing_but_the_result_on_stdout(recipe: RecipeMaker, tmp_path: Path) -> None:
     """Not even from the libraries: stdout is data."""
     more = write_jsonl(tmp_path / "some.jsonl", [conversation("one", word) for word in ("a", "b", "c", "d")])

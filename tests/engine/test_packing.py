@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +12,11 @@ import torch
 from conftest import WORDS, RecipeMaker, conversation, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MambaConfig, OPTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from typer.testing import CliRunner
 from wording import Like
 
 import lorafit.engine.trainer
+from lorafit.cli import app
 from lorafit.engine.data.encode import IGNORED
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.methods.sft import build as build_trainer
@@ -203,7 +202,7 @@ def test_the_proof_does_not_change_the_run(attention: str) -> None:
 
 
 def test_training_is_refused_before_the_first_step(recipe: RecipeMaker, tmp_path: Path, tiny_model: Path) -> None:
-    """With a real command: an OPT model can't be packed, and without packing it trains."""
+    """An OPT model can't be packed, and without packing it trains."""
     import shutil
 
     folder = tmp_path / "opt"
@@ -227,15 +226,14 @@ def test_training_is_refused_before_the_first_step(recipe: RecipeMaker, tmp_path
 
     def train(*more: str) -> Any:
         path = recipe("opt", model={"name_or_path": str(folder)}, lora={"target_modules": ["q_proj", "v_proj"]})
-        command = [sys.executable, "-m", "lorafit", "train", str(path), *more]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+        return CliRunner().invoke(app, ["train", str(path), *more])
 
     done = train("--set", "training.packing=true")
-    assert done.returncode == 4, done.stderr
+    assert done.exit_code == 4, done.stderr
     assert done.stderr.splitlines()[-1] == Like("… packed rows … opt model")
     assert not RunDir(tmp_path / "runs" / "opt").metrics.exists()
     done = train()
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
 
 
 def test_the_thresholds_are_above_rounding() -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,15 +41,6 @@ CONFIG = ROOT / "configs" / "quickstart.yaml"
 QUIET = Console(file=io.StringIO())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads() -> Iterator[None]:
-    """All cores: this file runs when others are done (see conftest)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Pipeline:
     """docs/ci.md on the quickstart, command by command, in a folder of its own; each once, when it is needed."""
 
@@ -67,7 +56,7 @@ class Pipeline:
             (folder / name).mkdir()
         (folder / "models").symlink_to(ROOT / "models")
         (folder / "data/quickstart").mkdir(parents=True)
-        for name, count in (("train.jsonl", None), ("heldout.jsonl", 20)):
+        for name, count in (("train.jsonl", 160), ("heldout.jsonl", 20)):
             lines = (ROOT / "data/quickstart" / name).read_text().splitlines(keepends=True)[:count]
             (folder / "data/quickstart" / name).write_text("".join(lines))
         shutil.copyfile(ROOT / "recipes/lora.yaml", folder / "recipes/lora.yaml")
@@ -87,12 +76,10 @@ class Pipeline:
 
     def run(self, arguments: list[str]) -> None:
         if arguments[0] == "train":  # its memory is measured, and this process has used more already
-            environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
             command = [sys.executable, "-m", "lorafit", *arguments]
-            made = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+            made = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
             assert made.returncode == 0, f"{arguments}\n{made.stdout}{made.stderr}"
             return
-        torch.set_num_threads(os.cpu_count() or 1)  # a smoke run leaves one
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             done = CliRunner().invoke(app, arguments)
@@ -130,10 +117,11 @@ def test_base_against_adapter_against_merged(quickstart: RunDir, merged: Path, m
     monkeypatch.chdir(quickstart.path.parent.parent)
     before = json.loads((quickstart.path / "eval/results.json").read_text())["figures"]
     few = ("eval.forgetting=[]", "eval.gates=[heldout.exact_match.adapter >= 0.8]")
-    results, folder = evaluate(EvalOptions(quickstart.path, overrides=few, max_new_tokens=48))
+    options = EvalOptions(quickstart.path, compare=("adapter", "merged"), overrides=few, max_new_tokens=48)
+    results, folder = evaluate(options)
     figures = {name: figure["value"] for name, figure in before.items()}
     figures |= {name: figure.value for name, figure in results.figures.items()}
-    assert list(results.models) == ["base", "adapter", "merged"]
+    assert list(results.models) == ["adapter", "merged"]
     assert (results.sets["heldout"].rows, results.sets["heldout"].answered) == (20, 20)
     assert figures["heldout.exact_match.base"] == 0
     assert figures["heldout.exact_match.adapter"] >= 0.8
@@ -147,7 +135,7 @@ def test_base_against_adapter_against_merged(quickstart: RunDir, merged: Path, m
     parsed = [json.loads(text) for text in texts if text is not None]
     assert len(parsed) == 20
     assert all(set(ticket) == {"category", "priority", "order"} for ticket in parsed)
-    check_alone(quickstart, [row for row in answers if row["set"] == "heldout"][:6])
+    check_alone(quickstart, [row for row in answers if row["set"] == "heldout"][:3])
 
 
 def check_alone(run: RunDir, samples: list[dict[str, Any]]) -> None:
@@ -190,7 +178,7 @@ def test_an_adapter_that_forgot_is_caught(tmp_path: Path, monkeypatch: pytest.Mo
     run = run_training(plan_recipe(Recipe.load(CONFIG, changes), CONFIG), CONFIG.read_bytes(), Start(), QUIET)
     gates = ("heldout.exact_match.adapter >= 0.8", "chat.bits_per_byte.adapter - chat.bits_per_byte.base <= 0.1")
     held_out = tmp_path / "few.jsonl"
-    held_out.write_text("".join((ROOT / "data/quickstart/heldout.jsonl").read_text().splitlines(keepends=True)[:8]))
+    held_out.write_text("".join((ROOT / "data/quickstart/heldout.jsonl").read_text().splitlines(keepends=True)[:5]))
     few = ("eval.forgetting=[chat]", "eval.gates=[]")
     options = EvalOptions(run.path, overrides=few, data=held_out, max_new_tokens=24, fail_under=gates)
     results, _ = evaluate(options)
@@ -215,7 +203,9 @@ def test_the_merged_model_answers_alone(merged: Path) -> None:
     report = json.loads((folder / "merge_report.json").read_text())
     assert report["verification"]["figures"]["kl"] < 1e-6
     assert report["verification"]["figures"]["top1"] == 1.0
-    assert report["gguf"]["f16"]["top1_agreement"] >= 0.99, "the exported file, read back, answers as the merged model"
+    read_back = report["gguf"]["f16"]
+    assert read_back["top1_agreement"] >= 0.99, "the exported file answers as the merged model"
+    assert read_back["mean_kl"] < 1e-3
     assert "<|im_start|>assistant" in (merged.with_name("merged-gguf") / "Modelfile").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

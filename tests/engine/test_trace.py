@@ -215,9 +215,8 @@ def compare(setup: Setup, folder: Path) -> None:
     assert top - before == pytest.approx(real_more, rel=0.01)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("length", "tied"), [(64, False), (256, True)], ids=["short, untied", "long, tied"])
 @pytest.mark.parametrize("checkpointing", ["non_reentrant", "none"])
-@pytest.mark.parametrize("length", [64, 256])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_real_step(method: str, length: int, checkpointing: Any, tied: bool, tmp_path: Path) -> None:
     model = facts(tie_word_embeddings=tied)
@@ -274,7 +273,7 @@ def test_a_real_update(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_short_model_stands_for_the_whole(device: str, method: str, checkpointing: Any) -> None:
-    layers = 11
+    layers = SHORT + 2
     make = on_cpu if device == "cpu" else on_gpu
     setup = make(facts(num_hidden_layers=layers), checkpointing=checkpointing, accumulation=2, **METHODS[method])
     short, whole = _traced(setup, layers, SHORT), _traced(setup, layers, layers)

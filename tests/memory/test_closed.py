@@ -102,7 +102,7 @@ FACTORS: dict[str, list[str]] = {
 }
 """What a setup may combine; the first of each is the usual one."""
 Choice = dict[str, str]
-DRAWN = 10
+DRAWN = 5
 """Combinations of each family."""
 
 
@@ -132,7 +132,7 @@ def chosen(choice: Choice, family: str) -> Setup:
 
 
 def drawn(family: str) -> list[Choice]:
-    """Combinations in which every value of every factor occurs, put together by chance."""
+    """Combinations put together by chance, in which a value recurs only if its factor has few."""
     draw = random.Random(family)
     columns = {
         name: draw.sample((values * DRAWN)[: max(DRAWN, len(values))], DRAWN) for name, values in FACTORS.items()
@@ -170,6 +170,8 @@ def test_closed_form_and_trace_agree(family: str) -> None:
     within 3% in the middle, and 25% at most on these models of twelve layers.
     """
     assert set(MODELS) == {name for name, family in FAMILIES.items() if family.traits}
+    for factor, values in FACTORS.items():
+        assert {choice[factor] for name in MODELS for choice in drawn(name)} == set(values)
     apart = differences(drawn(family), family)
     assert not apart, "\n" + "\n".join(apart)
 
@@ -185,7 +187,7 @@ def test_headers_give_the_figures_of_formulas(family: str) -> None:
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_one_thing_at_a_time(factor: str) -> None:
-    apart = differences([{**USUAL, factor: value} for value in FACTORS[factor]], "llama")
+    apart = differences([{**USUAL, factor: value} for value in FACTORS[factor][1:]], "llama")
     assert not apart, "\n" + "\n".join(apart)
 
 

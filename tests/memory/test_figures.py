@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"lora": ...},
     "packed": {"training": {"packing": True}},
 }
-BATCHES = [("lora", 1), ("lora", 3), ("lora", 7), ("qlora", 3), ("full", 3), ("packed", 1), ("packed", 3)]
+BATCHES = [("lora", 1), ("lora", 3), ("qlora", 3), ("full", 3), ("packed", 3)]
 
 
 @pytest.fixture

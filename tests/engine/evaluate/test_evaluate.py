@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
@@ -589,45 +590,36 @@ def test_a_recipe_evaluates_its_run_by_its_gates_of_now(run: RunDir, trained: Pa
     assert any(remark == Like("… changed … (lora)") for remark in evaluated(recipe, overrides=()).remarks)
 
 
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"data": "fewer"}, "heldout"),
-        ({"data": "another"}, "heldout"),
-        ({"compare": ("base",)}, "heldout.loss.adapter"),
-        ({"overrides": (*PLAIN, "eval.metrics=[words]")}, "heldout.exact_match.adapter"),
-        ({"overrides": (*PLAIN, "eval.sets=[]")}, "own"),
-        ({"overrides": (*PLAIN, "eval.sets=[{name: own, path: OWN, max_rows: 2}]")}, "own"),
-        ({"overrides": (*PLAIN, "eval.sets=[{name: own, path: OWN, columns: {output: instruction}}]")}, "own"),
-    ],
-)
 def test_a_baseline_of_something_else_is_told_before_a_model_is_loaded(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], what: str
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = write_jsonl(tmp_path / "own.jsonl", [{"instruction": f"red {word}", "output": word} for word in WORDS])
     rows = [conversation(f"{word} mat", "green") for word in WORDS]
-    data = {
-        "same": write_jsonl(tmp_path / "same.jsonl", rows),
-        "fewer": write_jsonl(tmp_path / "fewer.jsonl", rows[:-1]),
-        "another": write_jsonl(tmp_path / "another.jsonl", [*rows[:-1], conversation("blue mat", "green")]),
-    }
-    sets = (*PLAIN, f"eval.sets=[{{name: own, path: {own}}}]")
+    same = write_jsonl(tmp_path / "same.jsonl", rows)
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", rows[:-1])
+    another = write_jsonl(tmp_path / "another.jsonl", [*rows[:-1], conversation("blue mat", "green")])
     options: dict[str, Any] = {
         "compare": ("base", "adapter"),
         "max_new_tokens": 3,
-        "data": data["same"],
-        "overrides": sets,
+        "data": same,
+        "overrides": (*PLAIN, f"eval.sets=[{{name: own, path: {own}}}]"),
     }
     evaluated(run, **options)
-    options["baseline"] = shutil.copy(run.eval / "results.json", tmp_path / "before.json")
-    options["baseline"] = Path(options["baseline"])
+    options["baseline"] = Path(shutil.copy(run.eval / "results.json", tmp_path / "before.json"))
     assert not evaluated(run, **options).failed
-    changed = options | changes
-    changed["data"] = data[changes["data"]] if "data" in changes else data["same"]
-    changed["overrides"] = tuple(one.replace("OWN", str(own)) for one in changed["overrides"])
     monkeypatch.setattr("lorafit.engine.evaluate.models.load_base", None)
-    with pytest.raises(GateError, match=rf"--baseline: .*\b{what}\b"):
-        evaluated(run, **changed)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"data": fewer}, "heldout"),
+        ({"data": another}, "heldout"),
+        ({"compare": ("base",)}, "heldout.loss.adapter"),
+        ({"overrides": (*PLAIN, "eval.metrics=[words]")}, "heldout.exact_match.adapter"),
+        ({"overrides": (*PLAIN, "eval.sets=[]")}, "own"),
+        ({"overrides": (*PLAIN, f"eval.sets=[{{name: own, path: {own}, max_rows: 2}}]")}, "own"),
+        ({"overrides": (*PLAIN, f"eval.sets=[{{name: own, path: {own}, columns: {{output: instruction}}}}]")}, "own"),
+    ]
+    for change, what in changes:
+        with pytest.raises(GateError, match=rf"--baseline: .*\b{what}\b"):
+            evaluated(run, **options | change)
 
 
 def test_an_earlier_evaluation_as_the_baseline(run: RunDir, tmp_path: Path) -> None:
@@ -676,8 +668,7 @@ def test_an_interrupted_evaluation_goes_on(run: RunDir, monkeypatch: pytest.Monk
     assert calls[0] == 3, "the base was not run again, and of the adapter's rows not those that were done"
 
 
-def test_killed_at_any_moment(run: RunDir, tmp_path: Path) -> None:
-    """There is a whole output or none, and --resume finishes it."""
+def test_a_killed_evaluation_leaves_no_output_and_goes_on(run: RunDir) -> None:
     command = [
         sys.executable,
         "-m",
@@ -689,18 +680,15 @@ def test_killed_at_any_moment(run: RunDir, tmp_path: Path) -> None:
         "--max-new-tokens",
         "4",
     ]
-    for moment in ("heldout.adapter.answers",):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        file = run.path / ".eval.work" / f"{moment}.jsonl"
-        while process.poll() is None and not file.exists():
-            pass
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert not run.eval.exists() or json.loads((run.eval / "results.json").read_text())
-        if run.eval.exists():
-            shutil.rmtree(run.eval)
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0 or "no interrupted evaluation" in done.stderr
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    file = run.path / ".eval.work/heldout.adapter.answers.jsonl"
+    while process.poll() is None and not file.exists():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not run.eval.exists(), "the evaluation was too quick to be killed"
+    done = CliRunner().invoke(app, [*command[3:], "--resume"])
+    assert done.exit_code == 0, done.output
     assert (run.eval / "results.json").is_file()
     assert not (run.path / ".eval.work").exists()
 

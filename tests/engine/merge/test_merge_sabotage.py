@@ -28,7 +28,7 @@ from lorafit.errors import Interrupted
 from lorafit.files import seal
 from lorafit.options import MergeOptions
 
-KILLS = 20
+KILLS = 12
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def in_a_process(adapter: Path, output: Path) -> None:
 
 
 def test_killed_at_any_moment(adapter: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
-    """Twenty times, at random: there is a whole output or none; what is left over is cleared by the next merge."""
+    """At random: there is a whole output or none; what is left over is cleared by the next merge."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lorafit.engine.merge.run"])
     output = tmp_path / "merged"
