@@ -67,50 +67,50 @@ def measured(metrics: str) -> str:
 FOUR_BITS = "quantization:\n  load_in_4bit: true\n"
 FAULTS: dict[str, tuple[str, int, str]] = {
     # what people did: the recipe, the exit code, a part of the message
-    "misspelt section": (GOOD.replace("training:", f"trainig: {HERE}"), 2, "did you mean 'training'?"),
-    "misspelt key": (added("training", f"lerning_rate: 1e-4 {HERE}"), 2, "did you mean 'learning_rate'?"),
+    "misspelt section": (GOOD.replace("training:", f"trainig: {HERE}"), 2, "'training'"),
+    "misspelt key": (added("training", f"lerning_rate: 1e-4 {HERE}"), 2, "'learning_rate'"),
     "misspelt key in a source": (
-        changed("      format: messages", f"      fromat: messages {HERE}"), 2, "did you mean 'format'?"
+        changed("      format: messages", f"      fromat: messages {HERE}"), 2, "'format'"
     ),
     "misspelt key in an eval set": (
         f"{GOOD}eval:\n  sets:\n    - name: own\n      path: chat.jsonl\n      rol: task {HERE}\n", 2, "'role'"
     ),
-    "misspelt audit rule": (added("dataset", f"audit: {{trunkated: 0.1}} {HERE}"), 2, "did you mean 'truncated'?"),
-    "another tool's name": (added("training", f"max_seq_length: 64 {HERE}"), 2, "did you mean 'max_length'?"),
-    "key of another section": (added("training", f"lora_alpha: 16 {HERE}"), 2, "did you mean 'lora.lora_alpha'?"),
-    "dotted key": (f"{GOOD}lora.r: 8 {HERE}\n", 2, "a dot does not nest"),
+    "misspelt audit rule": (added("dataset", f"audit: {{trunkated: 0.1}} {HERE}"), 2, "'truncated'"),
+    "another tool's name": (added("training", f"max_seq_length: 64 {HERE}"), 2, "'max_length'"),
+    "key of another section": (added("training", f"lora_alpha: 16 {HERE}"), 2, "'lora.lora_alpha'"),
+    "dotted key": (f"{GOOD}lora.r: 8 {HERE}\n", 2, "nest"),
     "wrong type": (changed("num_train_epochs: 2", f"num_train_epochs: two {HERE}"), 2, "got 'two'"),
-    "number as text": (changed("learning_rate: 2e-4", f'learning_rate: "1e-4" {HERE}'), 2, "expected a number"),
-    "yes for true": (added("training", f"packing: yes {HERE}"), 2, "expected true or false, got 'yes'"),
-    "float for a whole number": (added("lora", f"r: 8.5 {HERE}"), 2, "expected a whole number"),
+    "number as text": (changed("learning_rate: 2e-4", f'learning_rate: "1e-4" {HERE}'), 2, "number"),
+    "yes for true": (added("training", f"packing: yes {HERE}"), 2, "true … false … 'yes'"),
+    "float for a whole number": (added("lora", f"r: 8.5 {HERE}"), 2, "whole"),
     "negative rate": (changed("learning_rate: 2e-4", f"learning_rate: -1e-4 {HERE}"), 2, "above 0"),
     "dropout of 1": (added("lora", f"lora_dropout: 1.0 {HERE}"), 2, "below 1"),
-    "unknown scheduler": (added("training", f"lr_scheduler_type: cosin {HERE}"), 2, "did you mean 'cosine'?"),
-    "unknown optimizer": (added("training", f"optim: adamw_bnb_8bit {HERE}"), 2, "expected auto | adamw_torch"),
+    "unknown scheduler": (added("training", f"lr_scheduler_type: cosin {HERE}"), 2, "'cosine'"),
+    "unknown optimizer": (added("training", f"optim: adamw_bnb_8bit {HERE}"), 2, "auto | adamw_torch"),
     "key twice": (added("training", "seed: 1\n  seed: 2 #!"), 2, "given twice"),
     "empty section": (f"{GOOD}lora: {HERE}\n", 2, "is empty"),
-    "tab": (f"{GOOD}lora:\n\tr: 8 {HERE}\n", 2, "indent with spaces"),
-    "unset variable": (changed("MODEL", f"${{NO_SUCH_VARIABLE}} {HERE}"), 2, "NO_SUCH_VARIABLE is not set"),
+    "tab": (f"{GOOD}lora:\n\tr: 8 {HERE}\n", 2, "spaces"),
+    "unset variable": (changed("MODEL", f"${{NO_SUCH_VARIABLE}} {HERE}"), 2, "NO_SUCH_VARIABLE"),
     "missing section": (GOOD.partition("dataset:")[0].replace("base.yaml", f"base.yaml {HERE}"), 2, "is missing"),
     "parent that is not there": (changed("extends: base.yaml", f"extends: bse.yaml {HERE}"), 2, "does not exist"),
     "4 bits, trained in full": (
         GOOD.replace("extends: base.yaml\n", "") + FOUR_BITS.replace(":\n", f": {HERE}\n", 1),
         2,
-        "can't be trained"
+        "`lora: {}`"
     ),
     "both 4 and 8 bits": (
         f"{GOOD}quantization:\n  load_in_4bit: true {HERE}\n  load_in_8bit: true\n", 2, "exactly one"
     ),
     "4-bit settings with 8 bits": (
-        f"{GOOD}quantization:\n  load_in_8bit: true\n  bnb_4bit_quant_type: fp4 {HERE}\n", 2, "has no effect"
+        f"{GOOD}quantization:\n  load_in_8bit: true\n  bnb_4bit_quant_type: fp4 {HERE}\n", 2, "load_in_8bit"
     ),
-    "epochs and steps": (added("training", f"max_steps: 10 {HERE}"), 2, "either max_steps or num_train_epochs"),
+    "epochs and steps": (added("training", f"max_steps: 10 {HERE}"), 2, "max_steps … num_train_epochs"),
     "stopping early without validation": (
         added("training", f"early_stopping_patience: 2 {HERE}").replace("  validation: 0.1\n", ""),
         2,
-        "needs validation",
+        "dataset.validation",
     ),
-    "steps that are never reached": (added("training", f"eval_steps: 10 {HERE}"), 2, "has no effect without"),
+    "steps that are never reached": (added("training", f"eval_steps: 10 {HERE}"), 2, "eval_strategy: steps"),
     "resume path": (
         added("training", f"resume_from_checkpoint: runs/old/checkpoint-10 {HERE}"), 2, "lorafit train --resume"
     ),
@@ -125,18 +125,18 @@ FAULTS: dict[str, tuple[str, int, str]] = {
     "paged optimizer on a CPU": (
         f"{GOOD}hardware:\n  device: cpu\n".replace("training:\n", f"training:\n  optim: paged_adamw_8bit {HERE}\n"),
         2,
-        "needs a CUDA GPU",
+        "GPU",
     ),
     "flash attention on a T4": (
         f"{GOOD}hardware:\n  gpu: T4\n".replace("MODEL\n", f"MODEL\n  attn_implementation: flash_attention_2 {HERE}\n"),
         2,
         "compute capability 8.0",
     ),
-    "max_length above the model's": (changed("max_length: 64", f"max_length: 4096 {HERE}"), 2, "context of 512 tokens"),
+    "max_length above the model's": (changed("max_length: 64", f"max_length: 4096 {HERE}"), 2, "context … 512"),
     "gate without a figure": (
         f"{GOOD}eval:\n  gates:\n    - exact_match >= 0.8 {HERE}\n", 2, "exact_match"
     ),
-    "unknown GPU": (f"{GOOD}hardware:\n  gpu: RTX 4099 {HERE}\n", 2, "not a known GPU"),
+    "unknown GPU": (f"{GOOD}hardware:\n  gpu: RTX 4099 {HERE}\n", 2, "'RTX 4099'"),
     "data that is not there": (changed("path: chat.jsonl", f"path: chats.jsonl {HERE}"), 3, "no such file"),
     "pattern that matches nothing": (changed("path: chat.jsonl", f"path: 'train-*.jsonl' {HERE}"), 3, "matches no"),
     "validation that is not there": (
@@ -176,17 +176,17 @@ FAULTS: dict[str, tuple[str, int, str]] = {
     "set of options without its column": (
         f"{GOOD}eval:\n  sets:\n    - name: own\n      path: chat.jsonl\n      options: choices {HERE}\n",
         3,
-        "'choices' must be a list",
+        "'choices' … list",
     ),
     "gate on a set that there is none of": (
-        gated("helout.exact_match.adapter >= 0.8"), 2, "did you mean 'heldout.exact_match.adapter'?"
+        gated("helout.exact_match.adapter >= 0.8"), 2, "'heldout.exact_match.adapter'"
     ),
-    "gate on a metric that is not measured": (gated("heldout.bleu.adapter > 0"), 2, "there is no metric bleu"),
-    "gate on a model of another method": (gated("heldout.loss.trained < 3"), 2, "there is no model trained"),
-    "gate on a misspelt model": (gated("heldout.loss.adaptr < 3"), 2, "did you mean 'heldout.loss.adapter'?"),
-    "gate on a figure of other sets": (gated("heldout.kl.adapter < 1"), 2, "in the sets general, chat"),
+    "gate on a metric that is not measured": (gated("heldout.bleu.adapter > 0"), 2, "metric bleu"),
+    "gate on a model of another method": (gated("heldout.loss.trained < 3"), 2, "model trained"),
+    "gate on a misspelt model": (gated("heldout.loss.adaptr < 3"), 2, "'heldout.loss.adapter'"),
+    "gate on a figure of other sets": (gated("heldout.kl.adapter < 1"), 2, "general, chat"),
     "gate on what the base does not have": (gated("chat.kl.base < 1"), 2, "no figure 'chat.kl.base'"),
-    "gate on a judge that is not asked": (gated("heldout.judge.adapter > 0.5"), 2, "there is no metric judge"),
+    "gate on a judge that is not asked": (gated("heldout.judge.adapter > 0.5"), 2, "metric judge"),
     "gate on options that there are none of": (gated("heldout.accuracy.adapter > 0"), 2, "no figure"),
     "gate on a misspelt figure of the baseline": (gated("heldout.loss.adapter < baseline.heldout.los.adapter"), 2, ""),
     "gate on a misspelt set beside benchmarks": (
@@ -196,46 +196,46 @@ FAULTS: dict[str, tuple[str, int, str]] = {
         gated("own_task.acc.adaptr > 0").replace("  gates", "  lm_eval: {tasks: [own.yaml]}\n  gates"), 2, "adaptr"
     ),
     "function that is a class": (measured("own.metrics:Judge"), 2, "no function"),
-    "function that was taken away": (measured("own.metrics:gone"), 2, "has no function gone"),
+    "function that was taken away": (measured("own.metrics:gone"), 2, "function gone"),
     "function in a list": (measured("own.metrics:listed"), 2, "no function"),
     "schema without an end": (measured("json_schema: bomb.json"), 2, "bomb.json"),
     "schema that is too deep": (measured("json_schema: deep.json"), 2, "deep.json"),
     "function without arguments": (measured("own.metrics:nothing"), 2, "(answer, expected)"),
     "gate that says nothing of the model": (gated("1 < 2"), 2, "names no figure"),
-    "metric that there is none of": (measured("exact_mach"), 2, "did you mean exact_match"),
+    "metric that there is none of": (measured("exact_mach"), 2, "exact_match"),
     "metric quoted whole": (measured('"regex: ^[A-Z]+$"'), 2, "`regex: ^[A-Z]+$`"),
     "metric with an argument that takes none": (measured('"exact_match: x"'), 2, "takes no argument"),
     "metric without its argument": (measured("json_schema"), 2, "needs an argument"),
     "metric twice": (measured("words, words"), 2, "two metrics"),
     "expression that is none": (measured("regex: '(a'"), 2, "no regular expression"),
     "function that is not trusted": (
-        measured("own.metrics:score").replace("  trust_code: true\n", ""), 2, "set eval.trust_code: true"
+        measured("own.metrics:score").replace("  trust_code: true\n", ""), 2, "eval.trust_code: true"
     ),
     "function in no module": (measured("no_such_module:score"), 2, "no module no_such_module"),
     "function in no module of a package": (measured("own.missing:score"), 2, "no module own.missing"),
-    "function that is not there": (measured("own.metrics:scores"), 2, "own.metrics has no function scores"),
+    "function that is not there": (measured("own.metrics:scores"), 2, "own.metrics … scores"),
     "function of one argument": (measured("own.metrics:one"), 2, "(answer, expected)"),
     "function with an argument by name": (measured("own.metrics:named"), 2, "(answer, expected)"),
     "function that is async": (measured("own.metrics:later"), 2, "async"),
     "function that yields": (measured("own.metrics:several"), 2, "generator"),
     "function that is a number": (measured("own.metrics:LIMIT"), 2, "no function"),
     "module that is no Python": (measured("own.broken:score"), 2, "broken.py:2"),
-    "schema that is not there": (measured("json_schema: none.json"), 2, "none.json can't be read"),
+    "schema that is not there": (measured("json_schema: none.json"), 2, "none.json"),
     "schema that is no JSON": (measured("json_schema: broken.jinja"), 2, "is not JSON"),
-    "schema that is none": (measured("json_schema: bad.json"), 2, "no valid JSON Schema"),
+    "schema that is none": (measured("json_schema: bad.json"), 2, "JSON Schema"),
     "schema of a set": (
         f"{GOOD}eval:\n  sets:\n    - {{name: own, path: chat.jsonl, metrics: [json_schema: no.json]}} {HERE}\n",
         2,
-        "no.json can't be read",
+        "no.json",
     ),
     "benchmark that is not there": (
-        f"{GOOD}eval:\n  lm_eval:\n    tasks: [tasks/own.yaml] {HERE}\n", 2, "there is no file tasks/own.yaml"
+        f"{GOOD}eval:\n  lm_eval:\n    tasks: [tasks/own.yaml] {HERE}\n", 2, "tasks/own.yaml"
     ),
     "folder of benchmarks that is not there": (
         f"{GOOD}eval:\n  lm_eval:\n    tasks: [arc_easy]\n    include_path: tasks {HERE}\n", 2, "no folder tasks"
     ),
     "benchmark with the name of a set": (
-        f"{GOOD}eval:\n  lm_eval:\n    tasks: [heldout] {HERE}\n", 2, "there is a set of the name heldout"
+        f"{GOOD}eval:\n  lm_eval:\n    tasks: [heldout] {HERE}\n", 2, "set … heldout"
     ),
     "judge without a scheme": (
         f"{GOOD}eval:\n  judge:\n    base_url: localhost:8000 {HERE}\n    model: own\n", 2, "http://localhost:8000/v1"
@@ -269,16 +269,16 @@ FAULTS: dict[str, tuple[str, int, str]] = {
     "folder that is not there": (changed("path: chat.jsonl", f"path: shards/ {HERE}"), 3, "no such file"),
     "path that is no hub id": (changed("path: chat.jsonl", f"path: data/all/train {HERE}"), 3, "no such file"),
     "argument of another schedule": (
-        added("training", f"lr_scheduler_kwargs: {{min_lr_rate: 0.1}} {HERE}"), 2, "is no argument of cosine"
+        added("training", f"lr_scheduler_kwargs: {{min_lr_rate: 0.1}} {HERE}"), 2, "cosine"
     ),
     "schedule without its argument": (
         added("training", f"lr_scheduler_type: cosine_with_min_lr {HERE}"), 2, "min_lr_rate"
     ),
     "decay without its steps": (
-        added("training", f"lr_scheduler_type: warmup_stable_decay {HERE}"), 2, "needs num_decay_steps"
+        added("training", f"lr_scheduler_type: warmup_stable_decay {HERE}"), 2, "num_decay_steps"
     ),
     "model that is not there": (changed("MODEL", f"./models/none {HERE}"), 4, "no such folder"),
-    "quantized model": (changed("MODEL", f"GPTQ {HERE}"), 2, "stored quantized (gptq)"),
+    "quantized model": (changed("MODEL", f"GPTQ {HERE}"), 2, "(gptq)"),
     "too little memory": (f"{GOOD}hardware:\n  vram: 100MiB {HERE}\n", 5, "does not fit"),
 }  # fmt: skip
 
@@ -388,7 +388,7 @@ def test_one_fault_is_found_at_its_line_and_nothing_else(name: str, written: Pat
     assert [(f.mistake.position.file, f.mistake.position.line, f.exit_code) for f in checked.faults] == [
         (file, line, code)
     ], checked.faults
-    assert message in str(checked.faults[0].mistake)
+    assert str(checked.faults[0].mistake) == Like(f"… {message}")
     assert Report((checked,)).exit_code == code
 
 

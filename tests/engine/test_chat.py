@@ -461,17 +461,17 @@ def test_bytes_that_are_no_text_are_refused(run: RunDir) -> None:
 
 def refusals() -> Iterator[tuple[str, dict[str, Any], type[LorafitError], str]]:
     yield "RUN", {"temperature": float("nan")}, UsageError, "number from 0"
-    yield "RUN", {"use": "bas"}, UsageError, "did you mean base"
-    yield "BASE", {"use": "base"}, UsageError, "no model 'base'; there are model"
-    yield "PLAIN", {"prompts": ("",)}, UsageError, "the prompt is empty"
+    yield "RUN", {"use": "bas"}, UsageError, r"'bas'.*\bbase\b"
+    yield "BASE", {"use": "base"}, UsageError, "no model 'base'.* model"
+    yield "PLAIN", {"prompts": ("",)}, UsageError, "prompt .*empty"
     yield "RUN", {"adapters": (("base", Path("x")),)}, UsageError, "is taken"
     yield "RUN", {"adapters": (("x", Path("nowhere")),)}, UsageError, "nowhere"
     yield "BASE", {"adapters": (("x", Path("nowhere")),)}, UsageError, "no adapter"
-    yield "OTHER", {"adapters": (("x", Path("RUN")),)}, ModelError, "is for the base .*tiny, not for .*another"
-    yield "PLACE/rad", {}, UsageError, "no such run or model; did you mean red"
+    yield "OTHER", {"adapters": (("x", Path("RUN")),)}, ModelError, "base .*tiny.* .*another"
+    yield "PLACE/rad", {}, UsageError, r"rad: .*\bred\b"
     yield "PLACE", {}, UsageError, "no run .* and no model"
     yield "RUN/adapter", {}, UsageError, "is an adapter"
-    yield "nobody/nothing", {}, ModelError, "nobody/nothing: the tokenizer can't be loaded"
+    yield "nobody/nothing", {}, ModelError, "nobody/nothing: .*tokenizer"
 
 
 @pytest.mark.parametrize(("path", "options", "kind", "text"), list(refusals()))

@@ -280,7 +280,7 @@ MOE = LLAMA | {"model_type": "qwen3_moe"}
         (MOE | {"model_type": "gemma3"}, "gemma3 model .*no 'vision_config'"),
         (
             MOE | {"model_type": "gemma3", "vision_config": 3, "text_config": 4},
-            "gemma3 model .*vision_config",
+            "gemma3 model .*: vision_config",
         ),
         (MOE | {"model_type": "qwen3_5", "text_config": "none"}, "qwen3_5 model .*text_config"),
     ],

@@ -369,7 +369,7 @@ training:
             {"training": {"global_batch_size": 8, "per_device_train_batch_size": 8}},
             "8 .*multiple .*8 rows x 2 processes",
         ),
-        (CPU, FACTS, {"lora": {"modules_to_save": ["lm_haed"]}}, "did you mean lm_head"),
+        (CPU, FACTS, {"lora": {"modules_to_save": ["lm_haed"]}}, "lm_haed.* lm_head"),
         (CPU, FACTS, {"model": {"chat_template": "nowhere.jinja"}}, "model.chat_template: can't be read"),
         (
             AMPERE,

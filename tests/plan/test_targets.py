@@ -81,17 +81,17 @@ def test_short_names_would_reach_a_vision_tower() -> None:
 @pytest.mark.parametrize(
     ("values", "path", "message"),
     [
-        ({"target_modules": ["q_porj"]}, ("target_modules", 0), "did you mean q_proj"),
+        ({"target_modules": ["q_porj"]}, ("target_modules", 0), "q_porj.* q_proj"),
         ({"target_modules": ["q_proj", "query_key_value"]}, ("target_modules", 1), "no linear layer"),
         ({"target_modules": ["self_attn"]}, ("target_modules", 0), "there are down_proj, gate_proj"),
         ({"target_modules": "q_proj"}, ("target_modules",), r"list.* \[q_proj\]"),
         ({"target_modules": "all_linear"}, ("target_modules",), "all-linear, attention, mlp, qv"),
         ({"target_modules": r"layers\.0"}, ("target_modules",), r"such as model.layers.0.self_attn.q_proj"),
         ({"target_modules": "(q_proj"}, ("target_modules",), "regular expression"),
-        ({"exclude_modules": ["v_porj"]}, ("exclude_modules", 0), "did you mean v_proj"),
+        ({"exclude_modules": ["v_porj"]}, ("exclude_modules", 0), "v_porj.* v_proj"),
         ({"target_modules": "qv", "exclude_modules": ["q_proj", "v_proj"]}, ("target_modules",), "leaves no module"),
         ({"layers_to_transform": [0, 7]}, ("layers_to_transform", 1), "layer 7.* 0 to 1"),
-        ({"rank_pattern": {"q_porj": 4}}, ("rank_pattern", "q_porj"), "did you mean q_proj"),
+        ({"rank_pattern": {"q_porj": 4}}, ("rank_pattern", "q_porj"), "q_proj"),
         ({"alpha_pattern": {"(": 4}}, ("alpha_pattern", "("), "no target module"),
         ({"target_modules": "qv", "rank_pattern": {"up_proj": 4}}, ("rank_pattern", "up_proj"), "no target"),
         (

@@ -544,7 +544,7 @@ def test_blocks_of_answers_that_are_not_shown_or_empty(shared: PreTrainedTokeniz
     hidden = [*MULTI, user("five"), assistant("blue"), user("six"), assistant("yes", reasoning_content="no")]
     assert learned(tokenizer, example(untrained(hidden, 1, 5, 7))) == ["red green<|im_end|>"]
     assert learned(tokenizer, example(untrained(hidden, 1, 3, 5))) == ["<no>", "yes<|im_end|>"]
-    with pytest.raises(Fault, match="an answer"):
+    with pytest.raises(Fault, match=r"leaves out .*answer"):
         learned(tokenizer, example(untrained(hidden, 1, 3, 7)))
     empty = [*MULTI[:3], assistant("")]
     assert learned(tokenizer, example(untrained(empty, 3))) == ["two three<|im_end|>"]

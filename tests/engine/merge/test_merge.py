@@ -334,7 +334,7 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--method", "fast"], "--method: … auto, stream, full … fast"),
-        (["--base-weights", "int3"], "--base-weights: expected one of"),
+        (["--base-weights", "int3"], "--base-weights: "),
         (["--combine", "ties", "--density", "0.5"], "name others with --add"),
         (["--add", "x:0.5", "--combine", "ties"], "needs --density"),
         (["--density", "0.5"], "--density is for"),
@@ -349,7 +349,7 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         (["--set", "merge.max_kl=-1"], "--set merge.max_kl=-1: merge.max_kl: "),
         (["--set", "eval.limit=3"], "--set eval.limit=3: … merge section"),
         (["--set", "merge.min_top1=1.5"], "--set merge.min_top1=1.5: merge.min_top1: "),
-        (["--quantize", "int4"], "--quantize: expected one of nf4, fp4"),
+        (["--quantize", "int4"], "--quantize: … nf4, fp4"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_loads(
