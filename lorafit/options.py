@@ -1,5 +1,5 @@
-"""Options of the commands, each written once, as a field of a frozen type: its help, its limits, what it may not go
-with."""
+"""The commands' options, each written once, as a field of a frozen type: help, limits, rules between them; and what
+some commands answer with."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
 from lorafit.memory.estimate import GROUPED, features_of
 from lorafit.memory.static import BYTES, trained
+from lorafit.plan.adapters import Full, Lora
 from lorafit.recipe import LoraSection
 
 GIB = 1 << 30
@@ -178,7 +179,7 @@ def make(row: dict[str, str], length: int, lora: LoraSection | None, stack: Stac
         length=length,
         dtype="bfloat16",
         quantization=NF4 if quantized else None,
-        lora=lora,
+        adapter=Lora(lora) if lora else Full(),
         adapter_dtype="float32" if lora else "bfloat16",
         optimizer="adamw_torch",
         stack=stack,
@@ -288,7 +289,7 @@ def rule(setup: Setup) -> float:
     """Parameters x bytes: the base's, and for what is trained a gradient and two states of Adam."""
     bytes_each = 0.5 if setup.quantization else BYTES[setup.dtype]
     trains = sum(tensor.size * BYTES[tensor.dtype] for tensor in trained(setup))
-    own = 0 if setup.lora is None else trains
+    own = 0 if setup.adapter.trains_base else trains
     return setup.facts.parameters * bytes_each + own + 3 * trains
 
 
@@ -299,7 +300,7 @@ def accelerate_says(setup: Setup) -> float:
 
     from lorafit.engine.trace.record import build
 
-    wide = dataclasses.replace(setup, lora=None, quantization=None, dtype="float32", checkpointing="none")
+    wide = dataclasses.replace(setup, adapter=Full(), quantization=None, dtype="float32", checkpointing="none")
     total, _ = calculate_maximum_sizes(build(wide, None))
     kind = "float32" if setup.dtype == "float32" else "float16"
     return max(float(value) for value in estimate_training_usage(total, kind).values())
@@ -329,7 +330,7 @@ def results_of(case: Case, methods: dict[str, Method], others: bool) -> Iterator
 
 
 def features(setup: Setup) -> str:
-    kind = "full" if setup.lora is None else "qlora" if setup.quantization else "lora"
+    kind = "full" if setup.adapter.trains_base else "qlora" if setup.quantization else "lora"
     return f"{kind}{' on ' + str(setup.world) + ' GPUs, ' + setup.sharding if setup.world > 1 else ''}"
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import CHATML, RecipeMaker, conversation, write_jsonl
 from typer.testing import CliRunner, Result
+from wording import Like
 
 from lorafit.cli import app
 from lorafit.diff.recipes import compare
@@ -152,7 +153,7 @@ def test_a_renamed_recipe_is_the_same(repository: Path) -> None:
     assert run("main~1:configs/a.yaml", "main:configs/b.yaml").exit_code == 0
     result = run("main:configs/a.yaml", "configs/b.yaml")
     assert result.exit_code == 2
-    assert "configs/a.yaml is not in main; did you mean 'main:configs/b.yaml'?" in result.stderr
+    assert result.stderr == Like("… configs/a.yaml … main; … 'main:configs/b.yaml'")
 
 
 def test_paths_as_git_users_write_them(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +206,14 @@ def test_links_in_the_repository_are_followed(repository: Path) -> None:
 @pytest.mark.parametrize(
     ("side", "says"),
     [
-        ("nowhere:configs/a.yaml", "there is no revision 'nowhere'"),
+        ("nowhere:configs/a.yaml", "revision 'nowhere'"),
         ("main:configs/aa.yaml", "did you mean 'main:configs/a.yaml'?"),
-        ("main:configs", "configs is no file in main"),
+        ("main:configs", "no file"),
         ("main:", "expected REV:path"),
-        ("--output=x:configs/a.yaml", "there is no revision '--output=x'"),
-        ("-p:configs/a.yaml", "there is no revision '-p'"),
+        ("--output=x:configs/a.yaml", "revision '--output=x'"),
+        ("-p:configs/a.yaml", "revision '-p'"),
         ("main\nHEAD:configs/a.yaml", "expected REV:path"),
-        ("configs/none.yaml", "there is no such file"),
+        ("configs/none.yaml", "no such file"),
     ],
 )
 def test_what_is_not_there_is_one_clear_line(repository: Path, side: str, says: str) -> None:
@@ -226,18 +227,18 @@ def test_what_is_not_there_is_one_clear_line(repository: Path, side: str, says: 
 def test_an_unborn_branch_has_no_revision(tmp_path: Path, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     path = recipe()
     monkeypatch.chdir(tmp_path)
-    assert "not a git repository" in run("HEAD:recipe.yaml", path.name).stderr
+    assert "git repository" in run("HEAD:recipe.yaml", path.name).stderr
     git("init", "-q", "-b", "main")
     result = run("HEAD:recipe.yaml", path.name)
     assert result.exit_code == 2
-    assert "there is no revision 'HEAD'" in result.stderr
+    assert "revision 'HEAD'" in result.stderr
 
 
 def test_without_git_it_says_so(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(repository))
     result = run("main:configs/a.yaml", "configs/a.yaml")
     assert result.exit_code == 2
-    assert "git is not installed" in result.stderr
+    assert result.stderr == Like("… git … installed")
     assert run("configs/a.yaml", "configs/a.yaml").exit_code == 0
 
 
@@ -252,7 +253,7 @@ def test_mistakes_stand_at_their_lines_in_the_revision(repository: Path) -> None
     git("commit", "-q", "-m", "no parent")
     result = run("main:configs/a.yaml", "configs/a.yaml")
     assert result.exit_code == 2
-    assert "main:configs/a.yaml:1:10: extends: main:recipes/base.yaml does not exist" in result.stderr
+    assert result.stderr == Like("main:configs/a.yaml:1:10: extends: … main:recipes/base.yaml")
 
 
 def test_data_that_is_another_in_the_revision_is_noted(repository: Path) -> None:
@@ -337,7 +338,7 @@ def test_audited_tokens_are_shown(recipe: RecipeMaker) -> None:
     found = compared(before, after)
     old, new = figures(found)["tokens of an epoch"]
     assert old > new > 0
-    assert "of 24 rows are cut" in warned(found)
+    assert "of 24 rows" in warned(found)
 
 
 # --- the warnings ---------------------------------------------------------------------------------
@@ -506,7 +507,7 @@ def test_the_same_is_one_line_in_each_format(recipe: RecipeMaker) -> None:
 
 def test_an_unknown_format_is_refused(recipe: RecipeMaker) -> None:
     path = str(recipe())
-    assert "not one of text, markdown, json" in run(path, path, "--format", "yaml").stderr
+    assert "text, markdown, json" in run(path, path, "--format", "yaml").stderr
 
 
 def test_long_values_do_not_break_the_columns(recipe: RecipeMaker) -> None:
@@ -559,10 +560,10 @@ def test_nothing_changed_against_the_revision(repository: Path, monkeypatch: pyt
 def test_what_is_asked_amiss(repository: Path) -> None:
     one = CliRunner().invoke(app, ["diff", "configs/a.yaml"])
     assert one.exit_code == 2
-    assert "expected two recipes, got 1" in one.stderr
+    assert one.stderr == Like("… two … 1")
     nowhere = CliRunner().invoke(app, ["diff", "--against", "nowhere", "configs"])
     assert nowhere.exit_code == 2
-    assert "there is no revision 'nowhere'" in nowhere.stderr
+    assert "revision 'nowhere'" in nowhere.stderr
 
 
 def test_the_order_of_sources_with_one_path_counts() -> None:

@@ -67,7 +67,7 @@ class TestStaged:
         (folder / "results.json").write_text("mine")
         (folder / SEAL).write_text(content)
         before = tree(tmp_path)
-        with pytest.raises(UsageError, match="out: exists and is not"):
+        with pytest.raises(UsageError, match=r"out: .*exists"):
             made(folder)
         discard(folder)
         assert tree(tmp_path) == before
@@ -127,7 +127,7 @@ class TestClaim:
             claim(folder, "evaluation", "an evaluation")
 
     def test_another_kind_is_not(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="exists and is not a merge"):
+        with pytest.raises(UsageError, match="not a merge"):
             claim(made(tmp_path / "out"), "merge", "a merge")
 
     def test_a_file_or_a_broken_link_is_not(self, tmp_path: Path) -> None:
@@ -154,12 +154,12 @@ class TestClaim:
         file = tmp_path / "report.md"
         claim_file(file, "# Speed of")
         file.write_text("my notes")
-        with pytest.raises(UsageError, match="was not written by this command"):
+        with pytest.raises(UsageError, match="was not written"):
             claim_file(file, "# Speed of")
         for text in ("my notes\n# Speed of runs/a\n", '["bench_version"]', '{"mine": {"bench_version": 1}}'):
             file.write_text(text)
             for mark in ("# Speed of", "bench_version"):
-                with pytest.raises(UsageError, match="was not written by this command"):
+                with pytest.raises(UsageError, match="was not written"):
                     claim_file(file, mark)
         file.write_text("# Speed of runs/a\n")
         claim_file(file, "# Speed of")
@@ -295,7 +295,7 @@ def test_readers_share_and_writers_do_not(theirs: bool, ours: bool, allowed: boo
 
 def test_a_writer_leaves_no_lock_behind(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with writing(out), pytest.raises(UsageError, match="another process is writing it"), writing(out):
+    with writing(out), pytest.raises(UsageError, match="another process"), writing(out):
         pass
     assert os.listdir(tmp_path / "deep") == []
 

@@ -86,16 +86,16 @@ def test_a_name_of_several_gpus_is_refused_with_all_of_them(text: str, named: li
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("RTX 4900", "did you mean RTX 4090"),
-        ("4091", "did you mean RTX 4090"),
+        ("RTX 4900", "RTX 4090"),
+        ("4091", "RTX 4090"),
         ("A100 64GB", "A100 40GB, A100 80GB"),
         ("RTX 4090 48GB", "RTX 4090 (24 GB)"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "laptop GPUs"),
         ("RTX 4070 Ti", "RTX 4070 Ti SUPER"),
-        ("toaster", "not a known GPU"),
-        ("", "not a known GPU"),
-        ("nan", "not a known GPU"),
-        ("a\nb" * 500, "not a known GPU"),
+        ("toaster", "known GPU"),
+        ("", "known GPU"),
+        ("nan", "known GPU"),
+        ("a\nb" * 500, "known GPU"),
         ("4090 " + "9" * 5000 + "GB", "RTX 4090 (24 GB)"),
     ],
 )

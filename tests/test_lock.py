@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import conversation, write_jsonl
 from typer.testing import CliRunner, Result
+from wording import Like
 
 from lorafit.cli import app
 from lorafit.files import file_digest, own_digest
@@ -145,7 +146,7 @@ def test_a_changed_byte_is_caught_by_name(what: str, project: Project) -> None:
 def test_changed_weights_are_caught_by_name(project: Project) -> None:
     project("lock", "recipe.yaml")
     flip(project.folder / "model/model.safetensors")
-    assert project.drift() == ["model: model.safetensors: its bytes changed"]
+    assert project.drift() == [Like("model: model.safetensors: … bytes")]
 
 
 def test_other_versions_are_drift(project: Project) -> None:
@@ -162,19 +163,19 @@ def test_the_template_of_the_recipe_counts(project: Project) -> None:
     project.write(model={"name_or_path": "model", "chat_template": "own.jinja"})
     project("lock", "recipe.yaml")
     flip(project.folder / "own.jinja")
-    assert project.drift() == ["chat template: its text changed"]
+    assert project.drift() == [Like("chat template: … text")]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "there is no lock; `lorafit lock` writes it"),
-        ("{", "can't be read as a lock"),
-        ("", "can't be read as a lock"),
-        ("[]", "is no lock of version 2"),
-        ('{"lock_version": 9}', "is no lock of version 2 (lock_version: 9)"),
-        ('{"lock_version": 2, "recipe": []}', "is no lock: recipe"),
-        ("[" * 100_000, "can't be read as a lock"),
+        (None, "`lorafit lock`"),
+        ("{", "can't be read"),
+        ("", "can't be read"),
+        ("[]", "version 2"),
+        ('{"lock_version": 9}', "(lock_version: 9)"),
+        ('{"lock_version": 2, "recipe": []}', "no lock: recipe"),
+        ("[" * 100_000, "can't be read"),
     ],
 )
 def test_broken_locks_are_one_line(content: str | None, message: str, project: Project) -> None:
@@ -242,7 +243,7 @@ def test_what_is_missing_is_not_locked(project: Project) -> None:
     Path("rows.jsonl").unlink()
     made = project("lock", "recipe.yaml")
     assert made.exit_code == 3
-    assert "rows.jsonl: there are no such files" in made.stderr
+    assert "rows.jsonl: " in made.stderr
     for model in ("./elsewhere", "elsewhere.gguf"):
         project.write(model={"name_or_path": model})
         assert project("lock", "recipe.yaml").exit_code == 4
@@ -292,4 +293,4 @@ def test_a_run_without_a_lock_is_held_to_none(project: Project) -> None:
     (project.folder / "runs/locked").mkdir(parents=True)
     refused = project("eval", "runs/locked", "--locked")
     assert refused.exit_code == 2
-    assert "was not trained with --locked" in refused.stderr
+    assert "--locked" in refused.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from wording import Like
 
 from lorafit.errors import LorafitError
 from lorafit.hardware import Hardware, elsewhere, meant_device, meant_hardware
@@ -46,29 +47,21 @@ def test_a_plan_for_another_machine_is_said() -> None:
     assert elsewhere(recipe(gpu="RTX 4090"), CARD) is None
     assert elsewhere(recipe(device="cuda"), CARD) is None
     assert elsewhere(recipe(device="cpu"), CPU) is None
-    assert elsewhere(recipe(gpu="A10"), CARD) == (
-        "The recipe is meant for A10; this plan is for NVIDIA GeForce RTX 4090."
-    )
-    assert (
-        elsewhere(recipe(vram="24GiB"), CPU)
-        == "The recipe is meant for a GPU with 24GiB; this plan is for a plain CPU."
-    )
-    assert (
-        elsewhere(recipe(device="cpu"), CARD)
-        == "The recipe is meant for a CPU; this plan is for NVIDIA GeForce RTX 4090."
-    )
+    assert elsewhere(recipe(gpu="A10"), CARD) == Like("… A10 … RTX 4090")
+    assert elsewhere(recipe(vram="24GiB"), CPU) == Like("… 24GiB … CPU")
+    assert elsewhere(recipe(device="cpu"), CARD) == Like("… CPU … RTX 4090")
 
 
 @pytest.mark.parametrize(
     ("hardware", "message"),
     [
-        ({"gpu": "RTX 4099"}, "hardware.gpu: 'RTX 4099': not a known GPU"),
-        ({"vram": "24"}, "hardware.vram: '24': the unit is missing"),
-        ({"device": "cpu", "gpu": "T4"}, "hardware.gpu: has no effect with device: cpu"),
+        ({"gpu": "RTX 4099"}, "hardware.gpu: 'RTX 4099': "),
+        ({"vram": "24"}, "hardware.vram: '24': "),
+        ({"device": "cpu", "gpu": "T4"}, "hardware.gpu: … device: cpu"),
     ],
 )
 def test_mistakes(hardware: dict[str, Any], message: str) -> None:
     with pytest.raises(LorafitError) as error:
         recipe(**hardware)
-    assert message in str(error.value)
+    assert str(error.value) == Like(f"… {message}")
     assert error.value.exit_code == 2

@@ -21,6 +21,7 @@ import pytest
 from conftest import RecipeMaker
 from transformers.models.llama.modeling_llama import LlamaModel
 from typer.testing import CliRunner
+from wording import Like
 
 from lorafit import progress
 from lorafit.cli import app
@@ -84,7 +85,7 @@ def test_long_work_is_told_of_at_once_and_then_every_half_minute(log: io.StringI
         for number, seconds in enumerate((40, 75, 110), start=2):  # the same step all the while
             clock.at(seconds)
             assert len(lines(log)) == number
-    assert "50 of 200 files (25%), about 2 min left" in lines(log)[1]
+    assert lines(log)[1] == Like("… 50 of 200 files (25%) … 2 min")
     assert len(lines(log)) == 5, "and that it is done"
     assert "copying" in lines(log)[-1]
 
@@ -121,7 +122,7 @@ def test_what_is_within_another_stage_is_told_with_it(log: io.StringIO, clock: C
             progress.partly_done(0.5)
             clock.at(30)
     outer, inner = lines(log)[0].split("; ")
-    assert "training: 7 of 10 steps (70%), about 30 s left" in outer, "the first four cost no time now"
+    assert outer == Like("… training: 7 of 10 steps (70%) … 30 s"), "the first four cost no time now"
     assert "validating: 1 of 4 batches (38%)" in inner
 
 
@@ -284,8 +285,8 @@ def test_every_command_tells_how_far_it_is(recipe: RecipeMaker, slow: None, tmp_
     _, log = lorafit("eval", run, "--max-new-tokens", 3, "--limit", 3)
     for model in ("base", "adapter"):
         told(log, f"answers of {model} on heldout")
-    assert any(line.startswith("likelihood of base on heldout") for line in log)
-    assert any(line.startswith("divergence of adapter on chat") for line in log)
+    assert any(line == Like("likelihood … base … heldout") for line in log)
+    assert any(line == Like("divergence … adapter … chat") for line in log)
     _, log = lorafit("merge", run, "--output", tmp_path / "merged")
     for whose in ("the adapter's", "the base's", "the merged model's"):
         told(log, f"comparing {whose} answers")

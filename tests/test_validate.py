@@ -15,6 +15,7 @@ import pytest
 import referencing.jsonschema  # noqa: F401
 from conftest import conversation, write_jsonl
 from typer.testing import CliRunner, Result
+from wording import Like
 
 from lorafit.cli import app
 from lorafit.options import ValidateOptions
@@ -503,9 +504,7 @@ def test_a_fault_of_a_parent_is_reported_in_its_file(written: Path, tiny_model: 
     ran = run("recipe1.yaml", "recipe2.yaml", "--format", "github")
     assert ran.exit_code == 2
     errors = [line for line in ran.stdout.splitlines() if line.startswith("::error")]
-    assert errors == [
-        "::error file=parent.yaml,line=2,col=3,title=lorafit%3A recipe::lora.rr: unknown key; did you mean 'r'?"
-    ]
+    assert errors == [Like("::error file=parent.yaml,line=2,col=3,title=lorafit%3A recipe::lora.rr: … 'r'")]
     Path("parent.yaml").unlink()
 
 
@@ -632,9 +631,9 @@ def test_other_yaml_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("none.yaml", "none.yaml: can't be read: No such file"),
-        ("nothing", "nothing: there are no recipes (0 YAML files)"),
-        ("*.yaml", "*.yaml: there are no recipes"),
+        ("none.yaml", "none.yaml: … No such file"),
+        ("nothing", "nothing: … 0 YAML"),
+        ("*.yaml", "*.yaml: … no recipes"),
     ],
 )
 def test_paths_without_recipes(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,7 +641,7 @@ def test_paths_without_recipes(path: str, message: str, tmp_path: Path, monkeypa
     Path("nothing").mkdir()
     ran = run(path)
     assert ran.exit_code == 2
-    assert message in ran.output
+    assert ran.output == Like(f"… {message}")
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -656,7 +655,7 @@ def test_parts_that_are_elsewhere_can_be_left_out(written: Path, tiny_model: Pat
     assert run(file, "--skip", "data", "--skip", "model").exit_code == 0
     wrong = run(file, "--skip", "date")
     assert wrong.exit_code == 2
-    assert "did you mean data?" in wrong.output
+    assert wrong.output == Like("… date … data")
 
 
 def test_for_which_machine(written: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,7 +665,7 @@ def test_for_which_machine(written: Path, tiny_model: Path, monkeypatch: pytest.
     assert run(file, "--gpu", "T4").exit_code == 0
     here = run(file, "--here")
     assert here.exit_code == 2
-    assert "needs a CUDA GPU" in here.stdout
+    assert here.stdout == Like("… GPU")
     assert run(file, "--here", "--gpu", "T4").exit_code == 2
 
 
@@ -676,7 +675,7 @@ def test_what_cannot_be_checked_is_said(written: Path, tiny_model: Path, monkeyp
     file = write(GOOD.replace("MODEL", "somebody/some-model"), tiny_model)
     ran = run(file)
     assert ran.exit_code == 0
-    assert "note: model.name_or_path: the model was not checked: somebody/some-model" in ran.stdout
+    assert ran.stdout == Like("… note: model.name_or_path: … not checked … somebody/some-model")
     assert run(file, "--strict").exit_code == 4
 
 
@@ -712,9 +711,9 @@ def test_json(two_faults: str) -> None:
 
 def test_github(two_faults: str) -> None:
     (line,) = (line for line in run(two_faults, "--format", "github").stdout.splitlines() if line.startswith("::"))
-    assert line == (
+    assert line == Like(
         "::error file=recipe with spaces.yaml,line=11,col=12,title=lorafit%3A recipe::"
-        "training.packing: expected true or false, got 'yes, 100%25'"
+        "training.packing: … true … false … 'yes, 100%25'"
     )
 
 
@@ -741,7 +740,7 @@ def test_sarif(two_faults: str) -> None:
 def test_an_unknown_format(two_faults: str) -> None:
     ran = run(two_faults, "--format", "yaml")
     assert ran.exit_code == 2
-    assert "not one of text, json, github, junit, sarif" in ran.output
+    assert "text, json, github, junit, sarif" in ran.output
 
 
 def test_a_tracker_that_is_only_missing_here_is_no_fault(written: Path, tiny_model: Path) -> None:

@@ -211,12 +211,12 @@ def test_references_are_kept_where_they_were_written(world: World) -> None:
         ("JUDGE_URL", "http://127.0.0.1:9/OTHERKEY/v1", ("eval", "runs/two", "--locked"), 7, "eval.judge.base_url"),
         ("ROWS", "OTHERKEY.jsonl", ("lock", "b.yaml", "--check"), 7, "${ROWS}"),
         ("BASE", "OTHERKEY/model", ("eval", "runs/two"), 4, "${BASE}"),
-        ("JUDGE_URL", None, ("eval", "runs/two"), 2, "JUDGE_URL is not set"),
-        ("JUDGE_URL", None, ("eval", "runs/two", "--locked"), 2, "JUDGE_URL is not set"),
+        ("JUDGE_URL", None, ("eval", "runs/two"), 2, "JUDGE_URL"),
+        ("JUDGE_URL", None, ("eval", "runs/two", "--locked"), 2, "JUDGE_URL"),
         ("JUDGE_URL", None, ("merge", "runs/two", "-o", "other"), 0, "other"),
-        ("BASE", None, ("merge", "runs/two", "-o", "third"), 2, "BASE is not set"),
-        ("BASE", None, ("chat", "runs/two", "--prompt", "x"), 2, "BASE is not set"),
-        ("ROWS", None, ("verify", "runs/two"), 2, "ROWS is not set"),
+        ("BASE", None, ("merge", "runs/two", "-o", "third"), 2, "BASE"),
+        ("BASE", None, ("chat", "runs/two", "--prompt", "x"), 2, "BASE"),
+        ("ROWS", None, ("verify", "runs/two"), 2, "ROWS"),
     ],
 )  # fmt: skip
 def test_what_a_run_takes_from_the_environment_is_read_again(

@@ -197,10 +197,7 @@ def _scale(both: Both) -> Iterator[Warned]:
         return
     touched = [name for name in ("r", "lora_alpha", "use_rslora") if both.changed(f"lora.{name}")]
     only = f"Only {touched[0]} changed, so" if len(touched) == 1 else f"With {listed(touched)},"
-    how = [
-        "lora_alpha / sqrt(r)" if one.recipe.lora and one.recipe.lora.use_rslora else "lora_alpha / r"
-        for one in both.outcomes
-    ]
+    how = [adapter_of(one.recipe).formula for one in both.outcomes]
     formula = how[0] if how[0] == how[1] else f"{how[0]}, then {how[1]}"
     yield Warned(
         f"lora.{touched[0]}" if touched else "lora",

@@ -1,4 +1,5 @@
-"""What happens beside the training steps: metrics, measured memory, progress, stopping."""
+"""What happens beside the training steps: metrics, measured memory, progress, stopping, and the refusal of losses
+and weights that are not finite."""
 
 from __future__ import annotations
 
@@ -34,14 +35,16 @@ class StopRequest:
     A second SIGINT raises KeyboardInterrupt at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *signals: signal.Signals) -> None:
+        """Args: the signals, if not those two."""
+        self.signals = signals or (signal.SIGINT, signal.SIGTERM)
         self.signal_number: int | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._receive) for number in self.signals}
         try:
-            yield self
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -106,9 +109,7 @@ class EvaluateAtTheEnd(TrainerCallback):
 class RefuseNonFinite(TrainerCallback):
     """Stops a run whose loss is no longer a number, before that is saved as a checkpoint."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         for name in ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
@@ -151,9 +152,7 @@ class MetricsFile(TrainerCallback):
         kept = self.run.metrics_until(step)
         write_text(self.run.metrics, "".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         entry = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 3)}
@@ -181,9 +180,7 @@ class ProgressDisplay(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.steps.done, self.steps.partly = state.global_step, 0.0
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not logs or "train_runtime" in logs:
             return
         text = self._status(state, logs)

@@ -21,17 +21,18 @@ from trl.trainer.utils import add_fused_lm_head
 from lorafit.bounds import read_json
 from lorafit.console import Console
 from lorafit.engine import hush_progress
+from lorafit.engine.callbacks import StopRequest
+from lorafit.engine.data.encode import plain_prompt
 from lorafit.engine.data.render import ChatTemplate, special_tokens
-from lorafit.engine.evaluate.batches import autocast
+from lorafit.engine.evaluate.batches import autocast, end_tokens, placed
 from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded
 from lorafit.engine.model import loading
-from lorafit.engine.tokenizer import cannot_load, gguf, load_tokenizer, location
+from lorafit.engine.tokenizer import gguf, load_tokenizer, location, reading
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
 from lorafit.files import check
 from lorafit.options import ChatOptions, Turn, Write
-from lorafit.plan import Plan
 from lorafit.rows import Message
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located, open_run
@@ -63,7 +64,7 @@ class Session:
         except UnicodeEncodeError:
             raise DataError("the prompt is no text: it has bytes in it that are no UTF-8") from None
         if self.template is None:
-            return self._plain(str(messages[-1]["content"]))
+            return plain_prompt(self.tokenizer, str(messages[-1]["content"]))
         return list(self.tokenizer(self.text(messages), add_special_tokens=False, verbose=False)["input_ids"])
 
     def text(self, messages: list[Message]) -> str:
@@ -74,19 +75,10 @@ class Session:
         except Exception as error:  # noqa: BLE001 - a template may fail in any way
             raise DataError(f"the chat template refuses the conversation: {first_line(error)}") from None
 
-    def _plain(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if start is not None and ids[:2] == [start, start]:
-            ids = ids[1:]
-        return ids[:-1] if ids[1:] and ids[-1] == end and not text.endswith(str(self.tokenizer.eos_token)) else ids
-
     def ends(self, model: Any) -> list[int]:
         """The tokens at which an answer ends."""
-        known = model.generation_config.eos_token_id
         closing = self.tokenizer.convert_tokens_to_ids(sorted(self.template.closing)) if self.template else []
-        ids = [*(known if isinstance(known, list) else [known]), self.tokenizer.eos_token_id, *closing]
-        return sorted({token for token in ids if token is not None})
+        return sorted(end_tokens(model, self.tokenizer, closing))
 
     def answer(self, name: str, messages: list[Message], options: ChatOptions, seed: int, show: Write) -> Turn:
         """One model's answer to a conversation, shown as it comes. Where people type, Ctrl-C stops it.
@@ -110,7 +102,9 @@ class Session:
         inputs = torch.tensor([ids], device=model.device)
         torch.manual_seed(seed)
         began = time.perf_counter()
-        with _stoppable(not options.prompts) as stop, autocast(model), _memory_errors(name):
+        stop = _Stop(signal.SIGINT)
+        by_hand = contextlib.nullcontext() if options.prompts else stop.listening()
+        with by_hand, autocast(model), _memory_errors(name):
             model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -123,7 +117,7 @@ class Session:
                 **(draw if options.temperature else greedy),
             )
         seconds = time.perf_counter() - began
-        ended: Literal["end", "stopped", "length"] = "stopped" if stop.asked else "length"
+        ended: Literal["end", "stopped", "length"] = "stopped" if stop.signal_number else "length"
         if stream.ids and stream.ids[-1] in ends:
             ended = "end"
         return Turn(str(messages[-1]["content"]), stream.text, name, len(stream.ids), seconds, ended)
@@ -162,34 +156,12 @@ class _Stream(BaseStreamer):
             self.show(new)
 
 
-class _Stop(StoppingCriteria):
-    """Ends an answer once that is asked for."""
-
-    def __init__(self) -> None:
-        self.asked = False
+class _Stop(StopRequest, StoppingCriteria):
+    """Ends an answer once Ctrl-C asked for it; a second one is a KeyboardInterrupt."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.asked, device=input_ids.device, dtype=torch.bool)
-
-
-@contextlib.contextmanager
-def _stoppable(by_hand: bool) -> Iterator[_Stop]:
-    """Ctrl-C asks for a stop while the block runs; a second one is a KeyboardInterrupt."""
-    stop = _Stop()
-    if not by_hand:
-        yield stop
-        return
-
-    def ask(*_: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
+        asked = self.signal_number is not None
+        return torch.full((len(input_ids),), asked, device=input_ids.device, dtype=torch.bool)
 
 
 @contextlib.contextmanager
@@ -378,18 +350,15 @@ def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
             first = known(options.use or first, names)
             tokenizer = load_tokenizer(plan, run.result)
             template = _template(tokenizer, plan.data.date)
-            if template is not None and _is_plain(plan):
+            # Whether the training saw prompts without the chat template.
+            is_plain = plan.audit is not None and Audit.from_dict(plan.audit).masks == "the completion column"
+            if template is not None and is_plain:
                 template = None
                 _tell(console, f"{run.path}: learned to complete plain prompts, so each prompt is continued as it is")
             elif template is None:
                 _tell(console, _untemplated(options.path))
             model = models.enter_context(loaded(contenders))
         yield Session(model, names, first, tokenizer, template)
-
-
-def _is_plain(plan: Plan) -> bool:
-    """Whether the training saw prompts without the chat template."""
-    return plan.audit is not None and Audit.from_dict(plan.audit).masks == "the completion column"
 
 
 @contextlib.contextmanager
@@ -407,9 +376,7 @@ def _of_model(options: ChatOptions, console: Console) -> Iterator[Session]:
     if template is None:
         _tell(console, _untemplated(name))
     model = _from_pretrained(AutoModelForCausalLM, "model", name, dtype="auto")
-    if getattr(model, "hf_quantizer", None) is None:  # else it is in its place
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.eval()
+    placed(model, "cuda" if torch.cuda.is_available() else "cpu")
     if folders:
         add_fused_lm_head(model, outputs=("log_probs", "is_top1"))  # Loaded settles it with each adapter
     here = Loaded(model)
@@ -424,11 +391,8 @@ def _of_model(options: ChatOptions, console: Console) -> Iterator[Session]:
 
 
 def _from_pretrained(kind: Any, what: str, name: str, **kwargs: Any) -> Any:
-    try:
-        with loading(name):
-            return kind.from_pretrained(*location(name), **gguf(name), trust_remote_code=False, **kwargs)
-    except Exception as error:
-        raise cannot_load(what, name, error) from error
+    with reading(what, name), loading(name):
+        return kind.from_pretrained(*location(name), **gguf(name), trust_remote_code=False, **kwargs)
 
 
 def _check_model(name: str) -> None:

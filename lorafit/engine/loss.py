@@ -90,7 +90,7 @@ def score_supervised_positions(model: PreTrainedModel) -> None:
         mask = labels != -100
         head = self.get_output_embeddings()
         scores = score(hidden[mask], head.weight, getattr(head, "bias", None), labels[mask])
-        log_probs, entropy, is_top1 = (_spread(values, mask) for values in scores)
+        log_probs, entropy, is_top1 = (spread(values, mask) for values in scores)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items),
             log_probs=log_probs,
@@ -118,7 +118,7 @@ def row_sums(output: FusedCausalLMOutput, row_of: torch.Tensor | None = None) ->
     return sums.index_add_(0, row_of[0, 1:].long(), each[0])
 
 
-def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(supervised,) -> (batch, length - 1); differentiable also when nothing is supervised."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 

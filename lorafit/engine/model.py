@@ -1,4 +1,4 @@
-"""Loading base models and tokenizers, and putting adapters on them. Quantization lives here only."""
+"""Base models as a plan has them: loaded, quantized, of one device; and GGUF files dequantized into a folder."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""Loading tokenizers: without torch's weight, for commands that look at data only."""
+"""Loading tokenizers, without torch's weight; where a model is loaded from, and what is said when it can't be,
+for want of memory too."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,13 @@ def load_tokenizer(plan: Plan, source: str | Path | None = None) -> PreTrainedTo
     that end tokens in the rows stay learned.
     """
     name = str(source or plan.model.name_or_path)
-    try:
+    with reading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
             *location(name),
             **gguf(name),
             revision=plan.revision if source is None else None,
             trust_remote_code=plan.data.trust_remote_code,
         )
-    except Exception as error:
-        raise cannot_load("tokenizer", name, error) from error
     if plan.data.chat_template is not None:
         tokenizer.chat_template = plan.data.chat_template
     settle_template(tokenizer, plan.data.chat_template_kwargs)
@@ -63,10 +64,8 @@ def tokenizer_of(*folders: Path) -> PreTrainedTokenizerBase:
     found = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
     if not found:
         raise ModelError(f"{folders[-1]}: has no tokenizer")
-    try:
+    with reading("tokenizer", found[0]):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(found[0]), trust_remote_code=False)
-    except Exception as error:
-        raise cannot_load("tokenizer", str(found[0]), error) from error
     return tokenizer
 
 
@@ -79,6 +78,15 @@ def location(name: str) -> tuple[str]:
 def gguf(name: str) -> dict[str, str]:
     """The argument by which from_pretrained reads a GGUF file."""
     return {"gguf_file": Path(name).name} if name.endswith(".gguf") else {}
+
+
+@contextlib.contextmanager
+def reading(what: str, name: str | Path) -> Iterator[None]:
+    """Within, what a library raises while it reads something is one of our errors, on one line."""
+    try:
+        yield
+    except Exception as error:
+        raise cannot_load(what, str(name), error) from error
 
 
 def cannot_load(what: str, name: str, error: Exception) -> LorafitError:

@@ -1,4 +1,4 @@
-"""Training: a plan in, a run directory out."""
+"""Training: a plan in, a run directory out; and what is said when memory runs out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorafit.engine import hush_progress
 from lorafit.engine.callbacks import Meter, StopAfter, StopRequest, check_finite
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.evaluate.run import rehearse
-from lorafit.engine.methods import SFT
+from lorafit.engine.methods import module_of
 from lorafit.engine.model import wait_for_everyone
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.engine.trainer import Trainer, add_callbacks, is_last, save_result
@@ -78,9 +78,10 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             make_run(run, plan, recipe_text, start)
         foreseen = keep_within(plan, foresee(plan), console if main else None)
         meter = Meter.start(plan.hardware.device)
-        trainer = SFT.build(plan, run, data, tokenizer)
+        method = module_of(plan.method.name)
+        trainer = method.build(plan, run, data, tokenizer)
         meter.loaded()
-        SFT.check(trainer, plan)
+        method.check(trainer, plan)
         with stage(f"hashing {plan.model.name_or_path}"):
             reading.join()
         if main and run.base_files() is None:

@@ -1,9 +1,10 @@
-"""TRL's trainer, with whole checkpoints, exact sums and what happens beside its steps; and saving what was trained."""
+"""TRL's trainer, with whole checkpoints and means that do not depend on batches; and saving what was trained."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from lorafit.console import Console
@@ -40,15 +40,19 @@ from lorafit.written import References, as_written, expanded
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer, with whole checkpoints, LoRA+, and nothing pickled that isn't needed."""
+    """TRL's trainer, with whole checkpoints, an adapter's own optimizer, and nothing pickled that isn't needed."""
 
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
-        self, *args: Any, references: References, loraplus_lr_ratio: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        references: References,
+        make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.references = references
-        self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.make_optimizer = make_optimizer
         self._evaluated = torch.zeros(4, dtype=torch.float64)
         self._validating = Stage("validating")
         super().__init__(*args, **kwargs)
@@ -83,21 +87,10 @@ class Trainer(SFTTrainer):
         return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.loraplus_lr_ratio is None or self.optimizer is not None:
-            made: torch.optim.Optimizer = super().create_optimizer(model)
-            return made
-        from peft.optimizers import create_loraplus_optimizer
-
-        optimizer_class, values = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
-            model=self.model,
-            optimizer_cls=optimizer_class,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
-            loraplus_weight_decay=self.args.weight_decay,
-            **values,
-        )
-        self.optimizer = optimizer
-        return optimizer
+        if self.make_optimizer is not None and self.optimizer is None:
+            self.optimizer = self.make_optimizer(self)
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        return made
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -151,11 +144,14 @@ class Trainer(SFTTrainer):
         """Keep the newest checkpoints, as many as asked for, and the best one. As transformers', but never half."""
         if not self.save_total_limit:
             return
-        name = self.state.best_model_checkpoint
-        best = str(Path(self.args.output_dir) / Path(name).name) if name else None
-        found = sort_checkpoints(output_dir=self.args.output_dir, best_model_checkpoint=best)  # these two come last
-        for checkpoint in found[: -max(self.save_total_limit, 2 if best not in (None, found[-1]) else 1)]:
-            discard(Path(checkpoint))
+        found = RunDir(Path(self.args.output_dir).parent).all_checkpoints()
+        best = Path(self.state.best_model_checkpoint or "").name
+        kept = {folder.name for folder in found[: self.save_total_limit]}
+        if best not in kept and any(folder.name == best for folder in found):
+            kept = {folder.name for folder in found[: max(self.save_total_limit - 1, 1)]} | {best}
+        for folder in found:
+            if folder.name not in kept:
+                discard(folder)
 
     def sums_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"running_sums_{self.args.process_index}.json"

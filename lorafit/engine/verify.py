@@ -72,9 +72,7 @@ def retrain(run: RunDir, steps: int, tolerance: float | None, console: Console) 
         raise UsageError(f"{run.path}: was trained on {theirs}, and here it would be {here.world_size} x {here.device}")
     with private(), tempfile.TemporaryDirectory(prefix="lorafit-verify-") as folder:
         again = dataclasses.replace(
-            plan,
-            output_dir=str(Path(folder) / plan.name),
-            training_kwargs=plan.training_kwargs | {"report_to": []},
+            plan, output_dir=str(Path(folder) / plan.name), training_kwargs=plan.training_kwargs | {"report_to": []}
         )
         repeated = train(again, run.recipe.read_bytes(), Start(steps=steps), console)
         found = _figures(repeated, steps)

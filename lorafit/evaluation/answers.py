@@ -1,4 +1,4 @@
-"""What a metric of answers is given, and the metrics that come with lorafit: of an answer as text, and as JSON.
+"""The metrics of answers that come with lorafit, as functions: of an answer as text, and as JSON.
 
 Those of JSON are strict: no NaN, no key twice, nothing around it such as a code fence.
 """

@@ -1,4 +1,4 @@
-"""The metrics that a recipe may name: those that come with lorafit, and the user's own functions, `module:function`."""
+"""METRICS, the metrics that a recipe may name; and the user's own functions, `module:function`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The closed form: two optimizer steps and the loss on sizes alone, their highest moment, what is alive then, and
-why."""
+"""The closed form: two optimizer steps on sizes alone, the loss among them; the most that is held at once, and why."""
 
 from __future__ import annotations
 
@@ -328,8 +327,7 @@ def _chosen(decoder: Decoder, hidden: Value) -> Value:
     rows = hidden.elements // decoder.hidden_size
     rows = round((rows - rows // length) * decoder.setup.supervised)
     do.label = "supervised positions"
-    elements, width = hidden.elements, hidden.width
-    return do.made(do.new(rows * decoder.hidden_size, width), [hidden], lambda g: [do.gradient(elements, width)])
+    return do.of(hidden, do.new(rows * decoder.hidden_size, hidden.width))
 
 
 def _fused(decoder: Decoder, hidden: Value) -> Value:
@@ -383,17 +381,11 @@ def _score(decoder: Decoder, chosen: Value) -> Value:
     log_p = do.function_of_result(logits)
     rows = chosen.elements // decoder.hidden_size
     do.ledger.borrow(LOGITS, log_p.bytes, log_p.bytes)  # the entropy: exp(log_p) * log_p
-    return _gathered(do, log_p, rows)
+    return do.of(log_p, do.new(rows, 4))  # the labels' entries; the gradient is as large as the whole
 
 
 def _head(decoder: Decoder, hidden: Value) -> Value:
     return decoder.do.linear(hidden, decoder.head, decoder.vocabulary, decoder.hidden_size)
-
-
-def _gathered(do: Operations, log_p: Value, rows: int) -> Value:
-    """The labels' entries; the gradient is as large as the whole."""
-    elements, width = log_p.elements, log_p.width
-    return do.made(do.new(rows, 4), [log_p], lambda g: [do.gradient(elements, width)])
 
 
 def _liger(decoder: Decoder, hidden: Value) -> Value:
@@ -457,4 +449,4 @@ def _cross_entropy(decoder: Decoder, logits: Value) -> Value:
     rows = logits.elements // decoder.vocabulary
     if "cross_entropy" in decoder.setup.stack.kernels:  # turns the logits into their gradient where they are
         return do.made(do.new(rows, 4), [logits], lambda g: [logits.view()])
-    return _gathered(do, do.function_of_result(logits), rows)
+    return do.of(do.function_of_result(logits), do.new(rows, 4))

@@ -1,4 +1,4 @@
-"""A decoder's forward pass as operations on sizes: attention, feed-forward and norms by family.
+"""A decoder's layers by family: attention, feed-forward and norms, and the adapter on them, as operations on sizes.
 
 The order of the operations and what each keeps are those of transformers 5 (models/*/modeling_*.py),
 PEFT (tuners/lora/layer.py, bnb.py, dora.py) and bitsandbytes (backends/cuda/ops.py).
@@ -18,7 +18,7 @@ from lorafit.families import family_of
 from lorafit.memory.estimate import Setup
 from lorafit.memory.operations import Anchor, Operations, Parameter, Value
 from lorafit.memory.static import BYTES, GRADIENTS_SHARDED, Shards, quantized_tensors, width_of
-from lorafit.plan.adapters import find_targets, rank_of
+from lorafit.plan.adapters import MAGNITUDE
 
 FUSED_ROWS = 1536
 """From more rows than this on, bitsandbytes makes the weight in 16 bits (backends/cuda/ops.py:
@@ -99,16 +99,12 @@ class Decoder:
         return parameter
 
     def _trains(self, name: str) -> bool:
-        if self.setup.lora is None:
-            return True
-        saved = self.setup.lora.modules_to_save or ()
-        return any(part in name.split(".") for part in saved)
+        return self.setup.adapter.trains_base or self.setup.adapter.copies(name)
 
     def _layers(self, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
         setup = self.setup
         quantized = {tensor.name for tensor in quantized_tensors(setup)}
-        lora = setup.lora
-        adapted = set(find_targets(lora, setup.facts).modules) if lora else set()
+        own = {t.name: t for t in setup.adapter.tensors(setup.facts, None)} if not setup.adapter.trains_base else {}
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in _weights_first(tensors):
             found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(?:\.(weight|bias))?", name)
@@ -122,12 +118,12 @@ class Decoder:
             elif leaf == "weight" and len(tensor.shape) == 2 and not module.endswith("norm"):
                 path = name.removesuffix(".weight")
                 linear = Linear(tensor.shape[0], tensor.shape[1], parameter, *self._dequantized(tensor, quantized))
-                if lora and path in adapted:
-                    linear.rank = rank_of(lora, path)
+                if down := own.get(f"{path}.lora_A.weight"):
+                    linear.rank = down.shape[0]
                     a = BYTES[setup.adapter_dtype]
                     linear.down = self._made(linear.rank * linear.inputs, a, True)
                     linear.up = self._made(linear.rank * linear.out, a, True)
-                    if lora.use_dora:
+                    if f"{path}.{MAGNITUDE}.weight" in own:
                         linear.magnitude = self._made(linear.out, 4, True)
                 layer[module] = linear
             else:
@@ -538,7 +534,7 @@ class Decoder:
         assert linear.up is not None
         do.label = "adapters' inputs"
         x = x if linear.dequantized and do.compute else do.to(x, linear.down.width)
-        drops = self.setup.drops and do.training
+        drops = self.setup.adapter.drops and do.training
         given, x = x, do.dropout(x) if drops else x
         size = linear.out * linear.inputs
         product = do.compute or linear.down.width
@@ -588,7 +584,7 @@ class Decoder:
         return do.made(do.new(rows * linear.out, width), [given], back)
 
     def _dropped(self, x: Value) -> Value:
-        return self.do.dropout(x) if self.do.training and self.setup.drops else x
+        return self.do.dropout(x) if self.do.training and self.setup.adapter.drops else x
 
 
 def _weights_first(tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.plan import Plan
-from lorafit.plan.adapters import Adapter, Full, Lora
-from lorafit.recipe import LoraSection
+from lorafit.plan.adapters import Adapter
 from lorafit.text import MIB
 
 CONTEXT = (300 * MIB, 900 * MIB, 1500 * MIB)
@@ -157,18 +156,17 @@ CPU = Band(0.12, 11, "of a model of 135M parameters on a CPU (docs/vram.md)")
 
 def band_of(setup: Setup, method: str) -> Band:
     """A method's band on the measured runs most like a setup, and what no measured run has."""
-    found = _recorded()
     having = features_of(setup)
-    group = next((g for g in found["groups"] if all(g[name] == having[name] for name in GROUPED)), None)
-    missing = [f"{name} {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
-    alike = ", ".join(having[name] for name in GROUPED)
     if setup.device == "cpu":
-        unlike = setup.world > 1 or having["method"] == "8-bit lora"
-        if unlike:
+        if setup.world > 1 or having["method"] == "8-bit lora":
             what = "several processes" if setup.world > 1 else having["method"]
             return Band(UNCOVERED, 0, f"no run on a CPU with {what} has been measured")
         other = f"; none of the family {having['family']}" * (having["family"] != "llama")
         return replace(CPU, features=CPU.features + other)
+    found = _recorded()
+    group = next((g for g in found["groups"] if all(g[name] == having[name] for name in GROUPED)), None)
+    missing = [f"{name} {value}" for name, value in having.items() if value not in found["covered"].get(name, {})]
+    alike = ", ".join(having[name] for name in GROUPED)
     if group is None or method not in group["error"]:
         return Band(UNCOVERED, 0, f"no run with {alike} has been measured")
     error = max(LEAST, group["error"][method], 0.05 if missing else 0.0)
@@ -180,7 +178,7 @@ def features_of(setup: Setup) -> dict[str, str]:
     """What a setup has in common with others."""
     loss = setup.stack.loss
     sharded = setup.sharding not in ("none", "ddp")
-    kind = "full training" if setup.adapter.trains_base else "lora"
+    kind = setup.adapter.title if setup.adapter.trains_base else setup.adapter.name
     if setup.quantization:
         kind = "8-bit lora" if setup.quantization.get("load_in_8bit") else "4-bit lora"
     return {
@@ -191,7 +189,7 @@ def features_of(setup: Setup) -> dict[str, str]:
         "attention": setup.attention,
         "optimizer": setup.optimizer.replace("_fused", ""),
         "packing": "packed" if setup.packed else "plain rows",
-        "dora": "dora" if setup.lora is not None and setup.lora.use_dora else "plain",
+        "dora": setup.adapter.variant,
         "family": setup.facts.model_type,
     }
 
@@ -247,7 +245,7 @@ class Setup:
         masked: whether padding reaches the attention as a mask; eval_masked: in evaluation.
         packed: rows of several examples, laid end to end in one row of batch x length tokens.
         quantization: for BitsAndBytesConfig; None without.
-        lora: None in full training.
+        adapter: what is trained, as lorafit.plan.adapters describes it.
         accumulation: forward and backward passes a step.
         supervised: share of the positions whose label is learned.
         eval_batch: rows at once in evaluation; 0 without.
@@ -260,7 +258,7 @@ class Setup:
     length: int
     dtype: str
     quantization: dict[str, Any] | None
-    lora: LoraSection | None
+    adapter: Adapter
     adapter_dtype: str
     optimizer: str
     checkpointing: Checkpointing
@@ -277,19 +275,10 @@ class Setup:
     sharding: Sharding = "none"
     stack: Stack = field(default_factory=Stack)
 
-    @functools.cached_property
-    def adapter(self) -> Adapter:
-        return Full() if self.lora is None else Lora(self.lora)
-
     @property
     def tokens(self) -> int:
         """Tokens in one pass, padding included."""
         return self.batch * self.length
-
-    @property
-    def drops(self) -> bool:
-        """Whether what goes into an adapter is dropped out."""
-        return self.lora is not None and self.lora.lora_dropout > 0
 
 
 def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) -> Setup:
@@ -313,7 +302,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
         length=data.max_length,
         dtype=plan.dtype,
         quantization=plan.quantization_kwargs,
-        lora=LoraSection.model_validate(plan.recipe["lora"]) if plan.recipe["lora"] is not None else None,
+        adapter=plan.adapter,
         adapter_dtype=plan.adapter_dtype,
         optimizer=training.optim,
         checkpointing="non_reentrant" if training.gradient_checkpointing else "none",

@@ -1,5 +1,4 @@
-"""Tensors that have a size and nothing else, and the operations of a decoder on them: what each makes, keeps and
-needs.
+"""Operations as torch does them, on tensors that have a size and nothing else: what each makes, keeps and needs.
 
 What a training step allocates follows from which tensors are alive at once. Operations here make
 values of the right sizes, keep for the backward pass what torch's keep, and let go of the rest when
@@ -225,17 +224,28 @@ class Operations:
     def like(self, x: Value) -> Value:
         return self.gradient(x.elements, x.width)
 
-    def made(self, y: Value, parents: Sequence[Value | None], back: Callable[[Value], Sequence[Value | None]]) -> Value:
+    def made(self, y: Value, parents: Sequence[Value | None], back: Back) -> Value:
         y.node = self.ledger.node(parents, back)
         return y
+
+    def of(self, x: Value, y: Value) -> Value:
+        """`y` as made of `x`, of which nothing but the size is kept: the gradient is a new tensor of that size."""
+        elements, width = x.elements, x.width
+        return self.made(y, [x], lambda g: [self.gradient(elements, width)])
+
+    def keeping(self, kept: Value, x: Value, y: Value) -> Value:
+        """`y` as made of `x` element by element; something is kept for the backward pass."""
+
+        def back(g: Value) -> Sequence[Value | None]:
+            _ = kept
+            return [self.like(g)]
+
+        return self.made(y, [x], back)
 
     # --- element by element ---------------------------------------------------------------------
 
     def to(self, x: Value, width: float) -> Value:
-        if x.width == width:
-            return x
-        elements, before = x.elements, x.width
-        return self.made(self.new(elements, width), [x], lambda g: [self.gradient(elements, before)])
+        return x if x.width == width else self.of(x, self.new(x.elements, width))
 
     def scale(self, x: Value) -> Value:
         """Times a number; negation; adding a number."""
@@ -247,8 +257,7 @@ class Operations:
 
     def slice(self, x: Value, elements: int) -> Value:
         """A part: a view. Its gradient is a whole tensor of zeros around the part's (slice_backward)."""
-        whole, width = x.elements, x.width
-        return self.made(Value(x.storage, elements, width), [x], lambda g: [self.gradient(whole, width)])
+        return self.of(x, Value(x.storage, elements, x.width))
 
     def add(self, a: Value, b: Value) -> Value:
         width = max(a.width, b.width)
@@ -294,23 +303,12 @@ class Operations:
 
     def function(self, x: Value) -> Value:
         """An activation function: its input is kept."""
-
-        def back(g: Value) -> Sequence[Value | None]:
-            _ = x
-            return [self.like(g)]
-
-        return self.made(self.new(x.elements, x.width), [x], back)
+        return self.keeping(x, x, self.new(x.elements, x.width))
 
     def function_of_result(self, x: Value) -> Value:
         """tanh, exp: the result is kept."""
         y = self.new(x.elements, x.width)
-        kept = y.view()
-
-        def back(g: Value) -> Sequence[Value | None]:
-            _ = kept
-            return [self.like(g)]
-
-        return self.made(y, [x], back)
+        return self.keeping(y.view(), x, y)
 
     def square(self, x: Value) -> Value:
         def back(g: Value) -> Sequence[Value | None]:
@@ -322,18 +320,12 @@ class Operations:
         return self.made(self.new(x.elements, x.width), [x], back)
 
     def mean(self, x: Value, size: int) -> Value:
-        elements, width = x.elements, x.width
-        return self.made(self.new(elements // size, width), [x], lambda g: [self.gradient(elements, width)])
+        return self.of(x, self.new(x.elements // size, x.width))
 
     def dropout(self, x: Value) -> Value:
         """CUDA keeps a mask of a byte each (aten/native/cuda/Dropout.cu), a CPU one of the input's width."""
         mask = self.ledger.new(x.elements, 1 if self.cuda else x.width, "dropout masks")
-
-        def back(g: Value) -> Sequence[Value | None]:
-            _ = mask
-            return [self.like(g)]
-
-        return self.made(self.new(x.elements, x.width), [x], back)
+        return self.keeping(mask, x, self.new(x.elements, x.width))
 
     # --- products -------------------------------------------------------------------------------
 

@@ -30,6 +30,10 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 Complaint = tuple[KeyPath, str]
 """A place in the recipe, and what is wrong there."""
+Reduced = tuple[str, Any, Any, str]
+"""A key of the recipe, its value, the one that a tiny model on a CPU can have, and why."""
+_FROM_VALUES = ("pissa", "olora", "eva", "orthogonal")
+"""Starts that take the rank out of a weight's or an input's own directions."""
 
 
 class TargetError(ValueError):
@@ -58,10 +62,16 @@ class Targets:
 class Full:
     """Training in full: the base's own weights are trained, and nothing stands beside them."""
 
+    name: ClassVar[str] = "full"
     trains_base: ClassVar[bool] = True
     result: ClassVar[Literal["trained"]] = "trained"
     title: ClassVar[str] = "full training"
     scale: ClassVar[None] = None
+    formula: ClassVar[str] = ""
+    rank: ClassVar[None] = None
+    variant: ClassVar[str] = "plain"
+    drops: ClassVar[bool] = False
+    least_width: ClassVar[int] = 1
     loraplus_lr_ratio: ClassVar[None] = None
 
     def described(self, base: str = "") -> str:
@@ -79,6 +89,12 @@ class Full:
     def tensors(self, facts: ModelFacts, targets: Targets | None, dtype: str = "") -> Iterator[Tensor]:
         return (replace(tensor, dtype=dtype) for tensor in facts.tensors)
 
+    def copies(self, module: str) -> bool:
+        return False
+
+    def reduced(self, real: ModelFacts, tiny: ModelFacts, tokens: int) -> Iterator[Reduced]:
+        return iter(())
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -86,6 +102,7 @@ class Lora:
 
     section: LoraSection
 
+    name: ClassVar[str] = "lora"
     trains_base: ClassVar[bool] = False
     result: ClassVar[Literal["adapter"]] = "adapter"
 
@@ -96,6 +113,29 @@ class Lora:
     @property
     def scale(self) -> float:
         return self.section.lora_alpha / (self.section.r**0.5 if self.section.use_rslora else self.section.r)
+
+    @property
+    def formula(self) -> str:
+        return "lora_alpha / sqrt(r)" if self.section.use_rslora else "lora_alpha / r"
+
+    @property
+    def rank(self) -> int:
+        return self.section.r
+
+    @property
+    def variant(self) -> str:
+        return "dora" if self.section.use_dora else "plain"
+
+    @property
+    def drops(self) -> bool:
+        return self.section.lora_dropout > 0
+
+    @property
+    def least_width(self) -> int:
+        lora = self.section
+        if not str(lora.init_lora_weights).startswith(_FROM_VALUES):
+            return 1
+        return max(lora.r, *lora.rank_pattern.values())
 
     def described(self, base: str = "") -> str:
         lora = self.section
@@ -132,6 +172,12 @@ class Lora:
         for tensor in _trained_tensors(self.section, targets or find_targets(self.section, facts), facts):
             yield replace(tensor, dtype="float32" if MAGNITUDE in tensor.name else dtype)
 
+    def copies(self, module: str) -> bool:
+        return any(part in module.split(".") for part in self.section.modules_to_save or ())
+
+    def reduced(self, real: ModelFacts, tiny: ModelFacts, tokens: int) -> Iterator[Reduced]:
+        return _reduced(self.section, real, tiny, tokens)
+
     def arguments(self, targets: Targets | None) -> dict[str, Any]:
         names = {"target_modules": list(targets.names)} if targets else {}
         given = self.section.model_dump(mode="json", exclude={"loraplus_lr_ratio"})  # all but that are LoraConfig's
@@ -143,11 +189,15 @@ class Lora:
 Adapter = Full | Lora
 """What is trained of a model. Every description answers the same questions:
 
-`trains_base`: whether the base's own weights are trained: then they can't be quantized, and there is nothing to merge;
-`result`: what a run's result is called in evaluations; `title` and `described(base)`: for people; `scale`: what the
-update is multiplied by; `loraplus_lr_ratio`: how much faster its B matrices learn; `complaints(facts, device)`: what
-can't be carried out there; `targets(facts)`: the adapted modules (raises TargetError, with the place in the recipe);
-`tensors(facts, targets, dtype)`: every tensor that is trained, in its type; `arguments(targets)`: what PEFT is told.
+`name`: of its module in lorafit.engine.adapters; `trains_base`: whether the base's own weights are trained: then they
+can't be quantized, and there is nothing to merge; `result`: what a run's result is called in evaluations; `title` and
+`described(base)`: for people; `scale`: what the update is multiplied by, by which `formula`; `rank`; `variant`: what
+measured runs are told apart by; `drops`: whether its inputs are dropped out; `least_width`: what no side of an adapted
+matrix may be below; `loraplus_lr_ratio`: how much faster its B matrices learn; `complaints(facts, device)`: what can't
+be carried out there; `targets(facts)`: the adapted modules (raises TargetError, with the place in the recipe);
+`tensors(facts, targets, dtype)`: every tensor that is trained, in its type; `copies(module)`: whether it trains a copy
+of that module of the base; `reduced(real, tiny, tokens)`: what of it a smoke run's tiny model can't have, whose pass
+has so many tokens; `arguments(targets)`: what PEFT is told.
 """
 
 
@@ -156,12 +206,60 @@ def adapter_of(recipe: Recipe) -> Adapter:
     return Full() if recipe.lora is None else Lora(recipe.lora)
 
 
-def adapter_told(arguments: Mapping[str, Any] | None) -> Adapter:
-    """What is trained where PEFT is told this; None: it is told nothing."""
-    if arguments is None:
-        return Full()
-    given = {key: value for key, value in arguments.items() if key != "task_type" and value is not None}
-    return Lora(LoraSection.model_validate(given))
+def adapter_told(recipe: Mapping[str, Any]) -> Adapter:
+    """What a recipe trains, by its values."""
+    return Full() if recipe["lora"] is None else Lora(LoraSection.model_validate(recipe["lora"]))
+
+
+def _reduced(lora: LoraSection, real: ModelFacts, tiny: ModelFacts, tokens: int) -> Iterator[Reduced]:
+    if lora.init_lora_weights == "loftq":
+        yield "lora.init_lora_weights", "loftq", True, "PEFT computes loftq on a GPU"
+    if lora.init_lora_weights == "eva" and tokens < 4 * lora.r:  # PEFT would wait for a larger pass for ever
+        yield "lora.init_lora_weights", "eva", True, f"a pass has too few tokens for r = {lora.r}"
+    layers = tiny.layers or 1
+    few = f"the tiny model has {layers} layers"
+    now = lora
+    if lora.layers_to_transform is not None:
+        kept_layers = [index for index in lora.layers_to_transform if index < layers] or [layers - 1]
+        yield "lora.layers_to_transform", list(lora.layers_to_transform), kept_layers, few
+        now = now.model_copy(update={"layers_to_transform": tuple(kept_layers)})
+    if not tiny.tensors or not real.tensors:
+        return
+    for name in ("exclude_modules", "modules_to_save"):
+        asked = getattr(lora, name)
+        kept = [one for one in asked or () if one in OUTPUT_HEADS or any(_is_named(each, one) for each in tiny.modules)]
+        if asked is not None:
+            yield f"lora.{name}", list(asked), kept or None, few
+            now = now.model_copy(update={name: tuple(kept) or None})
+    targets: Any = lora.target_modules
+    if isinstance(targets, tuple):
+        kept = [one for one in targets if any(_is_named(each, one) for each in tiny.modules)] or _leaves(lora, real)
+        yield "lora.target_modules", list(targets), kept, few
+        now = now.model_copy(update={"target_modules": tuple(kept)})
+    elif not _matches(LoraSection(target_modules=targets), tiny):
+        yield "lora.target_modules", targets, _leaves(lora, real), few
+        now = now.model_copy(update={"target_modules": tuple(_leaves(lora, real))})
+    now = now.model_copy(update={"rank_pattern": {}, "alpha_pattern": {}})
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(lora, name)
+        matching = {
+            key: value for key, value in patterns.items() if _matches(now.model_copy(update={name: {key: value}}), tiny)
+        }
+        if patterns:
+            yield f"lora.{name}", dict(patterns), matching, few
+
+
+def _leaves(lora: LoraSection, facts: ModelFacts) -> list[str]:
+    """The last names of the modules that are adapted."""
+    return list(dict.fromkeys(module.rpartition(".")[2] for module in find_targets(lora, facts).modules))
+
+
+def _matches(lora: LoraSection, facts: ModelFacts) -> bool:
+    try:
+        find_targets(lora, facts)
+    except TargetError:
+        return False
+    return True
 
 
 def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:

@@ -125,7 +125,7 @@ def _looked_into(context: Context, source: SourcePlan, reading: Reading) -> Sour
         context.remarks.append(f"{key}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}.")
     method = method_of(context.recipe)
     if format not in method.reads:
-        raise DataError(f"{key}: {method.name} learns nothing from rows in the format {format}")
+        raise DataError(f"{key}: {method.title} learns nothing from rows in the format {format}")
     if remark := method.reads[format]:
         context.remarks.append(f"{key}: {remark}.")
     streamed = context.recipe.dataset.streaming and key.startswith("dataset.train")
@@ -212,6 +212,7 @@ def plan_data(
         tokenizer_sha256=tokenizer.sha256 if tokenizer else None,
         chat_template_kwargs=template_kwargs,
         vocab_size=context.facts.vocab_size,
+        method=method_of(recipe).name,
     )
 
 

@@ -15,7 +15,8 @@ class Method:
     """A method of training.
 
     Attributes:
-        name: as its users know it.
+        name: of its module in lorafit.engine.methods.
+        title: as its users know it.
         reads: the formats of rows that it learns from, each with what of a row is not learned, if anything.
         columns: of a tokenized row, those that its trainer takes.
         sequences: how many sequences a row puts through the model at once.
@@ -23,6 +24,7 @@ class Method:
     """
 
     name: str
+    title: str
     reads: Mapping[Format, str]
     columns: tuple[str, ...]
     sequences: int
@@ -30,7 +32,8 @@ class Method:
 
 
 SFT = Method(
-    name="supervised fine-tuning",
+    name="sft",
+    title="supervised fine-tuning",
     reads={
         "alpaca": "",
         "messages": "",
@@ -44,6 +47,9 @@ SFT = Method(
     sequences=1,
     rules=tuple(RULES),
 )
+
+
+METHODS = {method.name: method for method in (SFT,)}
 
 
 def method_of(recipe: Recipe) -> Method:

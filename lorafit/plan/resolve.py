@@ -1,5 +1,4 @@
-"""Making the plan, the only place that decides what a recipe leaves open: and of it the training, its batches,
-optimizer and schedule.
+"""Making the plan: all decisions in their order, and those on batches, optimizer and schedule.
 
 The decisions are by theme in the modules beside this one. Their order here is the order in which
 choices and mistakes are shown.

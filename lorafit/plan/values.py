@@ -14,7 +14,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
 from lorafit.plan.adapters import Adapter, adapter_told
-from lorafit.plan.methods import SFT, Method
+from lorafit.plan.methods import METHODS, SFT, Method
 from lorafit.recipe import Mistake, Recipe
 from lorafit.rows import Format, Shape
 from lorafit.tree import KeyPath
@@ -67,6 +67,7 @@ class DataPlan:
         tokenizer_sha256: of the tokenizer's files; None where they are not there yet.
         chat_template_kwargs: values of the chat template's variables.
         vocab_size: rows of the model's embedding; None where that is not known.
+        method: what its tokens are for, by its name in METHODS.
     """
 
     train: tuple[SourcePlan, ...]
@@ -87,6 +88,7 @@ class DataPlan:
     tokenizer_sha256: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
+    method: str = SFT.name
 
 
 @dataclass(frozen=True)
@@ -265,12 +267,12 @@ class Plan:
     @property
     def method(self) -> Method:
         """What it trains by."""
-        return SFT
+        return METHODS[self.data.method]
 
     @functools.cached_property
     def adapter(self) -> Adapter:
         """What is trained of the model."""
-        return adapter_told(self.lora_kwargs)
+        return adapter_told(self.recipe)
 
     @functools.cached_property
     def training(self) -> Training:

@@ -1,4 +1,5 @@
-"""The layers of a recipe: a file over its parents, and `--set` over both. Of rivals the later one stays."""
+"""The layers of a recipe: a file over its parents, and `--set` over both. Of keys that exclude each other, the later
+layer's stays."""
 
 from __future__ import annotations
 

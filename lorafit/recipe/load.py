@@ -1,4 +1,4 @@
-"""Located values -> a Recipe, or every mistake at once in a RecipeError."""
+"""A recipe's values, each with the line where it was written -> a Recipe, or every mistake at once."""
 
 from __future__ import annotations
 

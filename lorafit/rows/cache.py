@@ -46,7 +46,7 @@ _PACKAGES = ("lorafit", "tokenizers", "transformers", "trl", "jinja2")
 _CODE = ("rows", "engine/data", "engine/methods", "bounds.py", "facts/template.py", "plan/values.py")
 _SHAPING = (
     *("loss_on", "max_length", "min_length", "excess_length_strategy", "chat_template", "chat_template_kwargs"),
-    *("date", "tokenizer_sha256", "vocab_size", "trust_remote_code"),
+    *("date", "tokenizer_sha256", "vocab_size", "trust_remote_code", "method"),
 )
 
 

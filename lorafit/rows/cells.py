@@ -1,4 +1,4 @@
-"""A row, its place in messages, and its cells under the names that a format uses: mapped, or made by a template."""
+"""A row, its place in messages, and its cells under the names that a format uses; what is said of a missing column."""
 
 from __future__ import annotations
 

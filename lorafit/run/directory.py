@@ -1,4 +1,4 @@
-"""The run directory: the interface between the commands.
+"""The run directory: its files, its lock, its checkpoints (the newest first), and what of it is whole.
 
 A file or folder in it is whole or absent: everything is written beside its place and renamed.
 """

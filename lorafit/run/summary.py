@@ -1,4 +1,4 @@
-"""Plans, audits and evaluations as people read them, and the model card."""
+"""Plans and audits as people read them, and the model card."""
 
 from __future__ import annotations
 

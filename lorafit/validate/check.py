@@ -1,5 +1,4 @@
-"""The story of `lorafit validate`: find the recipes that paths name, and check each as far as files, names and
-arithmetic tell."""
+"""`lorafit validate`, step by step: the recipes that paths name, and what files, names and arithmetic tell of each."""
 
 from __future__ import annotations
 

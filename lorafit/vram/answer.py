@@ -252,7 +252,7 @@ def _setup_dict(setup: Setup) -> dict[str, Any]:
         "eval_batch": setup.eval_batch,
         "dtype": setup.dtype,
         "quantization": setup.quantization,
-        "lora_r": setup.lora.r if setup.lora else None,
+        "lora_r": setup.adapter.rank,
         "optimizer": setup.optimizer,
         "checkpointing": setup.checkpointing,
         "attention": setup.attention,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import RecipeMaker, conversation, write_jsonl
 from typer.testing import CliRunner
+from wording import Like
 
 from lorafit import __version__
 from lorafit import plan as lorafit_plan
@@ -79,7 +80,7 @@ def test_the_tables_for_people(recipe: RecipeMaker, rows: Path) -> None:
     assert "because" in plan
     code, memory, _ = lorafit("estimate-vram", path)
     assert code == 0
-    assert " GiB on the GPU, from " in memory.splitlines()[0]
+    assert " GiB " in memory.splitlines()[0]
     assert "does not fit" in lorafit("estimate-vram", path, "--vram", "1MiB")[1]
 
 
@@ -112,7 +113,7 @@ class TestMistakes:
         )
         code, _, err = lorafit("train", recipe(dataset={"train": [{"path": str(data)}]}))
         assert code == 3
-        assert f"{data}:2: 'output' is missing (columns: instruction, response)" in err
+        assert err == Like(f"… {data}:2: 'output' … missing … instruction, response")
 
     @pytest.mark.parametrize(("content", "code"), [("", 3), ("{", 3), ("[]\n", 3)])
     def test_a_bad_data_file(self, content: str, code: int, recipe: RecipeMaker, tmp_path: Path) -> None:
@@ -138,13 +139,13 @@ class TestMistakes:
     def test_a_hub_data_set_offline(self, recipe: RecipeMaker) -> None:
         code, _, err = lorafit("train", recipe(dataset={"train": [{"path": "someone/some-data"}]}))
         assert code == 3
-        assert err.strip().splitlines()[-1].startswith("someone/some-data: no such local file")
+        assert err.strip().splitlines()[-1].startswith("someone/some-data: ")
 
     def test_commands_on_what_is_no_run(self, tmp_path: Path) -> None:
         for command in ("eval", "merge"):
             code, _, err = lorafit(command, tmp_path)
             assert code == 2
-            assert "not a run directory" in err
+            assert "run directory" in err
 
     def test_a_bug_keeps_its_traceback(self, recipe: RecipeMaker, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lorafit.plan.plan_recipe", lambda *_, **__: 1 / 0)
@@ -161,7 +162,7 @@ class TestMistakes:
         monkeypatch.setattr("lorafit.run.directory.RunDir.begin", full)
         code, _, err = lorafit("train", recipe())
         assert code == 5
-        assert "the disk is full" in err
+        assert "disk is full" in err
 
     @pytest.mark.parametrize(
         "error", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=["py", "cpp"]
@@ -198,7 +199,7 @@ class TestMistakes:
         monkeypatch.setattr("lorafit.plan.plan_recipe", slow)
         code, _, err = lorafit("train", path)
         assert code == 2
-        assert "has changed while it was read" in err
+        assert "has changed" in err
         assert not (path.parent / "runs").exists()
 
     def test_what_only_another_process_meets(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_sigterm_outside_the_steps(
     monkeypatch.setattr(where, lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = lorafit(command, path if command == "train" else run)
     assert code == 143
-    kept = "interrupted; what was measured is kept" if command == "eval" else "terminated; nothing is half written"
+    kept = "interrupted; " if command == "eval" else "terminated; "
     assert err.strip().splitlines()[-1].startswith(kept)
     assert {file.name for file in run.glob(".*")} - {LOCK} == ({".eval.work"} if command == "eval" else set())
 

@@ -16,6 +16,7 @@ from conftest import RecipeMaker, Train, conversation, make_model, write_jsonl
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+from wording import Like
 from yaml import safe_dump
 
 from lorafit.cli import app
@@ -227,7 +228,7 @@ def test_only_named_models_are_measured(merged: RunDir) -> None:
 def test_a_missing_model_is_named_with_what_makes_it(missing: str, flags: str, merged: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(merged.path, tmp_path / "run"))
     shutil.rmtree(run.path / {"merged": "merged", "quantized": "merged-nf4"}[missing])
-    with pytest.raises(UsageError, match=rf"make it with `lorafit merge {run.path}{flags}`"):
+    with pytest.raises(UsageError, match=rf"`lorafit merge {run.path}{flags}`"):
         bench(BenchOptions(run.path, ("adapter", missing)))
     if missing == "quantized":
         assert [one.name for one in contenders_of(run, run.load_plan(), ())] == NAMES[:3]
@@ -236,7 +237,7 @@ def test_a_missing_model_is_named_with_what_makes_it(missing: str, flags: str, m
 def test_a_copy_of_an_earlier_merge_is_refused(merged: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(merged.path, tmp_path / "run"))
     merge(MergeOptions(run.path, verify="none", overwrite=True), QUIET)
-    with pytest.raises(ModelError, match="merged-nf4: was not made of the model in"):
+    with pytest.raises(ModelError, match=r"merged-nf4: .*not made of"):
         contenders_of(run, run.load_plan(), ())
 
 
@@ -245,20 +246,20 @@ def test_a_run_that_trained_in_full_has_no_adapter(recipe: RecipeMaker, train: T
     found = bench(BenchOptions(run.path, **SMALL), ticking())
     assert list(found.models) == ["base", "trained"]
     assert {(one.model, one.against) for one in found.ratios} == {("base", "trained")}
-    with pytest.raises(UsageError, match=r"--model adapter: .* has none; its result is called trained"):
+    with pytest.raises(UsageError, match=r"--model adapter: .*\btrained\b"):
         bench(BenchOptions(run.path, ("adapter",)))
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"models": ("adapter", "mergd")}, "did you mean merged"),
+        ({"models": ("adapter", "mergd")}, r"\bmerged\b"),
         ({"models": ("base", "base")}, "twice"),
         ({"prompt_tokens": (0,)}, "--prompt-tokens"),
         ({"batch": ()}, "--batch"),
         ({"batch": (2, 2)}, "twice"),
-        ({"output": Path("speed.txt")}, "end in .json or .md"),
-        ({"output": Path("nowhere/speed.md")}, "there is no folder nowhere"),
+        ({"output": Path("speed.txt")}, r"\.json or \.md"),
+        ({"output": Path("nowhere/speed.md")}, "no folder nowhere"),
     ],
 )
 def test_what_can_not_be_measured_is_said(changes: dict[str, Any], said: str) -> None:
@@ -267,7 +268,7 @@ def test_what_can_not_be_measured_is_said(changes: dict[str, Any], said: str) ->
 
 
 def test_prompts_longer_than_the_model_are_refused(merged: RunDir) -> None:
-    with pytest.raises(UsageError, match="make 513 positions, and the model has 512"):
+    with pytest.raises(UsageError, match=r"513 .*512"):
         bench(BenchOptions(merged.path, ("base",), (500,), 13, (1,), 1))
 
 
@@ -276,7 +277,7 @@ def test_lists_of_the_command_line() -> None:
     assert parse_models("adapter, merged") == ("adapter", "merged")
     done = CliRunner().invoke(app, ["bench", "runs/none", "--batch", "1;8"])
     assert done.exit_code == 2
-    assert done.stderr.startswith("--batch 1;8: has to be numbers")
+    assert done.stderr.startswith("--batch 1;8: ")
     for option, value in (("--rounds", "0"), ("--new-tokens", "0"), ("--seed", "-1")):
         done = CliRunner().invoke(app, ["bench", "runs/none", option, value])
         assert done.exit_code == 2
@@ -300,7 +301,7 @@ def test_models_take_turns_if_they_fit_together(free: int, merged: RunDir, monke
         assert order == ["merged", *back, *pair, "merged", "merged", *back]
     else:
         assert order == [*back, *pair, *back, "merged", "merged", "merged"]
-    assert any("one after the other" in remark for remark in found.remarks) == (free < 1 << 30)
+    assert any("after the other" in remark for remark in found.remarks) == (free < 1 << 30)
 
 
 @pytest.mark.parametrize(("load", "busy"), [(0.0, False), (10_000.0, True)])
@@ -331,8 +332,8 @@ def test_tables_show_every_figure(report: BenchReport) -> None:
     assert "| 9 | 3 | merged | 27.0 [27.0, 27.0] | 1.00 [1.00, 1.00] |" in text
     assert "| 9 | 3 | adapter | 12.0 [12.0, 12.0] | 1 |" in text
     assert "| quantized | nf4, the rest float32 |" in text
-    assert "Medians of 3 rounds with 95% bootstrap intervals; 4 greedy steps" in text
-    assert "no peak is measured on a CPU" in text
+    assert text == Like("… 3 rounds … 95% … 4 greedy steps")
+    assert text == Like("… no peak … CPU")
     shown = io.StringIO()
     print_bench(report, Console(file=shown, width=80))
     for part in ("27.0 [27.0, 27.0]", "KV cache", "nf4, the rest float32", report.hardware["name"]):
@@ -344,4 +345,4 @@ def test_one_round_has_no_intervals(merged: RunDir) -> None:
     text = as_markdown(bench(options, ticking()))
     assert "| 9 | 3 | merged | 27.0 |" in text
     assert "[" not in text
-    assert "One round, so there are no intervals; 4 greedy steps" in text
+    assert text == Like("… One round … no intervals … 4 greedy steps")

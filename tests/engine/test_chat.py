@@ -16,6 +16,7 @@ from conftest import CHATML, WORDS, conversation, make_model, make_tokenizer, wr
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wording import Like
 
 import lorafit.engine.chat as module
 from lorafit.engine.chat import _Stream, chat
@@ -290,8 +291,8 @@ def test_help_quit_slashes_and_mistakes(run: RunDir) -> None:
     turns = terminal.chat(run.path)
     assert [turn.prompt for turn in turns] == ["/reset"]
     assert "/compare TEXT" in terminal.said
-    assert "/rest: is no command; did you mean /reset" in terminal.said
-    assert "there is no model 'adaptr'; did you mean adapter?" in terminal.said
+    assert terminal.said == Like("… /rest: … /reset")
+    assert terminal.said == Like("… 'adaptr' … adapter")
     assert terminal.shown.count("\n") == turns[0].answer.rstrip("\n").count("\n") + 1
 
 
@@ -344,14 +345,14 @@ def test_the_second_ctrl_c_at_the_prompt_leaves(run: RunDir) -> None:
     terminal = Terminal(KeyboardInterrupt(), "/help", KeyboardInterrupt(), KeyboardInterrupt(), "not read")
     assert terminal.chat(run.path) == []
     assert len(terminal.prompts) == 4
-    assert "Ctrl-C once more leaves" in terminal.said
+    assert "Ctrl-C once more" in terminal.said
 
 
 def test_a_conversation_that_is_too_long_is_refused(run: RunDir) -> None:
     terminal = Terminal("one", "a cat " * 300, "two", "/compare " + "a cat " * 300)
     turns = terminal.chat(run.path)
     assert [turn.prompt for turn in turns] == ["one", "two"]
-    assert "tokens long, and the model takes 512 with the answer; /reset" in terminal.said
+    assert terminal.said == Like("… tokens … 512 … /reset")
     assert turns == [
         dataclasses.replace(turn, seconds=old.seconds)
         for turn, old in zip(talk(run.path, "one", "two"), turns, strict=True)
@@ -385,7 +386,7 @@ def test_a_run_that_trained_in_full(place: Path, base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(full.model)
     assert turn.model == "trained"
     assert turn.answer == alone(model, AutoTokenizer.from_pretrained(full.model), typed("one two"))
-    assert "there is no model 'base'" in terminal.said
+    assert "no model 'base'" in terminal.said
     assert "* trained\n" in terminal.said
     with pytest.raises(UsageError, match="trained in full"):
         talk(full.path, adapters=(("x", full.path),))
@@ -400,9 +401,9 @@ def test_plain_text_is_continued_where_there_is_no_template(place: Path) -> None
     assert [turn.answer for turn in turns] == [
         alone(model, tokenizer, text, special=True) for text in ("one two", "three")
     ]
-    assert terminal.said.count("has no chat template") == 1
-    assert "no place for a system message" in terminal.said
-    with pytest.raises(UsageError, match="no place for a system message"):
+    assert terminal.said.count("has no chat") == 1
+    assert "a system message" in terminal.said
+    with pytest.raises(UsageError, match="system message"):
         talk(folder, system="x")
 
 
@@ -414,7 +415,7 @@ def test_a_run_on_plain_prompts_continues_them(place: Path, base: Path) -> None:
     (turn,) = terminal.chat(run.path)
     model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
     assert turn.answer == alone(model, AutoTokenizer.from_pretrained(run.adapter), "3 and", special=True)
-    assert "learned to complete plain prompts" in terminal.said
+    assert "plain prompts" in terminal.said
 
 
 def test_answers_end_as_in_training_where_the_template_has_no_ends(place: Path, base: Path) -> None:
@@ -438,7 +439,7 @@ def test_a_template_that_refuses_a_conversation_is_one_line(place: Path) -> None
     terminal = Terminal("/system x", "one", "/system")
     turns = terminal.chat(folder)
     assert [turn.prompt for turn in turns] == ["one"]
-    assert "the chat template refuses the conversation: no system here" in terminal.said
+    assert terminal.said == Like("… refuses … no system here")
     with pytest.raises(DataError, match="no system here"):
         talk(folder, prompts=("one",), system="x")
 
@@ -450,7 +451,7 @@ def test_a_system_message_that_the_template_leaves_out_is_told(place: Path) -> N
     )
     terminal = Terminal("/system no", "one")
     terminal.chat(folder)
-    assert "leaves out the system message" in terminal.said
+    assert terminal.said == Like("… leaves out … system")
 
 
 def test_bytes_that_are_no_text_are_refused(run: RunDir) -> None:

@@ -160,5 +160,5 @@ def heads_that_trl_does_not_know() -> dict[str, PreTrainedModel]:
 def test_a_head_that_trl_does_not_know_is_refused(family: str) -> None:
     model = loud(heads_that_trl_does_not_know()[family])
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-    with pytest.raises(ModelError, match=f"the loss of {family} models would be wrong"):
+    with pytest.raises(ModelError, match=rf"loss .*{family} models"):
         loss.settle_head(model)

@@ -15,6 +15,7 @@ import torch
 from conftest import WORDS, RecipeMaker, conversation, write_jsonl
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, MambaConfig, OPTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from wording import Like
 
 import lorafit.engine.trainer
 from lorafit.engine.data.encode import IGNORED
@@ -155,9 +156,7 @@ def test_an_attention_that_ignores_positions_is_refused() -> None:
         max_position_embeddings=64,
     )
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(
-        ModelError, match=r"packed rows see each other in this opt model .*set training\.packing: false"
-    ):
+    with pytest.raises(ModelError, match=r"packed rows .*\bopt model .*training\.packing: false"):
         check_isolation(as_trainer(model))
 
 
@@ -166,13 +165,13 @@ def test_a_recurrent_state_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=384, hidden_size=64, num_hidden_layers=2, state_size=8)
     )
-    with pytest.raises(ModelError, match="packed rows see each other in this mamba model"):
+    with pytest.raises(ModelError, match=r"see each other .*mamba model"):
         check_isolation(as_trainer(model))
 
 
 def test_what_transformers_itself_refuses_is_one_line() -> None:
     config = AutoConfig.for_model("lfm2", **SIZES, layer_types=["conv", "full_attention"])
-    with pytest.raises(ModelError, match=r"^rows can't be packed for this lfm2 model .*set training\.packing: false$"):
+    with pytest.raises(ModelError, match=r"packed .*lfm2 model .*training\.packing: false"):
         check_isolation(as_trainer(AutoModelForCausalLM.from_config(config)))
 
 
@@ -190,7 +189,7 @@ def test_positions_that_do_not_begin_anew_are_refused() -> None:
             batch["position_ids"] = torch.arange(size)[None]
         return {key: batch[key] for key in ("input_ids", "labels", "position_ids", "attention_mask") if key in batch}
 
-    with pytest.raises(ModelError, match="packed rows do not begin at position 0 in this gpt2 model"):
+    with pytest.raises(ModelError, match=r"position 0 .*gpt2 model"):
         check_isolation(as_trainer(build("gpt2", "eager"), shifted))
 
 
@@ -233,7 +232,7 @@ def test_training_is_refused_before_the_first_step(recipe: RecipeMaker, tmp_path
 
     done = train("--set", "training.packing=true")
     assert done.returncode == 4, done.stderr
-    assert "packed rows see each other in this opt model" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == Like("… packed rows … opt model")
     assert not RunDir(tmp_path / "runs" / "opt").metrics.exists()
     done = train()
     assert done.returncode == 0, done.stderr

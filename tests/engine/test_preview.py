@@ -17,6 +17,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from typer.testing import CliRunner
+from wording import Like
 
 import lorafit.engine.preview
 from lorafit.cli import app
@@ -115,16 +116,16 @@ def test_which_rows(recipe: RecipeMaker) -> None:
 def test_a_row_that_is_not_there(recipe: RecipeMaker, as_json: list[str]) -> None:
     done = run(recipe(), "--row", "3", "--row", "25", *as_json)
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr == "--row 25: there are 24 training rows\n"
+    assert done.stderr == Like("--row 25: … 24 training rows")
     done = run(recipe(dataset={"validation": 0.25}), "--validation", "--row", "7")
-    assert (done.exit_code, done.stderr) == (2, "--row 7: there are 6 validation rows\n")
+    assert (done.exit_code, done.stderr) == (2, Like("--row 7: … 6 validation rows"))
     assert run(recipe(), "--row", "0").exit_code == 2
     assert run(recipe(), "--rows", "-1").exit_code == 2
 
 
 def test_validation_rows(recipe: RecipeMaker, tmp_path: Path) -> None:
     done = run(recipe(), "--validation")
-    assert (done.exit_code, done.stderr) == (2, "--validation: the recipe has no validation rows\n")
+    assert (done.exit_code, done.stderr) == (2, Like("--validation: … no validation rows"))
     path = recipe(dataset={"validation": 0.25})
     found = report(path, "--validation", "-n", "24", "--ids")
     assert found["part"] == "validation"
@@ -153,7 +154,7 @@ def test_a_stream(recipe: RecipeMaker, packing: bool) -> None:
     assert found["audit"]["whole"] is False
     assert all(row["place"] is None and row["segments"] for row in found["rows"])
     assert found["rows"]
-    assert "the first 24 training rows" in printed(found)
+    assert "first 24 training rows" in printed(found)
     assert report(path, "--rows", "0")["rows"] == []
     assert run(path, "--validation").exit_code == 2
     apart = write_jsonl(path.parent / "apart.jsonl", [conversation("x", "y")])
@@ -246,7 +247,7 @@ def test_without_colour_learned_text_is_marked(rows_of: Callable[..., Path]) -> 
         "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n⟦two<|im_end|>⟧\n"
         "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n⟦four<|im_end|>⟧\n"
     ) in text
-    assert "learned text stands in ⟦ ⟧" in text
+    assert "⟦ ⟧" in text
     assert "\x1b" not in text
     assert "ids    [" in run(path, "--ids").stdout
     assert "⟦" not in run(path, "--rows", "0").stdout

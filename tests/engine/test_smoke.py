@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import CHATML, RecipeMaker, conversation, make_model, make_tokenizer, write_jsonl
 from typer.testing import CliRunner
+from wording import Like
 
 from lorafit.cli import app
 from lorafit.engine.smoke.run import read_golden
@@ -162,7 +163,7 @@ class TestFails:
             raise Interrupted("a checkpoint was saved, go on with --resume", 15)
 
         monkeypatch.setattr("lorafit.engine.smoke.run.train", stopped)
-        with pytest.raises(Interrupted, match="nothing was left behind"):
+        with pytest.raises(Interrupted, match=r"nothing .*left"):
             smoke(recipe())
 
 
@@ -193,7 +194,7 @@ class TestGolden:
         (failure,) = smoke(recorded, f"model.chat_template={template}", compare=True).failures
         assert "step 1:" in failure
         assert "tokens, recorded" in failure
-        assert "tokenizer chat template has changed" in failure
+        assert failure == Like("… chat template … changed")
 
     def test_sees_other_rows(self, smoke: Smoke, recorded: Path, rows: Path) -> None:
         rows.write_text(rows.read_text().replace("the", "a cat"))
@@ -202,7 +203,7 @@ class TestGolden:
 
     def test_sees_what_shows_only_in_the_weights(self, smoke: Smoke, recorded: Path) -> None:
         (failure,) = smoke(recorded, "training.adam_beta2=0.9", compare=True).failures
-        assert "distance that the weights moved" in failure
+        assert "the weights moved" in failure
 
     def test_allows_what_the_tolerance_does(self, smoke: Smoke, recorded: Path) -> None:
         change = "training.weight_decay=0.001"
@@ -223,15 +224,15 @@ class TestGolden:
             read_golden(file)
 
     def test_is_not_compared_with_a_stand_in(self, smoke: Smoke, recorded: Path) -> None:
-        with pytest.raises(GateError, match="was recorded with the model's own tokenizer"):
+        with pytest.raises(GateError, match="model's own tokenizer"):
             smoke(recorded, "model.name_or_path=meta-llama/Llama-3.2-1B", compare=True)
 
     @pytest.mark.parametrize(
         ("content", "said"),
         [
-            (None, "no such golden file"),
+            (None, "no such"),
             ("{", "is broken"),
-            ('{"losses": []}', "is no golden file"),
+            ('{"losses": []}', "no golden file"),
             ('{"lorafit_golden": 99}', "format 99"),
             ('{"lorafit_golden": 1, "steps": [{"step": 1}], "tokenizer": "real"}', "is broken"),
             (

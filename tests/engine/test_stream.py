@@ -155,12 +155,12 @@ def test_a_fraction_or_a_changed_stream_is_refused(
         train(path)
     monkeypatch.undo()
     write_jsonl(file, rows_with(31))
-    with pytest.raises(UsageError, match="the data or the machine is not"):
+    with pytest.raises(UsageError, match=r"\(.*\bdata\b"):
         train(path, resume=True)
 
 
 def test_a_stream_without_a_usable_row_says_why(prepared: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b", "label": False}]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(DataError, match=r"rows\.jsonl: no row is left to learn from \(label is false"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: no row .*\(label is false"):
         prepared({"path": str(file)})

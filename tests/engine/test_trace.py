@@ -23,6 +23,7 @@ from lorafit.memory.closed import WORKSPACE, alive, highest
 from lorafit.memory.estimate import DRIVER
 from lorafit.memory.operations import FREE
 from lorafit.memory.static import trained_bytes
+from lorafit.plan.adapters import Full, Lora
 from lorafit.recipe import LoraSection
 
 NF4 = {
@@ -34,18 +35,17 @@ NF4 = {
 }
 
 
-def lora(**changes: Any) -> LoraSection:
+def lora(**changes: Any) -> Lora:
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return LoraSection.model_validate(
-        {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": names} | changes
-    )
+    values = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": names} | changes
+    return Lora(LoraSection.model_validate(values))
 
 
 LORA = lora()
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"lora": LORA},
-    "qlora": {"lora": LORA, "quantization": NF4},
-    "full": {"lora": None},
+    "lora": {"adapter": LORA},
+    "qlora": {"adapter": LORA, "quantization": NF4},
+    "full": {"adapter": Full()},
 }
 LLAMA = {
     "model_type": "llama",
@@ -72,7 +72,7 @@ def on_cpu(model: ModelFacts | None = None, **changes: Any) -> Setup:
         "length": 128,
         "dtype": "float32",
         "quantization": None,
-        "lora": LORA,
+        "adapter": LORA,
         "adapter_dtype": "float32",
         "optimizer": "adamw_torch_fused",
         "checkpointing": "non_reentrant",
@@ -231,7 +231,7 @@ def test_a_real_step_of_other_families(family: str, tmp_path: Path) -> None:
 
 
 def test_a_real_step_of_layers_that_differ(tmp_path: Path) -> None:
-    compare(on_cpu(lora=lora(r=128, layers_to_transform=[4, 5]), checkpointing="none"), tmp_path)
+    compare(on_cpu(adapter=lora(r=128, layers_to_transform=[4, 5]), checkpointing="none"), tmp_path)
 
 
 def test_a_real_step_with_eager_attention(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_real_update(name: str, tmp_path: Path) -> None:
     """States, and the copies that torch's updates of many tensors at once make: on GPUs, and here if told to."""
     from lorafit.engine.trace.steps import decay_groups, make_optimizer
 
-    setup = on_gpu(lora=None, dtype="float32", optimizer=name, stack=Stack())
+    setup = on_gpu(adapter=Full(), dtype="float32", optimizer=name, stack=Stack())
     parameters = [torch.nn.Parameter(torch.randn(tensor.shape)) for tensor in setup.facts.tensors]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -289,8 +289,8 @@ def test_a_short_model_stands_for_the_whole(device: str, method: str, checkpoint
 @pytest.mark.parametrize(
     "setup",
     [
-        on_gpu(facts(num_hidden_layers=8), lora=lora(layers_to_transform=[0, 1, 7]), checkpointing="none"),
-        on_gpu(facts(num_hidden_layers=8), lora=lora(rank_pattern={"layers.7.self_attn.q_proj": 64})),
+        on_gpu(facts(num_hidden_layers=8), adapter=lora(layers_to_transform=[0, 1, 7]), checkpointing="none"),
+        on_gpu(facts(num_hidden_layers=8), adapter=lora(rank_pattern={"layers.7.self_attn.q_proj": 64})),
         on_gpu(
             facts(
                 model_type="qwen2_moe",
@@ -302,7 +302,7 @@ def test_a_short_model_stands_for_the_whole(device: str, method: str, checkpoint
                 decoder_sparse_step=1,
                 num_hidden_layers=8,
             ),
-            lora=lora(target_modules=["q_proj", "v_proj"]),
+            adapter=lora(target_modules=["q_proj", "v_proj"]),
         ),
     ],
     ids=["adapters on some layers", "a rank of its own", "a dense layer first"],
@@ -324,7 +324,7 @@ def test_layers_that_differ_are_recorded_one_by_one(setup: Setup) -> None:
 @pytest.mark.parametrize("chosen", [[0], [3, 4], [7]], ids=str)
 def test_an_adapter_on_some_layers(chosen: list[int]) -> None:
     """However many layers have one: the states are those of these layers' adapters."""
-    setup = on_gpu(facts(num_hidden_layers=8), lora=lora(layers_to_transform=chosen), checkpointing="none")
+    setup = on_gpu(facts(num_hidden_layers=8), adapter=lora(layers_to_transform=chosen), checkpointing="none")
     every = on_gpu(setup.facts, checkpointing="none")
     assert estimate_by_trace(setup).allocated < estimate_by_trace(every).allocated
     found = [size for (kind, *_), size in trace(setup).events if kind == "optimizer" and size != FREE]
@@ -355,14 +355,14 @@ def test_quantized_layers_get_the_adapter_made_for_them(bits: int) -> None:
 def test_attention_under_autocast_is_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch casts the inputs of scaled_dot_product_attention, rotated in float32 as they may be."""
     seen = set()
-    kernel = standins._Kernel.forward
+    kernel = standins._Attention._kernel
 
-    def forward(ctx: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    def spy(self: Any, q: Any, k: Any, v: Any, bias: Any) -> Any:
         seen.update({q.dtype, k.dtype, v.dtype})
-        return kernel(ctx, q, k, v, *rest)
+        return kernel(self, q, k, v, bias)
 
-    monkeypatch.setattr(standins._Kernel, "forward", staticmethod(forward))
-    trace(on_gpu(lora=None, dtype="float32"))
+    monkeypatch.setattr(standins._Attention, "_kernel", spy)
+    trace(on_gpu(adapter=Full(), dtype="float32"))
     assert seen == {torch.bfloat16}
 
 
@@ -393,7 +393,7 @@ def test_estimate() -> None:
 
 def test_what_is_alive_at_the_peak_are_the_terms() -> None:
     """512 bytes are the allocator's smallest step, so that it counts a little more than the sum."""
-    for setup in (on_gpu(), on_gpu(lora=None), on_gpu(quantization=NF4 | {"bnb_4bit_compute_dtype": "bfloat16"})):
+    for setup in (on_gpu(), on_gpu(adapter=Full()), on_gpu(quantization=NF4 | {"bnb_4bit_compute_dtype": "bfloat16"})):
         record = trace(setup)
         total = estimate_by_trace(setup).allocated
         assert total <= record.replay().max_allocated
@@ -406,7 +406,7 @@ def test_a_card_that_is_too_small() -> None:
     enough = estimate_by_trace(setup)
     small = estimate_by_trace(setup, enough.total // 2)
     assert not small.served
-    assert any("runs out of memory" in note for note in small.notes)
+    assert any("out of memory" in note for note in small.notes)
     assert (small.allocated, small.reserved) == (enough.allocated, enough.reserved)
     large = estimate_by_trace(setup, 4 * enough.total)
     assert large.served
@@ -426,7 +426,7 @@ def test_a_tight_card_gives_cached_memory_back() -> None:
     tight = estimate_by_trace(setup, card(free.reserved - (2 << 20)))
     assert tight.served
     assert tight.reserved < free.reserved
-    assert any("gives cached memory back" in note for note in tight.notes)
+    assert any("cached memory" in note for note in tight.notes)
     assert not estimate_by_trace(setup, card(free.reserved + (2 << 20))).notes
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from wording import Like
 
 from lorafit.errors import UsageError
 from lorafit.evaluation.gates import Demand, check_comparable, compute, judge, load_results, parse, regression_gates
@@ -155,51 +156,51 @@ def test_figures_are_named_once_and_in_order() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "'': expected a figure or a number at column 1"),
-        ("   ", "'   ': expected a figure or a number at column 4"),
-        ("> 3", "'> 3': expected a figure or a number at column 1"),
-        ("a.b.c", "'a.b.c': expected a comparison such as >= or < at column 6"),
-        ("a.b.c   7", "'a.b.c   7': expected a comparison such as >= or < at column 9"),
-        ("a.b.c = 7", "'a.b.c = 7': expected a comparison such as >= or < at column 7"),
-        ("a.b.c >", "'a.b.c >': expected a figure or a number at column 8"),
-        ("a.b.c > (ci)", "'a.b.c > (ci)': expected a figure or a number at column 9"),
-        ("a.b.c (ci) > 3", "'a.b.c (ci) > 3': expected a comparison such as >= or < at column 7"),
-        ("a.b.c > 3 (ci) x", "'a.b.c > 3 (ci) x': expected the end, or (ci) at column 11"),
-        ("a.b.c > 3 > 2", "'a.b.c > 3 > 2': expected the end, or (ci) at column 11"),
-        ("a.b.c => 3", "'a.b.c => 3': expected a comparison such as >= or < at column 7"),
-        ("a.b.c > 3)", "'a.b.c > 3)': expected the end, or (ci) at column 10"),
-        ("(a.b.c > 3", "'(a.b.c > 3': expected a closing parenthesis at column 8"),
-        ("(a.b.c 3) > 3", "'(a.b.c 3) > 3': expected a closing parenthesis at column 8"),
-        ("() > 3", "'() > 3': expected a figure or a number at column 2"),
-        ("a.b.c + * 2 > 3", "'a.b.c + * 2 > 3': expected a figure or a number at column 9"),
-        ("+1 > 3", "'+1 > 3': expected a figure or a number at column 1"),
-        ("3x > 3", "'3x > 3': expected a figure or a number at column 1"),
-        ("1.2.3 > 3", "'1.2.3 > 3': expected a figure or a number at column 1"),
-        ("a.b.c > 5 %", "'a.b.c > 5 %': expected the end, or (ci) at column 11"),
-        ("a.b.c% > 5", "'a.b.c% > 5': expected a comparison such as >= or < at column 6"),
-        ("a.b.c > 1e999", "'a.b.c > 1e999': the number 1e999 is out of range"),
-        ("loss > 3", "'loss > 3': loss is no figure; a figure is SET.METRIC.MODEL, such as heldout.loss.adapter"),
-        ("a.b > 3", "'a.b > 3': a.b is no figure; a figure is SET.METRIC.MODEL, such as heldout.loss.adapter"),
-        ("a.b.c.d > 3", "'a.b.c.d > 3': a.b.c.d is no figure; a figure is SET.METRIC.MODEL, such as"),
-        ("baseline.b.c > 3", "'baseline.b.c > 3': baseline.b.c is no figure; a figure is SET.METRIC.MODEL, such as"),
-        ("a.b.c-d.e.f > 3", "'a.b.c-d.e.f > 3': a.b.c-d.e.f is no figure; a figure is SET.METRIC.MODEL, such as"),
-        ("a.b.c == 3 (ci)", "'a.b.c == 3 (ci)': (ci) goes with >=, <=, > and <, not with =="),
-        ("a.b.c != 3 (ci)", "'a.b.c != 3 (ci)': (ci) goes with >=, <=, > and <, not with !="),
-        ("a.b.c > é", "'a.b.c > é': expected a figure or a number at column 9"),
-        ("a.b.c > \n\x1b[31m", r"'a.b.c > \\n\\x1b[31m': expected a figure or a number at column 10"),
+        ("", "'': … figure … column 1"),
+        ("   ", "'   ': … figure … column 4"),
+        ("> 3", "'> 3': … figure … column 1"),
+        ("a.b.c", "'a.b.c': … comparison … column 6"),
+        ("a.b.c   7", "'a.b.c   7': … comparison … column 9"),
+        ("a.b.c = 7", "'a.b.c = 7': … comparison … column 7"),
+        ("a.b.c >", "'a.b.c >': … figure … column 8"),
+        ("a.b.c > (ci)", "'a.b.c > (ci)': … figure … column 9"),
+        ("a.b.c (ci) > 3", "'a.b.c (ci) > 3': … comparison … column 7"),
+        ("a.b.c > 3 (ci) x", "'a.b.c > 3 (ci) x': … the end … column 11"),
+        ("a.b.c > 3 > 2", "'a.b.c > 3 > 2': … the end … column 11"),
+        ("a.b.c => 3", "'a.b.c => 3': … comparison … column 7"),
+        ("a.b.c > 3)", "'a.b.c > 3)': … the end … column 10"),
+        ("(a.b.c > 3", "'(a.b.c > 3': … closing … column 8"),
+        ("(a.b.c 3) > 3", "'(a.b.c 3) > 3': … closing … column 8"),
+        ("() > 3", "'() > 3': … figure … column 2"),
+        ("a.b.c + * 2 > 3", "'a.b.c + * 2 > 3': … figure … column 9"),
+        ("+1 > 3", "'+1 > 3': … figure … column 1"),
+        ("3x > 3", "'3x > 3': … figure … column 1"),
+        ("1.2.3 > 3", "'1.2.3 > 3': … figure … column 1"),
+        ("a.b.c > 5 %", "'a.b.c > 5 %': … the end … column 11"),
+        ("a.b.c% > 5", "'a.b.c% > 5': … comparison … column 6"),
+        ("a.b.c > 1e999", "'a.b.c > 1e999': … 1e999 … out of range"),
+        ("loss > 3", "'loss > 3': loss … SET.METRIC.MODEL"),
+        ("a.b > 3", "'a.b > 3': a.b … SET.METRIC.MODEL"),
+        ("a.b.c.d > 3", "'a.b.c.d > 3': a.b.c.d … SET.METRIC.MODEL"),
+        ("baseline.b.c > 3", "'baseline.b.c > 3': baseline.b.c … SET.METRIC.MODEL"),
+        ("a.b.c-d.e.f > 3", "'a.b.c-d.e.f > 3': a.b.c-d.e.f … SET.METRIC.MODEL"),
+        ("a.b.c == 3 (ci)", "'a.b.c == 3 (ci)': (ci) … >=, <=, … =="),
+        ("a.b.c != 3 (ci)", "'a.b.c != 3 (ci)': (ci) … >=, <=, … !="),
+        ("a.b.c > é", "'a.b.c > é': … figure … column 9"),
+        ("a.b.c > \n\x1b[31m", r"'a.b.c > \\n\\x1b[31m': … figure … column 10"),
     ],
 )
 def test_what_is_said_of_what_is_no_gate(text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(text)
     message = str(caught.value)
-    assert message.startswith(said)
+    assert message == Like(said)
     assert message.isprintable()
 
 
 def test_a_gate_can_be_neither_too_long_nor_too_deep() -> None:
     for text in ("(" * 10_000, "(" * 10_000 + "1" + ")" * 10_000 + " > 0", "-" * 10_000 + "1 > 0"):
-        with pytest.raises(UsageError, match=r"is too long \(\d+ characters\)$"):
+        with pytest.raises(UsageError, match=r"too long \(\d+ "):
             parse(text)
     for text in (
         "(" * 900 + "1" + ")" * 900 + " > 0",
@@ -207,7 +208,7 @@ def test_a_gate_can_be_neither_too_long_nor_too_deep() -> None:
         "-(" * 500,
         "(" * 51 + "1" + ")" * 51 + ">0",
     ):
-        with pytest.raises(UsageError, match=r"is nested more than 50 deep$"):
+        with pytest.raises(UsageError, match=r"nested .*50"):
             parse(text)
     assert sides("(" * 50 + "1" + ")" * 50 + " > 0") == (1, 0)
     assert sides("(1) + " * 200 + "1 > " + "(0) + " * 100 + "0") == (201, 0)  # beside each other they are not deep
@@ -279,18 +280,18 @@ def test_an_expression_is_what_python_makes_of_it(text: str) -> None:
         (
             "heldout.exact_match.adapter >= 0.7",
             True,
-            "heldout.exact_match.adapter is 0.75, and 0.7 or more was demanded",
+            "heldout.exact_match.adapter is 0.75 … 0.7 or more",
         ),
         (
             "heldout.exact_match.adapter >= 80%",
             False,
-            "heldout.exact_match.adapter is 0.75, and 0.8 or more was demanded",
+            "heldout.exact_match.adapter is 0.75 … 0.8 or more",
         ),
-        ("heldout.loss.adapter <= 1.4", False, "heldout.loss.adapter is 1.5, and 1.4 or less was demanded"),
-        ("heldout.loss.adapter < 1.5", False, "heldout.loss.adapter is 1.5, and less than 1.5 was demanded"),
-        ("heldout.loss.adapter > 1", True, "heldout.loss.adapter is 1.5, and more than 1 was demanded"),
-        ("heldout.loss.adapter == 1.5", True, "heldout.loss.adapter is 1.5, and 1.5 was demanded"),
-        ("heldout.loss.adapter != 1.5", False, "heldout.loss.adapter is 1.5, and another value than 1.5 was demanded"),
+        ("heldout.loss.adapter <= 1.4", False, "heldout.loss.adapter is 1.5 … 1.4 or less"),
+        ("heldout.loss.adapter < 1.5", False, "heldout.loss.adapter is 1.5 … less than 1.5"),
+        ("heldout.loss.adapter > 1", True, "heldout.loss.adapter is 1.5 … more than 1"),
+        ("heldout.loss.adapter == 1.5", True, "heldout.loss.adapter is 1.5 … 1.5"),
+        ("heldout.loss.adapter != 1.5", False, "heldout.loss.adapter is 1.5 … another … 1.5"),
         (
             "heldout.loss.adapter < heldout.loss.base",
             True,
@@ -299,23 +300,25 @@ def test_an_expression_is_what_python_makes_of_it(text: str) -> None:
         (
             "heldout.loss.adapter <= heldout.loss.base * 70%",
             False,
-            "heldout.loss.adapter is 1.5, heldout.loss.base is 2: left is 1.5, right is 1.4",
+            "heldout.loss.adapter is 1.5, heldout.loss.base is 2 … left … 1.5 … right … 1.4",
         ),
-        ("0.5 < a.b.c", True, "a.b.c is 8: left is 0.5, right is 8"),
+        ("0.5 < a.b.c", True, "a.b.c is 8 … left … 0.5 … right … 8"),
         ("none.loss.base < 3", False, "none.loss.base has no value"),
         ("none.loss.base * 0 == 0", False, "none.loss.base has no value"),
         ("a.b.c < 3 + none.loss.base (ci)", False, "none.loss.base has no value"),
-        ("a.b.c / zero.loss.base > 3", False, "can't be computed: it divides by zero, or is out of range"),
-        ("zero.loss.base / zero.loss.base == 0", False, "can't be computed: it divides by zero, or is out of range"),
-        ("1 / 0 > a.b.c", False, "can't be computed: it divides by zero, or is out of range"),
-        ("a.b.c > 1 / (2 - 2)", False, "can't be computed: it divides by zero, or is out of range"),
-        ("1e200 * 1e200 > a.b.c", False, "can't be computed: it divides by zero, or is out of range"),
-        ("1 / zero.loss.base > 0 (ci)", False, "can't be computed: it divides by zero, or is out of range"),
+        ("a.b.c / zero.loss.base > 3", False, "… divides by zero … out of range"),
+        ("zero.loss.base / zero.loss.base == 0", False, "… divides by zero … out of range"),
+        ("1 / 0 > a.b.c", False, "… divides by zero … out of range"),
+        ("a.b.c > 1 / (2 - 2)", False, "… divides by zero … out of range"),
+        ("1e200 * 1e200 > a.b.c", False, "… divides by zero … out of range"),
+        ("1 / zero.loss.base > 0 (ci)", False, "… divides by zero … out of range"),
     ],
 )
 @pytest.mark.filterwarnings("error")
 def test_what_is_said_of_a_gate(text: str, passed: bool, sentence: str) -> None:
-    assert judged(text) == Gate(gate=text, where="eval.gates.0", passed=passed, sentence=sentence)
+    gate = judged(text)
+    assert gate == Gate(gate=text, where="eval.gates.0", passed=passed, sentence=gate.sentence)
+    assert gate.sentence == Like(sentence)
 
 
 @pytest.mark.filterwarnings("error")
@@ -337,14 +340,13 @@ def test_an_interval_is_of_the_difference() -> None:
     ends = np.percentile(made["heldout.loss.adapter"] - made["heldout.loss.base"], [2.5, 97.5])
     gate = judged("heldout.loss.adapter < heldout.loss.base (ci)", made)
     assert gate.passed
-    assert gate.sentence == (
-        "heldout.loss.adapter is 1.5, heldout.loss.base is 2; the 95% interval of left - right is "
-        f"[{ends[0]:.4g}, {ends[1]:.4g}], which is whole below 0"
+    assert gate.sentence == Like(
+        f"heldout.loss.adapter is 1.5, heldout.loss.base is 2 … 95% … [{ends[0]:.4g}, {ends[1]:.4g}] … below 0"
     )
     made["heldout.loss.base"] = np.random.default_rng(1).permutation(made["heldout.loss.base"])
     gate = judged("heldout.loss.adapter < heldout.loss.base (ci)", made)
     assert not gate.passed
-    assert gate.sentence.endswith("which is not whole below 0")
+    assert gate.sentence == Like("… not … below 0")
     assert judged("heldout.loss.adapter < heldout.loss.base", made).passed
 
 
@@ -378,7 +380,7 @@ def test_resamples_without_a_value_are_left_out_and_none_is_no_interval() -> Non
     assert "[1.05, 2.95]" in gate.sentence
     gate = judged("a.b.c > 0 (ci)", {"a.b.c": np.full(5, 2.0)})
     assert gate.passed
-    assert "[2, 2] (without width, as no row differs from the others), which is whole above 0" in gate.sentence
+    assert gate.sentence == Like("… [2, 2] … width … above 0")
     gate = judged("a.b.c > 0 (ci)", {"a.b.c": np.full(5, math.nan)})
     assert (gate.passed, gate.sentence) == (False, "has no interval")
 
@@ -392,7 +394,7 @@ def test_resamples_that_divide_by_zero_count_against_a_gate(text: str, compariso
     gate = judged(text.format(comparison), {"a.b.c": made})
     assert (gate.passed, gate.sentence) == (
         False,
-        "has no 95% interval: it divides by zero, or is out of range, in 0.4 of the resamples",
+        Like("… no 95% interval … divides by zero … 0.4"),
     )
 
 
@@ -407,7 +409,7 @@ def test_few_resamples_that_divide_by_zero_leave_an_interval() -> None:
     ):
         gate = judged(text, {"a.b.c": made})
         assert gate.passed is passed
-        assert "the 95% interval of left - right is [" in gate.sentence
+        assert gate.sentence == Like("… 95% interval … [")
     # the interval's end is that of all resamples, the infinite ones among them
     with np.errstate(divide="ignore"):
         end = np.percentile(1 / made, 97.5)
@@ -420,23 +422,23 @@ def test_few_resamples_that_divide_by_zero_leave_an_interval() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("heldout.loss.adaptor < 1", "no figure 'heldout.loss.adaptor'; did you mean 'heldout.loss.adapter'?"),
-        ("test.f1.adapter < 1", "no figure 'test.f1.adapter': there is no set test (there are: heldout, other)"),
-        ("other.rougue.base < 1", "no figure 'other.rougue.base': there is no metric rougue (there are: loss, bleu)"),
-        ("other.loss.x < 1", "no figure 'other.loss.x': there is no model x (there are: adapter, base)"),
+        ("heldout.loss.adaptor < 1", "no figure 'heldout.loss.adaptor' … 'heldout.loss.adapter'"),
+        ("test.f1.adapter < 1", "no figure 'test.f1.adapter' … set test … heldout, other"),
+        ("other.rougue.base < 1", "no figure 'other.rougue.base' … metric rougue … loss, bleu"),
+        ("other.loss.x < 1", "no figure 'other.loss.x' … model x … adapter, base"),
         ("other.bleu.adapter < 1", "no figure 'other.bleu.adapter'"),
-        ("1 < baseline.heldout.loss.adapter", "baseline.heldout.loss.adapter: there is no baseline; name an earlier"),
+        ("1 < baseline.heldout.loss.adapter", "baseline.heldout.loss.adapter: … no baseline"),
     ],
 )
 def test_a_figure_that_there_is_none_of(text: str, said: str) -> None:
     known = ["heldout.loss.adapter", "other.bleu.base"]
     with pytest.raises(UsageError) as caught:
         parse(text).check("eval.gates.3", known, None)
-    assert str(caught.value).startswith(f"eval.gates.3: {said}")
+    assert str(caught.value) == Like(f"eval.gates.3: {said}")
     assert str(caught.value).isprintable()
     gate = judge(parse(text), "eval.gates.3", dict.fromkeys(known, 1.0), lambda _: None)
     assert not gate.passed, "what was measured by then is reported all the same"
-    assert gate.sentence.startswith(said)
+    assert gate.sentence == Like(said)
 
 
 def test_figures_of_the_baseline_are_fixed_values() -> None:
@@ -451,7 +453,7 @@ def test_figures_of_the_baseline_are_fixed_values() -> None:
     assert (gate.passed, gate.sentence) == (False, "baseline.heldout.exact_match.adapter has no value")
     gate = judged("a.b.c > baseline.a.b.c", baseline=before)
     assert not gate.passed
-    assert gate.sentence.startswith("no figure 'baseline.a.b.c': there is no set a (there are: ")
+    assert gate.sentence == Like("no figure 'baseline.a.b.c' … set a")
 
 
 # --- an earlier evaluation ------------------------------------------------------------------------
@@ -466,16 +468,16 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "can't be read as results of an evaluation: [Errno 2] No such file or directory"),
-        (b"", "can't be read as results of an evaluation: Expecting value"),
-        (b"loss: 3\n", "can't be read as results of an evaluation: Expecting value"),
-        (b"\xff\xfe\x00", "can't be read as results of an evaluation: 'utf-8' codec can't decode"),
-        (b"[" * 100_000, "can't be read as results of an evaluation: "),
-        (b"[1, 2]", "has results_version None, and this lorafit reads 3"),
-        (b"{}", "has results_version None, and this lorafit reads 3"),
-        (b'{"results_version": 1}', "has results_version 1, and this lorafit reads 3"),
-        (b'{"results_version": "2"}', "has results_version '2', and this lorafit reads 3"),
-        (b'{"results_version": "a\\nb"}', r"has results_version 'a\nb', and this lorafit reads 3"),
+        (None, "can't be read … No such file"),
+        (b"", "can't be read"),
+        (b"loss: 3\n", "can't be read"),
+        (b"\xff\xfe\x00", "can't be read … utf-8"),
+        (b"[" * 100_000, "can't be read"),
+        (b"[1, 2]", "… results_version None … 3"),
+        (b"{}", "… results_version None … 3"),
+        (b'{"results_version": 1}', "… results_version 1 … 3"),
+        (b'{"results_version": "2"}', "… results_version '2' … 3"),
+        (b'{"results_version": "a\\nb"}', r"… results_version 'a\nb' … 3"),
         (b'{"results_version": 3}', "run: Field required"),
     ],
 )
@@ -485,7 +487,7 @@ def test_what_is_said_of_what_are_no_results(content: bytes | None, said: str, t
         path.write_bytes(content)
     with pytest.raises(UsageError) as caught:
         load_results(path)
-    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value) == Like(f"{path}: {said}")
     assert str(caught.value).isprintable()
 
 
@@ -495,9 +497,7 @@ def test_a_field_that_is_wrong_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(made))
     with pytest.raises(UsageError) as caught:
         load_results(path)
-    assert str(caught.value).startswith(
-        rf"{path}: figures.heldout\n.loss.adapter.value: Input should be a valid number"
-    )
+    assert str(caught.value).startswith(rf"{path}: figures.heldout\n.loss.adapter.value: ")
     assert str(caught.value).isprintable()
     with pytest.raises(UsageError, match="can't be read"):
         load_results(tmp_path)
@@ -537,8 +537,8 @@ def test_what_was_before_is_said() -> None:
     (gate,) = regression_gates(
         results({"s.loss.adapter": (2.0, 1.7, 2.3)}), results({"s.loss.adapter": (1.5, 1.1, 1.9)})
     )
-    assert gate.gate == "s.loss.adapter no worse than before"
-    assert gate.sentence == "s.loss.adapter is 2 and was 1.5; 0.5 is within noise"
+    assert gate.gate == Like("s.loss.adapter")
+    assert gate.sentence == Like("s.loss.adapter … 2 … 1.5 … 0.5 … noise")
 
 
 def test_only_main_figures_that_both_have_are_compared() -> None:
@@ -564,18 +564,18 @@ def test_only_main_figures_that_both_have_are_compared() -> None:
 def test_a_figure_that_lost_its_value_is_worse_than_before() -> None:
     """A loss that is no number any more, say."""
     (gate,) = regression_gates(results({"s.loss.adapter": None}), results({"s.loss.adapter": 1.5}))
-    assert (gate.passed, gate.sentence) == (False, "s.loss.adapter has no value and was 1.5")
+    assert (gate.passed, gate.sentence) == (False, Like("s.loss.adapter … no value … 1.5"))
 
 
 def test_other_rows_than_before_are_told() -> None:
     now, before = results({"s.loss.adapter": 1.5}), results({"s.loss.adapter": 1.5})
     fewer = now.figures["s.loss.adapter"].model_copy(update={"rows": 3})
     (gate,) = regression_gates(now.model_copy(update={"figures": {"s.loss.adapter": fewer}}), before)
-    assert gate.sentence.endswith("(other rows: 3 now, 10 then)")
+    assert gate.sentence == Like("… rows … 3 … 10")
 
 
 def test_nothing_to_compare_is_an_error() -> None:
-    with pytest.raises(UsageError, match=r"^--baseline: has none of this evaluation's figures, so there is nothing"):
+    with pytest.raises(UsageError, match=r"^--baseline: .*none .*figures"):
         check_comparable({"heldout.loss.adapter"}, results({"other.loss.adapter": 1.0, "heldout.loss.base": 1.0}))
     check_comparable({"heldout.loss.adapter"}, results({"heldout.loss.adapter": 1.0}))
 

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from wording import Like
 
 from lorafit.errors import LorafitError, ModelError, UsageError
 from lorafit.judge import Pair, Verdict, compare, endpoint_of, position_bias
@@ -219,7 +220,7 @@ def test_an_endpoint_that_stays_broken_is_given_up(key: str) -> None:
             ask(endpoint, api_key_env=key)
         assert len(endpoint.asked) == 3
     message = str(caught.value)
-    assert "answers 500 after 3 tries: out of" in message
+    assert message == Like("… 500 … 3 tries")
     assert message.isprintable()
     assert len(message) < 320
 
@@ -230,7 +231,7 @@ def test_the_key_is_sent_and_never_shown(key: str, capfd: pytest.CaptureFixture[
 
     with serving(echo) as endpoint:
         judge = asked(endpoint.url, api_key_env=key)
-        with pytest.raises(UsageError, match="answers 401; the key in JUDGE_KEY is refused") as caught:
+        with pytest.raises(UsageError, match=r"401.*JUDGE_KEY") as caught:
             list(compare(judge, [pair()]))
         assert endpoint.headers[0]["Authorization"] == f"Bearer {KEY}"
     shown = "".join(traceback.format_exception(caught.value)) + repr(judge) + repr(caught.value)
@@ -271,7 +272,7 @@ def test_an_endpoint_that_does_not_reply() -> None:
     hold = threading.Event()
     try:
         with serving(lambda *_: hold.wait(10) and "A") as endpoint:
-            with pytest.raises(ModelError, match=r"did not reply in 0\.05 s \(eval\.judge\.timeout\)"):
+            with pytest.raises(ModelError, match=r"0\.05 s .*eval\.judge\.timeout"):
                 ask(endpoint, timeout=0.05)
             hold.set()
     finally:
@@ -288,7 +289,7 @@ def test_an_endpoint_that_is_not_there() -> None:
 def test_a_model_or_path_that_the_endpoint_does_not_know() -> None:
     with (
         serving(lambda *_: (404, {}, b"no such model")) as endpoint,
-        pytest.raises(UsageError, match=r"base_url and model 'judge-1': no such model"),
+        pytest.raises(UsageError, match=r"base_url .*'judge-1': no such model"),
     ):
         ask(endpoint)
 
@@ -321,7 +322,7 @@ def test_addresses_that_are_refused(url: str, problem: str) -> None:
 def test_plain_http_only_near_by_and_never_with_a_key_elsewhere(key: str) -> None:
     for url in ("http://localhost:1/v1", "http://192.168.0.7/v1", "http://[::1]:8000/v1", "https://example.com/v1"):
         endpoint_of(asked(url, api_key_env=key))
-    with pytest.raises(UsageError, match=r"the key would go to example\.com unencrypted"):
+    with pytest.raises(UsageError, match=r"key .*example\.com unencrypted"):
         endpoint_of(asked("http://example.com/v1", api_key_env=key))
 
 

@@ -213,7 +213,7 @@ def test_json_schema(schema: Any) -> None:
 def test_json_schema_has_the_draft_that_it_names(schema: Any) -> None:
     """A list under `items` is of the first elements up to draft 2019-09; later ones call it prefixItems."""
     assert score(schema({"$schema": DRAFT_7, "items": [{"type": "string"}]}), '["a", 1]') == 1
-    with pytest.raises(UsageError, match=r"no valid JSON Schema: at \$\.items"):
+    with pytest.raises(UsageError, match=r"JSON Schema.* \$\.items"):
         make_metric(schema({"items": [{"type": "string"}]}))
 
 
@@ -237,7 +237,7 @@ def test_json_schema_fetches_nothing(where: Any, schema: Any, tmp_path: Path, mo
     other = tmp_path / "other.json"
     other.write_text(json.dumps(CITY), encoding="utf-8")
     for reference in ("http://127.0.0.1:9/schema.json", other.as_uri(), "other.json"):
-        with pytest.raises(UsageError, match=r"other\.json is not in this file|9/schema\.json is not in this file"):
+        with pytest.raises(UsageError, match=r"(other|9/schema)\.json .*\bfile\b"):
             make_metric(schema(where(reference)))
     assert not connected
 
@@ -248,20 +248,20 @@ def test_json_schema_reference_seen_only_by_some_answers(schema: Any) -> None:
         schema({"unknown": {"$ref": "http://127.0.0.1:9/x"}, "properties": {"a": {"$ref": "#/unknown"}}})
     )
     assert metric.score(Judged("{}", "")) == 1
-    with pytest.raises(UsageError, match="9/x is not in this file"):
+    with pytest.raises(UsageError, match=r"9/x .*\bfile\b"):
         metric.score(Judged('{"a": 1}', ""))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "schema.json is not JSON: Expecting property name"),
-        ("5", "schema.json is no valid JSON Schema"),
-        ({"type": "objekt"}, r"no valid JSON Schema: at \$\.type: 'objekt'"),
-        ({"pattern": "("}, r"no valid JSON Schema: at \$\.pattern"),
-        ({"$schema": "http://example.com/own"}, "no known draft of JSON Schema: http://example.com/own"),
-        ({"$schema": 5}, "no known draft of JSON Schema: 5"),
-        ({"$ref": "#/$defs/nothing"}, "nothing is not in this file"),
+        ("{", "schema.json .*not JSON"),
+        ("5", "schema.json .*JSON Schema"),
+        ({"type": "objekt"}, r"JSON Schema.* \$\.type: 'objekt'"),
+        ({"pattern": "("}, r"JSON Schema.* \$\.pattern"),
+        ({"$schema": "http://example.com/own"}, "draft .*http://example.com/own"),
+        ({"$schema": 5}, "draft .*: 5"),
+        ({"$ref": "#/$defs/nothing"}, "nothing .*file"),
         ({"$ref": "#"}, "leads to itself"),
     ],
 )
@@ -271,33 +271,33 @@ def test_wrong_json_schema(content: Any, message: str, schema: Any) -> None:
 
 
 def test_missing_json_schema(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.json can't be read: No such file or directory"):
+    with pytest.raises(UsageError, match=r"none\.json .*No such file"):
         make_metric({"json_schema": str(tmp_path / "none.json")})
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("exact_macth", "no metric 'exact_macth'; did you mean exact_match.* There are .*rouge_1"),
-        ("zzzz", "no metric 'zzzz'; there are .*exact_match.*module:function"),
+        ("exact_macth", "no metric 'exact_macth'.* exact_match.*rouge_1"),
+        ("zzzz", "no metric 'zzzz'.*exact_match.*module:function"),
         ({"zzzz": "x"}, "no metric 'zzzz'"),
-        ("regex", "regex needs an argument: write `regex: PATTERN`"),
-        ("json_schema", "json_schema needs an argument: write `json_schema: PATH`"),
-        ({"regex": "(a"}, r"'\(a' is no regular expression: missing \), unterminated subpattern at position 0"),
-        ({"contains": ""}, "contains: the argument is empty"),
-        ({"exact_match": "x"}, "exact_match takes no argument: write `exact_match`"),
-        ({"regex": "a", "contains": "b"}, "one name or one `name: argument`, not {'regex': 'a', 'contains': 'b'}"),
-        ({}, "one name or one `name: argument`, not {}"),
-        ("regex:^a", "an argument stands outside of quotes: `regex: \\^a`"),
-        ({"my_own:f": "x"}, "a metric of your own takes no argument"),
+        ("regex", "regex .*argument.*`regex: PATTERN`"),
+        ("json_schema", "json_schema .*argument.*`json_schema: PATH`"),
+        ({"regex": "(a"}, r"'\(a' .*regular expression.*position 0"),
+        ({"contains": ""}, "contains: .*argument .*empty"),
+        ({"exact_match": "x"}, "exact_match .*argument.*`exact_match`"),
+        ({"regex": "a", "contains": "b"}, "`name: argument`.* {'regex': 'a', 'contains': 'b'}"),
+        ({}, "`name: argument`.* {}"),
+        ("regex:^a", "argument .*quotes.*`regex: \\^a`"),
+        ({"my_own:f": "x"}, "your own .*argument"),
         ("my own:f", "named module:function"),
         (".my_own:f", "named module:function"),
         ("my_own:größe", "named module:function"),
-        ("my_own:exact_match", "there is a figure exact_match already"),
-        ("my_own:length", "there is a figure length already"),
-        ("my_own_missing:f", "my_own_missing can't be imported: ModuleNotFoundError: No module named"),
-        ("json:nothing", "json has no function nothing"),
-        ("json:dumps", r"has to take \(answer, expected\) or \(answer, expected, row\)"),
+        ("my_own:exact_match", "figure exact_match already"),
+        ("my_own:length", "figure length already"),
+        ("my_own_missing:f", "my_own_missing .*import.*ModuleNotFoundError"),
+        ("json:nothing", "json .*function nothing"),
+        ("json:dumps", r"\(answer, expected\) .*\(answer, expected, row\)"),
     ],
 )
 def test_refused(spec: MetricSpec, message: str) -> None:
@@ -316,13 +316,13 @@ def test_refused(spec: MetricSpec, message: str) -> None:
 )
 def test_missing_package(spec: MetricSpec, module: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UsageError, match=rf"needs the package {package}: pip install 'lorafit\[eval\]'"):
+    with pytest.raises(UsageError, match=rf"package {package}.*pip install 'lorafit\[eval\]'"):
         make_metric(spec)
 
 
 def test_two_of_one_name() -> None:
     assert [metric.info.name for metric in make_metrics(["words", {"regex": "a"}])] == ["words", "regex"]
-    with pytest.raises(UsageError, match="two metrics of a set are named regex"):
+    with pytest.raises(UsageError, match=r"two metrics .*regex"):
         make_metrics([{"regex": "a"}, {"regex": "b"}])
 
 
@@ -344,13 +344,13 @@ def test_own_metrics(own: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("raise KeyError('x')", "failed on the row with the prompt 'How are you\\? aaaa.*…': KeyError: 'x'"),
-        ("return '1'", "returned '1' on the row .*; it must return a finite number, bool or None"),
-        ("return [1]", r"returned \[1\] on the row"),
-        ("return 1j", "returned 1j on the row"),
-        ("return float('nan')", "returned nan on the row"),
-        ("return float('inf')", "returned inf on the row"),
-        ("return 10**400", "returned 1000.* on the row"),
+        ("raise KeyError('x')", "failed .*'How are you\\? aaaa.*…'.*KeyError: 'x'"),
+        ("return '1'", "returned '1' .*finite.*None"),
+        ("return [1]", r"returned \[1\] .*row"),
+        ("return 1j", "returned 1j .*row"),
+        ("return float('nan')", "returned nan .*row"),
+        ("return float('inf')", "returned inf .*row"),
+        ("return 10**400", "returned 1000.* .*row"),
     ],
 )
 def test_own_metric_that_fails(body: str, message: str, own: Any) -> None:
@@ -363,20 +363,20 @@ def test_own_metric_that_fails(body: str, message: str, own: Any) -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("def f(:", "can't be imported: SyntaxError"),
+        ("def f(:", "import.*SyntaxError"),
         (
             "import nothing_of_this_name",
-            "can't be imported: ModuleNotFoundError: No module named 'nothing_of_this_name'",
+            "import.*ModuleNotFoundError.*'nothing_of_this_name'",
         ),
-        ("1 / 0", "can't be imported: ZeroDivisionError"),
-        ("f = 5", "has no function f"),
-        ("def f(answer): return 1", "has to take"),
-        ("def f(a, b, c, d): return 1", "has to take"),
+        ("1 / 0", "import.*ZeroDivisionError"),
+        ("f = 5", "function f"),
+        ("def f(answer): return 1", "take .*answer, expected"),
+        ("def f(a, b, c, d): return 1", "take .*answer, expected"),
     ],
 )
 def test_own_metric_that_can_not_be_had(code: str, message: str, own: Any) -> None:
     path = list(sys.path)
-    with pytest.raises(UsageError, match=f"metric my_own_metrics:f: .*{message}"):
+    with pytest.raises(UsageError, match=rf"metric my_own_metrics:f: .*{message}"):
         make_metric(own(code) + ":f")
     assert sys.path == path
 
@@ -409,7 +409,7 @@ def test_no_metric_has_the_name_of_another_figure() -> None:
 
     for metric in OWN:
         assert metric.name not in METRICS
-        with pytest.raises(UsageError, match=f"there is a figure {metric.name} already"):
+        with pytest.raises(UsageError, match=f"figure {metric.name} already"):
             make_metric(f"my_own:{metric.name}")
 
 
@@ -417,7 +417,7 @@ def test_an_expression_that_takes_too_long_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(bounds, "LONGEST", 0.2)
     metric = make_metric({"regex": "(a+)+$"})
     assert metric.score(Judged(answer="aaa", expected="")) == 1
-    with pytest.raises(UsageError, match=r"'\(a\+\)\+\$': an answer takes longer than 0.2 seconds"):
+    with pytest.raises(UsageError, match=r"'\(a\+\)\+\$'.* 0.2 seconds"):
         metric.score(Judged(answer="a" * 60 + "b", expected=""))
     assert metric.score(Judged(answer="b", expected="")) == 0
 

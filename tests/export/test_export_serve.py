@@ -88,7 +88,7 @@ def test_the_rank_is_rounded_up_to_one_that_it_takes(tmp_path: Path) -> None:
         (
             {"q_proj": 4, "v_proj": 8},
             {"rank_pattern": {"q_proj": 4}},
-            "by 2, which is wrong for 1 of 2",
+            "1 of 2",
         ),
         (None, {"alpha_pattern": {"v_proj": 3}}, "first model.layers.0.self_attn.v_proj"),
     ],
@@ -107,7 +107,7 @@ def test_what_it_does_not_serve(
     "changes", [{"r": "x"}, {"lora_alpha": "x"}, {"alpha_pattern": {"((": 4}}, {"alpha_pattern": [1]}]
 )
 def test_fields_that_can_not_be_used(changes: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"adapter_config\.json: (r, lora_alpha or a pattern|an expression)"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json: (r, lora_alpha|an expression)"):
         check_vllm(make_adapter(tmp_path / "a", **changes))
 
 

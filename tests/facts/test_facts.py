@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import Like
 
 from lorafit.errors import ModelError
 from lorafit.facts import gguf_header, hub, hub_unreachable, known_models, layout, read_facts, stored_tensors
@@ -229,7 +230,7 @@ class TestHub:
     def test_an_unknown_model_offline_is_one_line(self) -> None:
         with pytest.raises(ModelError) as caught:
             read_facts("someone/some-model-that-is-not-cached")
-        assert "someone/some-model-that-is-not-cached: config.json is not in the cache" in str(caught.value)
+        assert "someone/some-model-that-is-not-cached: config.json " in str(caught.value)
         assert "HF_HUB_OFFLINE is set" in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -240,7 +241,7 @@ class TestHub:
         self.cached(monkeypatch, write_model(tmp_path))
         facts = read_facts("someone/model")
         assert facts.kind == "hub"
-        assert "headers of 1 safetensors file" in facts.source
+        assert "1 safetensors file" in facts.source
 
     def test_half_a_download_is_planned_from_the_configuration(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -304,7 +305,7 @@ class TestFolder:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
         facts = read_facts(str(tmp_path))
         assert {tensor.name for tensor in facts.tensors} == set(names)
-        assert facts.source == "the headers of 2 safetensors files"
+        assert facts.source == Like("… headers … 2 safetensors files")
         (tmp_path / "model-2.safetensors").unlink()
         with pytest.raises(ModelError, match=r"model-2.safetensors is missing"):
             read_facts(str(tmp_path))
@@ -355,11 +356,11 @@ class TestFolder:
         ("files", "message"),
         [
             ({}, "has no config.json"),
-            ({"adapter_config.json": "{}"}, "an adapter: name its base model instead"),
-            ({"config.json": "{"}, "can't be read as JSON"),
+            ({"adapter_config.json": "{}"}, "adapter: .*base model"),
+            ({"config.json": "{"}, "JSON"),
             ({"config.json": "[1]"}, "expected an object"),
-            ({"config.json": "[" * 100_000}, "can't be read as JSON"),
-            ({"config.json": "\ud83d"}, "can't be read as JSON"),
+            ({"config.json": "[" * 100_000}, "JSON"),
+            ({"config.json": "\ud83d"}, "JSON"),
             ({"config.json": json.dumps(LLAMA), "tokenizer_config.json": "no"}, "tokenizer_config.json: can't be read"),
             ({"config.json": json.dumps(LLAMA), "model.safetensors.index.json": "{}"}, "expected a weight_map"),
         ],
@@ -374,7 +375,7 @@ class TestFolder:
 
     def test_a_file_of_another_kind(self, tmp_path: Path) -> None:
         (tmp_path / "model.bin").write_bytes(b"x")
-        with pytest.raises(ModelError, match="another kind of file"):
+        with pytest.raises(ModelError, match="kind of file"):
             read_facts(str(tmp_path / "model.bin"))
 
     def test_strange_values_do_not_break_the_reading(self, tmp_path: Path) -> None:
@@ -455,7 +456,7 @@ def fails_fast(call: Callable[[], Any]) -> str:
 def test_broken_safetensors_are_one_line(how: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     BROKEN[how](tmp_path / "model.safetensors")
-    assert "model.safetensors: not a whole safetensors file" in fails_fast(lambda: read_facts(str(tmp_path)))
+    assert "model.safetensors: not a whole" in fails_fast(lambda: read_facts(str(tmp_path)))
 
 
 def test_a_large_file_with_a_large_header_is_not_read_into_memory(tmp_path: Path) -> None:
@@ -547,7 +548,7 @@ class TestGguf:
         assert {t.name: t.shape for t in read_facts(str(tmp_path / "m.gguf")).tensors} == real
 
     def test_other_architectures_are_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"architecture 'falcon' are not supported; these are: llama, mistral"):
+        with pytest.raises(ModelError, match=r"architecture 'falcon' .*llama, mistral"):
             read_facts(str(write_gguf(tmp_path / "m.gguf", "falcon")))
 
     def test_sizes_that_cannot_be(self, tmp_path: Path) -> None:
@@ -559,7 +560,7 @@ class TestGguf:
         file = tmp_path / "cut.gguf"
         for size in {*range(0, len(whole) - 600, 13), len(whole) - 600}:
             file.write_bytes(whole[:size])
-            assert "not a whole GGUF file" in fails_fast(lambda: read_facts(str(file)))
+            assert "not a whole" in fails_fast(lambda: read_facts(str(file)))
 
     @pytest.mark.parametrize(
         "rest",
@@ -580,7 +581,7 @@ class TestGguf:
     def test_wrong_lengths_fail_fast(self, rest: bytes, tmp_path: Path) -> None:
         file = tmp_path / "m.gguf"
         file.write_bytes(b"GGUF" + rest)
-        assert "not a whole GGUF file" in fails_fast(lambda: read_facts(str(file)))
+        assert "not a whole" in fails_fast(lambda: read_facts(str(file)))
 
     def test_every_kind_of_value(self, tmp_path: Path) -> None:
         from gguf import GGUFWriter

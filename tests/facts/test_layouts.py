@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import Like
 
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, Tensor, layout, read_facts
@@ -236,7 +237,7 @@ def test_stored_names_are_told_as_the_loaded_ones(family: str, tmp_path: Path) -
     model = build(family, next(variant for name, variant in reversed(CASES) if name == family)).to_empty(device="cpu")
     model.save_pretrained(tmp_path)
     facts = read_facts(str(tmp_path))
-    assert facts.source == "the headers of 1 safetensors file"
+    assert facts.source == Like("… headers … 1 safetensors file")
     assert {(t.name, t.shape) for t in facts.tensors} == {(t.name, t.shape) for t in layout(facts.config)}
 
 
@@ -260,10 +261,10 @@ MOE = LLAMA | {"model_type": "qwen3_moe"}
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LLAMA | {"hidden_size": ...}, "of a llama model has no 'hidden_size'"),
+        (LLAMA | {"hidden_size": ...}, "llama model .*no 'hidden_size'"),
         (LLAMA | {"hidden_size": "many"}, "can't be right"),
         (LLAMA | {"num_hidden_layers": [2]}, "can't be right"),
-        (LLAMA | {"num_hidden_layers": 10**9}, "1000000000 is no number of hidden_layers"),
+        (LLAMA | {"num_hidden_layers": 10**9}, "1000000000 .*hidden_layers"),
         (LLAMA | {"vocab_size": -1}, "-1 is no size"),
         (LLAMA | {"vocab_size": 64.0}, "64.0 is no size"),
         (LLAMA | {"num_attention_heads": 0}, "can't be right"),
@@ -276,12 +277,12 @@ MOE = LLAMA | {"model_type": "qwen3_moe"}
         (MOE | {"model_type": "deepseek_v3", "first_k_dense_replace": "all"}, "can't be right"),
         (MOE | {"model_type": "deepseek_v2", "qk_rope_head_dim": None}, "can't be right"),
         (MOE | {"model_type": "qwen3_next", "layer_types": ["full_attention"]}, "can't be right"),
-        (MOE | {"model_type": "gemma3"}, "of a gemma3 model has no 'vision_config'"),
+        (MOE | {"model_type": "gemma3"}, "gemma3 model .*no 'vision_config'"),
         (
             MOE | {"model_type": "gemma3", "vision_config": 3, "text_config": 4},
-            "gemma3 model can't be right: vision_config is no",
+            "gemma3 model .*vision_config",
         ),
-        (MOE | {"model_type": "qwen3_5", "text_config": "none"}, "qwen3_5 model can't be right: text_config is no"),
+        (MOE | {"model_type": "qwen3_5", "text_config": "none"}, "qwen3_5 model .*text_config"),
     ],
     ids=str,
 )

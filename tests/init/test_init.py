@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import conversation, write_jsonl
 from typer.testing import CliRunner, Result
+from wording import Like
 
 import lorafit.cli.init
 from lorafit.cli import app
@@ -66,8 +67,8 @@ def test_long_rows_are_cut_only_where_nothing_else_helps(tmp_path: Path) -> None
     assert recipe.quantization is not None
     assert recipe.training.per_device_train_batch_size == 1
     assert recipe.training.max_length < 8192
-    assert "longer rows are cut (8192 would hold the longest seen)" in (tmp_path / "r.yaml").read_text()
-    assert "QLoRA, 1 x 8192 tokens at once, gradient checkpointing: " in done.stderr
+    assert (tmp_path / "r.yaml").read_text() == Like("… max_length: … cut … 8192")
+    assert "QLoRA, 1 x 8192 tokens" in done.stderr
     assert recipe.hardware is not None
     assert recipe.hardware.vram == "12GiB"
     assert fits(tmp_path / "r.yaml", "12GiB") == 0
@@ -94,7 +95,7 @@ def test_the_estimate_and_the_reasons_stand_in_the_recipe(tmp_path: Path, many: 
     asked = CliRunner().invoke(app, ["estimate-vram", str(tmp_path / "r.yaml"), "--gpu", "RTX 4090", "--json"])
     assert float(stated[1]) == pytest.approx(json.loads(asked.stdout)["asked"][0]["total"] / 2**30, abs=0.01)
     assert "extends" not in text
-    assert re.search(r"max_length: \d+ # the longest of the first rows has roughly \d+ tokens", text)
+    assert re.search(r"max_length: \d+ # .*longest .*\d+ tokens", text)
     assert "validation: 0.1 # " in text
 
 
@@ -173,7 +174,7 @@ def test_only_a_file_is_overwritten(tmp_path: Path, tiny_model: Path, rows: Path
     os.mkfifo(pipe)
     done = init(pipe, "--model", tiny_model, "--data", rows, "--cpu", "--force")
     assert (done.exit_code, pipe.is_fifo()) == (2, True)
-    assert "no file that can be replaced" in done.stderr
+    assert "no file" in done.stderr
 
 
 def test_any_name_of_data_can_stand_in_a_recipe(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
@@ -188,7 +189,7 @@ def test_rows_that_training_would_refuse_are_said(tmp_path: Path, tiny_model: Pa
     done = init(tmp_path / "r.yaml", "--model", tiny_model, "--data", rows, "--cpu")
     assert done.exit_code == 0
     assert "rows.jsonl:2: " in done.stderr
-    assert "`lorafit preview` counts such rows" in done.stderr
+    assert "`lorafit preview`" in done.stderr
 
 
 def test_it_says_how_to_go_on(tmp_path: Path, tiny_model: Path, rows: Path) -> None:
@@ -202,13 +203,13 @@ def test_it_says_how_to_go_on(tmp_path: Path, tiny_model: Path, rows: Path) -> N
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (("--model", "meta-llama/Meta-Llama-3-8B-Instuct", "--cpu"), 4, "download the model first"),
+        (("--model", "meta-llama/Meta-Llama-3-8B-Instuct", "--cpu"), 4, "download"),
         (("--model", "./nowhere", "--cpu"), 4, "no such folder"),
-        (("--model", LLAMA, "--gpu", "RTX 9999"), 2, "not a known GPU"),
-        (("--model", LLAMA, "--vram", "24"), 2, "the unit is missing"),
-        (("--model", LLAMA, "--vram", "2GiB"), 5, "does not fit in 2.00 GiB, even with QLoRA, 1 x 256 tokens"),
+        (("--model", LLAMA, "--gpu", "RTX 9999"), 2, "RTX 9999"),
+        (("--model", LLAMA, "--vram", "24"), 2, "unit"),
+        (("--model", LLAMA, "--vram", "2GiB"), 5, "2.00 GiB, "),
         (("--model", LLAMA, "--cpu", "--gpu", "T4"), 2, "exclude each other"),
-        (("--model", LLAMA, "--cpu", "--kind", "trl"), 2, "--kind says whose recipe --from is"),
+        (("--model", LLAMA, "--cpu", "--kind", "trl"), 2, "--from"),
     ],
 )
 def test_what_cannot_be_is_one_line(tmp_path: Path, rows: Path, options: tuple[str, ...], code: int, said: str) -> None:
@@ -221,7 +222,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, rows: Path, options: tuple[s
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "there are no rows"), ("{\n", "bad.jsonl:1: not JSON"), ('{"a": 1}\n', "fit no format")],
+    [("", "no rows"), ("{\n", "bad.jsonl:1: not JSON"), ('{"a": 1}\n', "fit no format")],
 )
 def test_rows_that_cannot_be_read_are_said(tmp_path: Path, tiny_model: Path, content: str, said: str) -> None:
     (tmp_path / "bad.jsonl").write_text(content)
@@ -234,7 +235,7 @@ def test_rows_that_cannot_be_read_are_said(tmp_path: Path, tiny_model: Path, con
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
     done = init(tmp_path / "no" / "r.yaml", "--model", "x/y", "--data", "d.jsonl", "--cpu")
     assert done.exit_code == 2
-    assert "there is no folder" in done.stderr
+    assert "no folder" in done.stderr
 
 
 def test_rows_on_the_hub_are_taken_on_trust(tmp_path: Path, tiny_model: Path) -> None:

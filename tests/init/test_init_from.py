@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import conversation, write_jsonl
 from typer.testing import CliRunner
+from wording import Like
 
 from lorafit.cli import app
 from lorafit.errors import UsageError
@@ -517,10 +518,8 @@ def test_what_axolotl_has_alone_is_listed_with_its_line(folder: Path) -> None:
     said = converted(folder, AXOLOTL_CHAT).said()
     file = folder / "other.yml"
     assert any(line.startswith(f"{file}:41: wandb_entity: no equivalent") for line in said)
-    assert any(line.startswith(f"{file}:43: deepspeed: no equivalent (") for line in said)
-    assert any(
-        line.startswith(f"{file}:45: sequance_len: unknown key of axolotl; did you mean sequence_len") for line in said
-    )
+    assert any(line.startswith(f"{file}:43: deepspeed: no equivalent") for line in said)
+    assert any(line == Like(f"{file}:45: sequance_len: … axolotl … sequence_len") for line in said)
     assert [line.split(": ")[1] for line in said] == [
         "wandb_project",
         "wandb_entity",
@@ -546,7 +545,7 @@ def test_axolotl_without_an_adapter_trains_all_weights(folder: Path) -> None:
     assert (texts["path"], texts["name"], texts["max_rows"]) == ("acme/texts", "english", 500)
     assert (texts["format"], texts["columns"]) == ("text", {"text": "body"})
     assert talks["format"] == "sharegpt"
-    assert made.fates["lora_r"] == "has no effect without an adapter"
+    assert made.fates["lora_r"] == Like("… no effect … adapter")
     template = Path(recipe["model"]["chat_template"])
     assert template == folder / "recipe.chatml.jinja"
     assert "<|im_start|>" in made.beside[template]
@@ -633,7 +632,7 @@ def test_llama_factory_qlora_with_its_own_defaults(folder: Path) -> None:
         },
     )
     said = "\n".join(made.said())
-    assert "dataset: 'far_away' is looked up in data/dataset_info.json, which is not here" in said
+    assert said == Like("… dataset: 'far_away' … data/dataset_info.json")
     assert "upcast_layernorm: no equivalent" in said
 
 
@@ -647,8 +646,8 @@ def test_llama_factory_in_full(folder: Path) -> None:
     assert recipe["training"]["gradient_checkpointing"] is False
     assert recipe["training"]["train_sampling_strategy"] == "group_by_length"
     said = "\n".join(made.said())
-    assert "template: 'some_template' is not shipped with lorafit" in said
-    assert "learnin_rate: unknown key of LLaMA-Factory; did you mean learning_rate" in said
+    assert "template: 'some_template' " in said
+    assert said == Like("… learnin_rate: … LLaMA-Factory … learning_rate")
 
 
 def test_trl_with_an_adapter(folder: Path) -> None:
@@ -766,27 +765,27 @@ def test_trl_in_full(folder: Path) -> None:
     assert recipe["training"]["max_length"] == 512
     assert recipe["training"]["warmup_ratio"] == 0.1
     assert [note.key for note in made.notes] == ["packing_strategy"]
-    assert "max_steps has the last word" in made.fates["num_train_epochs"]
+    assert "max_steps" in made.fates["num_train_epochs"]
 
 
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("axolotl-qlora", "rl: dpo", "rl: lorafit trains on answers (SFT) only"),
-        ("axolotl-qlora", "pretraining_dataset: [{path: x}]", "pretraining_dataset: lorafit does no pretraining"),
-        ("axolotl-qlora", "processor_type: AutoProcessor", "processor_type: lorafit trains on text only"),
-        ("axolotl-full", "adapter: llama-adapter", "adapter: lorafit has no llama-adapter"),
-        ("axolotl-full", "load_in_8bit: true", "load_in_8bit: quantized weights can't be trained without an adapter"),
-        ("factory-full", "stage: dpo", "stage: lorafit trains on answers (sft) only, not dpo"),
-        ("factory-full", "use_galore: true", "use_galore: lorafit trains with LoRA"),
-        ("trl-full", "load_in_4bit: true", "load_in_4bit: quantized weights can't be trained without an adapter"),
+        ("axolotl-qlora", "rl: dpo", "rl: … SFT"),
+        ("axolotl-qlora", "pretraining_dataset: [{path: x}]", "pretraining_dataset: "),
+        ("axolotl-qlora", "processor_type: AutoProcessor", "processor_type: … text"),
+        ("axolotl-full", "adapter: llama-adapter", "adapter: … llama-adapter"),
+        ("axolotl-full", "load_in_8bit: true", "load_in_8bit: … quantized … adapter"),
+        ("factory-full", "stage: dpo", "stage: … sft … dpo"),
+        ("factory-full", "use_galore: true", "use_galore: … LoRA"),
+        ("trl-full", "load_in_4bit: true", "load_in_4bit: … quantized … adapter"),
     ],
 )
 def test_another_kind_of_training_is_refused_with_its_line(folder: Path, kind: str, change: str, said: str) -> None:
     content = RECIPES[kind][1] + change + "\n"
     with pytest.raises(UsageError) as caught:
         converted(folder, content, RECIPES[kind][0])
-    assert str(caught.value).startswith(f"{folder / 'other.yml'}:{content.count(chr(10))}: {said}")
+    assert str(caught.value) == Like(f"{folder / 'other.yml'}:{content.count(chr(10))}: {said}")
     assert "\n" not in str(caught.value)
 
 
@@ -805,7 +804,7 @@ def test_often_an_epoch_becomes_steps_where_rows_can_be_counted(folder: Path) ->
 def test_often_an_epoch_is_listed_where_rows_are_packed(folder: Path) -> None:
     made = converted(folder, AXOLOTL_QLORA.replace("evals_per_epoch: 1", "evals_per_epoch: 4"))
     assert recipe_of(made.document().text(), "r.yaml").training.eval_strategy == "epoch"
-    assert any("evals_per_epoch: in steps it depends on the number of rows" in line for line in made.said())
+    assert any(line == Like("… evals_per_epoch: … rows") for line in made.said())
 
 
 def test_a_number_of_validation_rows_becomes_a_share(folder: Path) -> None:
@@ -818,24 +817,24 @@ def test_a_number_of_validation_rows_becomes_a_share(folder: Path) -> None:
     [
         ("base_model: a/b\nbase_model: c/d\n", "is given twice"),
         ("base_model: !!python/object:os.system x\n", "tags such as"),
-        ("- base_model\n", "expected a mapping of keys"),
-        ("base_model: a/b\nlearning_rate: fast\n", "other.yml:2: learning_rate: expected a number, got 'fast'"),
-        ("base_model: a/b\nmicro_batch_size: 1.5\n", "micro_batch_size: expected a whole number, got 1.5"),
-        ("base_model: a/b\nmicro_batch_size: 1\n", "datasets: there are none"),
+        ("- base_model\n", "mapping"),
+        ("base_model: a/b\nlearning_rate: fast\n", "other.yml:2: learning_rate: … number … 'fast'"),
+        ("base_model: a/b\nmicro_batch_size: 1.5\n", "micro_batch_size: … whole … 1.5"),
+        ("base_model: a/b\nmicro_batch_size: 1\n", "datasets: "),
         ("micro_batch_size: 1\nsequence_len: 12\n", "base_model: is missing"),
     ],
 )
 def test_what_cannot_be_read_is_said(folder: Path, content: str, said: str) -> None:
     with pytest.raises((UsageError, RecipeError)) as caught:
         converted(folder, content, "axolotl")
-    assert said in str(caught.value)
+    assert str(caught.value) == Like(f"… {said}")
 
 
 def test_keys_that_do_not_tell_ask_for_the_kind(folder: Path) -> None:
     ambiguous = "model_name_or_path: a/b\nlearning_rate: 1e-4\n"
     with pytest.raises(UsageError, match="--kind axolotl, llamafactory, trl"):
         converted(folder, ambiguous)
-    with pytest.raises(UsageError, match="did you mean trl"):
+    with pytest.raises(UsageError, match=r"trll.* trl\b"):
         converted(folder, ambiguous, "trll")
 
 
@@ -844,7 +843,7 @@ def test_the_command_writes_the_recipe_and_lists_the_rest(folder: Path) -> None:
     target = folder / "mine.yaml"
     done = CliRunner().invoke(app, ["init", str(target), "--from", str(folder / "axolotl.yml"), "--gpu", "RTX 4090"])
     assert done.exit_code == 0, done.output
-    assert "axolotl's, by its keys" in done.stderr
+    assert "axolotl's, " in done.stderr
     assert "axolotl.yml:43: deepspeed: no equivalent" in done.stderr
     assert f"lorafit train {target}" in done.stderr
     recipe = Recipe.load(target)
@@ -861,7 +860,7 @@ def test_a_recipe_whose_model_and_data_are_elsewhere_is_still_written(folder: Pa
     target = folder / "mine.yaml"
     done = CliRunner().invoke(app, ["init", str(target), "--from", str(folder / "o.yml")])
     assert done.exit_code == 0, done.output
-    assert "not ready to train: acme/not-here: config.json is not in the cache" in done.stderr
+    assert "acme/not-here: config.json " in done.stderr
     assert Recipe.load(target).model.name_or_path == "acme/not-here"
 
 
@@ -901,7 +900,7 @@ def test_what_makes_no_valid_recipe_is_said_of_the_other_one(folder: Path) -> No
     (folder / "o.yml").write_text(FACTORY_QLORA.replace("pissa_init: false", "pissa_init: true"))
     done = CliRunner().invoke(app, ["init", str(folder / "r.yaml"), "--from", str(folder / "o.yml")])
     assert done.exit_code == 2
-    assert "o.yml: can't be converted: lora.init_lora_weights: pissa_niter_16 changes the base's weights" in done.stderr
+    assert done.stderr == Like("… o.yml: … lora.init_lora_weights: pissa_niter_16")
     assert not (folder / "r.yaml").exists()
 
 
@@ -956,7 +955,7 @@ def test_axolotls_own_prompt_is_written_as_axolotl_writes_it(folder: Path, row: 
 
 
 def test_a_field_that_axolotl_does_not_fill_in_is_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"small.yml:9: datasets.0.type.format: \{question\}: axolotl fills in"):
+    with pytest.raises(UsageError, match=r"small.yml:9: datasets.0.type.format: \{question\}: "):
         axolotl(folder, "  - path: own.jsonl\n    type:\n      format: '{question}'\n")
 
 
@@ -1025,8 +1024,8 @@ def test_files_beside_the_recipe_are_not_overwritten_either(folder: Path) -> Non
 def test_of_hundreds_of_keys_only_those_that_are_alike_are_named(folder: Path) -> None:
     made, _ = axolotl(folder, "  - {path: a.jsonl, type: alpaca}\n", "zzz: 1\nsequence_length: 2\n")
     strange, alike = [line.partition(": ")[2] for line in made.said() if "unknown" in line]
-    assert strange == "zzz: unknown key of axolotl"
-    assert alike.startswith("sequence_length: unknown key of axolotl; did you mean sequence_len, ")
+    assert strange == Like("zzz: … unknown … axolotl")
+    assert alike == Like("sequence_length: … unknown … axolotl … sequence_len,")
 
 
 # --- values that look like "off" ------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from wording import Like
 
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, TokenizerFacts, layout
@@ -117,8 +118,8 @@ def because(plan: Plan, key: str) -> str:
     [
         (CPU, "float32", "a plain CPU", (False, False)),
         (CPU_BF16, "bfloat16", "has fast bfloat16 arithmetic", (True, False)),
-        (AMPERE, "bfloat16", "an A100 has fast bfloat16 arithmetic", (True, False)),
-        (T4, "float16", "a T4 has no bfloat16 arithmetic; the loss is scaled", (False, True)),
+        (AMPERE, "bfloat16", "A100", (True, False)),
+        (T4, "float16", "T4", (False, True)),
     ],
 )
 def test_dtype(planner: Planner, hardware: Hardware, dtype: str, reason: str, flags: tuple[bool, bool]) -> None:
@@ -128,7 +129,7 @@ def test_dtype(planner: Planner, hardware: Hardware, dtype: str, reason: str, fl
     assert (plan.training.bf16, plan.training.fp16) == flags
     assert plan.quantization_kwargs is not None
     assert plan.quantization_kwargs["bnb_4bit_compute_dtype"] == dtype
-    assert because(plan, "quantization.bnb_4bit_compute_dtype") == "as the model's dtype"
+    assert because(plan, "quantization.bnb_4bit_compute_dtype") == Like("… dtype")
     assert plan.adapter_dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
     assert plan.training_kwargs["use_cpu"] is (hardware.device == "cpu")
 
@@ -148,7 +149,7 @@ def test_training_in_full_keeps_float32_weights(planner: Planner, hardware: Hard
 
 def test_bfloat16_where_it_is_slow_is_remarked_on(planner: Planner) -> None:
     plan = planner(T4, model={"dtype": "bfloat16"})
-    assert any("bfloat16 is slow on a T4" in remark for remark in plan.remarks)
+    assert any(remark == Like("… bfloat16 … slow … T4") for remark in plan.remarks)
     assert not planner(AMPERE, model={"dtype": "bfloat16"}).remarks
 
 
@@ -156,7 +157,7 @@ def test_attention(planner: Planner) -> None:
     assert planner().attention == "sdpa"
     gemma = planner(facts=facts_of(model_type="gemma2"))
     assert gemma.attention == "eager"
-    assert "does not run gemma2 models with sdpa" in because(gemma, "model.attn_implementation")
+    assert because(gemma, "model.attn_implementation") == Like("… gemma2 … sdpa")
     flash = planner(AMPERE, model={"attn_implementation": "flash_attention_2"})
     assert flash.attention == "flash_attention_2"
     assert planner(HOPPER, lora=..., model={"attn_implementation": "flash_attention_3"}).training.bf16
@@ -253,7 +254,7 @@ def test_warmup(planner: Planner) -> None:
 def test_max_length_follows_a_short_context(planner: Planner) -> None:
     plan = planner(facts=facts_of(max_position_embeddings=512))
     assert plan.data.max_length == 512
-    assert because(plan, "training.max_length") == "the model's context is shorter than 2048 tokens"
+    assert because(plan, "training.max_length") == Like("… context … 2048")
 
 
 def test_targets_and_counts(planner: Planner) -> None:
@@ -278,7 +279,7 @@ def test_what_quantization_leaves_alone_is_said(planner: Planner) -> None:
     assert any("leaves experts in bfloat16" in remark for remark in plan.remarks)
     assert not any("leaves experts" in remark for remark in planner(AMPERE, **QLORA).remarks)
     falcon = facts_of(model_type="falcon", multi_query=True, parallel_attn=True, bias=False)
-    with pytest.raises(RecipeError, match="nothing would be quantized"):
+    with pytest.raises(RecipeError, match=r"nothing .*quantized"):
         planner(AMPERE, facts=falcon, **QLORA)
 
 
@@ -288,7 +289,7 @@ def test_models_of_unknown_layout_are_planned_with_a_remark(planner: Planner) ->
     assert plan.lora_kwargs is not None
     assert plan.lora_kwargs["target_modules"] == "all-linear"
     assert plan.trainable_parameters == 0
-    assert any("are checked when the model loads" in remark for remark in plan.remarks)
+    assert any("model loads" in remark for remark in plan.remarks)
 
 
 def test_padding_and_ends_of_turns(planner: Planner) -> None:
@@ -298,12 +299,12 @@ def test_padding_and_ends_of_turns(planner: Planner) -> None:
     plan = planner(dataset=chat)
     assert plan.choices["end of turn"].value == "<|im_end|>"
     assert plan.choices["padding token"].value == "<pad>"
-    assert because(plan, "dataset.train.0.format") == "the rows have 'messages'"
+    assert because(plan, "dataset.train.0.format") == Like("… 'messages'")
     plan = planner(facts=facts_of(TokenizerFacts("</s>", None, None, "{{ messages[1].content }}")), dataset=chat)
     assert plan.choices["padding token"].value == plan.choices["end of turn"].value == "</s>"
-    assert "the end token is added and learned" in because(plan, "end of turn")
+    assert because(plan, "end of turn") == Like("… end token … learned")
     plan = planner(facts=facts_of(TokenizerFacts("</s>", "</s>", None, CHATML)), dataset=chat)
-    assert "same as the end token" in because(plan, "padding token")
+    assert "end token" in because(plan, "padding token")
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -328,13 +329,12 @@ training:
 """,
     )
     assert mistakes == [
-        "3:10: model.dtype: float16 can't be trained on a CPU; use auto",
-        "4:24: model.attn_implementation: flash_attention_2 needs a CUDA GPU; use auto",
-        "6:20: lora.target_modules.0: 'q_porj' matches no linear layer of the model; did you mean q_proj, v_proj, "
-        "o_proj?",
-        "10:14: dataset.train.0.split: is for hub data sets; this is a local path",
-        "12:15: training.max_length: 5000 is above the model's context of 4096 tokens",
-        "13:10: training.optim: paged_adamw_8bit needs a CUDA GPU, and this is a CPU; use auto or adamw_torch_fused",
+        Like("3:10: model.dtype: float16 … CPU … auto"),
+        Like("4:24: model.attn_implementation: flash_attention_2 … GPU … auto"),
+        Like("6:20: lora.target_modules.0: 'q_porj' … q_proj, v_proj, o_proj"),
+        Like("10:14: dataset.train.0.split: … hub … local path"),
+        Like("12:15: training.max_length: 5000 … context … 4096"),
+        Like("13:10: training.optim: paged_adamw_8bit … GPU … auto … adamw_torch_fused"),
     ]
 
 
@@ -346,28 +346,28 @@ training:
             CPU,
             FACTS,
             {"quantization": {"load_in_4bit": True}, "lora": {"init_lora_weights": "loftq", "lora_alpha": 16}},
-            "init_lora_weights: PEFT computes loftq on a GPU",
+            "init_lora_weights: .*loftq .*GPU",
         ),
         (AMPERE, FACTS, {"model": {"attn_implementation": "flash_attention_3"}}, "needs compute capability 9.0"),
         (
             AMPERE,
             FACTS,
             {"model": {"attn_implementation": "flash_attention_2", "dtype": "float32"}},
-            "does not compute in float32",
+            "flash_attention_2.*float32",
         ),
         (CPU, facts_of(model_type="gemma2"), {"model": {"attn_implementation": "sdpa"}}, "does not run gemma2"),
-        (AMPERE, FACTS, {"model": {"dtype": "float16"}, "lora": ...}, "float16 weights can't be trained in full"),
+        (AMPERE, FACTS, {"model": {"dtype": "float16"}, "lora": ...}, "float16 weights .*in full"),
         (
             dataclasses.replace(AMPERE, world_size=4),
             FACTS,
             {"training": {"global_batch_size": 6}},
-            "6 is not a multiple of 1 rows x 4 processes",
+            "6 .*multiple .*1 rows x 4 processes",
         ),
         (
             dataclasses.replace(AMPERE, world_size=2),
             FACTS,
             {"training": {"global_batch_size": 8, "per_device_train_batch_size": 8}},
-            "8 is not a multiple of 8 rows x 2 processes",
+            "8 .*multiple .*8 rows x 2 processes",
         ),
         (CPU, FACTS, {"lora": {"modules_to_save": ["lm_haed"]}}, "did you mean lm_head"),
         (CPU, FACTS, {"model": {"chat_template": "nowhere.jinja"}}, "model.chat_template: can't be read"),
@@ -375,25 +375,25 @@ training:
             AMPERE,
             FACTS,
             QLORA | {"quantization": {"load_in_4bit": True, "llm_int8_skip_modules": ["dwon_proj"]}},
-            "llm_int8_skip_modules.0: 'dwon_proj' matches no linear layer of the model; did you mean down_proj",
+            r"llm_int8_skip_modules.0: 'dwon_proj' .* down_proj",
         ),
         (
             CPU,
             facts_of(quantization_config={"quant_method": "gptq"}),
             {},
-            r"its weights are stored quantized \(gptq\)",
+            r"quantized \(gptq\)",
         ),
         (
             CPU,
             ModelFacts("m", "hub", "", {"model_type": "mamba"}, ()),
             {"lora": {"target_modules": "attention"}},
-            "can't be expanded for a mamba model",
+            "mamba",
         ),
         (
             CPU,
             ModelFacts("m", "hub", "", {"model_type": "mamba"}, ()),
             {"lora": {"layers_to_transform": [1]}},
-            "needs a list of target_modules",
+            "target_modules",
         ),
     ],
 )
@@ -408,7 +408,7 @@ def test_conversations_without_a_chat_template(planner: Planner) -> None:
     rows = planner.folder / "chat.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n')
     facts = facts_of(TokenizerFacts("</s>", None, None, None))
-    with pytest.raises(RecipeError, match=r"no chat template.*with packing, this would go unnoticed"):
+    with pytest.raises(RecipeError, match=r"no chat template.*packing"):
         planner(facts=facts, dataset={"train": [{"path": str(rows)}]}, training={"packing": True})
     template = planner.folder / "t.jinja"
     template.write_text(CHATML)
@@ -421,7 +421,7 @@ def test_data_that_is_not_there(planner: Planner) -> None:
         planner(dataset={"train": [{"path": "nowhere.jsonl"}]})
     empty = planner.folder / "empty.jsonl"
     empty.touch()
-    with pytest.raises(DataError, match="there are no rows"):
+    with pytest.raises(DataError, match=r"empty\.jsonl.* no rows"):
         planner(dataset={"train": [{"path": str(empty)}]})
 
 
@@ -804,7 +804,7 @@ def test_evaluations_and_checkpoints_of_an_epoch_become_steps() -> None:
 
 
 def test_what_a_method_does_not_read_is_refused(planner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = dataclasses.replace(SFT, name="of pairs", reads={"preference": ""})
+    pairs = dataclasses.replace(SFT, title="of pairs", reads={"preference": ""})
     monkeypatch.setattr("lorafit.plan.data.method_of", lambda recipe: pairs)
     with pytest.raises(DataError, match=r"dataset.train.0: of pairs .* prompt_completion"):
         planner()
@@ -814,10 +814,10 @@ def test_the_schedule_leaves_the_held_out_rows_out(planner: Planner) -> None:
     plan = planner(dataset={"validation": 0.25}, training={"per_device_train_batch_size": 10})
     assert plan.schedule is not None
     assert plan.schedule.steps_per_epoch == 3
-    assert because(plan, "steps") == "30 rows make 3 steps an epoch"
+    assert because(plan, "steps") == Like("30 rows … 3 steps")
     packed = planner(training={"packing": True})
     assert packed.schedule is None
-    assert any("once the rows are packed" in remark for remark in packed.remarks)
+    assert any("packed" in remark for remark in packed.remarks)
 
 
 @pytest.mark.parametrize(("rows", "fraction"), [(1, 0.5), (2, 0.001), (2, 0.999), (10, 0.25), (1000, 0.1)])

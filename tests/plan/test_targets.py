@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
+from wording import Like
 
 from lorafit.facts import ModelFacts, Tensor, layout, read_facts
 from lorafit.hardware import Hardware
@@ -60,9 +61,7 @@ def test_presets_lists_and_expressions(asked: Any, expected: set[str]) -> None:
 def test_presets_of_fused_layers() -> None:
     assert leaves(PHI, target_modules="attention") == {"qkv_proj", "o_proj"}
     assert leaves(PHI, target_modules="mlp") == {"gate_up_proj", "down_proj"}
-    with pytest.raises(
-        TargetError, match=r"no layers of the kind qv.*there are down_proj, gate_up_proj, o_proj, qkv_proj"
-    ):
+    with pytest.raises(TargetError, match=r"\bqv\b.*down_proj, gate_up_proj, o_proj, qkv_proj"):
         find_targets(lora(target_modules="qv"), PHI)
 
 
@@ -83,22 +82,22 @@ def test_short_names_would_reach_a_vision_tower() -> None:
     ("values", "path", "message"),
     [
         ({"target_modules": ["q_porj"]}, ("target_modules", 0), "did you mean q_proj"),
-        ({"target_modules": ["q_proj", "query_key_value"]}, ("target_modules", 1), "matches no linear layer"),
+        ({"target_modules": ["q_proj", "query_key_value"]}, ("target_modules", 1), "no linear layer"),
         ({"target_modules": ["self_attn"]}, ("target_modules", 0), "there are down_proj, gate_proj"),
-        ({"target_modules": "q_proj"}, ("target_modules",), r"one name stands in a list: \[q_proj\]"),
-        ({"target_modules": "all_linear"}, ("target_modules",), "presets: all-linear, attention, mlp, qv"),
+        ({"target_modules": "q_proj"}, ("target_modules",), r"list.* \[q_proj\]"),
+        ({"target_modules": "all_linear"}, ("target_modules",), "all-linear, attention, mlp, qv"),
         ({"target_modules": r"layers\.0"}, ("target_modules",), r"such as model.layers.0.self_attn.q_proj"),
-        ({"target_modules": "(q_proj"}, ("target_modules",), "neither a preset nor a regular expression"),
+        ({"target_modules": "(q_proj"}, ("target_modules",), "regular expression"),
         ({"exclude_modules": ["v_porj"]}, ("exclude_modules", 0), "did you mean v_proj"),
         ({"target_modules": "qv", "exclude_modules": ["q_proj", "v_proj"]}, ("target_modules",), "leaves no module"),
-        ({"layers_to_transform": [0, 7]}, ("layers_to_transform", 1), "no layer 7; layers run from 0 to 1"),
+        ({"layers_to_transform": [0, 7]}, ("layers_to_transform", 1), "layer 7.* 0 to 1"),
         ({"rank_pattern": {"q_porj": 4}}, ("rank_pattern", "q_porj"), "did you mean q_proj"),
-        ({"alpha_pattern": {"(": 4}}, ("alpha_pattern", "("), "matches no target module"),
-        ({"target_modules": "qv", "rank_pattern": {"up_proj": 4}}, ("rank_pattern", "up_proj"), "matches no target"),
+        ({"alpha_pattern": {"(": 4}}, ("alpha_pattern", "("), "no target module"),
+        ({"target_modules": "qv", "rank_pattern": {"up_proj": 4}}, ("rank_pattern", "up_proj"), "no target"),
         (
             {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["v_proj"]},
             ("target_modules", 1),
-            "trained in full by modules_to_save",
+            "in full .*modules_to_save",
         ),
     ],
 )
@@ -116,9 +115,9 @@ def test_without_an_adapter_everything_is_trained() -> None:
     ("section", "result", "described", "scale"),
     [
         (None, "trained", "all parameters", None),
-        ({"r": 4, "lora_alpha": 8}, "adapter", "LoRA on a base, r 4, alpha 8", 2),
-        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, "adapter", "rsLoRA on a base, r 4, alpha 8", 4),
-        ({"r": 4, "lora_alpha": 8, "use_dora": True}, "adapter", "DoRA on a base, r 4, alpha 8", 2),
+        ({"r": 4, "lora_alpha": 8}, "adapter", "LoRA … r 4, alpha 8", 2),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, "adapter", "rsLoRA … r 4, alpha 8", 4),
+        ({"r": 4, "lora_alpha": 8, "use_dora": True}, "adapter", "DoRA … r 4, alpha 8", 2),
     ],
 )
 def test_a_description_is_read_back_from_what_peft_is_told(
@@ -128,7 +127,7 @@ def test_a_description_is_read_back_from_what_peft_is_told(
     targets = asked.targets(LLAMA)
     told = adapter_told(asked.arguments(targets))
     for one in (asked, told):
-        assert (one.result, one.described(" on a base"), one.scale) == (result, described, scale)
+        assert (one.result, one.described(" on a base"), one.scale) == (result, Like(described), scale)
         assert one.trains_base is (section is None)
     assert [*told.tensors(LLAMA, None, "bfloat16")] == [*asked.tensors(LLAMA, targets, "bfloat16")]
 

@@ -17,6 +17,7 @@ import pytest
 from conftest import make_tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template
+from wording import Like
 
 from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
 from lorafit.engine.data.render import Renderer
@@ -263,7 +264,7 @@ def test_what_becomes_of_each_shape(shared: PreTrainedTokenizerBase, name: str) 
 def test_same_tokens_as_trl(shared: PreTrainedTokenizerBase, name: str, end: str | None) -> None:
     tokenizer = with_template(shared, name, end)
     renderer = Renderer(tokenizer, "assistant")
-    assert renderer.masks.startswith("TRL's training version" if name in TRAINED else "markers of the chat template")
+    assert renderer.masks.startswith("TRL's " if name in TRAINED else "markers ")
     training = get_training_chat_template(tokenizer) or tokenizer.chat_template
     compared, refused = [], []
     for shape in HEAD:
@@ -310,7 +311,7 @@ def test_what_trls_template_refuses(shared: PreTrainedTokenizerBase, name: str) 
             )
         with pytest.raises(DataError) as ours:
             learned(tokenizer, of_shape(shape))
-        assert str(ours.value) == f"data.jsonl:7: the chat template refuses the row: {theirs.value}"
+        assert str(ours.value) == Like(f"data.jsonl:7: … refuses … {theirs.value}")
 
 
 # --- what is asked ----------------------------------------------------------------------------------
@@ -419,7 +420,7 @@ def test_an_answer_that_is_written_otherwise_when_turns_follow(
     shared: PreTrainedTokenizerBase, name: str, shape: str
 ) -> None:
     tokenizer = with_template(shared, name)
-    expected = "This model only supports single tool-calls at once!" if shape == "calls" else "use loss_on: completion"
+    expected = "single tool-calls" if shape == "calls" else "use loss_on: completion"
     with pytest.raises(DataError, match=expected):
         learned(tokenizer, of_shape(shape))
     if shape != "calls":
@@ -543,7 +544,7 @@ def test_blocks_of_answers_that_are_not_shown_or_empty(shared: PreTrainedTokeniz
     hidden = [*MULTI, user("five"), assistant("blue"), user("six"), assistant("yes", reasoning_content="no")]
     assert learned(tokenizer, example(untrained(hidden, 1, 5, 7))) == ["red green<|im_end|>"]
     assert learned(tokenizer, example(untrained(hidden, 1, 3, 5))) == ["<no>", "yes<|im_end|>"]
-    with pytest.raises(Fault, match="leaves out an answer"):
+    with pytest.raises(Fault, match="an answer"):
         learned(tokenizer, example(untrained(hidden, 1, 3, 7)))
     empty = [*MULTI[:3], assistant("")]
     assert learned(tokenizer, example(untrained(empty, 3))) == ["two three<|im_end|>"]
@@ -565,10 +566,10 @@ def test_the_end_of_an_answer_that_only_the_training_version_ends(shared: PreTra
 @pytest.mark.parametrize(
     ("name", "shape", "loss_on", "what"),
     [
-        ("qwen2_5", "reasoning", "assistant", "the reasoning of an answer"),
-        ("gptoss", "reasonings", "assistant", "the reasoning of an answer"),
+        ("qwen2_5", "reasoning", "assistant", "reasoning"),
+        ("gptoss", "reasonings", "assistant", "reasoning"),
         ("gptoss", "reasonings", "completion", None),  # the earlier answer isn't learned
-        ("gptoss", "said", "assistant", "words of an answer"),
+        ("gptoss", "said", "assistant", "words"),
         ("gptoss", "said", "completion", None),
         ("qwen2_5", "said", "assistant", None),
         ("deepseekv3", "call", "assistant", "the tool 'weather'"),  # it shows the call
@@ -580,16 +581,16 @@ def test_what_is_left_out_is_counted(
 ) -> None:
     *_, audit = row_of(with_template(shared, name), of_shape(shape), loss_on)
     found = {rule: finding.first for rule, finding in audit.found.items() if rule != "prompt_differs"}
-    assert found == ({} if what is None else {"context_left_out": f"data.jsonl:7: the chat template leaves out {what}"})
+    assert found == ({} if what is None else {"context_left_out": Like(f"data.jsonl:7: … leaves out … {what}")})
 
 
 def test_turns_that_are_left_out_are_counted(shared: PreTrainedTokenizerBase) -> None:
     tokenizer = with_template(shared, "phi3")
     *_, audit = row_of(tokenizer, example(SHAPES["call"]), "completion")
-    assert audit.found["context_left_out"].first.endswith("leaves out a turn of the role 'tool'")
+    assert audit.found["context_left_out"].first == Like("… leaves out … 'tool'")
     messages = [{"role": "developer", "content": "the cat"}, *MULTI]
     *_, audit = row_of(tokenizer, example(messages))
-    assert audit.found["context_left_out"].first.endswith("leaves out a turn of the role 'developer'")
+    assert audit.found["context_left_out"].first == Like("… leaves out … 'developer'")
     tokenizer = with_template(shared, "llama3_1")  # writes a result as JSON
     messages = [*SHAPES["call"][:2], result('\n"so\nsunny"'), assistant("red green")]
     *_, audit = row_of(tokenizer, example(messages))

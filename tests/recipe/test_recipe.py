@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from wording import Like
 
 from lorafit.recipe import LoraSection, Recipe, RecipeError
 from lorafit.recipe.load import sections
@@ -88,8 +89,8 @@ def test_what_yaml_1_1_would_turn_into_something_else_stays_text(text: str) -> N
 
 def test_no_is_a_strategy_and_not_a_boolean() -> None:
     assert load(BASE + "training: {save_strategy: no}").training.save_strategy == "no"
-    assert only_mistake(BASE + "training:\n  packing: no") == (
-        "r.yaml:7:12: training.packing: expected true or false, got 'no'"
+    assert only_mistake(BASE + "training:\n  packing: no") == Like(
+        "r.yaml:7:12: training.packing: … true … false … 'no'"
     )
 
 
@@ -159,41 +160,39 @@ def test_every_field_has_a_description() -> None:
 @pytest.mark.parametrize(
     ("added", "mistake"),
     [
-        ("lora:\n  lora_alpah: 3", "7:3: lora.lora_alpah: unknown key; did you mean 'lora_alpha'?"),
-        ("trainig: {}", "6:1: trainig: unknown key; did you mean 'training'?"),
-        ("extend: x.yaml", "6:1: extend: unknown key; did you mean 'extends'?"),
-        ("      fromat: text", "6:7: dataset.train.0.fromat: unknown key; did you mean 'format'?"),
-        ("  validation: [{path: x, splti: a}]", "6:26: dataset.validation.0.splti: unknown key; did you mean 'split'?"),
-        ("lr: 1e-4", "6:1: lr: unknown key; did you mean 'training.learning_rate'?"),
-        ("training: {lr: 1e-4}", "6:12: training.lr: unknown key; did you mean 'learning_rate'?"),
-        ("lora: {alpha: 3}", "6:8: lora.alpha: unknown key; did you mean 'lora_alpha'?"),
-        ("lora: {learning_rate: 3}", "6:8: lora.learning_rate: unknown key; did you mean 'training.learning_rate'?"),
-        ("max_seq_length: 3", "6:1: max_seq_length: unknown key; did you mean 'training.max_length'?"),
-        ("lora.r: 3", "6:1: lora.r: unknown key; a dot does not nest: write lora: {r: …}"),
+        ("lora:\n  lora_alpah: 3", "7:3: lora.lora_alpah: … 'lora_alpha'"),
+        ("trainig: {}", "6:1: trainig: … 'training'"),
+        ("extend: x.yaml", "6:1: extend: … 'extends'"),
+        ("      fromat: text", "6:7: dataset.train.0.fromat: … 'format'"),
+        ("  validation: [{path: x, splti: a}]", "6:26: dataset.validation.0.splti: … 'split'"),
+        ("lr: 1e-4", "6:1: lr: … 'training.learning_rate'"),
+        ("training: {lr: 1e-4}", "6:12: training.lr: … 'learning_rate'"),
+        ("lora: {alpha: 3}", "6:8: lora.alpha: … 'lora_alpha'"),
+        ("lora: {learning_rate: 3}", "6:8: lora.learning_rate: … 'training.learning_rate'"),
+        ("max_seq_length: 3", "6:1: max_seq_length: … 'training.max_length'"),
+        ("lora.r: 3", "6:1: lora.r: … lora: {r: …}"),
         (
             "zzz: 3",
-            "6:1: zzz: unknown key; known keys: model, quantization, lora, dataset, training, hardware, merge, eval, "
-            "output_dir, extends",
+            "6:1: zzz: … model, quantization, lora, … output_dir, extends",
         ),
-        ("lora: {'<<': {}}", "6:8: lora.<<: unknown key; known keys: " + ", ".join(LoraSection.model_fields)),
+        ("lora: {'<<': {}}", "6:8: lora.<<: … " + ", ".join(LoraSection.model_fields)),
     ],
 )
 def test_an_unknown_key_suggests_the_known_one(added: str, mistake: str) -> None:
-    assert only_mistake(BASE + added) == f"r.yaml:{mistake}"
+    assert only_mistake(BASE + added) == Like(f"r.yaml:{mistake}")
 
 
 def test_what_is_missing_says_what_it_is() -> None:
     assert mistakes("output_dir: x") == [
-        "r.yaml:1:1: model: is missing (The base model)",
-        "r.yaml:1:1: dataset: is missing (The training and validation rows)",
+        Like("r.yaml:1:1: model: … missing"),
+        Like("r.yaml:1:1: dataset: … missing"),
     ]
     assert mistakes("model: {}\ndataset:\n  train:\n    - name: x\n") == [
-        "r.yaml:1:1: model.name_or_path: is missing (Hub id, local folder, or a `.gguf` file (which is dequantized))",
-        "r.yaml:4:7: dataset.train.0.path: is missing (A .json, .jsonl, .csv or .parquet file (the first three also "
-        "with .gz or .zst), a folder of them, a pattern such as `data/*.jsonl`, or a hub data set's id)",
+        Like("r.yaml:1:1: model.name_or_path: … missing … Hub id"),
+        Like("r.yaml:4:7: dataset.train.0.path: … missing … .jsonl"),
     ]
     # The misspelt key is the only mistake: what it was meant for isn't missing.
-    assert only_mistake(BASE.replace("model:", "modle:")) == "r.yaml:1:1: modle: unknown key; did you mean 'model'?"
+    assert only_mistake(BASE.replace("model:", "modle:")) == Like("r.yaml:1:1: modle: … 'model'")
 
 
 # --- wrong values ---------------------------------------------------------------------------------
@@ -202,64 +201,64 @@ def test_what_is_missing_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("added", "mistake"),
     [
-        ("training: {learning_rate: fast}", "6:27: training.learning_rate: expected a number, got 'fast'"),
-        ("training: {learning_rate: 0}", "6:27: training.learning_rate: expected a number above 0, got 0"),
-        ("training: {learning_rate: .inf}", "6:27: training.learning_rate: expected a finite number, got inf"),
-        ("training: {learning_rate: 1e999}", "6:27: training.learning_rate: expected a finite number, got inf"),
-        ("training: {learning_rate: '1e-4'}", "6:27: training.learning_rate: expected a number, got '1e-4'"),
-        ("training: {weight_decay: -1}", "6:26: training.weight_decay: expected a number of at least 0, got -1"),
-        ("training: {adam_beta1: 1}", "6:24: training.adam_beta1: expected a number below 1, got 1"),
-        ("training: {seed: 4294967296}", "6:18: training.seed: expected a number below 4.29497e+09, got 4294967296"),
-        ("training: {max_steps: 1.5}", "6:23: training.max_steps: expected a whole number, got 1.5"),
-        ("training: {max_steps: true}", "6:23: training.max_steps: expected a whole number, got true"),
-        ("training: {packing: 1}", "6:21: training.packing: expected true or false, got 1"),
+        ("training: {learning_rate: fast}", "6:27: training.learning_rate: … number … 'fast'"),
+        ("training: {learning_rate: 0}", "6:27: training.learning_rate: … above 0 … 0"),
+        ("training: {learning_rate: .inf}", "6:27: training.learning_rate: … finite … inf"),
+        ("training: {learning_rate: 1e999}", "6:27: training.learning_rate: … finite … inf"),
+        ("training: {learning_rate: '1e-4'}", "6:27: training.learning_rate: … number … '1e-4'"),
+        ("training: {weight_decay: -1}", "6:26: training.weight_decay: … 0 … -1"),
+        ("training: {adam_beta1: 1}", "6:24: training.adam_beta1: … below 1 … 1"),
+        ("training: {seed: 4294967296}", "6:18: training.seed: … below 4.29497e+09 … 4294967296"),
+        ("training: {max_steps: 1.5}", "6:23: training.max_steps: … whole … 1.5"),
+        ("training: {max_steps: true}", "6:23: training.max_steps: … whole … true"),
+        ("training: {packing: 1}", "6:21: training.packing: … true … false … 1"),
         (
             "training: {per_device_train_batch_size: 0}",
-            "6:41: training.per_device_train_batch_size: expected a number above 0 or auto, got 0",
+            "6:41: training.per_device_train_batch_size: … above 0 … auto … 0",
         ),
-        ("training: {report_to: wandb}", "6:23: training.report_to: expected a list, got 'wandb'"),
+        ("training: {report_to: wandb}", "6:23: training.report_to: … list … 'wandb'"),
         (
             "training: {report_to: [wandb, wnadb]}",
-            "6:31: training.report_to.1: expected tensorboard | wandb | mlflow | trackio | comet_ml | swanlab | "
-            "clearml | neptune | dvclive | codecarbon | azure_ml | dagshub | flyte, got 'wnadb'; did you mean 'wandb'?",
+            "6:31: training.report_to.1: … tensorboard | wandb | … | flyte … 'wnadb' … 'wandb'",
         ),
-        ("training: []", "6:11: training: expected a section of keys, got []"),
-        ("output_dir: 5", "6:13: output_dir: expected text, got 5"),
-        ("output_dir: ''", "6:13: output_dir: expected text that isn't empty, got ''"),
-        ("output_dir: [a, b]", "6:13: output_dir: expected text, got ['a', 'b']"),
-        ("lora: {r: null}", "6:11: lora.r: expected a whole number, got null"),
-        ("lora: {rank_pattern: {q: -1}}", "6:26: lora.rank_pattern.q: expected a number above 0, got -1"),
+        ("training: []", "6:11: training: … section … []"),
+        ("output_dir: 5", "6:13: output_dir: … text … 5"),
+        ("output_dir: ''", "6:13: output_dir: … empty … ''"),
+        ("output_dir: [a, b]", "6:13: output_dir: … text … ['a', 'b']"),
+        ("lora: {r: null}", "6:11: lora.r: … whole … null"),
+        ("lora: {rank_pattern: {q: -1}}", "6:26: lora.rank_pattern.q: … above 0 … -1"),
         (
             "lora: {bias: nnoe}",
-            "6:14: lora.bias: expected none | all | lora_only, got 'nnoe'; did you mean 'none'?",
+            "6:14: lora.bias: … none | all | … 'nnoe' … 'none'",
         ),
         (
             "lora: {init_lora_weights: lofq}",
-            "6:27: lora.init_lora_weights: expected true or false or gaussian | orthogonal | pissa | pissa_niter_N | "
-            "olora | loftq | eva, got 'lofq'; did you mean 'loftq'?",
+            "6:27: lora.init_lora_weights: … false … pissa | pissa_niter_N | … eva … 'lofq' … 'loftq'",
         ),
-        ("  validation: 1.5", "6:15: dataset.validation: expected a number below 1 or a list, got 1.5"),
-        ("  validation: held.jsonl", "6:15: dataset.validation: expected a number or a list, got 'held.jsonl'"),
-        ("  validation: {float: 1}", "6:3: dataset.validation: expected a number or a list, got {'float': 1}"),
-        ("  validation: [{path: 1}]", "6:23: dataset.validation.0.path: expected text, got 1"),
-        ("      columns: {output: 1}", "6:25: dataset.train.0.columns.output: expected text, got 1"),
-        ("      columns: {output: [a]}", "6:25: dataset.train.0.columns.output: expected text, got ['a']"),
-        ("model2: 3\n", "6:1: model2: unknown key; did you mean 'model'?"),
+        ("  validation: 1.5", "6:15: dataset.validation: … below 1 … list … 1.5"),
+        ("  validation: held.jsonl", "6:15: dataset.validation: … number … list … 'held.jsonl'"),
+        ("  validation: {float: 1}", "6:3: dataset.validation: … number … list … {'float': 1}"),
+        ("  validation: [{path: 1}]", "6:23: dataset.validation.0.path: … text … 1"),
+        ("      columns: {output: 1}", "6:25: dataset.train.0.columns.output: … text … 1"),
+        ("      columns: {output: [a]}", "6:25: dataset.train.0.columns.output: … text … ['a']"),
+        ("model2: 3\n", "6:1: model2: … 'model'"),
     ],
 )
 def test_a_wrong_value(added: str, mistake: str) -> None:
-    assert only_mistake(BASE + added) == f"r.yaml:{mistake}"
+    assert only_mistake(BASE + added) == Like(f"r.yaml:{mistake}")
 
 
 def test_a_name_that_begins_like_a_choice_suggests_it() -> None:
-    assert only_mistake(BASE + "training: {optim: adamw}").endswith("got 'adamw'; did you mean 'adamw_torch'?")
+    assert only_mistake(BASE + "training: {optim: adamw}") == Like(
+        "r.yaml:6:19: training.optim: … 'adamw' … 'adamw_torch'"
+    )
 
 
 def test_no_sources() -> None:
     content = "model: {name_or_path: a/b}\ndataset: {train: []}"
-    assert only_mistake(content) == "r.yaml:2:18: dataset.train: expected a list that isn't empty, got []"
+    assert only_mistake(content) == Like("r.yaml:2:18: dataset.train: … empty … []")
     content = "model: {name_or_path: a/b}\ndataset: {train: [rows.jsonl]}"
-    assert only_mistake(content) == "r.yaml:2:19: dataset.train.0: expected a section of keys, got 'rows.jsonl'"
+    assert only_mistake(content) == Like("r.yaml:2:19: dataset.train.0: … section … 'rows.jsonl'")
 
 
 def test_values_and_paths_in_messages_are_short_and_printable() -> None:
@@ -270,15 +269,12 @@ def test_values_and_paths_in_messages_are_short_and_printable() -> None:
     assert len(only_mistake(BASE + f"{'k' * 1000}: 1")) < 500
     assert len(only_mistake(BASE, f"lora.r={'x' * 10_000}")) < 250
     assert mistakes(BASE + '"a\\nb\\e[31m\\ud800": 1\noutput_dir: "\\udfff"') == [
-        "r.yaml:6:1: a\\nb\\x1b[31m\\ud800: holds \\ud800, which is not a character",
-        "r.yaml:6:1: a\\nb\\x1b[31m?: unknown key; known keys: "
-        "model, quantization, lora, dataset, training, hardware, merge, eval, output_dir, extends",
-        "r.yaml:7:13: output_dir: holds \\udfff, which is not a character",
+        Like("r.yaml:6:1: a\\nb\\x1b[31m\\ud800: … \\ud800"),
+        Like("r.yaml:6:1: a\\nb\\x1b[31m?: … output_dir, extends"),
+        Like("r.yaml:7:13: output_dir: … \\udfff"),
     ]
-    assert only_mistake(BASE + 'lora: {r: "a\\nb"}') == "r.yaml:6:11: lora.r: expected a whole number, got 'a\\nb'"
-    assert only_mistake(BASE + "lora: {r: !a%0Ab 8}") == (
-        "r.yaml:6:11: lora.r: tags such as !a\\nb are not read; remove it"
-    )
+    assert only_mistake(BASE + 'lora: {r: "a\\nb"}') == Like("r.yaml:6:11: lora.r: … whole … 'a\\nb'")
+    assert only_mistake(BASE + "lora: {r: !a%0Ab 8}") == Like("r.yaml:6:11: lora.r: … !a\\nb")
 
 
 # --- YAML -----------------------------------------------------------------------------------------
@@ -289,68 +285,62 @@ def test_values_and_paths_in_messages_are_short_and_printable() -> None:
     [
         ("", "1:1: is empty"),
         ("# nothing\n", "1:1: is empty"),
-        ("- a\n", "1:1: a recipe is a mapping of sections, such as `model:`"),
-        ("text", "1:1: a recipe is a mapping of sections, such as `model:`"),
-        (BASE + "lora:\n", "6:6: lora: is empty; write a value, {} for a section of defaults, or null"),
-        (BASE + "lora:\n  r:\n", "7:5: lora.r: is empty; write a value, {} for a section of defaults, or null"),
-        (BASE + "model: {}\n", "6:1: model: is given twice (first in line 1); remove one"),
-        (BASE + "lora:\n  r: 8\n  r: 16\n", "8:3: lora.r: is given twice (first in line 7); remove one"),
-        (BASE + "      path: x\n", "6:7: dataset.train.0.path: is given twice (first in line 5); remove one"),
-        (BASE + "lora: {<<: {r: 1}, <<: {r: 2}}", "6:20: lora.<<: is given twice (first in line 6); remove one"),
-        (BASE + "lora: {<<: 3}", "6:12: lora.<<: merges mappings only"),
-        (BASE + "lora: {r: !!int 8}", "6:11: lora.r: tags such as !!int are not read; remove it"),
-        (BASE + "lora: !!python/object:os.system {}", "6:7: lora: tags such as !!python/object:os.system are not read; "
-         "remove it"),
-        (BASE + "lora: {!foo r: 8}", "6:8: lora.r: tags such as !foo are not read; remove it"),
-        (BASE + "? [a]\n: 1", "6:3: a key must be text"),
-        (BASE + "---\n" + BASE, "6:1: a second document begins here; a recipe is one"),
-        (BASE + "lora: [", "6:8: not YAML: expected the node content, but found '<stream end>' "
-         "(while parsing a flow node of line 6)"),
-        (BASE + "lora:\n\tr: 8", "7:1: not YAML: found character '\\t' that cannot start any token; "
-         "indent with spaces"),
-        (BASE + "output_dir: @runs", "6:13: not YAML: found character '@' that cannot start any token; quote it"),
-        (BASE + "output_dir: a: b", "6:14: not YAML: mapping values are not allowed here; indent it rightly, "
-         "or quote text that holds ': '"),
-        (BASE + "lora: *gone", "6:7: found undefined alias 'gone'"),
-        (BASE + "lora: &a {r: &a 8}", "6:14: this anchor is given twice: 'a'"),
-        (BASE + "lora: !x!y {}", "6:7: not YAML: found undefined tag handle '!x!' (while parsing a node of line 6)"),
-        (BASE + 'output_dir: "\\UFFFFFFFF"', "6:16: not YAML: this escape or number is out of range"),
-        (BASE + "output_dir: a\0b", "6:14: the character #x0000 is not allowed in YAML"),
-        (BASE + "output_dir: \x1b[31m", "6:13: the character #x001b is not allowed in YAML"),
-        (BASE.replace("\n", "\r\n") + "output_dir: \x07", "6:13: the character #x0007 is not allowed in YAML"),
-        (BASE.encode() + b"output_dir: caf\xe9\n", "6:16: is not UTF-8 text"),
-        (BASE.encode("utf-16"), "1:1: is not UTF-8 text"),
-        (BASE + "lora: {r: " + "9" * 5000 + "}", "6:11: lora.r: this number is too large; quote it if it is text"),
-        (BASE + "lora: {r: 0x" + "f" * 5000 + "}", "6:11: lora.r: this number is too large; quote it if it is text"),
+        ("- a\n", "1:1: … mapping … `model:`"),
+        ("text", "1:1: … mapping … `model:`"),
+        (BASE + "lora:\n", "6:6: lora: … empty … {} … null"),
+        (BASE + "lora:\n  r:\n", "7:5: lora.r: … empty … {} … null"),
+        (BASE + "model: {}\n", "6:1: model: … twice … line 1"),
+        (BASE + "lora:\n  r: 8\n  r: 16\n", "8:3: lora.r: … twice … line 7"),
+        (BASE + "      path: x\n", "6:7: dataset.train.0.path: … twice … line 5"),
+        (BASE + "lora: {<<: {r: 1}, <<: {r: 2}}", "6:20: lora.<<: … twice … line 6"),
+        (BASE + "lora: {<<: 3}", "6:12: lora.<<: … mappings"),
+        (BASE + "lora: {r: !!int 8}", "6:11: lora.r: … !!int"),
+        (BASE + "lora: !!python/object:os.system {}", "6:7: lora: … !!python/object:os.system"),
+        (BASE + "lora: {!foo r: 8}", "6:8: lora.r: … !foo"),
+        (BASE + "? [a]\n: 1", "6:3: … key … text"),
+        (BASE + "---\n" + BASE, "6:1: … second document"),
+        (BASE + "lora: [", "6:8: … '<stream end>' … line 6"),
+        (BASE + "lora:\n\tr: 8", "7:1: … '\\t' … spaces"),
+        (BASE + "output_dir: @runs", "6:13: … '@' … quote"),
+        (BASE + "output_dir: a: b", "6:14: … ': '"),
+        (BASE + "lora: *gone", "6:7: … alias 'gone'"),
+        (BASE + "lora: &a {r: &a 8}", "6:14: … anchor … 'a'"),
+        (BASE + "lora: !x!y {}", "6:7: … tag … '!x!'"),
+        (BASE + 'output_dir: "\\UFFFFFFFF"', "6:16: … escape"),
+        (BASE + "output_dir: a\0b", "6:14: … #x0000"),
+        (BASE + "output_dir: \x1b[31m", "6:13: … #x001b"),
+        (BASE.replace("\n", "\r\n") + "output_dir: \x07", "6:13: … #x0007"),
+        (BASE.encode() + b"output_dir: caf\xe9\n", "6:16: … UTF-8"),
+        (BASE.encode("utf-16"), "1:1: … UTF-8"),
+        (BASE + "lora: {r: " + "9" * 5000 + "}", "6:11: lora.r: … number … large … quote"),
+        (BASE + "lora: {r: 0x" + "f" * 5000 + "}", "6:11: lora.r: … number … large … quote"),
     ],
 )  # fmt: skip
 def test_strict_yaml(content: str | bytes, mistake: str) -> None:
-    assert only_mistake(content) == f"r.yaml:{mistake}"
+    assert only_mistake(content) == Like(f"r.yaml:{mistake}")
 
 
 def test_positions_with_a_byte_order_mark_and_crlf() -> None:
     content = "\ufefflr: 3\r\n" + BASE.replace("\n", "\r\n") + "lora: {r: x}\r\n"
     assert mistakes(content) == [
-        "r.yaml:1:1: lr: unknown key; did you mean 'training.learning_rate'?",
-        "r.yaml:7:11: lora.r: expected a whole number, got 'x'",
+        Like("r.yaml:1:1: lr: … 'training.learning_rate'"),
+        Like("r.yaml:7:11: lora.r: … whole … 'x'"),
     ]
 
 
 def test_what_is_too_much() -> None:
-    too_many = "holds more than 10000 values, counting what aliases repeat; this is not a recipe"
-    assert only_mistake("#" * 300_000) == "r.yaml: is larger than 256 KiB: not a recipe"
-    assert only_mistake("[" * 60_000) == "r.yaml:1:65: is nested deeper than 64 levels"
-    assert only_mistake(BASE + "a: " + "{a: " * 200 + "}" * 200) == "r.yaml:6:253: is nested deeper than 64 levels"
-    assert only_mistake("a: [" + "1," * 100_000 + "]").endswith(too_many)
+    too_many = "… 10000 values … aliases"
+    assert only_mistake("#" * 300_000) == Like("r.yaml: … 256 KiB")
+    assert only_mistake("[" * 60_000) == Like("r.yaml:1:65: … 64 levels")
+    assert only_mistake(BASE + "a: " + "{a: " * 200 + "}" * 200) == Like("r.yaml:6:253: … 64 levels")
+    assert only_mistake("a: [" + "1," * 100_000 + "]") == Like(too_many)
     bomb = BASE + "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 60))
-    assert only_mistake(bomb) == f"r.yaml:10:5: a4: {too_many}"
+    assert only_mistake(bomb) == Like(f"r.yaml:10:5: a4: {too_many}")
     merges = BASE + "a: &a {" + ", ".join(f"k{n}: 1" for n in range(900)) + "}\nb: {<<: [" + "*a, " * 5000 + "]}"
-    assert only_mistake(merges).endswith(too_many)
-    assert only_mistake(BASE + "lora: &a {rank_pattern: *a}") == (
-        "r.yaml:6:7: lora.rank_pattern: an alias refers to what contains it"
-    )
+    assert only_mistake(merges) == Like(too_many)
+    assert only_mistake(BASE + "lora: &a {rank_pattern: *a}") == Like("r.yaml:6:7: lora.rank_pattern: … alias")
     chain = BASE + "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} {'[' * 40}*a{n - 1}{']' * 40}\n" for n in range(1, 9))
-    assert "nested deeper than 64 levels by its aliases" in only_mistake(chain)
+    assert only_mistake(chain) == Like("… 64 levels … aliases")
 
 
 def test_many_mistakes_take_no_time(here: Path) -> None:
@@ -373,18 +363,18 @@ def test_anchors_and_merge_keys() -> None:
 def test_a_mistake_in_an_aliased_value_is_where_the_value_is() -> None:
     content = BASE + "      split: &s 3\n      name: *s\n"
     assert mistakes(content) == [
-        "r.yaml:6:14: dataset.train.0.split: expected text, got 3",
-        "r.yaml:6:14: dataset.train.0.name: expected text, got 3",
+        Like("r.yaml:6:14: dataset.train.0.split: … text … 3"),
+        Like("r.yaml:6:14: dataset.train.0.name: … text … 3"),
     ]
 
 
 def test_files_that_cannot_be_read(here: Path) -> None:
     (here / "folder").mkdir()
     (here / "loop").symlink_to("loop")
-    assert mistakes_of("folder") == ["folder: is a folder; give a recipe, a YAML file"]
-    assert mistakes_of("gone.yaml") == ["gone.yaml: can't be read: No such file or directory"]
-    assert mistakes_of("loop") == ["loop: can't be read: Too many levels of symbolic links"]
-    assert mistakes_of("a\0b.yaml") == ["a\\x00b.yaml: is not a path: embedded null byte"]
+    assert mistakes_of("folder") == [Like("folder: … folder … recipe")]
+    assert mistakes_of("gone.yaml") == [Like("gone.yaml: … No such file")]
+    assert mistakes_of("loop") == [Like("loop: … symbolic links")]
+    assert mistakes_of("a\0b.yaml") == [Like("a\\x00b.yaml: … path")]
     assert len(mistakes_of("x" * 300)) == 1
 
 
@@ -413,14 +403,14 @@ def test_the_environment_is_read_where_it_is_the_whole_value(monkeypatch: pytest
 
 
 def test_a_variable_that_is_not_set_is_the_only_mistake_about_its_value() -> None:
-    assert only_mistake(BASE + "lora:\n  r: ${GONE_VARIABLE}") == (
-        "r.yaml:7:6: lora.r: the environment variable GONE_VARIABLE is not set; give a default: ${GONE_VARIABLE:-…}"
+    assert only_mistake(BASE + "lora:\n  r: ${GONE_VARIABLE}") == Like(
+        "r.yaml:7:6: lora.r: … GONE_VARIABLE … ${GONE_VARIABLE:-…}"
     )
 
 
 def test_a_wrong_value_from_the_environment_is_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "high")
-    assert only_mistake(BASE + "lora:\n  r: ${RANK}") == "r.yaml:7:6: lora.r: expected a whole number, got ${RANK}"
+    assert only_mistake(BASE + "lora:\n  r: ${RANK}") == Like("r.yaml:7:6: lora.r: … whole … ${RANK}")
 
 
 # --- extends --------------------------------------------------------------------------------------
@@ -480,42 +470,42 @@ def test_what_null_removed_can_be_missing_and_can_be_set_again() -> None:
 def test_a_mistake_is_reported_in_the_file_that_holds_it() -> None:
     write(BASE + "lora:\n  r: x\n  lora_alpah: 2\ntraining: {seed: 1, seed: 2}", "up/parent.yaml")
     assert mistakes("extends: up/parent.yaml\nlora:\n  lora_dropout: 2\n") == [
-        "r.yaml:3:17: lora.lora_dropout: expected a number below 1, got 2",
-        "up/parent.yaml:7:6: lora.r: expected a whole number, got 'x'",
-        "up/parent.yaml:8:3: lora.lora_alpah: unknown key; did you mean 'lora_alpha'?",
-        "up/parent.yaml:9:21: training.seed: is given twice (first in line 9); remove one",
+        Like("r.yaml:3:17: lora.lora_dropout: … below 1 … 2"),
+        Like("up/parent.yaml:7:6: lora.r: … whole … 'x'"),
+        Like("up/parent.yaml:8:3: lora.lora_alpah: … 'lora_alpha'"),
+        Like("up/parent.yaml:9:21: training.seed: … twice … line 9"),
     ]
     # A cross-field rule that the child breaks on the parent's value points at that value.
     write(BASE + "training:\n  global_batch_size: 8\n", "up/parent.yaml")
-    assert only_mistake("extends: up/parent.yaml\ntraining: {per_device_train_batch_size: 3}") == (
-        "up/parent.yaml:7:22: training.global_batch_size: is not a multiple of per_device_train_batch_size (3)"
+    assert only_mistake("extends: up/parent.yaml\ntraining: {per_device_train_batch_size: 3}") == Like(
+        "up/parent.yaml:7:22: training.global_batch_size: … multiple … per_device_train_batch_size (3)"
     )
 
 
 def test_missing_parents_are_reported_at_extends_with_the_other_mistakes() -> None:
     write("extends: [gone.yaml, ../r.yaml, '', ../up]", "up/parent.yaml")
     assert mistakes("extends:\n  - up/parent.yaml\n  - nope.yaml\nlora: {r: x}\nlr: 3\n") == [
-        "r.yaml:3:5: extends: nope.yaml does not exist",
-        "r.yaml:4:11: lora.r: expected a whole number, got 'x'",
-        "r.yaml:5:1: lr: unknown key; did you mean 'training.learning_rate'?",
-        "up/parent.yaml:1:11: extends: up/gone.yaml does not exist",
-        "up/parent.yaml:1:22: extends: goes in a circle: r.yaml -> up/parent.yaml -> r.yaml",
-        "up/parent.yaml:1:33: extends: expected a path or a list of paths",
-        "up/parent.yaml:1:37: extends: up/../up is not a file",
+        Like("r.yaml:3:5: extends: … nope.yaml"),
+        Like("r.yaml:4:11: lora.r: … whole … 'x'"),
+        Like("r.yaml:5:1: lr: … 'training.learning_rate'"),
+        Like("up/parent.yaml:1:11: extends: … up/gone.yaml … exist"),
+        Like("up/parent.yaml:1:22: extends: … circle … r.yaml -> up/parent.yaml -> r.yaml"),
+        Like("up/parent.yaml:1:33: extends: … path … list"),
+        Like("up/parent.yaml:1:37: extends: … up/../up … file"),
     ]
 
 
 def test_extends_that_cannot_be_followed() -> None:
-    assert only_mistake("extends: r.yaml\n" + BASE) == "r.yaml:1:10: extends: goes in a circle: r.yaml -> r.yaml"
-    assert only_mistake("extends: 3\n" + BASE) == "r.yaml:1:10: extends: expected a path or a list of paths"
-    assert only_mistake("extends: {a: b}\n" + BASE) == "r.yaml:1:10: extends: expected a path or a list of paths"
-    assert only_mistake('extends: "a\\0b"\n' + BASE) == "r.yaml:1:10: extends: is not a path: embedded null byte"
-    assert only_mistake(f"extends: {'x' * 5000}\n" + BASE).endswith("… does not exist")
+    assert only_mistake("extends: r.yaml\n" + BASE) == Like("r.yaml:1:10: extends: … circle … r.yaml -> r.yaml")
+    assert only_mistake("extends: 3\n" + BASE) == Like("r.yaml:1:10: extends: … path … list")
+    assert only_mistake("extends: {a: b}\n" + BASE) == Like("r.yaml:1:10: extends: … path … list")
+    assert only_mistake('extends: "a\\0b"\n' + BASE) == Like("r.yaml:1:10: extends: … path")
+    assert only_mistake(f"extends: {'x' * 5000}\n" + BASE) == Like("r.yaml:1:10: extends: … exist")
     write("a: [", "broken.yaml")
     assert only_mistake("extends: broken.yaml\n" + BASE).startswith("broken.yaml:1:5: not YAML: ")
     for number in range(100):
         write(f"extends: p{number + 1}.yaml", f"p{number}.yaml")
-    assert only_mistake("extends: p0.yaml\n" + BASE) == "p62.yaml:1:10: extends: needs more than 64 files"
+    assert only_mistake("extends: p0.yaml\n" + BASE) == Like("p62.yaml:1:10: extends: … 64 files")
 
 
 # --- --set ----------------------------------------------------------------------------------------
@@ -553,37 +543,34 @@ def test_set_of_a_section_replaces_it_and_null_removes_it() -> None:
 @pytest.mark.parametrize(
     ("override", "mistake"),
     [
-        ("lora.r=x", "lora.r: expected a whole number, got 'x'"),
-        ("lora={r: x}", "lora.r: expected a whole number, got 'x'"),
-        ("lora.lora_alpah=1", "lora.lora_alpah: unknown key; did you mean 'lora_alpha'?"),
-        ("lr=1", "lr: unknown key; did you mean 'training.learning_rate'?"),
+        ("lora.r=x", "lora.r: … whole … 'x'"),
+        ("lora={r: x}", "lora.r: … whole … 'x'"),
+        ("lora.lora_alpah=1", "lora.lora_alpah: … 'lora_alpha'"),
+        ("lr=1", "lr: … 'training.learning_rate'"),
         ("lora.r=", "lora.r: is empty"),
-        ("lora.r=[", "lora.r: not YAML: expected the node content, but found '<stream end>' "
-         "(while parsing a flow node of line 1)"),
-        ("lora.r=!!int 3", "lora.r: tags such as !!int are not read; remove it"),
-        ("lora", "expected key=value, such as training.learning_rate=1e-4"),
-        ("=3", "expected key=value, such as training.learning_rate=1e-4"),
-        ("lora..r=3", "expected key=value, such as training.learning_rate=1e-4"),
-        ("extends=x.yaml", "extends: can't be set; write it in the file"),
-        ("model.name_or_path.x=1", "model.name_or_path.x: model.name_or_path is a single value and has no keys"),
-        ("dataset.train.1.path=x", "dataset.train.1: dataset.train is a list of 1; give an index, from 0"),
-        ("dataset.train.path=x", "dataset.train.path: dataset.train is a list of 1; give an index, from 0"),
-        ("dataset.train.-1.path=x", "dataset.train.-1: dataset.train is a list of 1; give an index, from 0"),
-        ("dataset.train.0=null", "dataset.train.0: expected a section of keys, got null"),
-        ("model=null", "model: is missing (The base model)"),
+        ("lora.r=[", "lora.r: … '<stream end>' … line 1"),
+        ("lora.r=!!int 3", "lora.r: … !!int"),
+        ("lora", "… key=value"),
+        ("=3", "… key=value"),
+        ("lora..r=3", "… key=value"),
+        ("extends=x.yaml", "extends: … file"),
+        ("model.name_or_path.x=1", "model.name_or_path.x: … model.name_or_path … single value"),
+        ("dataset.train.1.path=x", "dataset.train.1: … dataset.train … 1 … index"),
+        ("dataset.train.path=x", "dataset.train.path: … dataset.train … 1 … index"),
+        ("dataset.train.-1.path=x", "dataset.train.-1: … dataset.train … 1 … index"),
+        ("dataset.train.0=null", "dataset.train.0: … section … null"),
+        ("model=null", "model: … missing"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_set_is_reported_there(override: str, mistake: str) -> None:
-    assert only_mistake(BASE, override) == f"--set {override}: {mistake}"
+    assert only_mistake(BASE, override) == Like(f"--set {override}: {mistake}")
 
 
 def test_set_with_hostile_keys() -> None:
-    assert "expected key=value" in only_mistake(BASE, ".".join("a" * 10_000) + "=1")
-    assert "give an index" in only_mistake(BASE, f"dataset.train.{'9' * 5000}.path=1")
+    assert "key=value" in only_mistake(BASE, ".".join("a" * 10_000) + "=1")
+    assert "index" in only_mistake(BASE, f"dataset.train.{'9' * 5000}.path=1")
     assert only_mistake(BASE, "lora.r=a\nb: c").startswith("--set lora.r=a\\nb: c: lora.r: ")
-    assert only_mistake(BASE, "output_dir=\udcff") == (
-        "--set output_dir=\\udcff: output_dir: the character #xdcff is not allowed in YAML"
-    )
+    assert only_mistake(BASE, "output_dir=\udcff") == Like("--set output_dir=\\udcff: output_dir: … #xdcff")
 
 
 # --- all at once, and the rules between fields ----------------------------------------------------
@@ -604,17 +591,16 @@ def test_every_kind_of_mistake_is_reported_at_once() -> None:
         "  num_train_epochs: 1\n"
     )
     assert mistakes(content, "lora.bias=some", "nonsense") == [
-        "--set lora.bias=some: lora.bias: expected none | all | lora_only, got 'some'",
-        "--set nonsense: expected key=value, such as training.learning_rate=1e-4",
-        "r.yaml:6:1: lr: unknown key; did you mean 'training.learning_rate'?",
-        "r.yaml:8:6: lora.r: tags such as !!int are not read; remove it",
-        "r.yaml:9:3: lora.lora_alpah: unknown key; did you mean 'lora_alpha'?",
-        "r.yaml:10:3: lora.r: is given twice (first in line 8); remove one",
-        "r.yaml:11:17: lora.lora_dropout: expected a number, got 'high'",
-        "r.yaml:12:1: quantization.load_in_4bit: set exactly one of load_in_4bit and load_in_8bit to true, "
-        "or remove the section",
-        "r.yaml:14:8: training.seed: is empty; write a value, {} for a section of defaults, or null",
-        "r.yaml:15:14: training.max_steps: give either max_steps or num_train_epochs",
+        Like("--set lora.bias=some: lora.bias: … none | all | lora_only … 'some'"),
+        Like("--set nonsense: … key=value"),
+        Like("r.yaml:6:1: lr: … 'training.learning_rate'"),
+        Like("r.yaml:8:6: lora.r: … !!int"),
+        Like("r.yaml:9:3: lora.lora_alpah: … 'lora_alpha'"),
+        Like("r.yaml:10:3: lora.r: … twice … line 8"),
+        Like("r.yaml:11:17: lora.lora_dropout: … number … 'high'"),
+        Like("r.yaml:12:1: quantization.load_in_4bit: … exactly one … load_in_8bit"),
+        Like("r.yaml:14:8: training.seed: … empty … {} … null"),
+        Like("r.yaml:15:14: training.max_steps: … max_steps … num_train_epochs"),
     ]
 
 
@@ -627,8 +613,8 @@ def test_a_rule_says_nothing_about_a_field_that_is_wrong_itself() -> None:
 
 FOUR_BIT = "quantization: {load_in_4bit: true}\n"
 HELD_OUT = "  validation: 0.1\n"
-EXACTLY_ONE = "set exactly one of load_in_4bit and load_in_8bit to true, or remove the section"
-NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
+EXACTLY_ONE = "… exactly one … load_in_4bit … load_in_8bit"
+NEEDS_ROWS = "… dataset.validation"
 
 
 @pytest.mark.parametrize(
@@ -641,114 +627,103 @@ NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
         ),
         (
             "lora: {}\nquantization: {load_in_8bit: true, bnb_4bit_quant_type: nf4}",
-            "7:57: quantization.bnb_4bit_quant_type: has no effect with load_in_8bit; remove it",
+            "7:57: quantization.bnb_4bit_quant_type: … load_in_8bit",
         ),
         (
             "lora: {}\nquantization: {load_in_4bit: true, llm_int8_threshold: 5}",
-            "7:56: quantization.llm_int8_threshold: has no effect with load_in_4bit; remove it",
+            "7:56: quantization.llm_int8_threshold: … load_in_4bit",
         ),
         (
             FOUR_BIT,
-            "6:1: quantization: quantized weights can't be trained in full; add `lora: {}`, or remove quantization",
+            "6:1: quantization: … `lora: {}`",
         ),
         (
             "lora: {init_lora_weights: loftq}",
-            "6:27: lora.init_lora_weights: loftq corrects for 4-bit rounding: add quantization.load_in_4bit: true, "
-            "or use another start",
+            "6:27: lora.init_lora_weights: loftq … quantization.load_in_4bit: true",
         ),
         (
             FOUR_BIT + "lora: {init_lora_weights: pissa_niter_4}",
-            "7:27: lora.init_lora_weights: pissa_niter_4 changes the base's weights, which are quantized; use loftq, "
-            "or remove quantization",
+            "7:27: lora.init_lora_weights: pissa_niter_4 … quantized … loftq",
         ),
         (
             FOUR_BIT + "lora: {init_lora_weights: loftq}",
-            "7:27: lora.init_lora_weights: loftq's start is the rounding error itself, so its scale must be 1: set "
-            "lora_alpha to r",
+            "7:27: lora.init_lora_weights: loftq's … lora_alpha … r",
         ),
         (
             "lora: {init_lora_weights: olora, use_rslora: true}",
-            "6:27: lora.init_lora_weights: olora can't be saved for the unchanged base with use_rslora; "
-            "turn one of them off",
+            "6:27: lora.init_lora_weights: olora … use_rslora",
         ),
         (
             "lora: {init_lora_weights: pissa, alpha_pattern: {q: 2}}",
-            "6:27: lora.init_lora_weights: pissa can't be saved for the unchanged base with rank_pattern or "
-            "alpha_pattern",
+            "6:27: lora.init_lora_weights: pissa … rank_pattern … alpha_pattern",
         ),
         (
             FOUR_BIT + "lora: {init_lora_weights: eva}",
-            "7:27: lora.init_lora_weights: eva runs on an unquantized base only; remove quantization",
+            "7:27: lora.init_lora_weights: eva … quantization",
         ),
         (
             "lora: {init_lora_weights: eva, use_dora: true}",
-            "6:27: lora.init_lora_weights: eva does not go with use_dora",
+            "6:27: lora.init_lora_weights: eva … use_dora",
         ),
         (
             "lora: {target_modules: []}",
-            "6:24: lora.target_modules: is empty: nothing would be trained; use all-linear",
+            "6:24: lora.target_modules: … empty … all-linear",
         ),
         (
             "lora: {target_modules: [q_proj, model.lm_head]}",
-            "6:33: lora.target_modules.1: TRL computes the loss from lm_head's weight directly, so an adapter on it "
-            "would never be trained; put lm_head in modules_to_save",
+            "6:33: lora.target_modules.1: … lm_head … modules_to_save",
         ),
         (
             "      format: text\n  loss_on: completion",
-            "6:15: dataset.train.0.format: text rows have no answer, so loss_on: completion has no meaning; "
-            "use loss_on: all",
+            "6:15: dataset.train.0.format: text … loss_on: completion … loss_on: all",
         ),
         (
             "      columns: {outptu: a}\n      format: alpaca",
-            "6:25: dataset.train.0.columns.outptu: no such column in the format alpaca, which has: instruction, "
-            "output, input, system, tools, history, train, weight",
+            "6:25: dataset.train.0.columns.outptu: … alpaca, … instruction, … output, … weight",
         ),
         (
             HELD_OUT.replace("0.1", "[{path: x, columns: {role: a}}]"),
-            "6:42: dataset.validation.0.columns.role: no such column in the format auto, which has: chosen, rejected, "
-            "prompt, messages, conversations, instruction, input, system, tools, train, weight, label, completion, "
-            "output, history, text",
+            "6:42: dataset.validation.0.columns.role: … auto, … chosen, … messages, … text",
         ),
         (
             "      template: {promt: a}\n      format: prompt_completion",
-            "6:25: dataset.train.0.template.promt: no such column in the format prompt_completion, which has: prompt, "
-            "completion, tools, train, weight",
+            "6:25: dataset.train.0.template.promt: … prompt_completion, … prompt, … completion, … weight",
         ),
         (
             "      template: {prompt: a}\n      columns: {prompt: b}",
-            "7:25: dataset.train.0.columns.prompt: is made by the template as well; give one of them",
+            "7:25: dataset.train.0.columns.prompt: … template",
         ),
         (
             "      template: a\n      format: alpaca",
-            "6:17: dataset.train.0.template: one text makes the column `text`; for alpaca name the columns it makes",
+            "6:17: dataset.train.0.template: … `text`; … alpaca",
         ),
         (
             HELD_OUT.replace("0.1", "[{path: x, weight: 2}]"),
-            "6:34: dataset.validation.0.weight: has no effect on validation rows; remove it",
+            "6:34: dataset.validation.0.weight: … validation rows",
         ),
         (
             "  min_length: 9\ntraining: {max_length: 8}",
-            "6:15: dataset.min_length: is above training.max_length (8): no row would be left",
+            "6:15: dataset.min_length: … training.max_length (8)",
         ),
         (
             "  streaming: true",
-            "6:14: dataset.streaming: the number of rows of a stream is not known; add training.max_steps",
+            "6:14: dataset.streaming: … training.max_steps",
         ),
         (
             "  streaming: true\n  validation: 0.1\ntraining: {max_steps: 2}",
-            "7:15: dataset.validation: no fraction of a stream can be held out; name sources of their own",
+            "7:15: dataset.validation: … fraction … stream",
         ),
         (
             "  streaming: true\ntraining: {max_steps: 2, dataloader_num_workers: 1}",
-            "7:50: training.dataloader_num_workers: must be 0 for a stream, which is audited as it comes",
+            "7:50: training.dataloader_num_workers: … 0 … stream",
         ),
         (
             "  streaming: true\ntraining: {max_steps: 2, save_strategy: epoch}",
-            "7:41: training.save_strategy: a stream's epochs are not known; use steps",
+            "7:41: training.save_strategy: … stream … steps",
         ),
         (
             "  streaming: true\ntraining: {max_steps: 2, train_sampling_strategy: group_by_length}",
-            "7:51: training.train_sampling_strategy: the lengths of a stream's rows are not known; use random",
+            "7:51: training.train_sampling_strategy: … stream … random",
         ),
         ("training: {early_stopping_patience: 3}", f"6:37: training.early_stopping_patience: {NEEDS_ROWS}"),
         ("training: {load_best_model_at_end: true}", f"6:36: training.load_best_model_at_end: {NEEDS_ROWS}"),
@@ -756,61 +731,61 @@ NEEDS_ROWS = "needs validation rows; add dataset.validation, such as 0.1"
         ("training: {per_device_eval_batch_size: 2}", f"6:40: training.per_device_eval_batch_size: {NEEDS_ROWS}"),
         (
             "training: {max_steps: 3, num_train_epochs: 1}",
-            "6:23: training.max_steps: give either max_steps or num_train_epochs",
+            "6:23: training.max_steps: … max_steps … num_train_epochs",
         ),
         (
             "training: {warmup_steps: 0, warmup_ratio: 0}",
-            "6:26: training.warmup_steps: give either warmup_steps or warmup_ratio",
+            "6:26: training.warmup_steps: … warmup_steps … warmup_ratio",
         ),
         (
             "training: {global_batch_size: 8, gradient_accumulation_steps: 2}",
-            "6:31: training.global_batch_size: has no effect unless gradient_accumulation_steps is auto",
+            "6:31: training.global_batch_size: … gradient_accumulation_steps … auto",
         ),
         (
             "training: {global_batch_size: 8, per_device_train_batch_size: 3}",
-            "6:31: training.global_batch_size: is not a multiple of per_device_train_batch_size (3)",
+            "6:31: training.global_batch_size: … multiple … per_device_train_batch_size (3)",
         ),
-        ("training: {save_strategy: steps}", "6:27: training.save_strategy: needs save_steps"),
-        (HELD_OUT + "training: {eval_strategy: steps}", "7:27: training.eval_strategy: needs eval_steps"),
-        ("training: {save_steps: 2}", "6:24: training.save_steps: has no effect without save_strategy: steps"),
+        ("training: {save_strategy: steps}", "6:27: training.save_strategy: … save_steps"),
+        (HELD_OUT + "training: {eval_strategy: steps}", "7:27: training.eval_strategy: … eval_steps"),
+        ("training: {save_steps: 2}", "6:24: training.save_steps: … save_strategy: steps"),
         (
             HELD_OUT + "training: {eval_steps: 2}",
-            "7:24: training.eval_steps: has no effect without eval_strategy: steps",
+            "7:24: training.eval_steps: … eval_strategy: steps",
         ),
         (
             HELD_OUT + "training: {eval_strategy: no, early_stopping_patience: 1}",
-            "7:56: training.early_stopping_patience: needs evaluations; remove eval_strategy: no",
+            "7:56: training.early_stopping_patience: … evaluations … eval_strategy: no",
         ),
         (
             HELD_OUT + "training: {eval_strategy: no, load_best_model_at_end: true}",
-            "7:55: training.load_best_model_at_end: needs evaluations; remove eval_strategy: no",
+            "7:55: training.load_best_model_at_end: … evaluations … eval_strategy: no",
         ),
         (
             HELD_OUT + "training: {load_best_model_at_end: true, save_strategy: no}",
-            "7:57: training.save_strategy: the best adapter can't be kept without checkpoints; use auto",
+            "7:57: training.save_strategy: … best adapter … auto",
         ),
         (
             HELD_OUT + "training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 4, "
             "save_strategy: steps, save_steps: 6}",
-            "7:113: training.save_steps: must be a multiple of eval_steps (4) to keep the best adapter",
+            "7:113: training.save_steps: … multiple … eval_steps (4)",
         ),
         (
             HELD_OUT + "training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: steps, "
             "save_steps: 6}",
-            "7:79: training.save_strategy: must be as eval_strategy to keep the best adapter; use auto",
+            "7:79: training.save_strategy: … eval_strategy … auto",
         ),
         (
             "merge: {max_kl: 0.2}",
-            "6:1: merge: training in full leaves no adapter to merge; add `lora: {}`, or remove merge",
+            "6:1: merge: … adapter … `lora: {}`",
         ),
         (
             "lora: {}\nmerge: {base_weights: original}",
-            "7:23: merge.base_weights: has no effect without quantization; remove it",
+            "7:23: merge.base_weights: … quantization",
         ),
     ],
 )
 def test_each_rule_between_fields(added: str, mistake: str) -> None:
-    assert only_mistake(BASE + added) == f"r.yaml:{mistake}"
+    assert only_mistake(BASE + added) == Like(f"r.yaml:{mistake}")
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_a_file_that_changes_after_the_plan(recipe: RecipeMaker, rows: Path, cac
     original = rows.read_bytes()
     plan = planned(path)
     rows.write_bytes(original.replace(b"the cat", b"the bat"))
-    with pytest.raises(DataError, match=r"rows\.jsonl: was changed while it was being read") as caught:
+    with pytest.raises(DataError, match=r"rows\.jsonl: .*changed") as caught:
         prepare(plan.data, load_tokenizer(plan))
     assert len(str(caught.value).splitlines()) == 1
     assert entries(cache) == []
@@ -690,7 +690,7 @@ def test_validation_rows_are_not_repeated(recipe: RecipeMaker, two: list[dict[st
 
 def test_weights_that_leave_nothing(recipe: RecipeMaker, two: list[dict[str, Any]]) -> None:
     path = recipe(dataset={"train": [source | {"weight": 0.01} for source in two]})
-    with pytest.raises(DataError, match=r"^dataset\.train: the weights leave no row to train on$"):
+    with pytest.raises(DataError, match=r"^dataset\.train: .*weights .*no row"):
         prepared(path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wording import Like
 
 from lorafit.errors import DataError
 from lorafit.files import file_digest
@@ -138,37 +139,37 @@ EXPECTED = ".jsonl, .json, .csv, .parquet file (text also as .gz or .zst)"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a":', "a.jsonl:2: not JSON: Expecting value; each line is one row"),
-        ("a.jsonl", '{"a": 1}\n{"a": 1} {"a": 2}\n', "a.jsonl:2: not JSON: Extra data; each line is one row"),
-        ("a.jsonl", '\n"text"\n', 'a.jsonl:2: expected an object with columns, got "text"'),
-        ("a.jsonl", "[{}]", "a.jsonl:1: expected an object with columns, got [{}]; a list of rows is .json"),
-        ("a.jsonl", b'{"a": 1}\r\n{"a": \xff}\n', "a.jsonl:2: not JSON: Expecting value; each line is one row"),
-        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl: is UTF-16 text; save it as UTF-8"),
-        ("a.json", "\ufeff[]".encode("utf-16-be"), "a.json: is UTF-16 text; save it as UTF-8"),
-        ("a.csv", "a\n1".encode("utf-16"), "a.csv: is UTF-16 text; save it as UTF-8"),
-        ("a.json", '{"a": 1}\n{"a": 2}', "a.json:2: not JSON: Extra data; one object per line is .jsonl"),
-        ("a.json", '[{"a": 1},\n2]', "a.json: row 2: expected an object with columns, got 2"),
-        ("a.json", "7", "a.json: expected a list of rows, got 7"),
-        ("a.json", "", "a.json:1: not JSON: Expecting value"),
-        ("a.json", '{"a": 1}', "a.json: expected a list of rows, or an object that holds one list"),
-        ("a.json", '[{"a": 1},\n{"a": 1', "a.json:2: not JSON: Expecting ',' delimiter"),
-        ("a.json", '[{"a": 1},\n{"a": "1\n', "a.json:2: not JSON: Invalid control character at"),
-        ("a.json", '[{"a": 1}\n', "a.json:2: not JSON: Expecting ',' delimiter"),
-        ("a.json", '[{"a": 1}\n{"a": 1}]', "a.json:2: not JSON: Expecting ',' delimiter"),
-        ("a.json", '[{"a": 1},]', "a.json:1: not JSON: Expecting value"),
-        ("a.json", '[{"a": 1}]\n\n{', "a.json:3: not JSON: Extra data"),
-        ("a.csv", "a,b\n1,2\n3\n", "a.csv:3: has 1 columns, but the header has 2"),
-        ("a.csv", "a,b\n1,2,3\n", "a.csv:2: has 3 columns, but the header has 2"),
-        ("a.csv", "a,b,a\n1,2,3\n", 'a.csv:1: the column "a" is there twice'),
-        ("a.csv", 'a\n1\n"2\n', "a.csv:3: not CSV: unexpected end of data"),
-        ("a.csv", 'a\n"1" x\n', "a.csv:2: not CSV: ',' expected after '\"'"),
-        ("a.csv", "a\r1\r", "a.csv:1: not CSV: new-line character seen in unquoted field"),
-        ("a.txt", "hello", f"a.txt: expected a {EXPECTED}, a folder of them, or a glob"),
-        ("a b/c.jsonl", "nope", "a b/c.jsonl:1: not JSON: Expecting value; each line is one row"),
+        ("a.jsonl", '{"a": 1}\n{"a":', "a.jsonl:2: not JSON … line"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1} {"a": 2}\n', "a.jsonl:2: not JSON … line"),
+        ("a.jsonl", '\n"text"\n', 'a.jsonl:2: … object … "text"'),
+        ("a.jsonl", "[{}]", "a.jsonl:1: … object … [{}] … .json"),
+        ("a.jsonl", b'{"a": 1}\r\n{"a": \xff}\n', "a.jsonl:2: not JSON … line"),
+        ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl: … UTF-16 … UTF-8"),
+        ("a.json", "\ufeff[]".encode("utf-16-be"), "a.json: … UTF-16 … UTF-8"),
+        ("a.csv", "a\n1".encode("utf-16"), "a.csv: … UTF-16 … UTF-8"),
+        ("a.json", '{"a": 1}\n{"a": 2}', "a.json:2: not JSON … .jsonl"),
+        ("a.json", '[{"a": 1},\n2]', "a.json: row 2: … object … 2"),
+        ("a.json", "7", "a.json: … list … 7"),
+        ("a.json", "", "a.json:1: not JSON"),
+        ("a.json", '{"a": 1}', "a.json: … list"),
+        ("a.json", '[{"a": 1},\n{"a": 1', "a.json:2: not JSON"),
+        ("a.json", '[{"a": 1},\n{"a": "1\n', "a.json:2: not JSON"),
+        ("a.json", '[{"a": 1}\n', "a.json:2: not JSON"),
+        ("a.json", '[{"a": 1}\n{"a": 1}]', "a.json:2: not JSON"),
+        ("a.json", '[{"a": 1},]', "a.json:1: not JSON"),
+        ("a.json", '[{"a": 1}]\n\n{', "a.json:3: not JSON"),
+        ("a.csv", "a,b\n1,2\n3\n", "a.csv:3: … 1 … header … 2"),
+        ("a.csv", "a,b\n1,2,3\n", "a.csv:2: … 3 … header … 2"),
+        ("a.csv", "a,b,a\n1,2,3\n", 'a.csv:1: … "a" … twice'),
+        ("a.csv", 'a\n1\n"2\n', "a.csv:3: not CSV"),
+        ("a.csv", 'a\n"1" x\n', "a.csv:2: not CSV"),
+        ("a.csv", "a\r1\r", "a.csv:1: not CSV"),
+        ("a.txt", "hello", f"a.txt: … {EXPECTED}"),
+        ("a b/c.jsonl", "nope", "a b/c.jsonl:1: not JSON … line"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(name: str, content: str | bytes, message: str) -> None:
-    assert error_of(name, content) == message
+    assert error_of(name, content) == Like(message)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
@@ -206,12 +207,12 @@ def test_what_is_not_there(here: Path) -> None:
     (here / "empty").mkdir()
     with pytest.raises(DataError) as caught:
         list(read_rows("empty"))
-    assert str(caught.value) == f"empty: the folder holds no {EXPECTED}"
+    assert str(caught.value) == Like(f"empty: … folder … {EXPECTED}")
     with pytest.raises(DataError) as caught:
         list(read_rows("gone.jsonl"))
-    assert str(caught.value) == f"gone.jsonl: no such file or folder (looked in {here})"
+    assert str(caught.value) == Like(f"gone.jsonl: no such file … {here}")
     for name in ("x" * 5000 + ".jsonl", "a\0.jsonl"):
-        with pytest.raises(DataError, match="no such file or folder"):
+        with pytest.raises(DataError, match="no such file"):
             list(read_rows(name))
 
 
@@ -249,17 +250,17 @@ def test_compressed_files(suffix: str) -> None:
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_compressed_file_that_is_damaged(suffix: str) -> None:
     name = f"a.jsonl{suffix}"
-    start = f"{name}: can't be unpacked, the file is damaged or cut off: "
+    start = f"{name}: … unpacked … damaged"
     whole = packed(
         suffix, b"".join(b'{"n": "%s"}\n' % hashlib.sha256(b"%d" % n).hexdigest().encode() for n in range(9999))
     )
     for content in (b"", whole[:-4], whole[: len(whole) // 2], b"not packed at all", whole + b"garbage"):
-        assert error_of(name, content).startswith(start)
+        assert error_of(name, content) == Like(start)
     assert error_of(f"b.jsonl{suffix}", packed(suffix, b"nope")).startswith(f"b.jsonl{suffix}:1: not JSON")
 
 
 def test_a_parquet_file_is_not_compressed_again() -> None:
-    assert error_of("a.parquet.gz", b"").startswith("a.parquet.gz: expected a ")
+    assert error_of("a.parquet.gz", b"") == Like("a.parquet.gz: … .parquet")
 
 
 def test_globs(here: Path) -> None:
@@ -274,7 +275,7 @@ def test_globs(here: Path) -> None:
     for nothing in ("data/*.txt", "data/*.parquet", "no\0pe/*.json"):
         with pytest.raises(DataError) as caught:
             data_files(nothing)
-        assert str(caught.value) == f"{nothing}: the glob matches no {EXPECTED} (looked in {here})"
+        assert str(caught.value) == Like(f"{nothing}: … glob … {EXPECTED} … {here}")
     rows_of("[1].jsonl", b"{}")  # a file of that name is itself
     assert data_files("[1].jsonl") == [Path("[1].jsonl")]
 
@@ -294,14 +295,14 @@ def test_an_unreadable_byte_is_found_where_it_is_used() -> None:
     row = rows_of("a.jsonl", line)[1]
     with pytest.raises(Fault) as caught:
         to_example(row, Shape("alpaca"))
-    assert str(caught.value) == "a.jsonl:2: 'output' is not UTF-8 (byte 0xff at character 17)"
+    assert str(caught.value) == Like("a.jsonl:2: 'output' … UTF-8 … 0xff … 17")
     assert caught.value.rule == "not_utf8"
     assert to_example(row, Shape("text", {"text": "n"})).text == "ok"
     [row] = rows_of("a.json", b'[{"text": "\xe9"}]')
-    with pytest.raises(Fault, match=r"^a\.json: row 1: 'text' is not UTF-8 \(byte 0xe9 at character 1\)$"):
+    with pytest.raises(Fault, match=r"^a\.json: row 1: 'text' .*UTF-8 .*0xe9 .*\b1\b"):
         to_example(row, Shape("text"))
     [row] = rows_of("a.csv", b"t\xffxt,text\n1,\xfe\n")
-    with pytest.raises(Fault, match=r"^a\.csv:2: 'text' is not UTF-8 \(byte 0xfe at character 1\)$"):
+    with pytest.raises(Fault, match=r"^a\.csv:2: 'text' .*UTF-8 .*0xfe .*\b1\b"):
         to_example(row, Shape("text"))
 
 
@@ -322,7 +323,7 @@ def test_an_unreadable_byte_in_parquet(here: Path) -> None:
             to_example(second, Shape(format))
         assert str(caught.value).startswith("a.parquet: row 2: ")
         assert what in str(caught.value)
-        assert str(caught.value).endswith("is not UTF-8 (byte 0xff at character 2)")
+        assert str(caught.value) == Like("… UTF-8 … 0xff … 2")
 
 
 def test_parquet_in_row_groups_and_its_padding(here: Path) -> None:
@@ -361,14 +362,14 @@ def test_a_parquet_value_that_python_has_not(here: Path) -> None:
 
     years = pyarrow.array([0, 2**60], pyarrow.timestamp("us"))
     pyarrow.parquet.write_table(pyarrow.table({"when": years}), here / "a.parquet")
-    with pytest.raises(DataError, match=r"^a\.parquet: row 1 or one soon after can't be read: .*out of range"):
+    with pytest.raises(DataError, match=r"^a\.parquet: row 1 .*out of range"):
         list(read_rows("a.parquet"))
     map_type = pyarrow.map_(pyarrow.string(), pyarrow.int64())
     table = pyarrow.table({"map": pyarrow.array([[("a", 1), ("b", 2)], [("a", 1), ("a", 2)]], map_type)})
     pyarrow.parquet.write_table(table.slice(0, 1), here / "a.parquet")
     assert [row.fields for row in read_rows("a.parquet")] == [{"map": {"a": 1, "b": 2}}]
     pyarrow.parquet.write_table(table, here / "a.parquet")
-    with pytest.raises(DataError, match=r"^a\.parquet: row 1 or one soon after can't be read: "):
+    with pytest.raises(DataError, match=r"^a\.parquet: row 1 "):
         list(read_rows("a.parquet"))
 
 
@@ -378,7 +379,7 @@ def test_a_parquet_column_that_is_there_twice(here: Path) -> None:
 
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
     pyarrow.parquet.write_table(table, here / "a.parquet")
-    with pytest.raises(DataError, match=r'^a\.parquet: the column "text" is there twice$'):
+    with pytest.raises(DataError, match=r'^a\.parquet: .*"text" .*twice'):
         list(read_rows("a.parquet"))
 
 
@@ -393,7 +394,7 @@ def test_a_json_list_is_read_a_little_at_a_time() -> None:
     Path("a.json.gz").write_bytes(broken)
     rows = read_rows("a.json.gz")
     assert [next(rows).number, next(rows).number] == [1, 2]
-    with pytest.raises(DataError, match=r"^a\.json\.gz:3: not JSON: Expecting ':' delimiter$"):
+    with pytest.raises(DataError, match=r"^a\.json\.gz:3: not JSON"):
         next(rows)
 
 
@@ -424,32 +425,31 @@ def test_reading_a_large_file_takes_little_memory() -> None:
 @pytest.mark.parametrize(
     ("names", "format", "why"),
     [
-        (["messages"], "messages", "the rows have 'messages'"),
-        (["conversations", "system"], "sharegpt", "the rows have 'conversations'"),
-        (["instruction", "input", "output"], "alpaca", "the rows have 'instruction' and 'output'"),
-        (["prompt", "completion"], "prompt_completion", "the rows have 'prompt' and 'completion'"),
-        (["text", "label"], "text", "the rows have 'text'"),
-        (["text", "messages"], "messages", "the rows have 'messages'"),
-        (["prompt", "chosen", "rejected"], "preference", "the rows have 'chosen' and 'rejected'"),
-        (["messages", "chosen", "rejected", "label"], "preference", "the rows have 'chosen' and 'rejected'"),
+        (["messages"], "messages", "… 'messages'"),
+        (["conversations", "system"], "sharegpt", "… 'conversations'"),
+        (["instruction", "input", "output"], "alpaca", "… 'instruction' … 'output'"),
+        (["prompt", "completion"], "prompt_completion", "… 'prompt' … 'completion'"),
+        (["text", "label"], "text", "… 'text'"),
+        (["text", "messages"], "messages", "… 'messages'"),
+        (["prompt", "chosen", "rejected"], "preference", "… 'chosen' … 'rejected'"),
+        (["messages", "chosen", "rejected", "label"], "preference", "… 'chosen' … 'rejected'"),
     ],
 )
 def test_a_format_is_detected_with_its_reason(names: list[str], format: str, why: str) -> None:
-    assert detect_format(Row("a.jsonl", 1, dict.fromkeys(names, "")), {}) == (format, why)
+    assert detect_format(Row("a.jsonl", 1, dict.fromkeys(names, "")), {}) == (format, Like(why))
 
 
 def test_detection_uses_the_mapped_columns() -> None:
     row = Row("a.csv", 2, {"question": "q", "answer": "a"})
     assert detect_format(row, {"instruction": "question", "output": "answer"}) == (
         "alpaca",
-        "the rows have 'question' and 'answer'",
+        Like("… 'question' … 'answer'"),
     )
     with pytest.raises(DataError) as caught:
         detect_format(row, {})
-    assert str(caught.value) == (
-        "a.csv:2: the columns question, answer fit no format (preference: chosen, rejected; messages: messages; "
-        "sharegpt: conversations; alpaca: instruction, output; prompt_completion: prompt, completion; text: text); "
-        "name the format with dataset.train.0.format and map the columns with dataset.train.0.columns"
+    assert str(caught.value) == Like(
+        "a.csv:2: … question, answer … alpaca: instruction, output; … text: text … "
+        "dataset.train.0.format … dataset.train.0.columns"
     )
 
 
@@ -503,7 +503,7 @@ def test_columns_are_mapped() -> None:
     assert example("text", {"story": "once"}, text="story").text == "once"
 
 
-NEEDS_TURN = "a.jsonl:3: turn 1 of 'messages' needs 'role' and 'content' (or 'from' and 'value'), got "
+NEEDS_TURN = "a.jsonl:3: turn 1 of 'messages' … 'role' … 'content' … "
 
 
 @pytest.mark.parametrize(
@@ -512,36 +512,35 @@ NEEDS_TURN = "a.jsonl:3: turn 1 of 'messages' needs 'role' and 'content' (or 'fr
         (
             "alpaca",
             {"instruction": "a", "answer": "b"},
-            "a.jsonl:3: 'output' is missing (columns: instruction, answer); map it with dataset.train.0.columns",
+            "a.jsonl:3: 'output' … missing … instruction, answer … dataset.train.0.columns",
         ),
-        ("alpaca", {"instruction": "a", "input": 0, "output": "b"}, "a.jsonl:3: 'input' must be text, got 0"),
-        ("alpaca", {"instruction": "a", "system": 1, "output": "b"}, "a.jsonl:3: 'system' must be text, got 1"),
-        ("text", {"text": 5}, "a.jsonl:3: 'text' must be text, got 5"),
-        ("messages", {"messages": "hi"}, "a.jsonl:3: 'messages' must be a list, got \"hi\""),
+        ("alpaca", {"instruction": "a", "input": 0, "output": "b"}, "a.jsonl:3: 'input' … text … 0"),
+        ("alpaca", {"instruction": "a", "system": 1, "output": "b"}, "a.jsonl:3: 'system' … text … 1"),
+        ("text", {"text": 5}, "a.jsonl:3: 'text' … text … 5"),
+        ("messages", {"messages": "hi"}, "a.jsonl:3: 'messages' … list … \"hi\""),
         ("messages", {"messages": ["hi"]}, f'{NEEDS_TURN}"hi"'),
         ("messages", {"messages": [{"role": "user"}]}, NEEDS_TURN + '{"role": "user"}'),
-        ("alpaca", {"instruction": None, "output": "b"}, "a.jsonl:3: 'instruction' must be text, got null"),
+        ("alpaca", {"instruction": None, "output": "b"}, "a.jsonl:3: 'instruction' … text … null"),
         ("messages", {"messages": [{"content": "hi"}]}, NEEDS_TURN + '{"content": "hi"}'),
         ("messages", turns(("user", None)), NEEDS_TURN + '{"role": "user", "content": null}'),
-        ("messages", turns(("user", 5)), "a.jsonl:3: the content of turn 1 of 'messages' must be text, got 5"),
-        ("messages", turns(("user", ["a"])), "a.jsonl:3: a part of turn 1 of 'messages' must have a 'type', got \"a\""),
+        ("messages", turns(("user", 5)), "a.jsonl:3: … content … turn 1 of 'messages' … text … 5"),
+        ("messages", turns(("user", ["a"])), "a.jsonl:3: … turn 1 of 'messages' … 'type' … \"a\""),
         (
             "messages",
             turns(("bot", "hi")),
-            "a.jsonl:3: turn 1 of 'messages' has an unknown role (known: human, user, gpt, assistant, model, system, "
-            'developer, tool, observation, function, ipython, function_call), got "bot"',
+            "a.jsonl:3: turn 1 of 'messages' … role … human, user, gpt, … function_call … \"bot\"",
         ),
-        ("sharegpt", {"conversations": {}}, "a.jsonl:3: 'conversations' must be a list, got {}"),
+        ("sharegpt", {"conversations": {}}, "a.jsonl:3: 'conversations' … list … {}"),
         (
             "messages",
             {**turns(("assistant", "a")), "tools": "nope"},
-            "a.jsonl:3: 'tools' is not JSON: \"nope\"",
+            "a.jsonl:3: 'tools' … JSON … \"nope\"",
         ),
-        ("messages", {**turns(("assistant", "a")), "tools": 3}, "a.jsonl:3: 'tools' must be a list, got 3"),
+        ("messages", {**turns(("assistant", "a")), "tools": 3}, "a.jsonl:3: 'tools' … list … 3"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on(format: Format, fields: dict[str, Any], message: str) -> None:
-    assert example_error(format, fields) == message
+    assert example_error(format, fields) == Like(message)
 
 
 def test_values_in_messages_are_short_and_on_one_line() -> None:
@@ -562,7 +561,7 @@ def test_detection_of_labels() -> None:
 
     assert detect(prompt="", completion="", label=True) == (
         "unpaired_preference",
-        "the rows have 'label' and 'completion'",
+        Like("… 'label' … 'completion'"),
     )
     assert detect(messages=[], label=False)[0] == "unpaired_preference"
     assert detect(conversations=[], label="False")[0] == "unpaired_preference"
@@ -574,15 +573,13 @@ def test_detection_of_labels() -> None:
 def test_detection_sees_templates_and_paths() -> None:
     row = Row("a.jsonl", 1, {"question": "q", "answers": ["a"], "chosen": "a"})
     template = {"prompt": "{{ question }}", "completion": "{{ answers[0] }}"}
-    assert detect_format(row, {}, template) == ("prompt_completion", "the template makes 'prompt' and 'completion'")
+    assert detect_format(row, {}, template) == ("prompt_completion", Like("… template … 'prompt' … 'completion'"))
     assert detect_format(row, {"output": "answers.0"}, {"instruction": "{{ question }}"}) == (
         "alpaca",
-        "the rows have 'answers.0', and the template makes 'instruction'",
+        Like("… 'answers.0' … template … 'instruction'"),
     )
-    assert detect_format(row, {}, "{{ question }}") == ("text", "the template makes 'text'")
-    with pytest.raises(
-        DataError, match=r"name the format with dataset\.validation\.1\.format and map the columns with"
-    ):
+    assert detect_format(row, {}, "{{ question }}") == ("text", Like("… template … 'text'"))
+    with pytest.raises(DataError, match=r"dataset\.validation\.1\.format .*dataset\.validation\.1\.columns"):
         detect_format(row, {}, None, "dataset.validation.1")
 
 
@@ -602,32 +599,32 @@ def test_the_columns_of_formats() -> None:
 
 # --- rows that an audit counts --------------------------------------------------------------------
 
-NOTHING = ", so there is nothing to learn"
+NOTHING = " … nothing to learn"
 
 
 @pytest.mark.parametrize(
     ("format", "fields", "rule", "message"),
     [
-        ("alpaca", {"instruction": "a", "output": None}, "empty_answers", f"'output' is null{NOTHING}"),
-        ("alpaca", {"instruction": "a", "output": " \n"}, "empty_answers", f"'output' is empty{NOTHING}"),
-        ("text", {"text": ""}, "empty_answers", f"'text' is empty{NOTHING}"),
-        ("prompt_completion", {"prompt": "", "completion": None}, "empty_answers", f"'completion' is null{NOTHING}"),
-        ("messages", turns(("assistant", None)), "empty_answers", f"an assistant turn in 'messages' is null{NOTHING}"),
-        ("messages", turns(("assistant", " ")), "empty_answers", f"an assistant turn in 'messages' is empty{NOTHING}"),
+        ("alpaca", {"instruction": "a", "output": None}, "empty_answers", f"'output' … null{NOTHING}"),
+        ("alpaca", {"instruction": "a", "output": " \n"}, "empty_answers", f"'output' … empty{NOTHING}"),
+        ("text", {"text": ""}, "empty_answers", f"'text' … empty{NOTHING}"),
+        ("prompt_completion", {"prompt": "", "completion": None}, "empty_answers", f"'completion' … null{NOTHING}"),
+        ("messages", turns(("assistant", None)), "empty_answers", f"… assistant turn … 'messages' … null{NOTHING}"),
+        ("messages", turns(("assistant", " ")), "empty_answers", f"… assistant turn … 'messages' … empty{NOTHING}"),
         (
             "messages",
             {"messages": [{"role": "assistant"}]},
             "empty_answers",
-            f"an assistant turn in 'messages' is null{NOTHING}",
+            f"… assistant turn … 'messages' … null{NOTHING}",
         ),
-        ("messages", {"messages": []}, "no_supervised_tokens", f"there is no assistant turn{NOTHING}"),
-        ("messages", turns(("user", "hi")), "no_supervised_tokens", f"there is no assistant turn{NOTHING}"),
-        ("text", {"text": "ok \ud83d"}, "not_utf8", "'text' is not UTF-8 (half a pair, \\ud83d, at character 4)"),
+        ("messages", {"messages": []}, "no_supervised_tokens", f"… assistant turn{NOTHING}"),
+        ("messages", turns(("user", "hi")), "no_supervised_tokens", f"… assistant turn{NOTHING}"),
+        ("text", {"text": "ok \ud83d"}, "not_utf8", "'text' … UTF-8 … \\ud83d … 4"),
         (
             "alpaca",
             {"instruction": "\udcff", "output": "a"},
             "not_utf8",
-            "'instruction' is not UTF-8 (byte 0xff at character 1)",
+            "'instruction' … UTF-8 … 0xff … 1",
         ),
         (
             "messages",
@@ -637,36 +634,36 @@ NOTHING = ", so there is nothing to learn"
                 ]
             },
             "not_utf8",
-            "turn 1 of 'messages' is not UTF-8 (byte 0xff at character 1)",
+            "turn 1 of 'messages' … UTF-8 … 0xff … 1",
         ),
         (
             "messages",
             {**turns(("assistant", "a")), "tools": [{"name": "f", "description": "\udcff"}]},
             "not_utf8",
-            "'tools' is not UTF-8 (byte 0xff at character 1)",
+            "'tools' … UTF-8 … 0xff … 1",
         ),
         (
             "preference",
             {"prompt": "a", "chosen": "b", "rejected": None},
             "empty_answers",
-            f"'rejected' is null{NOTHING}",
+            f"'rejected' … null{NOTHING}",
         ),
         (
             "prompt_completion",
             {"prompt": turns(("assistant", "a"))["messages"], "completion": turns(("user", "b"))["messages"]},
             "no_supervised_tokens",
-            f"there is no assistant turn in 'completion'{NOTHING}",
+            f"… assistant turn … 'completion'{NOTHING}",
         ),
         (
             "unpaired_preference",
             {"label": True, **turns(("assistant", "a"), ("user", "b"))},
             "no_supervised_tokens",
-            f"there is no assistant turn in 'messages'{NOTHING}",
+            f"… assistant turn … 'messages'{NOTHING}",
         ),
     ],
 )
 def test_a_row_that_is_counted(format: Format, fields: dict[str, Any], rule: str, message: str) -> None:
-    assert fault(format, fields) == (rule, f"a.jsonl:3: {message}")
+    assert fault(format, fields) == (rule, Like(f"a.jsonl:3: {message}"))
 
 
 # --- columns --------------------------------------------------------------------------------------
@@ -678,9 +675,7 @@ def test_a_path_into_nested_columns() -> None:
     assert [message["content"] for message in read.messages] == ["why", "a"]
     assert example("text", fields, text="instances.1").text == "exact"
     for path in ("instances.1.output", "instances.-1.output", "instances.x", "meta.q.texts", "meta.q.text.x"):
-        assert f"{path!r} is missing (columns: instances, instances.1, meta)" in example_error(
-            "text", fields, text=path
-        )
+        assert example_error("text", fields, text=path) == Like(f"… {path!r} … missing … instances, instances.1, meta")
     with pytest.raises(Fault, match=r"'a\.b' is null"):  # as padding in parquet has it
         to_example(Row("a.parquet", 1, {"a": {"b": None}}), Shape("text", {"text": "a.b"}))
 
@@ -689,9 +684,8 @@ def test_a_missing_column_names_the_key_of_its_source() -> None:
     row = Row("data/train.jsonl", 812, {"instruction": "a", "input": "", "response": "b"})
     with pytest.raises(DataError) as caught:
         to_example(row, Shape("alpaca", key="dataset.train.0"))
-    assert str(caught.value) == (
-        "data/train.jsonl:812: 'output' is missing (columns: instruction, input, response); "
-        "map it with dataset.train.0.columns"
+    assert str(caught.value) == Like(
+        "data/train.jsonl:812: 'output' … missing … instruction, input, response … dataset.train.0.columns"
     )
 
 
@@ -706,16 +700,15 @@ def test_a_row_may_say_that_it_is_not_learned(name: str) -> None:
     assert "'use' is missing" in example_error("text", {"text": "a"}, **{name: "use"})
     allowed = {"train": "true and false", "weight": "0 and 1"}[name]
     for wrong in (0.5, "yes", "", [], 2):
-        assert example_error("text", {"text": "a", name: wrong}) == (
-            f"a.jsonl:3: {name!r} says whether something is learned, so it takes only {allowed} "
-            f"(rename it if it is not that), got {json.dumps(wrong)}"
+        assert example_error("text", {"text": "a", name: wrong}) == Like(
+            f"a.jsonl:3: {name!r} … {allowed} … {json.dumps(wrong)}"
         )
 
 
 def test_flags_in_csv() -> None:
     rows = rows_of("a.csv", "text,train,weight\na,true,1\nb,false,1\nc,1,0\nd,maybe,1\n")
     assert [to_example(row, Shape("text")).train for row in rows[:3]] == [True, False, False]
-    with pytest.raises(DataError, match=r"^a\.csv:5: 'train' says .* takes only true and false \(rename it .*\), got "):
+    with pytest.raises(DataError, match=r"^a\.csv:5: 'train' .*true and false"):
         to_example(rows[3], Shape("text"))
 
 
@@ -761,9 +754,7 @@ def test_a_template_makes_turns() -> None:
     assert read.completion_start == 1
     read = templated({"prompt": "{{ q }}", "completion": '[{"name": "f"}]'}, fields, "prompt_completion")
     assert read.completion == '[{"name": "f"}]'  # JSON, but not turns: an answer's text
-    assert template_error({"messages": "[oops"}, fields, "messages") == (
-        "a.jsonl:3: 'messages' must be a list, got \"[oops\""
-    )
+    assert template_error({"messages": "[oops"}, fields, "messages") == Like("a.jsonl:3: 'messages' … list … \"[oops\"")
 
 
 def test_turns_as_json_text_are_read_by_a_template() -> None:
@@ -777,20 +768,20 @@ def test_turns_as_json_text_are_read_by_a_template() -> None:
     [
         ("{{ nope }}", "'nope' is undefined"),
         ("{{ nope | tojson }}", "'nope' is undefined"),
-        ("{{ q.nope }}", "'str object' has no attribute 'nope'"),
+        ("{{ q.nope }}", "… 'nope'"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ nothing }}", "a value is null; write {{ … or '' }} if it may be"),
+        ("{{ nothing }}", "… null … {{ … or '' }}"),
         (
             "{% for i in range(999999999) %}x{% endfor %}",
-            "Range too big. The sandbox blocks ranges larger than MAX_RANGE",
+            "… MAX_RANGE",
         ),
-        ("{{ q.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
-        ("{% include 'x' %}", "no loader for this environment specified"),
+        ("{{ q.__class__.__mro__ }}", "… '__class__'"),
+        ("{% include 'x' %}", "… loader"),
     ],
 )
 def test_a_template_that_fails(template: str, reason: str) -> None:
     message = template_error(template, {"q": "a", "nothing": None})
-    assert message.startswith(f"a.jsonl:3: dataset.train.0.template (text): {reason}")
+    assert message == Like(f"a.jsonl:3: dataset.train.0.template (text): {reason}")
 
 
 def test_templates_are_checked() -> None:
@@ -798,7 +789,7 @@ def test_templates_are_checked() -> None:
     check_template({"prompt": "{{ a }}", "completion": "{% if b %}c{% endif %}"})
     with pytest.raises(ValueError, match=r"^text: line 2: unexpected '}'$"):
         check_template("ok\n{{ a }")
-    with pytest.raises(ValueError, match=r"^completion: line 1: No filter named 'nope'\.$"):
+    with pytest.raises(ValueError, match=r"^completion: line 1: .*'nope'"):
         check_template({"prompt": "", "completion": "{{ a | nope }}"})
 
 
@@ -829,11 +820,11 @@ def test_alpaca_with_history_and_tools() -> None:
     assert read.completion_start is None
     for nothing in ([], None):
         assert len(example("alpaca", {"instruction": "c", "output": "d", "history": nothing}).messages) == 2
-    assert example_error("alpaca", {**fields, "history": [["a"]]}) == (
-        "a.jsonl:3: 'history' must be a list of [question, answer], got [[\"a\"]]"
+    assert example_error("alpaca", {**fields, "history": [["a"]]}) == Like(
+        "a.jsonl:3: 'history' … [question, answer] … [[\"a\"]]"
     )
-    assert fault("alpaca", {**fields, "history": [["a", ""]]})[1] == (
-        "a.jsonl:3: an assistant turn in 'history' is empty, so there is nothing to learn"
+    assert fault("alpaca", {**fields, "history": [["a", ""]]})[1] == Like(
+        "a.jsonl:3: … assistant turn … 'history' … empty"
     )
 
 
@@ -858,8 +849,8 @@ def test_roles_and_keys_are_decided_turn_by_turn() -> None:
 def test_the_system_column() -> None:
     read = example("messages", {**turns(("user", "a"), ("assistant", "b")), "system": "S"})
     assert read.messages[0] == {"role": "system", "content": "S"}
-    assert example_error("messages", {**turns(("system", "a"), ("assistant", "b")), "system": "S"}) == (
-        "a.jsonl:3: there is 'system', and a system message as the first turn as well"
+    assert example_error("messages", {**turns(("system", "a"), ("assistant", "b")), "system": "S"}) == Like(
+        "a.jsonl:3: … 'system' … first turn"
     )
 
 
@@ -880,10 +871,10 @@ def test_function_calls_in_turns_of_their_own() -> None:
     assert len(said({"from": "gpt", "value": "x"}, result, call)) == 3
     thoughts = ({"from": "gpt", "value": "x", "reasoning": "a"}, {**call, "reasoning": "b"})
     assert [message["reasoning_content"] for message in said(*thoughts)] == ["a", "b"]  # neither is lost
-    assert said_error({"from": "function_call", "value": "f(1)"}) == (
-        "a.jsonl:3: the tool call in turn 1 of 'messages' is not JSON: \"f(1)\""
+    assert said_error({"from": "function_call", "value": "f(1)"}) == Like(
+        "a.jsonl:3: … tool call … turn 1 of 'messages' … JSON … \"f(1)\""
     )
-    assert "must call a tool" in said_error({"from": "function_call", "value": "[]"})
+    assert "call a tool" in said_error({"from": "function_call", "value": "[]"})
 
 
 def test_content_in_parts() -> None:
@@ -921,18 +912,20 @@ def test_content_in_parts() -> None:
 @pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video", "file"])
 @pytest.mark.parametrize("role", ["user", "tool", "assistant"])
 def test_content_that_is_not_text(kind: str, role: str) -> None:
-    assert said_error({"role": role, "content": [{"type": kind}]}) == (
-        f"a.jsonl:3: a part of turn 1 of 'messages' is not text, and lorafit trains on text, got \"{kind}\""
+    assert said_error({"role": role, "content": [{"type": kind}]}) == Like(
+        f"a.jsonl:3: … turn 1 of 'messages' … not text … \"{kind}\""
     )
 
 
 def test_parts_that_nobody_knows() -> None:
-    assert said_error({"role": "user", "content": [{"type": "hologram"}]}).endswith('trains on text, got "hologram"')
-    assert said_error({"role": "user", "content": [{"type": "text"}]}) == (
-        "a.jsonl:3: a part of turn 1 of 'messages' has no 'text', got {\"type\": \"text\"}"
+    assert said_error({"role": "user", "content": [{"type": "hologram"}]}) == Like(
+        'a.jsonl:3: … turn 1 … text … "hologram"'
     )
-    assert said_error({"role": "user", "content": [{"type": "reasoning", "text": "hm"}]}) == (
-        "a.jsonl:3: turn 1 of 'messages' holds reasoning or tool calls, but is not the assistant's"
+    assert said_error({"role": "user", "content": [{"type": "text"}]}) == Like(
+        "a.jsonl:3: … turn 1 of 'messages' … no 'text' … {\"type\": \"text\"}"
+    )
+    assert said_error({"role": "user", "content": [{"type": "reasoning", "text": "hm"}]}) == Like(
+        "a.jsonl:3: turn 1 of 'messages' … reasoning … assistant's"
     )
 
 
@@ -942,13 +935,11 @@ def test_reasoning_has_one_name() -> None:
         assert said({"role": "assistant", "content": "a", key: "hm"}) == [expected]
         assert said({"role": "assistant", "content": None, key: "hm"}) == [{**expected, "content": ""}]
         assert said({"role": "assistant", "content": "a", key: ""}) == [{"role": "assistant", "content": "a"}]
-        assert said_error({"role": "assistant", "content": "a", key: 5}) == (
-            f"a.jsonl:3: {key!r} in turn 1 of 'messages' must be text, got 5"
+        assert said_error({"role": "assistant", "content": "a", key: 5}) == Like(
+            f"a.jsonl:3: {key!r} … turn 1 of 'messages' … text … 5"
         )
     assert said({"role": "assistant", "content": "a", "thinking": "hm", "reasoning": "hm"}) == [expected]
-    assert "has reasoning more than once" in said_error(
-        {"role": "assistant", "content": "a", "thinking": "hm", "reasoning": "hm hm"}
-    )
+    assert "more than once" in said_error({"role": "assistant", "content": "a", "thinking": "hm", "reasoning": "hm hm"})
 
 
 def test_tool_calls_have_one_shape() -> None:
@@ -964,13 +955,13 @@ def test_tool_calls_have_one_shape() -> None:
         with_id = said({"role": "assistant", "tool_calls": [{**call, "id": "c1"}]})[0]["tool_calls"][0]
         assert with_id == {"id": "c1", **tool_call("f", a=1)}
     for wrong in ("a=1", "[1]", "", [1]):
-        assert said_error({"role": "assistant", "tool_calls": [{"name": "f", "arguments": wrong}]}) == (
-            f"a.jsonl:3: the arguments of 'f' in turn 1 of 'messages' must be a JSON object, got {json.dumps(wrong)}"
+        assert said_error({"role": "assistant", "tool_calls": [{"name": "f", "arguments": wrong}]}) == Like(
+            f"a.jsonl:3: … arguments … 'f' … turn 1 of 'messages' … JSON object … {json.dumps(wrong)}"
         )
     for wrong in ({}, {"name": ""}, {"name": 1}, 5, {"function": "f"}, {"name": "f", "parameters": {"a": 1}}):
-        assert "needs 'name' and 'arguments', got " in said_error({"role": "assistant", "tool_calls": [wrong]})
-    assert said_error({"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}) == (
-        "a.jsonl:3: turn 1 of 'messages' calls tools, but is not the assistant's"
+        assert said_error({"role": "assistant", "tool_calls": [wrong]}) == Like("… 'name' … 'arguments'")
+    assert said_error({"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}) == Like(
+        "a.jsonl:3: turn 1 of 'messages' … tools … assistant's"
     )
 
 
@@ -988,7 +979,7 @@ def test_what_a_tool_answers() -> None:
         assert said(message, answer)[0] == {
             "role": "tool", "content": text, "name": "f", "tool_call_id": "c1", "unknown": 1,
         }  # fmt: skip
-    assert said_error({"role": "user", "content": {"a": 1}}).endswith('must be text, got {"a": 1}')
+    assert said_error({"role": "user", "content": {"a": 1}}) == Like('a.jsonl:3: … text … {"a": 1}')
 
 
 def test_tools_have_one_shape() -> None:
@@ -998,8 +989,8 @@ def test_tools_have_one_shape() -> None:
         assert example("messages", {**turns(("assistant", "a")), "tools": tools}).tools == normal
     for nothing in (None, "", "[]", []):
         assert example("messages", {**turns(("assistant", "a")), "tools": nothing}).tools is None
-    assert example_error("messages", {**turns(("assistant", "a")), "tools": [{}]}) == (
-        "a.jsonl:3: a tool in 'tools' needs a 'name', got {}"
+    assert example_error("messages", {**turns(("assistant", "a")), "tools": [{}]}) == Like(
+        "a.jsonl:3: … 'tools' … 'name' … {}"
     )
 
 
@@ -1015,10 +1006,7 @@ def test_turns_that_are_not_learned() -> None:
         fields = {"messages": [{"role": "user", "content": "a"}, skipped, skipped]}
         assert example("messages", fields).train is False
     assert example("messages", {"messages": [{"role": "user", "content": "a"}, skipped, learned]}).train is True
-    assert said_error({**learned, "weight": 0.5}) == (
-        "a.jsonl:3: 'weight' in turn 1 of 'messages' says whether something is learned, so it takes only 0 and 1 "
-        "(rename it if it is not that), got 0.5"
-    )
+    assert said_error({**learned, "weight": 0.5}) == Like("a.jsonl:3: 'weight' … turn 1 of 'messages' … 0 and 1 … 0.5")
 
 
 # --- prompts and preferences ----------------------------------------------------------------------
@@ -1039,15 +1027,14 @@ def test_a_prompt_and_a_completion_of_turns() -> None:
     )
     assert read.messages == (ASKED_BEFORE, {"role": "assistant", "content": "c"})
     assert read.tools is not None
-    assert example_error("prompt_completion", {"prompt": "a", "completion": ASKED}) == (
-        "a.jsonl:3: 'prompt' is text, but 'completion' is turns; make both text, or both turns of a conversation"
+    assert example_error("prompt_completion", {"prompt": "a", "completion": ASKED}) == Like(
+        "a.jsonl:3: 'prompt' … text … 'completion' … turns"
     )
-    assert (
-        example_error("prompt_completion", {"prompt": 5, "completion": "a"})
-        == "a.jsonl:3: 'prompt' must be text, got 5"
+    assert example_error("prompt_completion", {"prompt": 5, "completion": "a"}) == Like(
+        "a.jsonl:3: 'prompt' … text … 5"
     )
-    assert example_error("prompt_completion", {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}) == (
-        "a.jsonl:3: 'tools' needs a conversation, but the row is plain text"
+    assert example_error("prompt_completion", {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}) == Like(
+        "a.jsonl:3: 'tools' … conversation … plain text"
     )
 
 
@@ -1096,24 +1083,23 @@ def test_a_preference_that_begins_to_differ_late() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same"),
-        ({"prompt": ASKED, "chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "'chosen' … 'rejected' … same"),
+        ({"prompt": ASKED, "chosen": "a", "rejected": "a"}, "'chosen' … 'rejected' … same"),
         (
             {"prompt": "q", "chosen": "a", "rejected": ASKED},
-            "'chosen' is text, but 'rejected' is turns; make both text, or both turns of a conversation",
+            "'chosen' … text … 'rejected' … turns",
         ),
         (
             {"chosen": "a", "rejected": "b"},
-            "there is no prompt: no 'prompt', 'messages', 'conversations' or 'instruction', and 'chosen' and "
-            "'rejected' don't begin with the same turns",
+            "… no prompt … 'prompt', 'messages', 'conversations' … 'instruction' … 'chosen' … 'rejected'",
         ),
         (
             {"prompt": ASKED, "chosen": turns(("user", "q"), ("assistant", "a"))["messages"], "rejected": "b"},
-            "'chosen' is turns, but 'rejected' is text; make both text, or both turns of a conversation",
+            "'chosen' … turns … 'rejected' … text",
         ),
         (
             {"prompt": ASKED, "chosen": turns(("user", "q"), ("assistant", "a"))["messages"], "rejected": ASKED},
-            "'chosen' must go on after the prompt with the assistant's turn, got \"user\"",
+            "'chosen' … assistant's … \"user\"",
         ),
         (
             {
@@ -1121,16 +1107,16 @@ def test_a_preference_that_begins_to_differ_late() -> None:
                 "chosen": [*ASKED, *turns(("assistant", "a"))["messages"]],
                 "rejected": [*ASKED, *turns(("assistant", "b"))["messages"]],
             },
-            "'prompt' is text, but 'chosen' is turns; make both text, or both turns of a conversation",
+            "'prompt' … text … 'chosen' … turns",
         ),
         (
             {"prompt": "q", "chosen": "a", "rejected": "b", "system": "S"},
-            "'system' needs a conversation, but the row is plain text",
+            "'system' … conversation … plain text",
         ),
     ],
 )
 def test_a_preference_that_makes_no_sense(fields: dict[str, Any], message: str) -> None:
-    assert example_error("preference", fields) == f"a.jsonl:3: {message}"
+    assert example_error("preference", fields) == Like(f"a.jsonl:3: {message}")
 
 
 def test_unpaired_preferences() -> None:
@@ -1145,7 +1131,7 @@ def test_unpaired_preferences() -> None:
     turned = {"prompt": ASKED, "completion": turns(("assistant", "a"))["messages"], "label": True}
     assert example("unpaired_preference", turned).completion_start == 1
     for label in (None, "good", 2):
-        assert example_error("unpaired_preference", {"prompt": "q", "completion": "a", "label": label}) == (
-            f"a.jsonl:3: 'label' must be true or false, got {json.dumps(label)}"
+        assert example_error("unpaired_preference", {"prompt": "q", "completion": "a", "label": label}) == Like(
+            f"a.jsonl:3: 'label' … true or false … {json.dumps(label)}"
         )
     assert "'prompt' is missing" in example_error("unpaired_preference", {"label": True})

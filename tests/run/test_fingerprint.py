@@ -17,6 +17,7 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from wording import Like
 
 from lorafit.engine.model import base_source
 from lorafit.errors import ModelError
@@ -190,7 +191,7 @@ def test_whether_weights_were_compared(base: Path) -> None:
 
 def test_listed() -> None:
     assert listed(["a", "b"]) == "a, b"
-    assert listed(list("abcdefgh")) == "a, b, c, d, e and 3 more"
+    assert listed(list("abcdefgh")) == Like("a, b, c, d, e … 3")
 
 
 # --- files that can't be read ---------------------------------------------------------------------
@@ -199,7 +200,7 @@ def test_listed() -> None:
 def test_a_shard_that_is_cut_off(base: Path) -> None:
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"model.safetensors: not a whole safetensors file: it is cut off: \d+ bytes"):
+    with pytest.raises(ModelError, match=r"model.safetensors: .*cut off.* \d+ bytes"):
         fingerprint_of(base)
 
 
@@ -207,7 +208,7 @@ def test_a_shard_that_is_missing(base: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"base: model-00001-of-00001.safetensors is missing, which .*index.json"):
+    with pytest.raises(ModelError, match=r"base: model-00001-of-00001.safetensors .*missing.*index.json"):
         fingerprint_of(base)
 
 
@@ -218,7 +219,7 @@ def test_offsets_that_lie_are_no_crash(base: Path) -> None:
     }
     text = json.dumps(header).encode()
     (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="not a whole"):
         fingerprint_of(base)
 
 
@@ -267,7 +268,7 @@ def test_a_run_knows_its_base(base: Path, run: RunDir) -> None:
     assert base_source(plan, run) is None
     changed_tensors(base, **{Q_PROJ: torch.neg})
     assert changed_base(plan, run) == [f"tensor {Q_PROJ}"]
-    with pytest.raises(ModelError, match=rf"is not the base that .* was trained on \(changed: tensor {Q_PROJ}\);"):
+    with pytest.raises(ModelError, match=rf"not the base .*\(changed: tensor {Q_PROJ}\)"):
         base_source(plan, run)
 
 
@@ -284,7 +285,7 @@ def test_a_gguf_file_and_what_it_became(base: Path, run: RunDir) -> None:
     assert changed_base(plan, run) == []  # what was trained on is still there
     assert differences(run.base_files() or {}, fingerprint_of(base)) == []
     changed_tensors(run.base, **{Q_PROJ: torch.neg})
-    with pytest.raises(ModelError, match=rf"run/base: is not the base .*changed: tensor {Q_PROJ}\)"):
+    with pytest.raises(ModelError, match=rf"run/base: .*not the base .*changed: tensor {Q_PROJ}\)"):
         base_source(plan, run)
     assert differences(run.base_files() or {}, fingerprint_of(run.base)) == [f"tensor {Q_PROJ}"]
 

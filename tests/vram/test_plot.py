@@ -123,7 +123,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_places_that_take_no_file_are_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no folder"):
+    with pytest.raises(UsageError, match="no folder"):
         check(tmp_path / "missing" / "out.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError, match="is a folder"):
@@ -147,7 +147,7 @@ def test_what_fails_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(DoesNotFitError, match=r"out\.png: the disk is full"):
+    with pytest.raises(DoesNotFitError, match=r"out\.png: .*full"):
         stacked_bar(TERMS, "title", [], file)
     assert [(other.name, other.read_bytes()) for other in tmp_path.iterdir()] == [("out.png", old)]
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import RecipeMaker, write_jsonl
 from typer.testing import CliRunner
+from wording import Like
 
 from lorafit.cli import app
 from lorafit.errors import ModelError
@@ -159,7 +160,7 @@ class TestAssertFits:
     def test_it_does_not(self) -> None:
         code, out, err = run("--model", SMALL, "--batch", 16, "--assert-fits", "80GiB", "--assert-fits", "2GiB")
         assert code == 5
-        assert "does not fit in a GPU with 2 GiB: takes" in err
+        assert err == Like("does not fit … 2 GiB")
         assert len(err.splitlines()) == 1
         assert "allocated" in out, "the table is printed all the same"
 
@@ -167,7 +168,7 @@ class TestAssertFits:
         total = small()["total"]
         code, _, err = run("--model", SMALL, "--assert-fits", f"{total >> 20}MiB")
         assert code == 5
-        assert err.startswith("tight, not certain to fit in a GPU with ")
+        assert err.startswith("tight, ")
 
     def test_the_message_has_the_best_advice(self) -> None:
         found = small("--batch", 16)
@@ -194,7 +195,7 @@ class TestAdvice:
         gpus = Change("8 GPUs", "money", (f"{passes}2",), True, 8, "fsdp")
         found = reconciled([fewer, gpus])
         assert [change.overrides for change in found] == [(batch, f"{passes}2"), ()]
-        assert found[0].does == "1 row at once, 2 passes a step"
+        assert found[0].does == Like("1 row … 2 passes")
 
     def words(self, advice: dict[str, Any]) -> list[str]:
         return shlex.split(advice["options"])
@@ -283,22 +284,22 @@ class TestSweeps:
     @pytest.mark.parametrize(
         ("sweep", "said"),
         [
-            ("max_length", "expected KEY=V1,V2"),
-            ("max_length=", "expected KEY=V1,V2"),
-            ("max_lenght=512", "did you mean 'max_length'?"),
-            ("lora.rank=8", "--sweep lora.rank=8: lora.rank: unknown key; did you mean 'r'?"),
-            ("speed=8", "no such key in a recipe"),
-            ("max_length=512,many", "--sweep training.max_length=many: training.max_length: expected a whole number"),
-            ("max_length=0", "expected a number above 0"),
-            ("max_length=512,999999", "above the model's context"),
-            (f"r={','.join(map(str, range(1, 500)))}", "at most"),
+            ("max_length", "… KEY=V1,V2"),
+            ("max_length=", "… KEY=V1,V2"),
+            ("max_lenght=512", "… 'max_length'"),
+            ("lora.rank=8", "--sweep lora.rank=8: lora.rank: … 'r'"),
+            ("speed=8", "… no such key"),
+            ("max_length=512,many", "--sweep training.max_length=many: training.max_length: … whole"),
+            ("max_length=0", "… above 0"),
+            ("max_length=512,999999", "… 999999 … context"),
+            (f"r={','.join(map(str, range(1, 500)))}", "… at most"),
         ],
     )
     def test_mistakes_are_one_line(self, sweep: str, said: str) -> None:
         code, out, err = run("--model", SMALL, "--sweep", sweep)
         assert (code, out) == (2, "")
         assert len(err.splitlines()) == 1
-        assert said in err
+        assert err == Like(said)
 
 
 class TestNonsense:
@@ -340,12 +341,12 @@ class TestNonsense:
         (tmp_path / "config.json").write_text('{"model_type": "strange"}')
         code, _, err = run("--model", tmp_path)
         assert code == 4
-        assert err == f"{tmp_path}: the tensors of a strange model are not known without its safetensors files\n"
+        assert err == Like(f"{tmp_path}: … strange … safetensors")
 
     def test_a_folder_without_a_configuration(self, tmp_path: Path) -> None:
         code, _, err = run("--model", tmp_path)
         assert code == 4
-        assert err == f"{tmp_path}: the folder has no config.json\n"
+        assert err == Like(f"{tmp_path}: … config.json")
 
     def test_a_model_of_text_and_pictures(self) -> None:
         code, _, err = run("--model", "google/gemma-3-12b-it")
@@ -431,8 +432,8 @@ def test_the_keys_that_scripts_read(bundled_recipe: Path) -> None:
     ("words", "says"),
     [
         (("--gpu", "RTX 4090"), "fits in RTX 4090"),
-        (("--vram", "1GiB"), "does not fit in"),
-        (("--gpu", "RTX 4090", "--assert-fits", "1GiB"), "fits in RTX 4090 (23.99 GiB); does not fit in"),
+        (("--vram", "1GiB"), "does not fit"),
+        (("--gpu", "RTX 4090", "--assert-fits", "1GiB"), "fits in RTX 4090 (23.99 GiB) … does not fit"),
         (("--set", "hardware.gpu=T4"), "fits in T4"),
         (("--set", "hardware.device=cpu"), "in this machine"),
         ((), "--list-gpus"),
@@ -442,7 +443,7 @@ def test_the_keys_that_scripts_read(bundled_recipe: Path) -> None:
 def test_the_first_line_is_the_answer(bundled_recipe: Path, words: tuple[str, ...], says: str) -> None:
     found, first = answer(bundled_recipe, *words), run(bundled_recipe, *words)[1].splitlines()[0]
     assert all(gib(found[name]) in first for name in ("total", "least", "most"))
-    assert says in first
+    assert first == Like(f"… {says}")
 
 
 def test_gpus_are_listed_where_that_is_asked_for() -> None:
@@ -533,7 +534,7 @@ def test_a_trace_needs_no_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafit.outcome.estimate", unknown)
     monkeypatch.setattr(lorafit.engine.trace.record, "estimate_by_trace", recorded, raising=False)
     code, _, err = run("--model", SMALL)
-    assert (code, err) == (4, "the activations are not known in closed form; use --trace\n")
+    assert (code, err) == (4, Like("… closed form … --trace"))
     [asked] = small("--trace", "--vram", "2GiB")["asked"]
     assert (asked["verdict"], asked["advice"]) == ("does not fit", [])
 
@@ -565,7 +566,7 @@ def test_a_machine_that_is_too_small(trace: bool) -> None:
     assert run(*on_cpu("--assert-fits", "200GiB"), *words)[0] == 0
     code, _, err = run(*on_cpu("--assert-fits", "1GiB"), *words)
     assert code == 5
-    assert "a machine with 1 GiB" in err
+    assert "machine with 1 GiB" in err
     [one] = answer(*on_cpu("--vram", "1GiB"), *words)["asked"]
     assert one["verdict"] == "does not fit"
     assert all("--gpus" not in advice["options"] for advice in one["advice"])

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import torch
 from peft import PeftConfig
 
-from lorafit.engine.adapters import lora
-from lorafit.plan import Plan
-from lorafit.plan.adapters import Lora
+from lorafit.plan import Plan, adapters
 from lorafit.run.directory import RunDir
 
 
 class Adapter(Protocol):
     """What a kind of adapter's module has."""
 
-    def config(self, plan: Plan) -> PeftConfig:
-        """PEFT's configuration."""
+    def config(self, arguments: Mapping[str, Any], start: bool = True) -> PeftConfig:
+        """PEFT's configuration of the arguments that its description gives, with or without the start asked for."""
 
     def put_on(self, plan: Plan, modules: Iterable[str]) -> AbstractContextManager[None]:
         """Check that the base has what the adapter is for, and hold while PEFT puts it there. Raises ModelError."""
@@ -26,11 +26,13 @@ class Adapter(Protocol):
     def start(self, trainer: Any, plan: Plan, run: RunDir) -> None:
         """Bring the adapter, which is on the trainer's model, to its start."""
 
+    def cast(self, model: torch.nn.Module, dtype: str) -> None:
+        """Bring what is trained to its type."""
 
-ADAPTERS: dict[type, Adapter] = {Lora: lora}
-"""Adapters by the name of their description in lorafit.plan.adapters."""
+    def optimizer(self, plan: Plan) -> Callable[[Any], torch.optim.Optimizer] | None:
+        """What makes a trainer's optimizer, where the adapter wants another than transformers'."""
 
 
-def adapter_of(plan: Plan) -> Adapter | None:
-    """The kind of adapter that a plan trains; None for training in full."""
-    return None if plan.adapter.trains_base else ADAPTERS[type(plan.adapter)]
+def module_of(described: adapters.Adapter) -> Adapter | None:
+    """The module of a kind of adapter, by its description's name; None for training in full."""
+    return None if described.trains_base else cast(Adapter, importlib.import_module(f"{__name__}.{described.name}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +13,16 @@ from lorafit.engine.trainer import save_adapter
 from lorafit.errors import ModelError
 from lorafit.files import staged
 from lorafit.plan import Plan
-from lorafit.plan.adapters import check_expressions
+from lorafit.plan.adapters import MAGNITUDE, check_expressions
 from lorafit.progress import is_first_process, stage
 from lorafit.run.directory import RunDir
 from lorafit.written import expanded
 
 
-def config(plan: Plan) -> LoraConfig:
+def config(arguments: Mapping[str, Any], start: bool = True) -> LoraConfig:
     """PEFT's configuration."""
-    values = dict(plan.lora_kwargs or {})
-    if values["init_lora_weights"] == "loftq":
+    values = dict(arguments)
+    if not start or values["init_lora_weights"] == "loftq":
         values["init_lora_weights"] = True  # put in by `start`, after the base is quantized
     if values["init_lora_weights"] == "eva":
         from peft import EvaConfig
@@ -74,6 +74,32 @@ def start(trainer: Any, plan: Plan, run: RunDir) -> None:
     elif how.startswith(("pissa", "olora")) and is_first_process() and not run.start.is_dir():
         with staged(run.start, "start") as folder:
             save_adapter(model, folder, plan.references)
+    cast(model, plan.adapter_dtype)
+
+
+def cast(model: torch.nn.Module, dtype: str) -> None:
+    """Bring all but DoRA's magnitudes, which stay float32, to the adapter's type."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(getattr(torch, plan.adapter_dtype))
+        if parameter.requires_grad and MAGNITUDE not in name:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def optimizer(plan: Plan) -> Callable[[Any], torch.optim.Optimizer] | None:
+    """LoRA+'s: B matrices learn faster than A matrices."""
+    if plan.loraplus_lr_ratio is None:
+        return None
+
+    def make(trainer: Any) -> torch.optim.Optimizer:
+        from peft.optimizers import create_loraplus_optimizer
+
+        kind, values = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        made: torch.optim.Optimizer = create_loraplus_optimizer(
+            model=trainer.model,
+            optimizer_cls=kind,
+            loraplus_lr_ratio=plan.loraplus_lr_ratio,
+            loraplus_weight_decay=trainer.args.weight_decay,
+            **values,
+        )
+        return made
+
+    return make

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.bounds import read_json
-from lorafit.engine.evaluate.batches import autocast, cache_of, with_cache
-from lorafit.engine.evaluate.models import NamedModel, base_of, merged_at, result_of
-from lorafit.engine.model import base_source, load_adapter, load_base, on_cpu
+from lorafit.engine.evaluate.batches import autocast, cache_of, placed, takes, with_cache
+from lorafit.engine.evaluate.models import NamedModel, base_of, from_disk, merged_at, result_of
+from lorafit.engine.model import load_adapter
 from lorafit.errors import ModelError, UsageError
 from lorafit.files import check
 from lorafit.hardware import available_memory
-from lorafit.options import Shape
+from lorafit.options import Shape, copy_of
 from lorafit.plan import Plan
 from lorafit.run.directory import RunDir
 
@@ -63,7 +61,7 @@ def run_pass(model: Runnable, ids: torch.Tensor, new_tokens: int, clock: Clock) 
     Args:
         ids: (batch, prompt tokens), all of one length, on the model's device.
     """
-    keep = _keeps_last(model)
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in takes(model) else {}
     held = _begin_peak(ids.device)
     chosen = []
     with autocast(model):
@@ -106,11 +104,6 @@ def draw_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, shape: Shap
         np.asarray(plain, dtype=np.int64), (shape.batch, shape.prompt_tokens)
     )
     return torch.from_numpy(drawn)
-
-
-def _keeps_last(model: Runnable) -> dict[str, int]:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
 
 
 def _now(clock: Clock, device: torch.device) -> float:
@@ -173,7 +166,7 @@ def contenders_of(run: RunDir, plan: Plan, names: tuple[str, ...]) -> list[Named
     found: dict[str, NamedModel] = {"base": base_of(run, plan), result.kind: result}
     if "merged" in names or (not names and run.merged.is_dir()):
         found["merged"] = merged_at("merged", run.merged, run, plan)
-    copy = next((folder for kind in QUANTIZED if (folder := run.path / f"{run.merged.name}-{kind}").is_dir()), None)
+    copy = next((folder for kind in QUANTIZED if (folder := copy_of(run.merged, kind)).is_dir()), None)
     if "quantized" in names and copy is None:
         raise UsageError(
             f"{run.path}: has no quantized merge; make it with `lorafit merge {run.path} --quantize {QUANTIZED[0]}`"
@@ -235,22 +228,9 @@ def fit_together(plan: Plan, loadings: int) -> bool:
 @contextlib.contextmanager
 def loaded(group: list[NamedModel]) -> Iterator[SharedBase]:
     """Models that share a base, as an evaluation loads them, but with their own heads; until the block ends."""
-    first = group[0]
-    plan = first.plan
-    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
-        plan = on_cpu(plan)
-    if first.kind in ("trained", "merged"):
-        plan = dataclasses.replace(plan, quantization_kwargs=None)
-        source: Path | None = Path(first.path)
-    else:
-        source = base_source(plan, first.run)
-    base = load_base(plan, source)
-    if getattr(base, "hf_quantizer", None) is None:  # else it is there already
-        base.to(plan.hardware.device)
-    base.config.use_cache = True
-    base.eval()
+    base, plan = from_disk(group[0])
     adapter = next((Path(one.path) for one in group if one.kind == "adapter"), None)
-    shared = SharedBase(base, adapter)
+    shared = SharedBase(placed(base, plan.hardware.device), adapter)
     del base
     try:
         yield shared

@@ -139,7 +139,7 @@ class BenchReport:
     Attributes:
         hardware: device, its name, threads, cores.
         settings: what was asked for, and `token_digests`: sha256 of each shape's token ids.
-        load: the system's load average (1 minute) at the start and the end; None where there is none.
+        load: the system's load average (1 minute) at the start and the end.
         remarks: what a reader should know, a sentence each.
     """
 
@@ -151,7 +151,7 @@ class BenchReport:
     models: dict[str, BenchModel]
     timings: tuple[Timing, ...]
     ratios: tuple[Ratio, ...]
-    load: tuple[float, float] | None
+    load: tuple[float, float]
     remarks: tuple[str, ...]
     bench_version: int = 1
 
@@ -162,11 +162,11 @@ class BenchReport:
 
 def as_markdown(report: BenchReport) -> str:
     """The report as a section of a document."""
-    parts = [f"# Speed of {report.run}", ""]
+    parts, bar = [f"# Speed of {report.run}", ""], "\\|"
     for header, rows in _tables(report):
         left = "|".join("---:" if number else "---" for _, number in header)
         parts += [f"| {' | '.join(name for name, _ in header)} |", f"|{left}|"]
-        parts += [f"| {' | '.join(_plain(cell) for cell in row)} |" for row in rows] + [""]
+        parts += [f"| {' | '.join(cell.replace('|', bar) for cell in row)} |" for row in rows] + [""]
     parts += [f"- {line}" for line in _notes(report)]
     return "\n".join(parts) + "\n"
 
@@ -205,24 +205,15 @@ def _speed(report: BenchReport, phase: Phase) -> tuple[Columns, list[list[str]]]
     rows = []
     for one in sorted(report.timings, key=lambda one: shapes.index((one.prompt_tokens, one.batch))):
         speed = one.prefill if phase == "prefill" else one.decode
-        row = [
-            str(one.prompt_tokens),
-            str(one.batch),
-            one.model,
-            _shown(speed, _figures(speed.value), len(one.prefill_seconds)),
-        ]
+        digits, rounds = 0 if speed.value >= 100 else 1 if speed.value >= 10 else 2, len(one.prefill_seconds)
+        row = [str(one.prompt_tokens), str(one.batch), one.model, _shown(speed, digits, rounds)]
         ratio = found.get((one.model, one.prompt_tokens, one.batch))
-        rows.append(row + ([_shown(ratio.ratio, 2, len(one.prefill_seconds)) if ratio else "1"] if against else []))
+        rows.append(row + ([_shown(ratio.ratio, 2, rounds) if ratio else "1"] if against else []))
     return header, rows
 
 
 def _memory(report: BenchReport) -> tuple[Columns, list[list[str]]]:
-    header: Columns = [
-        ("model", False),
-        ("weights", False),
-        ("tensors, MiB", True),
-        ("KV cache, bytes/token", True),
-    ]
+    header: Columns = [("model", False), ("weights", False), ("tensors, MiB", True), ("KV cache, bytes/token", True)]
     peaks: dict[str, int] = {}
     for one in report.timings:
         if one.peak_bytes is not None:
@@ -241,10 +232,12 @@ def _notes(report: BenchReport) -> list[str]:
     hardware, settings = report.hardware, report.settings
     threads = f", {_count(hardware['threads'], 'thread')}" if hardware["device"] == "cpu" else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    medians = f"Medians of {settings['rounds']} rounds with 95% bootstrap intervals"
+    if settings["rounds"] == 1:
+        medians = "One round, so there are no intervals"
     return [
         f"{hardware['name']} ({hardware['device']}{threads} of {_count(hardware['cores'], 'core')}); {versions}",
-        f"{_medians(settings['rounds'])}; "
-        f"{settings['new_tokens']} greedy steps after each prompt; seed {settings['seed']}.",
+        f"{medians}; {settings['new_tokens']} greedy steps after each prompt; seed {settings['seed']}.",
         *report.remarks,
     ]
 
@@ -254,21 +247,5 @@ def _shown(found: Median, digits: int, rounds: int) -> str:
     return value if rounds == 1 else f"{value} [{found.low:,.{digits}f}, {found.high:,.{digits}f}]"
 
 
-def _medians(rounds: int) -> str:
-    return (
-        "One round, so there are no intervals"
-        if rounds == 1
-        else f"Medians of {rounds} rounds with 95% bootstrap intervals"
-    )
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _figures(value: float) -> int:
-    return 0 if value >= 100 else 1 if value >= 10 else 2
-
-
-def _plain(cell: str) -> str:
-    return cell.replace("|", "\\|")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lorafit.bounds import read_json
 from lorafit.engine import hush_progress
@@ -78,20 +77,17 @@ def bench(options: BenchOptions, clock: Clock = time.perf_counter) -> BenchRepor
     return report
 
 
-@dataclasses.dataclass(frozen=True)
-class _Measured:
-    """What the rounds of one model gave, by shape, and the model as it was then."""
-
-    passes: dict[Shape, list[Pass]]
-    model: BenchModel
+Passes = dict[Shape, list[Pass]]
+"""What the rounds of one model gave."""
 
 
 def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> BenchReport:
     contenders = contenders_of(run, plan, options.models)
     tokenizer = load_tokenizer(plan, run.result)
-    busy = _Load()
+    load = os.getloadavg()[0]
     prompts: dict[Shape, torch.Tensor] = {}
-    measured: dict[str, _Measured] = {}
+    passes: dict[str, Passes] = {}
+    measured: dict[str, BenchModel] = {}
     device = torch.device("cpu")
     loadings = groups(contenders)
     together = fit_together(plan, len(loadings))
@@ -104,28 +100,29 @@ def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> Benc
             model = models[0][1].use(models[0][0].kind == "adapter")
             device = model.device
             _check_lengths(options, model)
-            prompts = prompts or _prompts(options, tokenizer, model)
-            passes = (options.rounds + 1) * len(prompts) * len(models)
-            with stage("timing", passes, "passes") as timed:
-                measured |= _measure(models, prompts, options, timed, clock)
+            vocabulary = int(model.config.get_text_config().vocab_size)
+            for shape in options.shapes if not prompts else ():
+                prompts[shape] = draw_tokens(tokenizer, vocabulary, shape, options.seed)
+            with stage("timing", (options.rounds + 1) * len(prompts) * len(models), "passes") as timed:
+                passes |= _measure(models, prompts, options, timed, clock)
+            for one, shared in models:
+                made = _described(one, shared, passes[one.name])
+                measured[one.name] = dataclasses.replace(made, path=as_written(made.path, plan.references))
             del model, models, shared  # before the next ones load
-    timings = tuple(_timings(measured, options))
+    timings = tuple(_timings(passes, measured, options))
     reference = next((name for name in ("adapter", "trained") if name in measured), next(iter(measured)))
-    load, remarks = busy.end()
+    loads = (round(load, 2), round(os.getloadavg()[0], 2))
     return BenchReport(
         run=as_written(str(run.path), plan.references),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions={name: version for name, version in versions().items() if name in VERSIONS},
         hardware=_hardware(device),
         settings=_settings(options, prompts),
-        models={
-            name: dataclasses.replace(one.model, path=as_written(one.model.path, plan.references))
-            for name, one in measured.items()
-        },
+        models=measured,
         timings=timings,
         ratios=tuple(ratios(timings, reference, options.seed)),
-        load=load,
-        remarks=(CPU_MEMORY,) * (device.type == "cpu") + (APART,) * (not together) + remarks,
+        load=loads,
+        remarks=(CPU_MEMORY,) * (device.type == "cpu") + (APART,) * (not together) + _busy(*loads),
     )
 
 
@@ -135,9 +132,9 @@ def _measure(
     options: BenchOptions,
     timed: Stage,
     clock: Clock,
-) -> dict[str, _Measured]:
+) -> dict[str, Passes]:
     """Every shape once to warm up, then in rounds, in which the models take turns and who is first changes."""
-    passes: dict[str, dict[Shape, list[Pass]]] = {one.name: {shape: [] for shape in prompts} for one, _ in models}
+    passes: dict[str, Passes] = {one.name: {shape: [] for shape in prompts} for one, _ in models}
     for number in range(options.rounds + 1):
         for shape, ids in prompts.items():
             for contender, shared in models if number % 2 else reversed(models):
@@ -146,10 +143,10 @@ def _measure(
                 if number:
                     passes[contender.name][shape].append(done)
                 timed.advance()
-    return {one.name: _Measured(passes[one.name], _described(one, shared, passes[one.name])) for one, shared in models}
+    return passes
 
 
-def _described(contender: NamedModel, shared: SharedBase, passes: dict[Shape, list[Pass]]) -> BenchModel:
+def _described(contender: NamedModel, shared: SharedBase, passes: Passes) -> BenchModel:
     model = shared.use(contender.kind == "adapter")
     longest = max(passes, key=lambda shape: shape.prompt_tokens)
     last = passes[longest][-1]
@@ -166,17 +163,16 @@ def _described(contender: NamedModel, shared: SharedBase, passes: dict[Shape, li
     )
 
 
-def _timings(measured: dict[str, _Measured], options: BenchOptions) -> Iterator[Timing]:
-    for name, one in measured.items():
-        for shape, passes in one.passes.items():
-            above = [done.above_bytes for done in passes if done.above_bytes is not None]
-            yield timing(
-                name,
-                (shape.prompt_tokens, shape.batch, options.new_tokens),
-                [(done.prefill_seconds, done.decode_seconds) for done in passes],
-                one.model.tensor_bytes + max(above) if above else None,
-                options.seed,
-            )
+def _timings(passes: dict[str, Passes], models: dict[str, BenchModel], options: BenchOptions) -> Iterator[Timing]:
+    for name, shape, done in ((name, shape, done) for name, of in passes.items() for shape, done in of.items()):
+        above = [one.above_bytes for one in done if one.above_bytes is not None]
+        yield timing(
+            name,
+            (shape.prompt_tokens, shape.batch, options.new_tokens),
+            [(one.prefill_seconds, one.decode_seconds) for one in done],
+            models[name].tensor_bytes + max(above) if above else None,
+            options.seed,
+        )
 
 
 def _check_lengths(options: BenchOptions, model: Runnable) -> None:
@@ -187,11 +183,6 @@ def _check_lengths(options: BenchOptions, model: Runnable) -> None:
             f"--prompt-tokens {max(options.prompt_tokens)} and --new-tokens {options.new_tokens}: make {asked} "
             f"positions, and the model has {most}"
         )
-
-
-def _prompts(options: BenchOptions, tokenizer: PreTrainedTokenizerBase, model: Runnable) -> dict[Shape, torch.Tensor]:
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return {shape: draw_tokens(tokenizer, vocabulary, shape, options.seed) for shape in options.shapes}
 
 
 def _settings(options: BenchOptions, prompts: dict[Shape, torch.Tensor]) -> dict[str, Any]:
@@ -220,25 +211,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Load:
-    """Whether other processes were at work."""
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    @staticmethod
-    def _now() -> float | None:
-        return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-    def end(self) -> tuple[tuple[float, float] | None, tuple[str, ...]]:
-        """The load at the start and now, and a remark if either is above the number of cores."""
-        now = self._now()
-        if self._start is None or now is None:
-            return None, ()
-        load = (round(self._start, 2), round(now, 2))
-        if max(load) <= _cores():
-            return load, ()
-        return load, (
-            f"The machine was busy (load {load[0]} at the start, {load[1]} at the end, {_cores()} cores): the figures "
-            "can't be compared with others.",
-        )
+def _busy(before: float, after: float) -> tuple[str, ...]:
+    """A remark if other processes were at work: where a load is above the number of cores."""
+    if max(before, after) <= _cores():
+        return ()
+    return (
+        f"The machine was busy (load {before} at the start, {after} at the end, {_cores()} cores): the figures "
+        "can't be compared with others.",
+    )

@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.render import UNTRAINED, Rendered, Renderer, Span
 from lorafit.errors import DataError, ModelError
-from lorafit.plan.methods import SFT
 from lorafit.rows import Example, Fault, Row, Shape, place_of, to_example
 from lorafit.rows.audit import SourceAudit, source_from_dict
 from lorafit.text import first_line
@@ -156,6 +155,15 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **optio
         raise ModelError(f"the tokenizer of the model can't read a row: {first_line(error)}") from None
 
 
+def plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A plain prompt's tokens, without a second start token, and without an end that the tokenizer adds."""
+    ids = list(tokenized(tokenizer, text)["input_ids"])
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids = ids[1:]
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if ends and not text.endswith(str(tokenizer.eos_token)) else ids
+
+
 class _Encoder:
     """Tokenizes batches of rendered rows and counts what an audit wants to know."""
 
@@ -198,8 +206,9 @@ class _Encoder:
                     self.tails[tail] = tokenized(self.tokenizer, tail, add_special_tokens=False)["input_ids"]
                 if ids[last + 1 : count] == self.tails[tail]:
                     return ids[:count]
-        found: list[int] = tokenized(self.tokenizer, text, add_special_tokens=row.special)["input_ids"]
-        return self._without_end(found, text) if row.special else found
+        if row.special:
+            return plain_prompt(self.tokenizer, text)
+        return list(tokenized(self.tokenizer, text, add_special_tokens=False)["input_ids"])
 
     def rows(self, batch: list[Rendered], encoded: Any) -> list[TokenRow]:
         """The rows that can be trained on."""
@@ -213,13 +222,6 @@ class _Encoder:
             if (done := self._row(row, ids, offsets)) is not None:
                 made.append(done)
         return made
-
-    def _without_end(self, ids: list[int], text: str) -> list[int]:
-        """A prompt's tokens without a second start token, and without an end that the tokenizer adds."""
-        if ids[:2] == [self.tokenizer.bos_token_id] * 2:
-            ids = ids[1:]
-        ends = len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
-        return ids[:-1] if ends and not text.endswith(str(self.tokenizer.eos_token)) else ids
 
     def _row(self, row: Rendered, ids: list[int], offsets: list[Span]) -> TokenRow | None:
         audit, limit = self.audit, self.lengths.max_length
@@ -328,8 +330,6 @@ class _Encoder:
 Numbers: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 """A key, the learned tokens and the length of each row: what is compared, split and counted without reading tokens."""
 NUMBERS = np.dtype([("key", "<i8"), ("learned", "<i4"), ("length", "<i4")])
-TRAINED = list(SFT.columns)
-"""The columns that the trainer takes; the others are for people and for the audit."""
 _TOKENS = pa.list_(pa.int32())
 _SCHEMA = pa.schema(
     {

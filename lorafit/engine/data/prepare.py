@@ -1,4 +1,4 @@
-"""Data sources -> audited, tokenized rows with labels, in the shape that TRL's trainer takes.
+"""A recipe's rows, prepared for training: read, tokenized, split, mixed, packed and cached, or streamed.
 
 rows (lorafit.rows) -> render (text and spans) -> encode (tokens and labels) -> table (Arrow, cached)
 -> mix (split, weights, order) -> packs
@@ -22,7 +22,6 @@ from datasets.iterable_dataset import ExamplesIterable
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.encode import (
-    TRAINED,
     Indices,
     Numbers,
     TokenRow,
@@ -35,12 +34,13 @@ from lorafit.engine.data.encode import (
     write_table,
 )
 from lorafit.engine.data.render import Renderer
-from lorafit.engine.methods import SFT
+from lorafit.engine.methods import module_of
 from lorafit.errors import DataError
 from lorafit.facts import spare_retries
+from lorafit.plan.methods import METHODS
 from lorafit.plan.values import DataPlan, SourcePlan, validation_rows
 from lorafit.progress import counting, each, stage
-from lorafit.rows import Row, detect_format, digest, place_of, read_rows
+from lorafit.rows import Row, Shape, detect_format, digest, place_of, read_rows
 from lorafit.rows.audit import Audit, Finding, PartAudit, SourceAudit, breaches, source_findings
 from lorafit.rows.cache import entry, kept, prune, rows_key, set_key
 from lorafit.text import first_line
@@ -146,12 +146,19 @@ def tokenize_source(
     plan: DataPlan, source: SourcePlan, renderer: Renderer, audit: SourceAudit
 ) -> Iterator[list[TokenRow]]:
     """A source's rows as tokens, in batches. Raises DataError if it has no rows."""
-    rows = itertools.islice(rows_of(source, plan.streaming), source.max_rows)
+    rows, shape = with_shape(itertools.islice(rows_of(source, plan.streaming), source.max_rows), source)
+    if shape is None:
+        raise DataError(f"{source.path}: there are no rows")
+    yield from module_of(plan.method).encode(rows, shape, plan, renderer, audit)
+
+
+def with_shape(rows: Iterator[Row], source: SourcePlan) -> tuple[Iterator[Row], Shape | None]:
+    """Rows of a source, and their shape, which the first one tells if the recipe doesn't; None where there are none."""
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{source.path}: there are no rows")
+        return rows, None
     format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
-    yield from SFT.encode(itertools.chain([first], rows), source.shape(format), plan, renderer, audit)
+    return itertools.chain([first], rows), source.shape(format)
 
 
 def rows_of(source: SourcePlan, streaming: bool = False) -> Iterator[Row]:
@@ -178,10 +185,7 @@ def hub_rows(source: SourcePlan, streaming: bool = False) -> Dataset | IterableD
 
 def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTable], folder: Path) -> None:
     """Split, mix, compare and pack, and write what came of it."""
-    rows, other = together(train), together(held_out)
-    for tables, part in ((train, rows), (held_out, other)):
-        if tables and not len(part):
-            raise no_row_left(plan, [table.audit for table in tables])
+    rows, other = together(plan, train), together(plan, held_out)
     numbers = numbers_of(train)
     training, validation = split_rows(plan, numbers)
     others = numbers
@@ -211,37 +215,31 @@ def make_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTabl
 def read_set(plan: DataPlan, train: list[SourceTable], held_out: list[SourceTable], folder: Path) -> Prepared:
     """What `make_set` wrote, with the sources' rows in place. Raises ValueError for a damaged folder."""
     audit = Audit.from_dict(json.loads((folder / "audit.json").read_text(encoding="utf-8")))
-    rows = together(train)
+    rows = together(plan, train)
     validation = np.load(folder / "validation.npy")
-    other = (together(held_out) if held_out else rows).select(validation) if len(validation) else None
+    other = (together(plan, held_out) if held_out else rows).select(validation) if len(validation) else None
     training = np.load(folder / "training.npy")
     chosen = rows.select(training)
-    trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(TRAINED)
+    columns = list(METHODS[plan.method].columns)
+    trained = Dataset.from_file(str(folder / "packed.arrow")) if plan.packing else chosen.select_columns(columns)
     part = audit.training_rows
     if len(chosen) != part.rows or len(trained) != (part.packs if plan.packing else part.rows):
         raise ValueError(f"{folder}: has other rows than its audit says")
     return Prepared(trained, other, audit, chosen, numbers_of(train)["length"][training])
 
 
-def together(tables: list[SourceTable]) -> Dataset:
-    return concatenate_datasets([table.rows for table in tables]) if tables else Dataset.from_dict({})
+def together(plan: DataPlan, tables: list[SourceTable]) -> Dataset:
+    """The rows of all tables. Raises DataError if there are tables, and none has a row."""
+    if not tables:
+        return Dataset.from_dict({})
+    rows = concatenate_datasets([table.rows for table in tables])
+    if not len(rows):
+        raise no_row_left(plan, [table.audit for table in tables])
+    return rows
 
 
 def numbers_of(tables: list[SourceTable]) -> Numbers:
     return tables[0].numbers if len(tables) == 1 else np.concatenate([table.numbers for table in tables])
-
-
-def prepare_held_out(
-    plan: DataPlan, renderer: Renderer
-) -> tuple[Dataset | None, tuple[SourceAudit, ...], PartAudit | None]:
-    """The rows of the validation sources alone, for training rows that are streamed."""
-    if not plan.validation:
-        return None, (), None
-    tables = [source_table(plan, source, renderer) for source in plan.validation]
-    rows = together(tables)
-    if not len(rows):
-        raise no_row_left(plan, [table.audit for table in tables])
-    return rows, tuple(table.audit for table in tables), part_audit(numbers_of(tables))
 
 
 def split_rows(plan: DataPlan, numbers: Numbers) -> tuple[Indices, Indices]:
@@ -276,7 +274,7 @@ def pack(rows: Dataset, max_length: int, file: Path | None = None) -> Dataset:
 
     where = {"cache_file_name": str(file)} if file else {"keep_in_memory": True}
     with stage("packing rows"), counting((arrow_dataset, "hf_tqdm")):
-        return pack_dataset(rows.select_columns(TRAINED), max_length, map_kwargs=where)
+        return pack_dataset(rows.select_columns(["input_ids", "labels"]), max_length, map_kwargs=where)
 
 
 def part_audit(numbers: Numbers, packs: int | None = None) -> PartAudit:
@@ -326,7 +324,8 @@ SHUFFLE_ROWS = 1000
 def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """The training rows as a stream, and an audit of the first of them. Validation rows are read whole."""
     renderer = Renderer(tokenizer, plan.loss_on, plan.date)
-    validation, held_out, part = prepare_held_out(plan, renderer)
+    held_out = [source_table(plan, source, renderer) for source in plan.validation]
+    validation = together(plan, held_out) if held_out else None
     audits = [SourceAudit(source.path) for source in plan.train]
     rows = itertools.islice(_interleaved(plan, renderer, audits), SAMPLE_ROWS)
     sample = list(each(rows, "auditing the first rows", SAMPLE_ROWS))
@@ -334,11 +333,11 @@ def prepare_stream(plan: DataPlan, tokenizer: PreTrainedTokenizerBase) -> Prepar
         raise no_row_left(plan, audits)
     audit = Audit(
         train=tuple(audits),
-        validation=held_out,
+        validation=tuple(table.audit for table in held_out),
         training_rows=PartAudit(
             len(sample), sum(len(row.input_ids) for row in sample), sum(row.learned for row in sample)
         ),
-        validation_rows=part,
+        validation_rows=part_audit(numbers_of(held_out)) if held_out else None,
         whole=False,
     )
     streamed: list[SourceAudit] = []

@@ -101,26 +101,18 @@ class Renderer:
 
     def render(self, example: Example) -> Rendered:
         """Raises DataError for a row that the template refuses, and Fault for one whose answer it leaves out."""
+        if example.text is None and example.prompt is None:
+            with bounds.within(DataError, f"{example.place}: the chat template"):
+                return self._conversation(example)
+        prompt, answer = example.prompt, example.completion or ""
         if example.text is not None:
-            text = example.text if self._is_ended(example.text) else example.text + self.eos
-            return Rendered(example.file, example.number, text, ((0, len(text)),), True, "", {})
-        if example.prompt is not None:
-            completion = example.completion or ""
-            ended = completion if self._is_ended(completion) else completion + self.eos
-            text = example.prompt + ended
-            span = (0 if self.loss_on == "all" else len(example.prompt), len(text))
-            return Rendered(
-                example.file,
-                example.number,
-                text,
-                (span,),
-                True,
-                example.prompt,
-                {},
-                answer=ended,
-                prompt=example.prompt,
-            )
-        return self._conversation(example)
+            prompt, answer = None, example.text
+        answer = answer if self._is_ended(answer) else answer + self.eos
+        text = (prompt or "") + answer
+        begin = len(prompt) if prompt is not None and self.loss_on != "all" else 0
+        answer = "" if prompt is None else answer
+        spans, question = ((begin, len(text)),), prompt or ""
+        return Rendered(example.file, example.number, text, spans, True, question, {}, answer=answer, prompt=prompt)
 
     def _is_ended(self, text: str) -> bool:
         return self.eos != "" and text.rstrip().endswith(self.eos)
@@ -136,10 +128,6 @@ class Renderer:
         return found
 
     def _conversation(self, example: Example) -> Rendered:
-        with bounds.within(DataError, f"{example.place}: the chat template"):
-            return self._written(example)
-
-    def _written(self, example: Example) -> Rendered:
         template = self._template_for(example)
         tools = list(example.tools) if example.tools else None
         messages = [{key: value for key, value in m.items() if key != "train"} for m in example.messages]
@@ -322,11 +310,8 @@ class ChatTemplate:
     def to_check(self, learned: list[int], messages: list[Message]) -> list[int]:
         """The answers whose prompts are compared with what stands before them: the last one, if that tells of all."""
         in_a_row = any(messages[index - 1]["role"] == "assistant" for index in learned if index)
-        plain = self._is_plain and not any(
-            message.get("tool_calls") or any(message.get(key) for key in _REASONING) for message in messages
-        )
-        plain = plain and not in_a_row
-        return learned[-1:] if plain else learned
+        more = any(message.get(key) for message in messages for key in ("tool_calls", *_REASONING))
+        return learned[-1:] if self._is_plain and not more and not in_a_row else learned
 
     @functools.cached_property
     def _is_plain(self) -> bool:
@@ -503,12 +488,11 @@ def _difference(prompt: str, thinks: bool, is_first: bool) -> str:
 def _with_text_arguments(message: Message) -> Message:
     if not message.get("tool_calls"):
         return message
-    calls = copy.deepcopy(message["tool_calls"])
-    for call in calls:
-        function = call.get("function", call)
+    message = copy.deepcopy(message)
+    for function in (call.get("function", call) for call in message["tool_calls"]):
         if not isinstance(function.get("arguments"), str):
             function["arguments"] = json.dumps(function.get("arguments"), ensure_ascii=False)
-    return {**message, "tool_calls": calls}
+    return message
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

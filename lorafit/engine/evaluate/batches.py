@@ -129,12 +129,17 @@ def ones(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[1] * len(row) for row in rows]
 
 
+def placed(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """The model on a device, to be run there with a cache."""
+    if getattr(model, "hf_quantizer", None) is None:  # else it is there already
+        model.to(device)
+    model.config.use_cache = True
+    return model.eval()
+
+
 def ready(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The model on the device it was trained on, with the training's head, so that losses mean the same."""
-    if getattr(model, "hf_quantizer", None) is None:  # else it is there already
-        model.to(plan.hardware.device)
-    model.config.use_cache = True
-    model.eval()
+    placed(model, plan.hardware.device)
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     with autocast(model):
         settle_head(model)
@@ -161,7 +166,7 @@ def new_cache(model: Any) -> DynamicCache:
 
 def with_cache(model: Any, cache: Any) -> dict[str, Any]:
     """The argument by which a model takes a cache: `cache` since transformers 5.24, `past_key_values` before."""
-    return {"cache" if "cache" in _takes(model) else "past_key_values": cache}
+    return {"cache" if "cache" in takes(model) else "past_key_values": cache}
 
 
 def cache_of(output: Any) -> Any:
@@ -175,8 +180,8 @@ def has_plain_cache(model: Any) -> bool:
 
     It must also take positions and the number of logits wanted.
     """
-    takes = _takes(model)
-    if not {"attention_mask", "position_ids", "logits_to_keep"} <= takes or not {"cache", "past_key_values"} & takes:
+    known = takes(model)
+    if not {"attention_mask", "position_ids", "logits_to_keep"} <= known or not {"cache", "past_key_values"} & known:
         return False
     cache = new_cache(model)
     with autocast(model):
@@ -194,7 +199,7 @@ def ignores_padding(model: Any) -> bool:
     """Whether padding before a prompt changes nothing, which is not so for everything recurrent: it is tried."""
     ids = torch.arange(3, 9, device=model.device)
     wide, mask = torch.cat([ids.new_zeros(4), ids])[None], torch.tensor([[0] * 4 + [1] * 6], device=model.device)
-    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if "position_ids" in _takes(model) else {}
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if "position_ids" in takes(model) else {}
     with autocast(model):
         alone = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0, -1].float()
         after = model(input_ids=wide, attention_mask=mask, **positions).logits[0, -1].float()
@@ -206,7 +211,8 @@ def is_exact(model: Any) -> bool:
     return model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
 
 
-def _takes(model: Any) -> frozenset[str]:
+def takes(model: Any) -> frozenset[str]:
+    """The names of what a model's forward pass may be given."""
     return _parameters(type(bare(model)).forward)
 
 

@@ -11,12 +11,14 @@ import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
+from unittest import mock
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.evaluate.batches import autocast
+from lorafit.engine.evaluate.measure import finite
 from lorafit.engine.evaluate.models import Loaded, NamedModel
 from lorafit.engine.evaluate.tasks import Task, kept_templates, load, manager_of, resolve
 from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, is_out_of_memory
@@ -218,12 +220,24 @@ def run(section: EvalSection, model: Any, tokenizer: PreTrainedTokenizerBase) ->
             "eval.lm_eval.apply_chat_template: the model's tokenizer has no chat template; set it to false"
         )
     with _quiet(), kept_templates(section.trust_code):
+        from lm_eval import evaluator
+        from lm_eval.api import task
+        from lm_eval.models import huggingface
+
         tasks = load(section)
-    told = stage(f"running {len(tasks)} benchmark{'s' * (len(tasks) > 1)}")
-    kept = kept_templates(section.trust_code)
-    with told, _counted(), _quiet(), kept, _without_inventory(), _untied(model), autocast(model):
+    with (
+        stage(f"running {len(tasks)} benchmark{'s' * (len(tasks) > 1)}"),
+        counting((huggingface, "tqdm"), (task, "tqdm")),
+        _quiet(),
+        kept_templates(section.trust_code),
+        # It lists the machine's packages, and runs git in the current folder, which complains on the screen.
+        mock.patch.multiple(evaluator, get_git_commit_hash=mock.Mock(return_value=None), add_env_info=mock.Mock()),
+        # It ties a model's weights, which would undo an output head that an adapter trained.
+        mock.patch.object(model, "tie_weights", return_value=None),
+        autocast(model),
+    ):
         found = _simple_evaluate(section, list(tasks.values()), model, copy.deepcopy(tokenizer))
-    return [result_of(name, task, found) for name, task in tasks.items()]
+    return [result_of(name, one, found) for name, one in tasks.items()]
 
 
 def _simple_evaluate(
@@ -279,39 +293,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def _without_inventory() -> Iterator[None]:
-    """The harness lists the machine's packages, and runs git in the current folder, which complains on the screen."""
-    from lm_eval import evaluator
-
-    before = evaluator.get_git_commit_hash, evaluator.add_env_info
-    evaluator.get_git_commit_hash, evaluator.add_env_info = lambda: None, lambda _: None
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash, evaluator.add_env_info = before
-
-
-@contextlib.contextmanager
-def _counted() -> Iterator[None]:
-    """The harness's requests count for the stage."""
-    from lm_eval.api import task
-    from lm_eval.models import huggingface
-
-    with counting((huggingface, "tqdm"), (task, "tqdm")):
-        yield
-
-
-@contextlib.contextmanager
-def _untied(model: Any) -> Iterator[None]:
-    """The harness ties a model's weights, which would undo an output head that an adapter trained."""
-    model.tie_weights = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        del model.tie_weights
-
-
 def benchmark_scores(
     found: Benchmarked, names: list[str]
 ) -> tuple[dict[str, dict[str, dict[str, Scores]]], dict[str, SetInfo]]:
@@ -343,15 +324,11 @@ def benchmark_samples(found: Benchmarked) -> Iterator[Sample]:
                 place=f"{name}: document {first['doc_id']}",
                 prompt=first["prompt"],
                 expected=first["target"],
-                answers={model: _document(one) for model, one in zip(found, documents, strict=True)},
+                answers={
+                    model: Answer(text=one["answer"], scores=finite(one["scores"]))
+                    for model, one in zip(found, documents, strict=True)
+                },
             )
-
-
-def _document(one: dict[str, Any]) -> Answer:
-    return Answer(
-        text=one["answer"],
-        scores={name: score for name, score in one["scores"].items() if score is not None and math.isfinite(score)},
-    )
 
 
 def benchmark_remarks(found: Benchmarked) -> list[str]:

@@ -66,7 +66,7 @@ def likelihoods(model: Any, rows: Any, pad_id: int, done: Collection[int] = ()) 
         made = score_rows(model, [rows[index] for index in batch], pad_id)
         return [RowLikelihood(index, *values) for index, values in zip(batch, made, strict=True)]
 
-    yield from shrinking(work, _planned(rows, done, token_budget(model)))
+    yield from shrinking(work, _planned(_lengths(rows), done, token_budget(model)))
 
 
 def score_rows(model: Any, rows: list[dict[str, Any]], pad_id: int) -> list[tuple[float, int, int]]:
@@ -135,7 +135,7 @@ def divergences(
             for row, (kl, nll, hits), part in zip(batch, sums, labels, strict=True)
         ]
 
-    yield from shrinking(work, _planned(rows, done, budget if apart else min(budget, positions)))
+    yield from shrinking(work, _planned(_lengths(rows), done, budget if apart else min(budget, positions)))
 
 
 def _has_plain_head(model: Any) -> bool:
@@ -163,10 +163,9 @@ def _compared(base: torch.Tensor, model: torch.Tensor, labels: torch.Tensor) -> 
     ).double()
 
 
-def _planned(rows: Any, done: Collection[int], budget: int) -> Iterator[list[int]]:
-    lengths = _lengths(rows)
-    order = sorted((index for index in range(len(lengths)) if index not in done), key=lambda index: -lengths[index])
-    return batches(lengths, budget, order=order)
+def _planned(sizes: Sequence[int], done: Collection[int], budget: int) -> Iterator[list[int]]:
+    order = sorted((index for index in range(len(sizes)) if index not in done), key=lambda index: -sizes[index])
+    return batches(sizes, budget, order=order)
 
 
 def _lengths(rows: Any) -> list[int]:
@@ -231,8 +230,7 @@ def choices(
             made = whole(model, chosen, pad_id, budget)
         return [OptionLikelihoods(row, logprobs) for row, logprobs in zip(batch, made, strict=True)]
 
-    order = sorted((index for index in range(len(questions)) if index not in done), key=lambda index: -sizes[index])
-    yield from shrinking(work, batches(sizes, budget, order=order))
+    yield from shrinking(work, _planned(sizes, done, budget))
 
 
 def _agrees(model: Any, questions: list[Choice], made: list[list[float]], pad_id: int) -> bool:

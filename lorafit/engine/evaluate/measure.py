@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,23 @@ from lorafit.engine.evaluate.likelihood import RowLikelihood, choices, divergenc
 from lorafit.engine.evaluate.models import Loaded, NamedModel
 from lorafit.engine.evaluate.sets import EvalRows, Prompts, option_rows, raw_rows, said
 from lorafit.evaluation.answers import Judged
-from lorafit.evaluation.figures import AGREEMENT, BASE, ENDED, LENGTH, Array, Classes, Scores, Series, set_metrics
+from lorafit.evaluation.figures import (
+    ACCURACY,
+    AGREEMENT,
+    BASE,
+    BITS,
+    ENDED,
+    JUDGE,
+    KL,
+    LENGTH,
+    LOSS,
+    TOKENS_RIGHT,
+    Array,
+    Classes,
+    Scores,
+    Series,
+    set_metrics,
+)
 from lorafit.evaluation.metrics import MetricSpec, default_metrics, make_metrics, metric_info
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Answer, Metric, Sample, Speed
@@ -229,10 +245,12 @@ def _of_answers(rows: EvalRows, model: str, main: str | None, records: Records) 
     metrics = [*(metric.info for metric in rows.scorers), ENDED, LENGTH, *([AGREEMENT] if of_main else [])]
     values = {metric.name: np.zeros((2, len(rows))) for metric in metrics}
     for record in records.read(rows.name, model, "answers"):
-        row = record["row"]
-        scores = answer_scores(rows, row, record["text"]) | {"ended": record["ended"], "length": record["tokens"]}
+        row, text, question = record["row"], record["text"], rows.question(record["row"])
+        judged = Judged(answer=text, expected=question.expected, prompt=question.shown, row=rows.raw.get(row, {}))
+        scores = {metric.info.name: metric.score(judged) for metric in rows.scorers}
+        scores |= {"ended": record["ended"], "length": record["tokens"]}
         if of_main and (other := of_main.get(row)) is not None:
-            scores["agreement"] = other["text"] == record["text"]
+            scores["agreement"] = other["text"] == text
         for name, value in scores.items():
             if value is not None:
                 values[name][:, row] = value, 1
@@ -241,46 +259,34 @@ def _of_answers(rows: EvalRows, model: str, main: str | None, records: Records) 
     }
 
 
-def answer_scores(rows: EvalRows, row: int, text: str) -> dict[str, float | None]:
-    """Scores of one answer by metric."""
-    question = rows.question(row)
-    judged = Judged(answer=text, expected=question.expected, prompt=question.shown, row=rows.raw.get(row, {}))
-    return {metric.info.name: metric.score(judged) for metric in rows.scorers}
+def finite(scores: Mapping[str, float | None]) -> dict[str, float]:
+    """The scores of a row that there are."""
+    return {name: value for name, value in scores.items() if value is not None and math.isfinite(value)}
 
 
-def samples_of(rows: EvalRows, models: list[str], records: Records) -> Iterator[Sample]:
-    """A set's rows with what every model made of them, in order."""
-    kinds = ("likelihood", "divergence", "options", "answers", "judge")
-    kept = {(model, kind): records.by_row(rows.name, model, kind) for model in models for kind in kinds}
+def samples_of(rows: EvalRows, scores: Mapping[str, Mapping[str, Scores]], records: Records) -> Iterator[Sample]:
+    """A set's rows with what every model made of them, in order. `scores` are those of `score`, by model."""
+    kept = {
+        (model, kind): records.by_row(rows.name, model, kind) for model in scores for kind in ("options", "answers")
+    }
+    own = (metric.info for metric in rows.scorers)
+    shown = [metric.name for metric in (LOSS, TOKENS_RIGHT, BITS, KL, ACCURACY, *own, LENGTH, JUDGE)]
+
+    def answer(model: str, row: int) -> Answer:
+        text = ended = chosen = None
+        if one := kept[model, "options"].get(row):
+            number = _chosen(one["logprobs"])
+            chosen = rows.options[row].options[number] if number >= 0 else None
+        if one := kept[model, "answers"].get(row):
+            text, ended = one["text"], one["ended"]
+        series = {name: made for name in shown if isinstance(made := scores[model].get(name), Series)}
+        values = {n: float(s.numerator[row] / s.denominator[row]) for n, s in series.items() if s.denominator[row]}
+        return Answer(text=text, ended=ended, chosen=chosen, scores=finite(values))
+
     for row in range(len(rows)):
         prompt, expected = rows.shown(row)
-        answers = {model: _answer(rows, row, {kind: kept[model, kind].get(row) for kind in kinds}) for model in models}
+        answers = {model: answer(model, row) for model in scores}
         yield Sample(set=rows.name, row=row, place=rows.place(row), prompt=prompt, expected=expected, answers=answers)
-
-
-def _answer(rows: EvalRows, row: int, found: dict[str, dict[str, Any] | None]) -> Answer:
-    scores: dict[str, float] = {}
-    text = ended = chosen = None
-    if one := found["likelihood"]:
-        if one["tokens"]:
-            scores |= {"loss": one["nll"] / one["tokens"], "token_accuracy": one["hits"] / one["tokens"]}
-        if rows.sizes[row, 1]:
-            scores["bits_per_byte"] = one["nll"] / math.log(2) / float(rows.sizes[row, 1])
-    if (one := found["divergence"]) and one["tokens"]:
-        scores["kl"] = one["kl"] / one["tokens"]
-    if one := found["options"]:
-        asked, number = rows.options[row], _chosen(one["logprobs"])
-        chosen = asked.options[number] if number >= 0 else None
-        if asked.expected >= 0:
-            scores["accuracy"] = float(number == asked.expected)
-    if one := found["answers"]:
-        text, ended = one["text"], one["ended"]
-        scores |= {name: value for name, value in answer_scores(rows, row, text).items() if value is not None}
-        scores["length"] = one["tokens"]
-    if (one := found["judge"]) and one["score"] is not None:
-        scores["judge"] = one["score"]
-    finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-    return Answer(text=text, ended=ended, chosen=chosen, scores=finite)
 
 
 def speeds(rows: EvalRows, models: list[str], records: Records) -> list[Speed]:

@@ -14,12 +14,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorafit.bounds import read_json
 from lorafit.engine.evaluate.batches import autocast, ready
 from lorafit.engine.loss import settle_head
 from lorafit.engine.model import base_source, load_base, on_cpu
-from lorafit.engine.tokenizer import cannot_load
+from lorafit.engine.tokenizer import reading
 from lorafit.errors import ModelError, UsageError
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
@@ -57,17 +58,22 @@ class NamedModel:
     sha256: str | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is a model of its own, and not the run's base or an adapter on that."""
+        return self.kind in ("trained", "merged")
+
+    @property
     def quantization(self) -> str | None:
         """Such as nf4 or int8."""
         kwargs = self.plan.quantization_kwargs
-        if kwargs is None or self.kind in ("trained", "merged"):
+        if kwargs is None or self.is_whole:
             return None
         return str(kwargs.get("bnb_4bit_quant_type")) if kwargs.get("load_in_4bit") else "int8"
 
     @property
     def loads(self) -> str:
         """A key of what has to be in memory for it: equal for models that share a base."""
-        if self.kind in ("trained", "merged"):
+        if self.is_whole:
             return f"{self.kind} {self.path}"
         name, kwargs = self.plan.model.name_or_path, self.plan.model_kwargs
         base = str(self.run.base) if self.run.base.is_dir() else name
@@ -170,13 +176,11 @@ class Loaded:
         inner = f"adapter{len(self._names)}"  # PEFT's names may not be any
         self.use(BASE)
         check_adapter(folder, (name for name, _ in self.model.named_modules()))
-        try:
+        with reading("adapter", folder):
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(folder), adapter_name=inner)
             else:
                 self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=inner)
-        except Exception as error:
-            raise cannot_load("adapter", str(folder), error) from error
         _check_finite(self.model, str(folder), f".{inner}.")
         self.model.eval()
         self._names[name] = inner
@@ -243,23 +247,31 @@ def _biases(model: LoadedModel) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in _bias_parameters(model)]
 
 
+def from_disk(model: NamedModel) -> tuple[PreTrainedModel, Plan]:
+    """A model, or of an adapter its base, and the plan that it was loaded by: on a CPU where there is no GPU.
+
+    Raises ModelError, DoesNotFitError.
+    """
+    plan = model.plan
+    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
+        plan = on_cpu(plan)
+    if not model.is_whole:
+        return load_base(plan, base_source(plan, model.run)), plan
+    plan = dataclasses.replace(plan, quantization_kwargs=None)
+    return load_base(plan, located(model.path)), plan
+
+
 @contextlib.contextmanager
 def loaded(models: list[NamedModel]) -> Iterator[Loaded]:
     """Models that share what `loads` says, in memory until the block ends. Raises ModelError, DoesNotFitError."""
-    first = models[0]
-    plan = first.plan
-    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
-        plan = on_cpu(plan)
-    if first.kind in ("trained", "merged"):
-        plan = dataclasses.replace(plan, quantization_kwargs=None)
-        alone = load_base(plan, located(first.path))
-        _check_finite(alone, first.path)
-        made = Loaded(ready(alone, plan))
-    else:
-        made = Loaded(ready(load_base(plan, base_source(plan, first.run)), plan))
-        for model in models:
-            if model.kind == "adapter":
-                made.add(model.name, Path(model.path))
+    base, plan = from_disk(models[0])
+    if models[0].is_whole:
+        _check_finite(base, models[0].path)
+    made = Loaded(ready(base, plan))
+    del base
+    for model in models:
+        if model.kind == "adapter":
+            made.add(model.name, Path(model.path))
     try:
         yield made
     finally:

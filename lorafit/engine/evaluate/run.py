@@ -1,4 +1,4 @@
-"""`lorafit eval`: the story."""
+"""`lorafit eval`, step by step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lorafit.engine.evaluate.models import Comparison, NamedModel, groups, loade
 from lorafit.engine.evaluate.sets import EvalRows, option_rows, read_sets
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import GateError, Interrupted, UsageError
-from lorafit.evaluation.figures import HELD_OUT, LOSS, expected_figures, figures_of, own_models
+from lorafit.evaluation.figures import HELD_OUT, LOSS, Scores, expected_figures, figures_of, own_models
 from lorafit.evaluation.gates import (
     BASELINE,
     Demand,
@@ -94,8 +94,12 @@ def evaluate(options: EvalOptions) -> tuple[Results, Path]:
         except (KeyboardInterrupt, Interrupted) as error:
             number = error.signal_number if isinstance(error, Interrupted) else 2
             raise Interrupted("interrupted; what was measured is kept: go on with --resume", number) from None
-        results = assemble(work, records, found, options)
-        of_sets = (sample for rows in work.sets.values() for sample in samples_of(rows, comparison.names, records))
+        scores = {
+            name: {model: score(rows, model, comparison.main, records) for model in comparison.names}
+            for name, rows in work.sets.items()
+        }
+        results = assemble(work, records, scores, found, options)
+        of_sets = (one for name, rows in work.sets.items() for one in samples_of(rows, scores[name], records))
         samples = itertools.chain(of_sets, benchmarks.benchmark_samples(found))
         with stage("writing reports"):
             results = write_reports(destination, results, samples, _training(comparison.run), comparison.references)
@@ -210,13 +214,15 @@ def run_models(work: Work, records: Records) -> Benchmarked:
     return found
 
 
-def assemble(work: Work, records: Records, found: Benchmarked, options: EvalOptions) -> Results:
-    """Figures, differences and gates from the records."""
+def assemble(
+    work: Work,
+    records: Records,
+    scores: dict[str, dict[str, dict[str, Scores]]],
+    found: Benchmarked,
+    options: EvalOptions,
+) -> Results:
+    """Figures, differences and gates from the scores by set, model and metric."""
     comparison, names = work.comparison, work.comparison.names
-    scores = {
-        name: {model: score(rows, model, comparison.main, records) for model in names}
-        for name, rows in work.sets.items()
-    }
     infos = {name: rows.info for name, rows in work.sets.items()}
     of_tasks, task_infos = benchmarks.benchmark_scores(found, names)
     figures: dict[str, Figure] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,7 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
-from lorafit.engine.data.prepare import Prepared, prepare, rows_of
+from lorafit.engine.data.prepare import Prepared, prepare, rows_of, with_shape
 from lorafit.engine.data.render import Renderer, special_tokens
 from lorafit.engine.evaluate.likelihood import Choice, common
 from lorafit.errors import DataError
@@ -30,7 +31,7 @@ from lorafit.facts.template import REASONING, opens_reasoning, without_header, w
 from lorafit.plan import Plan, SourcePlan
 from lorafit.plan.data import sets_of
 from lorafit.recipe.schema import EvalSection, EvalSet
-from lorafit.rows import Example, Fault, Row, detect_format, digest, place_of, to_example
+from lorafit.rows import Example, Fault, Row, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
 from lorafit.text import first_line
 
@@ -155,13 +156,7 @@ class EvalRows:
     def sha256(self) -> str:
         """SHA-256 of what the rows were read from and how, and of their numbers: whatever the model makes of them."""
         read = [
-            [
-                source.hub or _digest(source),
-                source.format,
-                source.columns,
-                source.template,
-                source.max_rows,
-            ]
+            [source.hub or _digest(source), source.format, source.columns, source.template, source.max_rows]
             for source in self.sources
         ]
         text = json.dumps([read, list(self.rows["number"])], sort_keys=True)
@@ -214,7 +209,7 @@ def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None,
         first = plan.data.train[0]
         source = SourcePlan(str(data), "--data", columns=first.columns, template=first.template)
         return _read(plan, source, tokenizer)
-    if not plan.data.validation and plan.data.validation_fraction is None:
+    if _has_none(plan):
         raise DataError("the run held no rows out of training; name some with --data")
     if (made := prepared) is None:
         check_unchanged(plan)
@@ -283,7 +278,8 @@ def read_sets(
         chosen: Iterable[int] = ()
         if spec.role == "task":
             remarks.extend(_asked_otherwise(name, read))
-            whole = (index for index in _with_questions(read.rows) if index not in cut)
+            asked = enumerate(read.rows.select_columns(["asked"]))
+            whole = (index for index, row in asked if row["asked"] and index not in cut)
             chosen = itertools.islice(whole, spec.limit or section.limit)
         shown = spec.path or (str(data) if data and name == HELD_OUT else _SHOWN[name])
         found.append(EvalRows(spec, shown, read.rows, read.sources, tuple(chosen), tokenizer))
@@ -338,12 +334,6 @@ def _rows_of(
         max_rows=spec.max_rows,
     )
     return _read(plan, source, tokenizer)
-
-
-def _with_questions(rows: Dataset) -> Iterator[int]:
-    for index, row in enumerate(rows.select_columns(["asked"])):
-        if row["asked"]:
-            yield index
 
 
 def _answer_span(row: dict[str, Any]) -> tuple[int, int]:
@@ -429,18 +419,12 @@ def raw_rows(rows: EvalRows) -> Iterator[tuple[int, Row, Example]]:
     places = rows.rows.select_columns(["file", "number"])
     wanted = {(places[index]["file"], places[index]["number"]): index for index in rows.asked}
     for source in rows.sources:
-        found = rows_of(source)
-        first = next(found, None)
-        if first is None:
-            continue
-        format = source.format or detect_format(first, source.columns, source.template, source.key)[0]
-        for row in itertools.chain([first], found):
+        found, shape = with_shape(rows_of(source), source)
+        for row in found:
             index = wanted.get((row.file, row.number))
-            if index is not None:
-                try:
-                    yield index, row, to_example(row, source.shape(format))
-                except Fault:
-                    continue
+            if index is not None and shape is not None:
+                with contextlib.suppress(Fault):
+                    yield index, row, to_example(row, shape)
 
 
 def _options(asked: str | tuple[str, ...] | None, row: Row) -> list[str]:
@@ -461,16 +445,12 @@ def _answer(example: Example) -> str:
 
 
 def _with_answer(example: Example, answer: str) -> Example:
-    """The example with its last answer replaced. Raises DataError for a plain text."""
+    """The example with its last answer replaced, after the same white space. Raises DataError for a plain text."""
     if example.completion is not None:
-        return dataclasses.replace(example, completion=_spaced(example.completion, answer))
+        space = example.completion[: len(example.completion) - len(example.completion.lstrip())]
+        return dataclasses.replace(example, completion=space + answer.strip())
     last = max((i for i, m in enumerate(example.messages) if m["role"] == "assistant"), default=None)
     if last is None:
         raise DataError(f"{example.place}: is a plain text, so there is no answer to choose an option for")
     turn = {key: value for key, value in example.messages[last].items() if key != "tool_calls"} | {"content": answer}
     return dataclasses.replace(example, messages=(*example.messages[:last], turn))
-
-
-def _spaced(completion: str, answer: str) -> str:
-    """The answer after the white space with which the row's own completion begins."""
-    return completion[: len(completion) - len(completion.lstrip())] + answer.strip()

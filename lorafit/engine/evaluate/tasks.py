@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest import mock
 
 import yaml
 from jinja2 import BaseLoader, StrictUndefined
@@ -74,13 +75,7 @@ def _metrics(config: Any) -> Iterator[str]:
     """Metrics anywhere in a file that are not registered."""
     from lm_eval.api.registry import METRIC_REGISTRY
 
-    if isinstance(config, list):
-        for value in config:
-            yield from _metrics(value)
-    elif isinstance(config, dict):
-        for value in config.values():
-            yield from _metrics(value)
-        listed = config.get("metric_list")
+    for listed in _values_of(config, "metric_list"):
         for metric in listed if isinstance(listed, list) else []:
             if isinstance(metric, dict) and (metric.get("hf_evaluate") or metric.get("metric") not in METRIC_REGISTRY):
                 yield first_line(metric.get("metric"))
@@ -95,19 +90,15 @@ def _values_of(config: Any, key: str) -> Iterator[Any]:
         yield config[key]
 
 
-@contextlib.contextmanager
-def kept_templates(trusted: bool) -> Iterator[None]:
+def kept_templates(trusted: bool) -> contextlib.AbstractContextManager[Any]:
     """Unless trusted, templates of tasks reach nothing but their document: the harness's own can call any Python."""
     from lm_eval import utils
 
-    before = utils.env
-    if not trusted:
-        utils.env = Environment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
-        utils.env.filters |= {name: own for name, own in before.filters.items() if name not in utils.env.filters}
-    try:
-        yield
-    finally:
-        utils.env = before
+    if trusted:
+        return contextlib.nullcontext()
+    kept = Environment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    kept.filters |= {name: own for name, own in utils.env.filters.items() if name not in kept.filters}
+    return mock.patch.object(utils, "env", kept)
 
 
 def load(section: EvalSection) -> dict[str, Task]:
@@ -168,7 +159,7 @@ def resolve(section: EvalSection) -> tuple[Manager, list[str]]:
     """Who knows the tasks, and their names or files; all looked at for code before any is loaded."""
     asked = section.lm_eval
     assert asked is not None
-    folders = tuple(folder for folder in (*asked.tasks, asked.include_path) if folder and _is_folder(folder))
+    folders = tuple(folder for folder in (*asked.tasks, asked.include_path) if folder and expanded(folder).is_dir())
     if asked.include_path and asked.include_path not in folders:
         raise UsageError(f"eval.lm_eval.include_path: there is no folder {asked.include_path}")
     manager = manager_of(folders, False)
@@ -190,15 +181,11 @@ def resolve(section: EvalSection) -> tuple[Manager, list[str]]:
     return manager, specs
 
 
-def _is_folder(path: str) -> bool:
-    return expanded(path).is_dir()
-
-
 def _specs(task: str, manager: Manager) -> list[str]:
     """A task as it is, or the tasks of a folder."""
-    if not _is_folder(task) or task in manager.task_index:
-        return [task]
     root = expanded(task).resolve()
+    if not root.is_dir() or task in manager.task_index:
+        return [task]
     index = manager.task_index
     found = [name for name in manager.all_subtasks if root in index[name].yaml_path.resolve().parents]
     if not found:

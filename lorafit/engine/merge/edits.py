@@ -18,8 +18,8 @@ from torch import nn
 from lorafit.options import Combine
 
 ADAPTER = "default"
-SAMPLED_ROWS = 32
-"""Rows of each merged weight that are computed a second time."""
+SAMPLED = 32
+"""Rows of each chunk that are computed a second time, and in which the loss by rounding is measured."""
 
 
 class Edit(ABC):
@@ -87,7 +87,7 @@ class LayerEdit(Edit):
     def gap(self, before: torch.Tensor, after: torch.Tensor, rows: slice | None = None) -> float:
         """How far some merged rows are from what the adapter's definition gives, relative to their norm."""
         count, start = len(before), rows.start if rows else 0
-        chosen = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long().unique()
+        chosen = torch.linspace(0, count - 1, min(SAMPLED, count)).long().unique()
         if isinstance(self.layer, ParamWrapper):
             chosen = chosen[:2]
         if self.is_dora and self.fewest_rows is None:  # its norms are over all rows
@@ -139,9 +139,7 @@ class LayerEdit(Edit):
         swap(layer, "lora_bias", layer.lora_bias | {ADAPTER: False})  # an edit of its own
         try:
             if rows is not None and isinstance(layer, Embedding):
-                a = layer.lora_embedding_A[ADAPTER]
-                held.append((layer.lora_embedding_A, ADAPTER, a))
-                layer.lora_embedding_A[ADAPTER] = nn.Parameter(a[:, rows], requires_grad=False)
+                cut(layer.lora_embedding_A, ADAPTER, layer.lora_embedding_A[ADAPTER][:, rows])
             elif rows is not None and isinstance(layer, ParamWrapper):
                 a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
                 experts, width = layer.num_experts, len(b.weight)
@@ -151,19 +149,13 @@ class LayerEdit(Edit):
             elif rows is not None:
                 cut(layer.lora_B[ADAPTER], "weight", layer.lora_B[ADAPTER].weight[rows])
                 if self.is_dora:
-                    cut(
-                        layer.lora_magnitude_vector[ADAPTER],
-                        "weight",
-                        layer.lora_magnitude_vector[ADAPTER].weight[rows],
-                    )
+                    magnitude = layer.lora_magnitude_vector[ADAPTER]
+                    cut(magnitude, "weight", magnitude.weight[rows])
             with torch.no_grad():
                 yield base
         finally:
             for owner, name, value in reversed(held):
-                if isinstance(owner, nn.ParameterDict):
-                    owner[name] = value
-                else:
-                    setattr(owner, name, value)
+                setattr(owner, name, value)
             layer.merged_adapters.clear()
             layer._caches.clear()
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lorafit.console import Console
 from lorafit.engine.merge.folder import copy_tokenizer, write_report
-from lorafit.engine.merge.verify import PROBES, Agreement, Reference, breaches, compare_folder
+from lorafit.engine.merge.verify import PROBES, Reference, agreement, breaches, compare_folder
 from lorafit.engine.model import loading
-from lorafit.engine.tokenizer import cannot_load, tokenizer_of
+from lorafit.engine.tokenizer import reading, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError, is_out_of_memory
 from lorafit.export.gguf import export_gguf, parse_export
 from lorafit.export.ollama import modelfile
@@ -145,13 +145,10 @@ def quantized_copy(merged: Path, kind: str) -> Path:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     with staged(destination, "merge") as folder:
-        try:
-            with loading(merged):
-                model = AutoModelForCausalLM.from_pretrained(
-                    str(merged), dtype="auto", quantization_config=config, device_map={"": "cpu"}
-                )
-        except Exception as error:
-            raise cannot_load("merged model", str(merged), error) from error
+        with reading("merged model", merged), loading(merged):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(merged), dtype="auto", quantization_config=config, device_map={"": "cpu"}
+            )
         with stage(f"writing {destination}"):
             model.save_pretrained(folder)
         copy_tokenizer(merged, folder)  # nothing, if it has none
@@ -192,8 +189,8 @@ def compare_gguf(folder: Path, gguf: Path, token_rows: list[list[int]]) -> dict[
                 raise ModelError(f"{gguf}: has {other.shape[-1]:,} tokens, the model {first.shape[-1]:,}")
             yield first, other
 
-    found = Agreement.of(pairs())
-    return {"top1_agreement": found.top1, "mean_kl": found.kl, "positions": float(found.positions)}
+    found = agreement(pairs())
+    return {"top1_agreement": found["top1"], "mean_kl": found["kl"], "positions": float(sum(map(len, rows)))}
 
 
 def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[torch.Tensor]:

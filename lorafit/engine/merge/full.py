@@ -23,7 +23,7 @@ from lorafit.engine.merge.skeleton import attach, empty_model
 from lorafit.engine.merge.stream import combined_delta
 from lorafit.engine.merge.task import RoundTrip
 from lorafit.engine.model import loading
-from lorafit.engine.tokenizer import cannot_load
+from lorafit.engine.tokenizer import reading
 from lorafit.errors import GateError, ModelError, UsageError
 from lorafit.files import staged
 from lorafit.plan.adapters import check_adapter
@@ -44,11 +44,8 @@ def merge_in_memory(
     Returns:
         how many layers were merged, and whether tied embeddings had to be untied. Raises ModelError, GateError.
     """
-    try:
-        with loading(base):
-            model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", trust_remote_code=False)
-    except Exception as error:
-        raise cannot_load("base", str(base), error) from error
+    with reading("base", base), loading(base):
+        model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto", trust_remote_code=False)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             f"{base}: is stored quantized, so it can't be merged into in memory; name the model that it was made of "
@@ -60,13 +57,10 @@ def merge_in_memory(
             parameter.data = round_trip(name, parameter.data)
     model = model.float()
     check_adapter(adapter, (name for name, _ in model.named_modules()))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
-            found = peft.load_adapter(str(adapter), "default", torch_device="cpu")  # again, for it tells what it finds
-    except Exception as error:
-        raise cannot_load("adapter", str(adapter), error) from error
+    with reading("adapter", adapter), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+        found = peft.load_adapter(str(adapter), "default", torch_device="cpu")  # again, for it tells what it finds
     if peft.active_peft_config.is_prompt_learning:
         raise ModelError(
             f"{adapter}: is of PEFT's type {peft.active_peft_config.peft_type.value}, which no weights hold"
@@ -111,19 +105,13 @@ def _check(peft: PeftModel, adapter: Path) -> int:
         if isinstance(module, BaseTunerLayer):
             count += 1
             size = math.inf
-            with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
-                size = float(torch.linalg.vector_norm(_delta(module)))
+            with torch.no_grad(), contextlib.suppress(AttributeError, NotImplementedError, TypeError):
+                size = float(torch.linalg.vector_norm(module.get_delta_weight("default")))
             if size == 0:
                 raise GateError(
                     f"{name}: the adapter changes nothing here, so it is untrained or broken; nothing was kept"
                 )
     return count
-
-
-@torch.no_grad()
-def _delta(layer: Any) -> torch.Tensor:
-    found: torch.Tensor = layer.get_delta_weight("default")
-    return found
 
 
 def _separate_tied(peft: PeftModel) -> None:

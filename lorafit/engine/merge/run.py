@@ -1,4 +1,4 @@
-"""`lorafit merge`: the story, and what one merge knows, decides and does."""
+"""`lorafit merge`, step by step: what one merge knows, decides and does."""
 
 from __future__ import annotations
 

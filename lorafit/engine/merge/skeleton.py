@@ -1,4 +1,4 @@
-"""A model without memory: the real modules, whose parameters are one number that is seen at every place.
+"""A model's modules without its weights, on which an adapter is put to see what it changes.
 
 PEFT puts an adapter on it as on any model, with its own matching of names, patterns and ranks, and so tells what
 the adapter does to which parameter. Checkpoint keys are matched to parameters by transformers' own rules.
@@ -162,16 +162,10 @@ def revert(model: PreTrainedModel, parameter: str, value: torch.Tensor) -> list[
 
 @dataclass
 class Attached:
-    """An adapter on a model without memory.
-
-    Attributes:
-        edits: what it does to each parameter, in order.
-        config: PEFT's.
-    """
+    """An adapter on a model without memory, and what it does to each parameter, in order."""
 
     model: PeftModel
     edits: dict[str, tuple[Edit, ...]]
-    config: Any
 
     @property
     def bytes(self) -> int:
@@ -208,7 +202,8 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
             config = LoraConfig.from_pretrained(str(adapter))
             config.inference_mode = True
             peft = PeftModel(model, config, ADAPTER, low_cpu_mem_usage=True)
-            weights = load_peft_weights(str(adapter), device="cpu", key_mapping=_key_mapping(model))
+            renamed = getattr(model, "_checkpoint_conversion_mapping", {})  # as PeftModel.from_pretrained has it
+            weights = load_peft_weights(str(adapter), device="cpu", key_mapping=renamed)
             # Weights of the base that came along are put in last: PEFT casts a layer's adapter to its base's type.
             brought = {key: weights.pop(key) for key in list(weights) if key.endswith(".base_layer.weight")}
             found = set_peft_model_state_dict(peft, weights, ADAPTER, low_cpu_mem_usage=True)
@@ -218,7 +213,6 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
         raise
     except Exception as error:
         raise ModelError(f"{adapter}: does not belong to this base: {_mismatch(error)}") from error
-    config = peft.peft_config[ADAPTER]
     # With a vocabulary of another size, PEFT also saves a module's original, and its new version a second time.
     odd = [key for key in found.unexpected_keys if ".original_module." not in key and ".modules_to_save." not in key]
     if odd:
@@ -244,12 +238,7 @@ def attach(model: PreTrainedModel, adapter: Path) -> Attached:
         first, *others = several
         if any(isinstance(edit, Replacement) for edit in others) or len(others) > (isinstance(first, Replacement)):
             raise NotOneByOne(f"{name} is changed in more than one way")
-    return Attached(peft, {name: tuple(several) for name, several in edits.items()}, config)
-
-
-def _key_mapping(model: PreTrainedModel) -> dict[str, str]:
-    """Old names of modules, as PeftModel.from_pretrained has it."""
-    return getattr(model, "_checkpoint_conversion_mapping", {})
+    return Attached(peft, {name: tuple(several) for name, several in edits.items()})
 
 
 def _mismatch(error: Exception) -> str:
@@ -315,16 +304,12 @@ def parted(model: PreTrainedModel, edits: dict[str, tuple[Edit, ...]]) -> dict[s
 
 
 def _same(one: tuple[Edit, ...], other: tuple[Edit, ...]) -> bool:
-    if len(one) != len(other):
-        return False
-    for mine, its in zip(one, other, strict=True):
+    def same(mine: Edit, its: Edit) -> bool:
         match mine, its:
             case Replacement(), Replacement():
-                equal = mine.value.shape == its.value.shape and torch.equal(mine.value, its.value)
+                return torch.equal(mine.value, its.value)
             case TokensEdit(), TokensEdit():
-                equal = torch.equal(mine.indices, its.indices) and torch.equal(mine.values, its.values)
-            case _:
-                equal = False
-        if not equal:
-            return False
-    return True
+                return torch.equal(mine.indices, its.indices) and torch.equal(mine.values, its.values)
+        return False
+
+    return len(one) == len(other) and all(map(same, one, other))

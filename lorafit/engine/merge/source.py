@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.bounds import read_json
-from lorafit.engine.tokenizer import cannot_load
+from lorafit.engine.tokenizer import reading
 from lorafit.errors import ModelError, UsageError
 from lorafit.files import check
 from lorafit.plan import Plan
@@ -148,10 +148,8 @@ def local_folder(name: str, revision: str | None) -> Path:
         raise ModelError(f"{name}: the base is not there (no such folder); name the folder with --base")
     from huggingface_hub import snapshot_download
 
-    try:
+    with reading("base", name):
         return Path(snapshot_download(name, revision=revision, allow_patterns=BASE_FILES))
-    except Exception as error:
-        raise cannot_load("base", name, error) from error
 
 
 def same_base(first: Source, other: Source) -> None:

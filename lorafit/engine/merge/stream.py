@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lorafit.engine.merge.edits import LayerEdit, Replacement
+from lorafit.engine.merge.edits import SAMPLED, LayerEdit, Replacement
 from lorafit.engine.merge.task import Job, Task
 from lorafit.engine.merge.tensors import DTYPES, Writer, as_bytes
 from lorafit.errors import GateError
@@ -26,8 +26,6 @@ BLOCK = 1 << 18
 """Elements that norms are computed of at a time, so that they stay in the cache."""
 OFF = 1e-5
 """How far sampled rows may be off the adapter's definition, relative to their norm: float32 sums of other order."""
-SAMPLED = 32
-"""Rows of each chunk in which the loss by rounding is measured."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +96,16 @@ def _copied(shard: Shard, places: dict[str, Tensor], computed: set[str]) -> Iter
 def _read_ahead(jobs: list[Job]) -> Generator[torch.Tensor, None, None]:
     """The jobs' weights, chunk by chunk, each read by a thread while the one before is computed."""
 
+    def chunk(job: Job, whole: Callable[[], torch.Tensor | None], rows: slice | None) -> torch.Tensor:
+        weight = whole()
+        if weight is None:
+            return job.read(rows)
+        return weight if rows is None else weight[rows]
+
     def reads() -> Iterator[Callable[[], torch.Tensor]]:
         for job in jobs:
-            whole: list[torch.Tensor | None] = []
-
-            def read(rows: slice | None, job: Job = job, whole: list[torch.Tensor | None] = whole) -> torch.Tensor:
-                if not whole:
-                    whole.append(job.whole())
-                if whole[0] is None:
-                    return job.read(rows)
-                return whole[0] if rows is None else whole[0][rows]
-
-            yield from (functools.partial(read, rows) for rows in job.chunks())
+            whole = functools.cache(job.whole)
+            yield from (functools.partial(chunk, job, whole, rows) for rows in job.chunks())
 
     with ThreadPoolExecutor(1, "lorafit-reader") as pool:
         ahead: Future[torch.Tensor] | None = None

@@ -332,23 +332,22 @@ class RoundTrip:
 
     def __call__(self, parameter: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight as the adapter saw it, in the type that the base was loaded in."""
-        if parameter not in self.parameters:
-            return weight.to(self._dtype)
         weight = weight.to(self._dtype)
-        if parameter in self._turned:
-            return self._there_and_back(weight.T.contiguous()).T.contiguous()
-        return self._there_and_back(weight)
-
-    def _there_and_back(self, weight: torch.Tensor) -> torch.Tensor:
+        if parameter not in self.parameters:
+            return weight
+        turned = parameter in self._turned
+        weight = weight.T.contiguous() if turned else weight
         if self._config.load_in_8bit:
             packed, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-            return bnb.functional.int8_vectorwise_dequant(packed, scales).to(self._dtype)
-        packed, state = bnb.functional.quantize_4bit(
-            weight,
-            compress_statistics=self._config.bnb_4bit_use_double_quant,
-            quant_type=self._config.bnb_4bit_quant_type,
-        )
-        return bnb.functional.dequantize_4bit(packed, state)
+            made = bnb.functional.int8_vectorwise_dequant(packed, scales).to(self._dtype)
+        else:
+            packed, state = bnb.functional.quantize_4bit(
+                weight,
+                compress_statistics=self._config.bnb_4bit_use_double_quant,
+                quant_type=self._config.bnb_4bit_quant_type,
+            )
+            made = bnb.functional.dequantize_4bit(packed, state)
+        return made.T.contiguous() if turned else made
 
 
 def unpack(weight: torch.Tensor, beside: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -215,11 +215,11 @@ class Writer:
 
     def write(self, name: str, begin: int, data: torch.Tensor) -> None:
         """(bytes,) to a place in a file. The tensor must not be changed afterwards."""
-        self._put(lambda: self._write(name, begin, data))
+        self._put(name, begin, len(data), lambda at, stage: stage.copy_(data[at : at + len(stage)]))
 
     def copy(self, source: Path, begin: int, name: str, to: int, size: int) -> None:
         """Copy bytes of another file."""
-        self._put(lambda: self._copy(source, begin, name, to, size))
+        self._put(name, to, size, lambda at, stage: read_into(source, begin + at, stage))
 
     def close(self) -> None:
         """Wait until all is on the disk."""
@@ -235,10 +235,10 @@ class Writer:
         for file in self._files.values():
             file.close(sync=False)
 
-    def _put(self, work: Callable[[], None]) -> None:
+    def _put(self, name: str, begin: int, size: int, fill: Callable[[int, torch.Tensor], object]) -> None:
         if self._error is not None:
             raise self._error
-        self._queue.put(work)
+        self._queue.put(lambda: self._write(name, begin, size, fill))
 
     def _stop(self) -> None:
         if self._thread.is_alive():
@@ -254,23 +254,17 @@ class Writer:
                     self._error = error
             del work
 
-    def _write(self, name: str, begin: int, data: torch.Tensor) -> None:
-        for done in range(0, len(data), PIECE):
-            part = data[done : done + PIECE]
-            self._through_stage(name, begin + done, len(part), lambda stage, part=part: stage.copy_(part))  # type: ignore[misc]
+    def _write(self, name: str, begin: int, size: int, fill: Callable[[int, torch.Tensor], object]) -> None:
+        """Fill an aligned buffer, piece by piece, so that a block of it is a block of the file, and write that.
 
-    def _copy(self, source: Path, begin: int, name: str, to: int, size: int) -> None:
+        `fill` is told how many bytes are done already.
+        """
         for done in range(0, size, PIECE):
-            length = min(PIECE, size - done)
-            self._through_stage(name, to + done, length, lambda stage, at=begin + done: read_into(source, at, stage))  # type: ignore[misc]
-
-    def _through_stage(self, name: str, begin: int, size: int, fill: Callable[[torch.Tensor], object]) -> None:
-        """Fill an aligned buffer so that a block of it is a block of the file, and write it."""
-        phase = begin % ALIGNED
-        stage = self._stage[phase : phase + size]
-        fill(stage)
-        self._files[name].write(stage, begin)
-        self._on_progress(size)
+            phase = (begin + done) % ALIGNED
+            stage = self._stage[phase : phase + min(PIECE, size - done)]
+            fill(done, stage)
+            self._files[name].write(stage, begin + done)
+            self._on_progress(len(stage))
 
 
 class _File:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from lorafit.engine.evaluate.likelihood import divergence
 from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.source import Base, Source
 from lorafit.engine.model import keep_gradients, load_adapter, load_base, loading, on_cpu
-from lorafit.engine.tokenizer import cannot_load
+from lorafit.engine.tokenizer import reading
 from lorafit.errors import DataError, GateError, LorafitError
 from lorafit.progress import each
 
@@ -100,51 +99,25 @@ class Reference:
     def compare(self, model: Any) -> Figures:
         """The figures of a model, which is loaded in float32."""
         loss, made = _run(model, self.rows, [len(kept) for kept in self.logits], "the merged model's answers")
-        found = Agreement.of(zip(self.logits, made, strict=True))
-        return Figures(loss, loss - self.loss, found.kl, found.kl_max, found.top1, found.logit_difference)
+        return Figures(loss, loss - self.loss, **agreement(zip(self.logits, made, strict=True)))
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far the logits of a model are from those of another one.
+def agreement(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """`kl`, `kl_max`, `top1` and `logit_difference`, as in Figures, of a model's logits against those of another one.
 
-    Attributes:
-        kl: mean Kullback-Leibler divergence from the first one's distribution to the other's, in nats.
-        top1: share of positions with the same most likely token.
-        logit_difference: the largest, of all positions and tokens.
+    Args:
+        pairs: (positions, vocabulary) of the other one and of the model, row by row.
     """
-
-    positions: int
-    kl: float
-    kl_max: float
-    top1: float
-    logit_difference: float
-
-    @staticmethod
-    def of(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Agreement:
-        """Compare (positions, vocabulary) logits of the one with those of the other, row by row."""
-        total = top = worst = apart = 0.0
-        count = 0
-        for mine, its in pairs:
-            width = min(mine.shape[-1], its.shape[-1])  # a padded vocabulary
-            mine, its = mine[:, :width], its[:, :width]
-            each = _kl(mine, its)
-            count += len(mine)
-            total += float(each.sum())
-            worst = _larger(worst, float(each.max()))
-            top += float((mine.argmax(-1) == its.argmax(-1)).sum())
-            apart = _larger(apart, float((mine - its).abs().max()))
-        return Agreement(count, total / count, worst, top / count, apart)
-
-
-def _larger(one: float, other: float) -> float:
-    """The larger number, or what is not a number: Python's max drops it if it comes second."""
-    return other if math.isnan(other) else max(one, other)
-
-
-def _kl(mine: torch.Tensor, its: torch.Tensor) -> torch.Tensor:
-    """(positions,) divergences of two (positions, vocabulary) logits; not finite where a logit is not."""
-    return divergence(mine.log_softmax(-1), its.log_softmax(-1))
+    found = []
+    for mine, its in pairs:
+        width = min(mine.shape[-1], its.shape[-1])  # a padded vocabulary
+        mine, its = mine[:, :width], its[:, :width]
+        each = divergence(mine.log_softmax(-1), its.log_softmax(-1))
+        alike = (mine.argmax(-1) == its.argmax(-1)).sum()
+        found.append((len(mine), float(each.sum()), float(alike), float(each.max()), float((mine - its).abs().max())))
+    count, kl, top, *largest = zip(*found, strict=True)
+    worst, apart = (float(torch.tensor(values, dtype=torch.double).max()) for values in largest)  # nan, if one is
+    return {"kl": sum(kl) / sum(count), "kl_max": worst, "top1": sum(top) / sum(count), "logit_difference": apart}
 
 
 def measure(source: Source, base: Base, rows: list[Probe], shown: str) -> Reference:
@@ -156,7 +129,7 @@ def measure(source: Source, base: Base, rows: list[Probe], shown: str) -> Refere
     loss, logits = _run(model, rows, keep, "the adapter's answers")
     with model.disable_adapter():
         _, of_base = _run(model, rows, keep, "the base's answers")
-    return Reference(rows, shown, logits, loss, Agreement.of(zip(logits, of_base, strict=True)).kl)
+    return Reference(rows, shown, logits, loss, agreement(zip(logits, of_base, strict=True))["kl"])
 
 
 @torch.no_grad()
@@ -200,33 +173,25 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
 def load_merged(folder: Path, quantization: BitsAndBytesConfig | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model folder by transformers alone, in float32 arithmetic, and what was missing or left over."""
     more: dict[str, Any] = {"quantization_config": quantization, "device_map": {"": "cpu"}} if quantization else {}
-    try:
-        with loading(folder):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype="auto", output_loading_info=True, trust_remote_code=False, **more
-            )
-    except Exception as error:
-        raise cannot_load("merged model", str(folder), error) from error
+    with reading("merged model", folder), loading(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", output_loading_info=True, trust_remote_code=False, **more
+        )
     return in_float32(model), info
 
 
 def compare_folder(reference: Reference, folder: Path, quantization: BitsAndBytesConfig | None = None) -> Figures:
-    """Load a folder and compare it. Raises GateError if it doesn't load cleanly."""
+    """Load a folder and compare it. Raises GateError if tensors are missing or of another shape."""
     model, info = load_merged(folder, quantization)
-    check_loaded(folder, info)
-    figures = reference.compare(model)
-    del model
-    gc.collect()
-    return figures
-
-
-def check_loaded(folder: Path, info: dict[str, Any]) -> None:
-    """Raises GateError if transformers found tensors missing or of another shape."""
     for what in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             raise GateError(
                 f"{folder}: the merged model does not load cleanly: {what}: {sorted(map(str, info[what]))[:3]}"
             )
+    figures = reference.compare(model)
+    del model
+    gc.collect()
+    return figures
 
 
 @dataclass
@@ -273,12 +238,13 @@ class Proof:
 def breaches(figures: Figures, limits: dict[str, float | None]) -> list[str]:
     """What is beyond a limit, a sentence each. A figure that is not a number is beyond every limit."""
     found = []
-    for name, shown, value, limit, sign in (
-        ("max_kl", "mean KL divergence from the adapter", figures.kl, limits.get("max_kl"), 1),
-        ("min_top1", "top-1 agreement with the adapter", figures.top1, limits.get("min_top1"), -1),
-        ("max_loss_increase", "loss above the adapter's", figures.loss_increase, limits.get("max_loss_increase"), 1),
-        ("max_logit_difference", "logit difference", figures.logit_difference, limits.get("max_logit_difference"), 1),
+    for name, shown, value, sign in (
+        ("max_kl", "mean KL divergence from the adapter", figures.kl, 1),
+        ("min_top1", "top-1 agreement with the adapter", figures.top1, -1),
+        ("max_loss_increase", "loss above the adapter's", figures.loss_increase, 1),
+        ("max_logit_difference", "logit difference", figures.logit_difference, 1),
     ):
+        limit = limits.get(name)
         if limit is not None and not sign * value <= sign * limit:
             found.append(f"{shown} is {value:.4g}, and merge.{name} is {limit:g}")
     return found

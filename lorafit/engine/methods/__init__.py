@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lorafit.engine.data.encode import TokenRow
 from lorafit.engine.data.render import Renderer
-from lorafit.engine.methods import sft
-from lorafit.plan import methods
 from lorafit.plan.values import DataPlan, Plan
 from lorafit.rows import Row, Shape
 from lorafit.rows.audit import SourceAudit
@@ -33,7 +32,6 @@ class Method(Protocol):
         """See that the model learns from rows as the plan says. Raises ModelError."""
 
 
-METHODS: dict[str, Method] = {methods.SFT.name: sft}
-"""Methods by the name of their description in lorafit.plan.methods."""
-SFT = METHODS[methods.SFT.name]
-"""The method of every plan, while there is one."""
+def module_of(name: str) -> Method:
+    """The module of a method, by its description's name."""
+    return cast(Method, importlib.import_module(f"{__name__}.{name}"))

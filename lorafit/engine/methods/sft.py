@@ -33,7 +33,7 @@ def encode(
 
 def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> Trainer:
     """The trainer with model, adapter and data in place. Raises ModelError, DoesNotFitError."""
-    from lorafit.engine.adapters import adapter_of  # torch and TRL take seconds, and data is prepared without them
+    from lorafit.engine.adapters import module_of  # torch and TRL take seconds, and data is prepared without them
     from lorafit.engine.loss import settle_head
     from lorafit.engine.model import dequantized_base, load_base
     from lorafit.engine.trainer import Trainer, name_base, training_arguments
@@ -41,7 +41,7 @@ def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenize
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     args = training_arguments(plan, run)  # from here on, several processes know each other
     base = load_base(plan, dequantized_base(plan, run))
-    adapter = adapter_of(plan)
+    adapter = module_of(plan.adapter)
     modules = [name for name, _ in base.named_modules()]
     with adapter.put_on(plan, modules) if adapter else contextlib.nullcontext():
         trainer = Trainer(
@@ -50,9 +50,9 @@ def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenize
             train_dataset=data.train,
             eval_dataset=data.validation,
             processing_class=tokenizer,
-            peft_config=adapter.config(plan) if adapter else None,
+            peft_config=adapter.config(plan.lora_kwargs or {}) if adapter else None,
             references=plan.references,
-            loraplus_lr_ratio=plan.loraplus_lr_ratio,
+            make_optimizer=adapter.optimizer(plan) if adapter else None,
         )
     name_base(trainer.model, plan.references)
     if adapter:

@@ -28,6 +28,7 @@ from lorafit.engine.tokenizer import cannot_load, gguf, location
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, Tensor, hub_unreachable, read_facts
 from lorafit.facts.template import inspect_template
+from lorafit.plan.adapters import adapter_of
 from lorafit.recipe import Recipe
 from lorafit.text import first_line
 
@@ -222,8 +223,6 @@ def _texts() -> Iterator[str]:
 
 
 SEED = 0
-_FROM_VALUES = ("pissa", "olora", "eva", "orthogonal")
-"""Ways to start an adapter for which a matrix must not be smaller than the rank."""
 
 
 def write_tiny_model(
@@ -231,7 +230,7 @@ def write_tiny_model(
 ) -> tuple[ModelFacts, dict[str, int]]:
     """Write the model and its tokenizer; returns its facts and sizes. Raises ModelError if there is no such model."""
     try:
-        model = _built(facts, tokenizer, _least(recipe))
+        model = _built(facts, tokenizer, max(BLOCK, adapter_of(recipe).least_width))
     except ModelError:
         raise
     except Exception as error:
@@ -298,11 +297,3 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-
-
-def _least(recipe: Recipe) -> int:
-    """What no side of a matrix may be below."""
-    lora = recipe.lora
-    if lora is None or not str(lora.init_lora_weights).startswith(_FROM_VALUES):
-        return BLOCK
-    return max(BLOCK, lora.r, *lora.rank_pattern.values())

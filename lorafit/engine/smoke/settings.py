@@ -6,15 +6,14 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from lorafit.facts import ModelFacts
 from lorafit.options import Replaced
 from lorafit.plan import Plan
-from lorafit.plan.adapters import TargetError, find_targets, is_skipped
+from lorafit.plan.adapters import adapter_of, is_skipped
 from lorafit.plan.resolve import CUDA_ONLY_OPTIMIZERS
-from lorafit.recipe import LoraSection, Recipe
+from lorafit.recipe import Recipe
 from lorafit.rows import read_rows
 
 LEAST_ROWS, MOST_ROWS = 64, 256
@@ -72,7 +71,8 @@ def smoke_recipe(
     draft.values["output_dir"] = folder
     _model(draft, meant, tiny)
     _quantization(draft, recipe, tiny)
-    _lora(draft, recipe, real, tiny, size.tokens)
+    for key, asked, used, why in adapter_of(recipe).reduced(real, tiny, size.tokens):
+        draft.replace(key, asked, used, why)
     _training(draft, recipe, meant, steps, size)
     _dataset(draft, recipe, size, stand_in)
     return Recipe.of(draft.values, "the recipe as a smoke run has it"), tuple(draft.replaced)
@@ -100,67 +100,6 @@ def _quantization(draft: Draft, recipe: Recipe, tiny: ModelFacts) -> None:
     if asked is not None:
         kept = [name for name in asked if any(is_skipped(module, [name]) for module in tiny.quantizable)]
         draft.replace("quantization.llm_int8_skip_modules", list(asked), kept, "the tiny model has no more of them")
-
-
-def _lora(draft: Draft, recipe: Recipe, real: ModelFacts, tiny: ModelFacts, tokens: int) -> None:
-    lora = recipe.lora
-    if lora is None:
-        return
-    if lora.init_lora_weights == "loftq":
-        draft.replace("lora.init_lora_weights", "loftq", True, "PEFT computes loftq on a GPU")
-    if lora.init_lora_weights == "eva" and tokens < 4 * lora.r:  # PEFT would wait for a larger pass for ever
-        draft.replace("lora.init_lora_weights", "eva", True, f"a pass has too few tokens for r = {lora.r}")
-    layers = tiny.layers or 1
-    few = f"the tiny model has {layers} layers"
-    if lora.layers_to_transform is not None:
-        kept_layers = [index for index in lora.layers_to_transform if index < layers] or [layers - 1]
-        draft.replace("lora.layers_to_transform", list(lora.layers_to_transform), kept_layers, few)
-    if not tiny.tensors or not real.tensors:
-        return
-    modules = list(tiny.modules)
-    for name in ("exclude_modules", "modules_to_save"):
-        asked = getattr(lora, name)
-        kept = [one for one in asked or () if _names_any(one, modules) or one in ("lm_head", "embed_out")]
-        if asked is not None:
-            draft.replace(f"lora.{name}", list(asked), kept or None, few)
-    targets: Any = lora.target_modules
-    if isinstance(targets, tuple):
-        kept = [one for one in targets if _names_any(one, modules)] or _leaves(lora, real)
-        draft.replace("lora.target_modules", list(targets), kept, few)
-    elif not _expands(targets, tiny):
-        draft.replace("lora.target_modules", targets, _leaves(lora, real), few)
-    for name in ("rank_pattern", "alpha_pattern"):
-        asked = getattr(lora, name)
-        kept_keys = {key: value for key, value in asked.items() if _key_matches(draft, name, key, value, tiny)}
-        if asked:
-            draft.replace(f"lora.{name}", dict(asked), kept_keys, few)
-
-
-def _names_any(name: str, modules: Iterable[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for module in modules)
-
-
-def _leaves(lora: LoraSection, real: ModelFacts) -> list[str]:
-    """The last names of the modules that are adapted in the real model."""
-    return list(dict.fromkeys(module.rpartition(".")[2] for module in find_targets(lora, real).modules))
-
-
-def _expands(targets: str, tiny: ModelFacts) -> bool:
-    try:
-        find_targets(LoraSection(target_modules=targets), tiny)
-    except TargetError:
-        return False
-    return True
-
-
-def _key_matches(draft: Draft, name: str, key: str, value: Any, tiny: ModelFacts) -> bool:
-    """Whether a pattern matches a module that the tiny model's adapter is on."""
-    section = {k: v for k, v in draft.values["lora"].items() if k not in ("rank_pattern", "alpha_pattern")}
-    try:
-        find_targets(LoraSection.model_validate({**section, name: {key: value}}), tiny)
-    except TargetError:
-        return False
-    return True
 
 
 def _training(draft: Draft, recipe: Recipe, meant: Plan, steps: int, size: Size) -> None:

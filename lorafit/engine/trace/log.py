@@ -1,4 +1,4 @@
-"""Recording which storages live when, and laying a short model's record out to full depth."""
+"""A record of which storages live when, and a short model's record extended to all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step's memory, recorded on the real modules of the setup's model, without data, weights or a GPU."""
+"""The estimate by a trace: the setup's model built without data or weights, its step recorded, its highest moment."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from unittest import mock
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from trl.trainer.utils import add_fused_lm_head
 
+from lorafit.engine.adapters import module_of
 from lorafit.engine.model import quantization_config
 from lorafit.engine.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.engine.trace.standins import FLASH, standing_in
@@ -63,16 +64,14 @@ def prepare(model: PreTrainedModel, setup: Setup) -> Model:
         model.gradient_checkpointing_enable({"use_reentrant": setup.checkpointing == "reentrant"})
         if not setup.adapter.trains_base:
             model.enable_input_require_grads()
-    if setup.adapter.trains_base:
+    adapter = module_of(setup.adapter)
+    if adapter is None:
         return model.train()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    values = setup.adapter.arguments(setup.adapter.targets(setup.facts)) or {}
-    values["init_lora_weights"] = bool(values["init_lora_weights"])  # how it starts takes no memory
-    adapted = get_peft_model(model, LoraConfig(**values))
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(getattr(torch, setup.adapter_dtype))
+    arguments = setup.adapter.arguments(setup.adapter.targets(setup.facts)) or {}
+    adapted = get_peft_model(model, adapter.config(arguments, start=False))  # how it starts takes no memory
+    adapter.cast(adapted, setup.adapter_dtype)
     return adapted.train()
 
 

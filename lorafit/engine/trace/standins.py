@@ -1,4 +1,4 @@
-"""What CUDA kernels keep and borrow, said on `meta` tensors, where torch would take other paths.
+"""What CUDA kernels allocate, imitated on `meta` tensors, where torch would take another path.
 
 Each stand-in makes the tensors that the kernel makes, in its order, and saves for the backward pass
 what the kernel saves. Sources are named at each.
@@ -60,7 +60,8 @@ def standing_in(setup: Setup, recorder: Recorder, model: Any) -> Iterator[Autoca
             put(torch.ops.bitsandbytes.gemm_4bit, "default", _gemm_4bit(setup, recorder))
             put(bitsandbytes.functional, "dequantize_4bit", _dequantize_4bit)
         if setup.quantization is not None and setup.quantization.get("load_in_8bit"):
-            put(bitsandbytes.nn.Linear8bitLt, "forward", lambda module, x: _Int8.apply(x, module.weight, recorder))
+            int8 = functools.partial(_int8, recorder)
+            put(bitsandbytes.nn.Linear8bitLt, "forward", lambda module, x: run_kernel(int8, x, module.weight))
         autocast = Autocast(getattr(torch, setup.stack.autocast or setup.dtype))
         put(torch, "is_autocast_enabled", lambda *_: autocast.on and bool(setup.stack.autocast))
         put(torch, "get_autocast_dtype", lambda *_: autocast.dtype)
@@ -72,30 +73,40 @@ def standing_in(setup: Setup, recorder: Recorder, model: Any) -> Iterator[Autoca
         yield autocast
 
 
-# --- dropout --------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
+
+Made = tuple[Tensor, tuple[Tensor | None, ...], Callable[..., tuple[Tensor | None, ...]]]
+"""What a kernel makes; what it keeps for the backward pass; and what it makes there, of the gradient and what it kept:
+the gradients of its inputs."""
 
 
-class _FusedDropout(torch.autograd.Function):
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Callable[..., Made], *inputs: Tensor | None) -> Tensor:
+        made, kept, ctx.back = kernel(*inputs)
+        ctx.save_for_backward(*kept)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.back(*gradients, *ctx.saved_tensors)
+
+
+def run_kernel(kernel: Callable[..., Made], *inputs: Tensor | None) -> Tensor:
+    """What a kernel makes of its inputs, as one operation of autograd's. It must hold no tensor but what it returns."""
+    made: Tensor = _Kernel.apply(kernel, *inputs)
+    return made
+
+
+def _dropped(x: Tensor) -> Made:
     """CUDA's dropout keeps a mask of one byte (aten/native/cuda/Dropout.cu: fused_dropout_cuda); a CPU's one of its
     input's type."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        mask = torch.empty_like(x, dtype=torch.bool)
-        ctx.save_for_backward(mask)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (gradient,) = gradients
-        return torch.empty_like(gradient)
+    mask = torch.empty_like(x, dtype=torch.bool)
+    return torch.empty_like(x), (mask,), lambda gradient, _: (torch.empty_like(gradient),)
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    if not training or p == 0:
-        return input
-    result: Tensor = _FusedDropout.apply(input)
-    return result
+    return run_kernel(_dropped, input) if training and p else input
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -107,37 +118,6 @@ def _ignores_mask(setup: Setup) -> Callable[..., bool]:
         return padding_mask is None and not window
 
     return ignores
-
-
-class _Kernel(torch.autograd.Function):
-    """Flash and memory-efficient attention: q, k, v, the output and the log-sum-exp are kept.
-
-    Shapes: (batch, heads, length, head_dim) whatever the strides. In the backward pass both accumulate the query's
-    gradient in float32 (flash-attention: csrc/flash_attn/flash_api.cpp: mha_bwd, dq_accum, softmax_d; torch:
-    aten/native/transformers/cuda/attention_backward.cu, the kernel's workspace). Flash expands the gradients of
-    shared keys and values to the queries' heads.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, recorder: Recorder) -> Tensor:
-        batch, heads, length, _ = q.shape
-        out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
-        lse = q.new_empty((batch, heads, length), dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.recorder = recorder
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *_kept = ctx.saved_tensors
-        batch, heads, length, dim = q.shape
-        rounded = math.ceil(length / 128) * 128
-        dq, dk, dv = (x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in (q, k, v))
-        accumulated = batch * heads * rounded * dim * 4
-        sums = batch * heads * rounded * 4
-        expanded = [batch * length * heads * dim * q.element_size()] * 2 if k.shape[1] != heads else []
-        ctx.recorder.hidden(sums, accumulated, *expanded)
-        return dq, dk, dv, None, None
 
 
 class _Attention:
@@ -167,8 +147,7 @@ class _Attention:
         bias = None
         if attn_mask is not None:
             bias = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
-        result: Tensor = _Kernel.apply(query, key, value, bias, self.recorder)
-        return result
+        return run_kernel(self._kernel, query, key, value, bias)
 
     def flash(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
@@ -176,31 +155,40 @@ class _Attention:
         """flash-attn's function: in 16 bits, keys and values shared by their queries."""
         if query.dtype == torch.float32:
             query, key, value = (x.to(self.half) for x in (query, key, value))
-        out: Tensor = _Kernel.apply(query, key, value, None, self.recorder)
-        return out.transpose(1, 2), None
+        return run_kernel(self._kernel, query, key, value, None).transpose(1, 2), None
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Made:
+        """Flash and memory-efficient attention: q, k, v, the output and the log-sum-exp are kept.
+
+        Shapes: (batch, heads, length, head_dim) whatever the strides. In the backward pass both accumulate the query's
+        gradient in float32 (flash-attention: csrc/flash_attn/flash_api.cpp: mha_bwd, dq_accum, softmax_d; torch:
+        aten/native/transformers/cuda/attention_backward.cu, the kernel's workspace). Flash expands the gradients of
+        shared keys and values to the queries' heads.
+        """
+        batch, heads, length, dim = q.shape
+
+        def back(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Tensor) -> tuple[Tensor | None, ...]:
+            made = [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2) for x in (q, k, v)]
+            sums = batch * heads * math.ceil(length / 128) * 128 * 4
+            expanded = [batch * length * heads * dim * q.element_size()] * 2 if k.shape[1] != heads else []
+            self.recorder.hidden(sums, sums * dim, *expanded)
+            return *made, None
+
+        out = q.new_empty((batch, length, heads, v.shape[-1])).transpose(1, 2)
+        lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+        return out, (q, k, v, bias, out, lse), back
 
 
 # --- bitsandbytes ---------------------------------------------------------------------------------
 
 
 def _gemm_4bit(setup: Setup, recorder: Recorder) -> Callable[..., Tensor]:
-    def gemm(
-        a: Tensor,
-        b: Tensor,
-        shape: Any,
-        absmax: Tensor,
-        blocksize: int,
-        quant_type: str,
-        bias: Tensor | None = None,
-        absmax_8bit: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
+    def gemm(a: Tensor, b: Tensor, shape: Any, *_: Any, absmax_8bit: Tensor | None = None, **__: Any) -> Tensor:
         rows = a.numel() // a.shape[-1]
-        out = shape[0]
         if rows > FUSED_ROWS or setup.device == "cpu":
             constants = [] if absmax_8bit is None else [absmax_8bit.numel() * 4] * 2
-            recorder.hidden(*constants, shape[0] * shape[1] * a.element_size(), rows * out * a.element_size())
-        return a.new_empty((*a.shape[:-1], out))
+            recorder.hidden(*constants, shape[0] * shape[1] * a.element_size(), rows * shape[0] * a.element_size())
+        return a.new_empty((*a.shape[:-1], shape[0]))
 
     return gemm
 
@@ -213,64 +201,41 @@ def _dequantize_4bit(b: Tensor, state: Any, *_: Any, **__: Any) -> Tensor:
     return b.new_empty(tuple(state.shape), dtype=state.dtype)
 
 
-class _Int8(torch.autograd.Function):
+def _int8(recorder: Recorder, x: Tensor, weight: Tensor) -> Made:
     """A product in 8 bits, without outliers: the input is quantized and kept as it was
     (bitsandbytes/autograd/_functions.py: MatMul8bitLt)."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recorder: Recorder) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        half = x if x.dtype == torch.float16 else torch.empty_like(x, dtype=torch.float16)
-        quantized = torch.empty_like(x, dtype=torch.int8)
-        recorder.hidden(rows * weight.shape[0] * 4)
-        result = x.new_empty((*x.shape[:-1], weight.shape[0]))
-        ctx.save_for_backward(x, weight)
-        del half, quantized
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, weight = ctx.saved_tensors
+    def back(_: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, None]:
         whole = torch.empty_like(weight, dtype=x.dtype)
         result = torch.empty_like(x)
         del whole
-        return result, None, None
+        return result, None
+
+    half = x if x.dtype == torch.float16 else torch.empty_like(x, dtype=torch.float16)
+    quantized = torch.empty_like(x, dtype=torch.int8)
+    recorder.hidden(x.numel() // x.shape[-1] * weight.shape[0] * 4)
+    result = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    del half, quantized
+    return result, (x, weight), back
 
 
 # --- fused kernels --------------------------------------------------------------------------------
 
 
-class _FusedNorm(torch.autograd.Function):
+def _rms_norm(x: Tensor, weight: Tensor) -> Made:
     """A fused RMS norm keeps its input as it is and one number a row (Liger, Unsloth, foak)."""
+    is_trained = weight.requires_grad
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(x, weight, rstd)
-        return torch.empty_like(x)
+    def back(gradient: Tensor, x: Tensor, weight: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None]:
+        return gradient, torch.empty_like(weight) if is_trained else None
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
-        _x, weight, _ = ctx.saved_tensors
-        return gradients[0], torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return torch.empty_like(x), (x, weight, rstd), back
 
 
-class _FusedProduct(torch.autograd.Function):
+def _swiglu(gate: Tensor, up: Tensor) -> Made:
     """silu(gate) * up in one kernel: both inputs are kept, their gradients take their place."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return torch.empty_like(gate)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return gate, up
-
-
-def _rotate_in_place(q: Tensor, k: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return q, k
+    return torch.empty_like(gate), (gate, up), lambda _, gate, up: (gate, up)
 
 
 def fuse(model: Any, kernels: frozenset[str]) -> Iterator[tuple[Any, str, Any]]:
@@ -279,7 +244,7 @@ def fuse(model: Any, kernels: frozenset[str]) -> Iterator[tuple[Any, str, Any]]:
         name = type(module).__name__
         source = sys.modules[type(module).__module__]
         if "rope" in kernels and hasattr(source, "apply_rotary_pos_emb"):
-            yield source, "apply_rotary_pos_emb", _rotate_in_place
+            yield source, "apply_rotary_pos_emb", lambda q, k, *_, **__: (q, k)  # in place
         if "rms_norm" in kernels and name.endswith("RMSNorm"):
             yield module, "forward", functools.partial(_fused_norm, module)
         if "swiglu" in kernels and name.endswith("MLP"):
@@ -287,12 +252,11 @@ def fuse(model: Any, kernels: frozenset[str]) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _fused_norm(module: Any, x: Tensor) -> Tensor:
-    result: Tensor = _FusedNorm.apply(x, module.weight)
-    return result
+    return run_kernel(_rms_norm, x, module.weight)
 
 
 def _fused_mlp(module: Any, x: Tensor) -> Tensor:
-    result: Tensor = module.down_proj(_FusedProduct.apply(module.gate_proj(x), module.up_proj(x)))
+    result: Tensor = module.down_proj(run_kernel(_swiglu, module.gate_proj(x), module.up_proj(x)))
     return result
 
 

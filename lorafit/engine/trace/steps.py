@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,9 +14,9 @@ from transformers import Adafactor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorafit import facts
-from lorafit.engine.loss import score
+from lorafit.engine.loss import score, spread
 from lorafit.engine.trace.log import Recorder, template_of
-from lorafit.engine.trace.standins import Autocast
+from lorafit.engine.trace.standins import Autocast, Made, run_kernel
 from lorafit.memory.closed import liger_rows
 from lorafit.memory.estimate import Setup
 from lorafit.memory.static import states_of
@@ -31,17 +32,19 @@ def make_optimizer(
     `tensors` describe the parameters, by their ids, to optimizers whose update is one kernel.
     """
     foreach = device == "cuda"  # torch's default there; a CPU updates one tensor after the other
-    if name == "adamw_torch":
-        return torch.optim.AdamW(groups, foreach=foreach)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=1e-3, foreach=foreach)
-    if name == "adagrad":
-        return torch.optim.Adagrad(groups, foreach=foreach)
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, foreach=foreach)
+    if name in _TORCHS:
+        return _TORCHS[name](groups, foreach=foreach)
     if name == "adafactor":
         return Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
     return _Kept(groups, name, tensors or {})
+
+
+_TORCHS: dict[str, Any] = {
+    "adamw_torch": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
 
 
 class _Kept(torch.optim.Optimizer):
@@ -239,12 +242,12 @@ def compute_loss(model: Any, setup: Setup) -> tuple[Tensor, Any]:
     head = base.get_output_embeddings()
     if stack.loss == "liger":
         hidden = out.last_hidden_state[:, :-1].contiguous()
-        loss = _FusedLinear.apply(hidden.view(-1, hidden.shape[-1]), head.weight)
+        loss = run_kernel(_fused_linear, hidden.view(-1, hidden.shape[-1]), head.weight)
         return loss, out if stack.keep_outputs else None
     hidden = out.last_hidden_state
     fused = "cross_entropy" in stack.kernels
     if stack.loss == "logits_upcast":
-        logits = _upcast_head(hidden, head)
+        logits = head(hidden).float()
         loss = _cross_entropy(logits[..., :-1, :].contiguous(), labels, fused)
         return loss, (out, logits) if stack.keep_outputs else None
     logits = head(hidden)
@@ -263,37 +266,23 @@ def _compact(model: Any, inputs: dict[str, Any], labels: Tensor, setup: Setup) -
     mask = targets != -100
     count = round(mask.numel() * setup.supervised)
     head = base.get_output_embeddings()
-    chosen, chosen_targets = _Chosen.apply(hidden, count), targets.reshape(-1)[:count].clone()
+    chosen = run_kernel(functools.partial(_first_rows, count), hidden)
+    chosen_targets = targets.reshape(-1)[:count].clone()
     scores = score(chosen, head.weight, getattr(head, "bias", None), chosen_targets)
-    spread = [values.new_zeros(mask.shape).masked_scatter(mask, values) for values in scores]
-    log_probs = spread[0]
+    log_probs, *_ = (spread(values, mask) for values in scores)
     loss = -log_probs.sum() / mask.sum().clamp(min=1)
     return (-log_probs).sum() / torch.as_tensor(mask.sum()).clamp(min=1) + 0 * loss.detach()
 
 
-class _Chosen(torch.autograd.Function):
+def _first_rows(count: int, hidden: Tensor) -> Made:
     """hidden[mask]: the chosen rows, and their positions for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, count: int) -> Tensor:
-        positions = [hidden.new_empty(count, dtype=torch.long) for _ in range(2)]
-        ctx.save_for_backward(*positions)
-        ctx.shape = hidden.shape
-        return hidden.new_empty((count, hidden.shape[-1]))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        _ = ctx.saved_tensors
-        return gradients[0].new_zeros(ctx.shape), None
+    shape = hidden.shape
+    positions = tuple(hidden.new_empty(count, dtype=torch.long) for _ in range(2))
+    return hidden.new_empty((count, shape[-1])), positions, lambda gradient, *_: (gradient.new_zeros(shape),)
 
 
 def _integers(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.long, device="meta")
-
-
-def _upcast_head(hidden: Tensor, head: nn.Module) -> Tensor:
-    logits: Tensor = head(hidden)
-    return logits.float()
 
 
 def _shifted(logits: Tensor, labels: Tensor, fused: bool) -> Tensor:
@@ -305,48 +294,26 @@ def _shifted(logits: Tensor, labels: Tensor, fused: bool) -> Tensor:
 def _cross_entropy(shifted: Tensor, labels: Tensor, fused: bool) -> Tensor:
     targets = labels[..., 1:].contiguous().view(-1)
     flat = shifted.view(-1, shifted.shape[-1])
-    if fused:
-        loss: Tensor = _InPlace.apply(flat)
-        return loss
-    return functional.cross_entropy(flat, targets)
+    return run_kernel(_in_place, flat) if fused else functional.cross_entropy(flat, targets)
 
 
-class _InPlace(torch.autograd.Function):
+def _in_place(logits: Tensor) -> Made:
     """A fused cross entropy that turns the logits into their gradient where they are (Unsloth, foak)."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        lse = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        ctx.save_for_backward(logits, lse)
-        return logits.new_empty((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        logits, _ = ctx.saved_tensors
-        result: Tensor = logits
-        return result
+    lse = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return logits.new_empty((), dtype=torch.float32), (logits, lse), lambda _, logits, lse: (logits,)
 
 
-class _FusedLinear(torch.autograd.Function):
+def _fused_linear(hidden: Tensor, weight: Tensor) -> Made:
     """Liger's fused linear cross entropy: gradients are made chunk by chunk in the forward pass.
 
     Source: liger_kernel/ops/fused_linear_cross_entropy.py.
     """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        tokens, width = hidden.shape
-        vocabulary = weight.shape[0]
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.empty_like(weight) if weight.requires_grad else None
-        losses = hidden.new_empty(tokens, dtype=torch.float32)
-        logits = hidden.new_empty((liger_rows(tokens, width, vocabulary), vocabulary))
-        chunk = logits.new_empty((logits.shape[0], width))
-        del logits, chunk
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return losses.sum()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden, grad_weight
+    tokens, width = hidden.shape
+    vocabulary = weight.shape[0]
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.empty_like(weight) if weight.requires_grad else None
+    losses = hidden.new_empty(tokens, dtype=torch.float32)
+    logits = hidden.new_empty((liger_rows(tokens, width, vocabulary), vocabulary))
+    chunk = logits.new_empty((logits.shape[0], width))
+    del logits, chunk
+    return losses.sum(), (grad_hidden, grad_weight), lambda _, *gradients: gradients

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import WORDS, write_jsonl
 from rich.console import Console
+from wording import Like
 
 from lorafit.engine.evaluate import benchmarks as benchmarks_module
 from lorafit.engine.evaluate import tasks as tasks_module
@@ -252,7 +253,7 @@ def test_a_chat_template_is_applied_if_there_is_one(tasks: Path, model: Any, tok
     (result,) = run(asked, model, tokenizer)
     assert result.samples[0]["prompt"] == "<|im_start|>user\nTHE CAT SAT is<|im_end|>\n<|im_start|>assistant\n"
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
-    with pytest.raises(UsageError, match=r"apply_chat_template: the model's tokenizer has no chat template"):
+    with pytest.raises(UsageError, match=r"apply_chat_template: .*no chat template"):
         run(asked, model, bare)
 
 
@@ -289,11 +290,11 @@ def none_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("none_of_its_own")
 def test_tasks_that_are_not_there(tasks: Path) -> None:
-    with pytest.raises(UsageError, match=r"tiny_writ is no task .*did you mean tiny_write"):
+    with pytest.raises(UsageError, match=r"tiny_writ .*\btiny_write\b"):
         check(asking(("tiny_writ",), include_path=str(tasks)))
-    with pytest.raises(UsageError, match=r"there is no file nowhere\.yaml"):
+    with pytest.raises(UsageError, match=r"no file nowhere\.yaml"):
         check(asking(("nowhere.yaml",)))
-    with pytest.raises(UsageError, match="include_path: there is no folder /nowhere"):
+    with pytest.raises(UsageError, match=r"include_path: .*folder /nowhere"):
         check(asking(("tiny_write",), include_path="/nowhere"))
 
 
@@ -308,14 +309,14 @@ def test_data_that_would_have_to_be_downloaded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     path = write_task(tmp_path, WRITE | {"dataset_path": "nobody/nothing"})
-    with pytest.raises(DataError, match="its data is not on this machine and can't be downloaded") as caught:
+    with pytest.raises(DataError, match=r"data .*downloaded") as caught:
         check(asking((str(path),)))
     assert "\n" not in str(caught.value)
 
 
 def test_data_that_is_missing(tmp_path: Path) -> None:
     path = write_task(tmp_path, WRITE, tmp_path / "missing.jsonl")
-    with pytest.raises(DataError, match=r"its data can't be read: .*missing\.jsonl"):
+    with pytest.raises(DataError, match=r"data .*missing\.jsonl"):
         check(asking((str(path),)))
 
 
@@ -357,7 +358,7 @@ def test_code_in_a_task_is_refused(tmp_path: Path, data: Path, tag: str, how: st
     with pytest.raises((UsageError, DataError)) as caught:
         check(asked)
     if "!function" in tag and "change" in tag:
-        assert "!function would run Python code; set eval.trust_code: true if you trust it" in str(caught.value)
+        assert str(caught.value) == Like("… !function … eval.trust_code: true")
     assert not (tmp_path / "ran").exists()
 
 
@@ -379,7 +380,7 @@ def test_a_template_can_not_reach_python(tmp_path: Path, data: Path) -> None:
 def test_a_metric_from_elsewhere_is_refused(tmp_path: Path, data: Path) -> None:
     (tmp_path / "metric.py").write_text(CODE)
     path = write_task(tmp_path, WRITE | {"metric_list": [{"metric": str(tmp_path / "metric.py")}]}, data)
-    with pytest.raises(UsageError, match=r"the metric .*metric\.py is none of lm-evaluation-harness"):
+    with pytest.raises(UsageError, match=r"metric .*metric\.py .*lm-evaluation-harness"):
         check(asking((str(path),)))
     assert not (tmp_path / "ran").exists()
 
@@ -392,7 +393,7 @@ def test_pickles_are_refused(tmp_path: Path, is_member: bool) -> None:
     content = ROLL | {"dataset_path": "pandas", "dataset_kwargs": {"data_files": str(pickled)}}
     path = tmp_path / "task.yaml"
     path.write_text(yaml.safe_dump({"group": "all_of_it", "task": [content]} if is_member else content))
-    with pytest.raises(UsageError, match=r"pandas reads pickles, .* set eval\.trust_code: true"):
+    with pytest.raises(UsageError, match=r"pickles.* eval\.trust_code: true"):
         check(asking((str(path),)))
     assert not (tmp_path / "ran").exists()
 
@@ -400,6 +401,6 @@ def test_pickles_are_refused(tmp_path: Path, is_member: bool) -> None:
 def test_tasks_that_figures_would_call_the_same(tmp_path: Path, data: Path) -> None:
     one = write_task(tmp_path, ROLL | {"task": "a.b"}, data)
     other = write_task(tmp_path, ROLL | {"task": "a_b"}, data)
-    with pytest.raises(UsageError, match="two tasks that figures would call a_b"):
+    with pytest.raises(UsageError, match=r"two tasks .*a_b"):
         check(asking((str(one), str(other))))
     check(asking((str(one), str(one))))

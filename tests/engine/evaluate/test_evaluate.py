@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
+from wording import Like
 from yaml import safe_dump
 
 from lorafit.cli import app
@@ -38,8 +39,7 @@ from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelE
 from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Results, Sample
 from lorafit.files import SEAL, seal
-from lorafit.options import EvalOptions, Named
-from lorafit.options import EvalOptions as MergeOptions
+from lorafit.options import EvalOptions, MergeOptions, Named
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.run.directory import RunDir
@@ -305,7 +305,7 @@ def test_options_of_each_row(run: RunDir, tmp_path: Path) -> None:
     results = evaluated(run, data=data, overrides=setting, max_new_tokens=4)
     assert results.figures["heldout.accuracy.adapter"].rows == 1
     assert "heldout.macro_f1.adapter" not in results.figures
-    with pytest.raises(DataError, match=r"rows.jsonl:2: 'choices' must be a list of two or more"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2: 'choices' .*two"):
         evaluated(run, data=write_jsonl(data, rows), overrides=setting)
 
 
@@ -363,7 +363,7 @@ def test_a_task_of_the_harness_takes_no_sets_place(run: RunDir, tmp_path: Path) 
     rows = write_jsonl(tmp_path / "documents.jsonl", [{"question": "red", "answer": "green"}])
     more = {"dataset_kwargs": {"data_files": str(rows)}, "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
     (tmp_path / "heldout.yaml").write_text(safe_dump(task | more))
-    with pytest.raises(UsageError, match="heldout: there is a set of that name"):
+    with pytest.raises(UsageError, match=r"heldout: .*\bset\b"):
         evaluated(run, overrides=(*PLAIN, f"eval.lm_eval={{tasks: [{tmp_path / 'heldout.yaml'}]}}"))
 
 
@@ -374,7 +374,7 @@ def test_a_single_row_says_nothing_of_others(run: RunDir, tmp_path: Path) -> Non
     assert value(results, "heldout.exact_match.adapter") > value(results, "heldout.exact_match.base")
     assert results.figures["heldout.exact_match.adapter"].low is None
     assert [(one.passed, one.sentence) for one in results.gates] == [(False, "has no interval")]
-    assert "too few rows to tell; 1 row)" in (run.eval / "report.md").read_text()
+    assert "; 1 row)" in (run.eval / "report.md").read_text()
 
 
 def test_answers_that_are_cut_off_are_not_asked_for(run: RunDir, tmp_path: Path) -> None:
@@ -387,8 +387,8 @@ def test_answers_that_are_cut_off_are_not_asked_for(run: RunDir, tmp_path: Path)
     assert (results.sets["heldout"].rows, results.sets["heldout"].answered) == (19, 18)
     assert [sample.answers["adapter"].text for sample in samples(run.eval)[:2]] == ["green", None]
     said = "\n".join(results.remarks)
-    assert "heldout: max_length 128 cuts 1 of 19 rows in" in said
-    assert "heldout: 1 of 20 rows are left out (1 answers cut off)" in said
+    assert said == Like("… heldout: … max_length 128 … 1 of 19 rows")
+    assert said == Like("… heldout: 1 of 20 rows … left out … 1")
 
 
 def test_a_model_that_overflows_has_no_figures_and_passes_nothing(
@@ -438,7 +438,7 @@ def test_weights_that_are_not_finite_are_refused(run: RunDir, broken: str, numbe
 
 def test_the_same_option_twice(run: RunDir, tmp_path: Path) -> None:
     setting = (*PLAIN, "eval.sets=[{name: heldout, options: [green, 'green ']}]")
-    with pytest.raises(DataError, match="an option is there twice"):
+    with pytest.raises(DataError, match=r"option .*twice"):
         evaluated(run, overrides=setting)
 
 
@@ -507,8 +507,8 @@ def test_sabotaged_adapters_are_told_apart(trained: Path, tmp_path: Path, tiny_m
         ({"overrides": ("eval.metrics=[exact_mach]",)}, RecipeError, "exact_mach.*did you mean exact_match"),
         ({"overrides": ("eval.gates=[heldout.loss.base <]",)}, RecipeError, "eval.gates.0"),
         ({"overrides": ("lora.r=3",)}, UsageError, "eval section only"),
-        ({"compare": ("base", "nowhere")}, UsageError, "--compare nowhere: is no run, merged model or adapter"),
-        ({"adapters": (Named("base", Path("x")),)}, UsageError, "the name is taken"),
+        ({"compare": ("base", "nowhere")}, UsageError, "--compare nowhere: "),
+        ({"adapters": (Named("base", Path("x")),)}, UsageError, r"name .*taken"),
         ({"data": Path("nowhere.jsonl")}, UsageError, "--data nowhere.jsonl: no such file"),
         ({"baseline": Path("nowhere.json")}, UsageError, "--baseline nowhere.json: no such file"),
         ({"resume": True}, UsageError, "no interrupted evaluation"),
@@ -527,7 +527,7 @@ def test_no_rows(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         evaluated(run)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    with pytest.raises(DataError, match="there are no rows"):
+    with pytest.raises(DataError, match=r"empty\.jsonl.* no rows"):
         evaluated(run, data=empty)
 
 
@@ -538,20 +538,20 @@ def test_a_template_that_is_missing(run: RunDir, tmp_path: Path) -> None:
     (run.adapter / "tokenizer_config.json").write_text(json.dumps(settings))
     (run.adapter / "chat_template.jinja").unlink(missing_ok=True)
     as_planned(run, data={"tokenizer_sha256": None})
-    with pytest.raises(DataError, match="needs a chat template"):
+    with pytest.raises(DataError, match="chat template"):
         evaluated(run, data=rows)
 
 
 def test_merged_models_of_something_else(run: RunDir, tmp_path: Path, tiny_model: Path) -> None:
     other = run_of(tmp_path / "two", tiny_model, training={"max_steps": 2})
     elsewhere = merge(MergeOptions(other.path, verify="weights"), QUIET)
-    with pytest.raises(ModelError, match="is the merge of another adapter"):
+    with pytest.raises(ModelError, match="another adapter"):
         evaluated(run, compare=("base", "adapter", str(elsewhere)))
     report = json.loads((run.merged / "merge_report.json").read_text())
     report["base"]["name"] = "models/another"
     (run.merged / "merge_report.json").write_text(json.dumps(report))
     seal(run.merged, "merge")
-    with pytest.raises(ModelError, match=r"is merged into another base \(models/another\)"):
+    with pytest.raises(ModelError, match=r"another base \(models/another\)"):
         evaluated(run)
 
 
@@ -559,10 +559,10 @@ def test_another_base_than_the_one_trained_on(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     run = run_of(tmp_path / "one", base, training={"max_steps": 2})
     make_model(base, seed=1)
-    with pytest.raises(ModelError, match=r"is not the base that .* was trained on \(changed: tensor lm_head.weight, "):
+    with pytest.raises(ModelError, match=r"not the base .*\(changed: tensor lm_head.weight, "):
         evaluated(run)
     other = run_of(tmp_path / "two", base, training={"max_steps": 2})
-    with pytest.raises(ModelError, match="was trained on another base"):
+    with pytest.raises(ModelError, match="another base"):
         evaluated(other, compare=("base", "adapter", str(run.path)))
 
 
@@ -586,9 +586,7 @@ def test_a_recipe_evaluates_its_run_by_its_gates_of_now(run: RunDir, trained: Pa
     assert [gate.passed for gate in results.gates] == [False]
     assert results.gates[0].where == "eval.gates.0"
     recipe.write_text(text.replace("r: 16", "r: 4") + gates)
-    assert any(
-        "has changed since the run was trained (lora)" in remark for remark in evaluated(recipe, overrides=()).remarks
-    )
+    assert any(remark == Like("… changed … (lora)") for remark in evaluated(recipe, overrides=()).remarks)
 
 
 @pytest.mark.parametrize(
@@ -710,7 +708,7 @@ def test_killed_at_any_moment(run: RunDir, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_not_replaced(run: RunDir, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="is not an evaluation"):
+    with pytest.raises(UsageError, match="not an evaluation"):
         evaluated(run, output=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

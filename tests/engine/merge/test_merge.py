@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
+from wording import Like
 from yaml import safe_dump
 
 from lorafit.cli import app
@@ -192,7 +193,7 @@ def test_without_measuring_the_base_is_the_one_of_the_training(quantized: Path, 
 
 
 def test_an_unquantized_run_has_nothing_to_dequantize(run: RunDir) -> None:
-    with pytest.raises(UsageError, match="not trained on a quantized base"):
+    with pytest.raises(UsageError, match=r"not .*quantized base"):
         merged(run.path, base_weights="dequantized")
 
 
@@ -248,7 +249,7 @@ def test_a_wrong_merge_is_not_kept(run: RunDir, monkeypatch: pytest.MonkeyPatch)
     right = Linear.get_delta_weight
     with monkeypatch.context() as patch:  # a scale that is off, as by rank instead of its root
         patch.setattr(Linear, "get_delta_weight", lambda self, name: 0.5 * right(self, name))
-        with pytest.raises(GateError, match="off the adapter's definition"):
+        with pytest.raises(GateError, match="adapter's definition"):
             merged(run.path, verify="weights")
     with monkeypatch.context() as patch:
         patch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
@@ -281,7 +282,7 @@ def test_an_adapter_that_rounding_loses_is_reported(recipe: RecipeMaker, train: 
     run = train(recipe(model={"name_or_path": str(base), "dtype": "bfloat16"}, training={"learning_rate": 1e-6}))
     said = io.StringIO()
     folder = merged(run.path, said, verify="weights")
-    assert "partly lost in the merged model" in said.getvalue()
+    assert "partly lost" in said.getvalue()
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     said = io.StringIO()
     exact = merged(run.path, said, verify="weights", dtype="float32")
@@ -312,13 +313,13 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         merged(full.path)
     with pytest.raises(UsageError, match="no such run"):
         merged(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="not a run directory"):
+    with pytest.raises(UsageError, match="run directory"):
         merged(tmp_path)
     run = train(recipe())
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match="is not a merge"):
+    with pytest.raises(UsageError, match="not a merge"):
         merged(run.path, output=mine)
     assert merged(run.path, output=tmp_path / "a b" / "merged").is_dir()
     with pytest.raises(UsageError, match="--overwrite"):
@@ -328,7 +329,7 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "fast"], "--method: expected one of auto, stream, full, got fast"),
+        (["--method", "fast"], "--method: … auto, stream, full … fast"),
         (["--base-weights", "int3"], "--base-weights: expected one of"),
         (["--combine", "ties", "--density", "0.5"], "name others with --add"),
         (["--add", "x:0.5", "--combine", "ties"], "needs --density"),
@@ -342,7 +343,7 @@ def test_refusals(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
         (["--as-adapter", "--rank", "2", "--push-to-hub", "me/x"], "can't go with"),
         (["--export", "onnx"], "gguf"),
         (["--set", "merge.max_kl=-1"], "--set merge.max_kl=-1: merge.max_kl: "),
-        (["--set", "eval.limit=3"], "--set eval.limit=3: a merge can change the merge section only"),
+        (["--set", "eval.limit=3"], "--set eval.limit=3: … merge section"),
         (["--set", "merge.min_top1=1.5"], "--set merge.min_top1=1.5: merge.min_top1: "),
         (["--quantize", "int4"], "--quantize: expected one of nf4, fp4"),
     ],
@@ -352,7 +353,7 @@ def test_what_does_not_go_together_is_said_before_anything_loads(
 ) -> None:
     result = CliRunner().invoke(app, ["merge", str(tmp_path), *arguments])
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert result.stderr == Like(f"… {said}")
     assert len(result.stderr.strip().splitlines()) == 1
 
 
@@ -363,14 +364,14 @@ def test_another_base_of_the_same_shape_is_refused(recipe: RecipeMaker, train: T
     base = make_model(tmp_path / "base")
     run = train(recipe(model={"name_or_path": str(base)}))
     other = make_model(tmp_path / "other", seed=7)
-    with pytest.raises(ModelError, match=r"is not the base .*--allow-other-base"):
+    with pytest.raises(ModelError, match=r"not the base .*--allow-other-base"):
         merged(run.path, base=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
     assert merged(run.path, base=str(moved)).is_dir(), "the same weights elsewhere are the same base"
     shutil.rmtree(base)
     shutil.copytree(other, base)
-    with pytest.raises(ModelError, match="is not the base"):
+    with pytest.raises(ModelError, match="not the base"):
         merged(run.path)
     said = io.StringIO()
     folder = merged(run.path, said, allow_other_base=True, verify="weights")
@@ -385,11 +386,11 @@ def test_an_adapter_from_elsewhere(run: RunDir, tmp_path: Path, tiny_model: Path
         merged(foreign)
     said = io.StringIO()
     folder = merged(foreign, said, output=tmp_path / "m")
-    assert "not trained by lorafit" in said.getvalue()
-    assert report_of(folder)["base"]["checked"] == "known by name and shapes only"
+    assert "not trained" in said.getvalue()
+    assert report_of(folder)["base"]["checked"] == Like("… name and shapes")
     torch.testing.assert_close(logits_of(folder), logits_of(merged(run.path)), rtol=1e-5, atol=1e-6)
     wide = make_model(tmp_path / "wide", hidden_size=128)
-    with pytest.raises(ModelError, match=r"does not belong to this base.*size mismatch"):
+    with pytest.raises(ModelError, match=r"this base.*size mismatch"):
         merged(foreign, output=tmp_path / "w", base=str(wide))
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(ModelError, match="no place for"):
@@ -408,7 +409,7 @@ def test_without_any_tokenizer(tmp_path: Path, run: RunDir) -> None:
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*", "*.jinja", SEAL))
     said = io.StringIO()
     folder = merged(tmp_path / "adapter", said, output=tmp_path / "m", base=str(tmp_path / "base"))
-    assert "the merged folder has none" in said.getvalue()
+    assert "tokenizer" in said.getvalue()
     assert report_of(folder)["verification"]["level"] == "weights"
     with pytest.raises(ModelError, match="no tokenizer"):
         merged(tmp_path / "adapter", output=tmp_path / "m", base=str(tmp_path / "base"), verify="logits")
@@ -570,7 +571,7 @@ def test_an_adapter_with_nan_is_refused(method: Any, run: RunDir) -> None:
 
 def test_an_adapter_that_lacks_a_tensor_is_refused(run: RunDir) -> None:
     broken(run, lambda tensors: tensors.pop(first_b(tensors)))
-    with pytest.raises(ModelError, match="lacks 1 of its tensors"):
+    with pytest.raises(ModelError, match=r"lacks 1 .*tensors"):
         merged(run.path)
 
 
@@ -578,7 +579,7 @@ def test_targets_that_do_not_exist_are_refused(run: RunDir, tmp_path: Path) -> N
     config = json.loads((run.adapter / "adapter_config.json").read_text())
     (run.adapter / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["wq", "wv"]}))
     resealed(run)
-    with pytest.raises(ModelError, match="does not belong to this base"):
+    with pytest.raises(ModelError, match=r"not belong .*base"):
         merged(run.path)
     assert not run.merged.exists()
 
@@ -596,7 +597,7 @@ def test_a_truncated_shard_is_refused(recipe: RecipeMaker, train: Train, tmp_pat
 def test_too_little_disk_is_known_before_anything_is_written(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(run.path)
     monkeypatch.setattr("lorafit.engine.merge.run.shutil.disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DoesNotFitError, match=r"of disk and 0.00 GB are free"):
+    with pytest.raises(DoesNotFitError, match=r"disk .*0.00 GB .*free"):
         merged(run.path)
     assert not hidden(run.path)
 
@@ -653,7 +654,7 @@ def test_two_merges_into_one_destination_are_not_mixed(
 
     def meanwhile(self: Merging, kind: str, folder: Path) -> Any:
         if self.source.adapter == one:
-            with pytest.raises(UsageError, match="another process is writing it"):
+            with pytest.raises(UsageError, match="another process"):
                 merged(other, output=tmp_path / "m", verify="weights")
             met.append(kind)
         return write(self, kind, folder)
@@ -669,12 +670,12 @@ def test_exports_replace_only_exports(run: RunDir, tmp_path: Path) -> None:
     mine = tmp_path / "m-nf4"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match="m-nf4: exists and is not a merge"):
+    with pytest.raises(UsageError, match=r"m-nf4: .*not a merge"):
         merged(run.path, output=tmp_path / "m", quantize="nf4")
     assert (mine / "thesis.txt").is_file()
     assert not (tmp_path / "m").exists(), "it is known before anything is merged"
     (tmp_path / "m-gguf").write_text("a file")
-    with pytest.raises(UsageError, match="m-gguf: is a file"):
+    with pytest.raises(UsageError, match=r"m-gguf: .*file"):
         merged(run.path, output=tmp_path / "m", exports=("gguf:f16",))
     limits = ("merge.max_kl=9.0", "merge.min_top1=0.0", "merge.max_loss_increase=9.0")
     for _ in range(2):
@@ -704,9 +705,9 @@ def test_in_memory_every_tensor_of_the_adapter_has_its_place(run: RunDir, tmp_pa
     """PEFT leaves missing matrices as they begin, and only warns."""
     whole = foreign(run, tmp_path / "whole")
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
-    with pytest.raises(ModelError, match="tensors that the base has no place for"):
+    with pytest.raises(ModelError, match=r"tensors .*no place"):
         merged(whole, base=str(shallow), output=tmp_path / "m", method="full", verify="weights")
-    with pytest.raises(ModelError, match="lacks 14 of its tensors"):
+    with pytest.raises(ModelError, match=r"lacks 14 .*tensors"):
         merged(
             foreign(run, tmp_path / "ia3", peft_type="IA3", feedforward_modules=[]),
             output=tmp_path / "m",
@@ -715,7 +716,7 @@ def test_in_memory_every_tensor_of_the_adapter_has_its_place(run: RunDir, tmp_pa
     tensors = load_file(whole / "adapter_model.safetensors")
     tensors.pop(next(key for key in sorted(tensors) if "lora_A" in key))
     save_file(tensors, whole / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match="lacks 1 of its tensors"):
+    with pytest.raises(ModelError, match=r"lacks 1 .*tensors"):
         merged(whole, output=tmp_path / "m", method="full", verify="weights")
     assert not (tmp_path / "m").exists()
 
@@ -765,7 +766,7 @@ def test_a_vocabulary_that_comes_along_can_not_be_scaled(run: RunDir, tmp_path: 
     model = AutoModelForCausalLM.from_pretrained(base_of(run))
     model.resize_token_embeddings(400)
     PeftModel.from_pretrained(model, run.adapter).save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    with pytest.raises(UsageError, match=r"another size along \(400 rows\)"):
+    with pytest.raises(UsageError, match=r"another size .*\(400 rows\)"):
         merged(tmp_path / "a", output=tmp_path / "m", base=str(base_of(run)), weight=0.5)
 
 
@@ -807,7 +808,7 @@ def test_a_header_that_can_not_be_true_is_refused(change: dict[str, Any], run: R
     header["model.layers.0.self_attn.q_proj.weight"] |= change
     text = json.dumps(header).encode()
     (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    with pytest.raises(ModelError, match=r"not a whole safetensors file: .*q_proj"):
+    with pytest.raises(ModelError, match=r"whole safetensors .*q_proj"):
         merged(foreign(run, tmp_path / "a"), base=str(base), output=tmp_path / "m", verify="weights")
 
 
@@ -821,11 +822,11 @@ def test_odd_things_in_a_base(run: RunDir, tmp_path: Path) -> None:
     assert "PARAMETER stop" in (tmp_path / "m-gguf" / "Modelfile").read_text()
     (base / "model.safetensors").rename(base / "w.safetensors")
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x/w.safetensors"}}')
-    with pytest.raises(ModelError, match=r"the base can't be loaded"):
+    with pytest.raises(ModelError, match="can't be loaded"):
         merged(adapter, method="full", **options)
     (base / "x").mkdir()
     (base / "w.safetensors").rename(base / "x" / "w.safetensors")
-    with pytest.raises(ModelError, match="must be in the model's folder itself"):
+    with pytest.raises(ModelError, match="model's folder"):
         merged(adapter, **options)
 
 
