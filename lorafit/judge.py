@@ -269,11 +269,9 @@ def compare(
     asked = (pair for pair in itertools.islice(pairs, judge.rows) if pair.row not in done)
 
     def decide(pair: Pair) -> Verdict:
-        raw = tuple(
-            ask(endpoint, question_of(judge, pair, first, second), sleep)
-            for first, second in ((pair.one, pair.other), (pair.other, pair.one))
-        )
-        return Verdict(pair.row, score_of(raw[0], raw[1]), (raw[0], raw[1]))
+        one_first = ask(endpoint, question_of(judge, pair, pair.one, pair.other), sleep)
+        other_first = ask(endpoint, question_of(judge, pair, pair.other, pair.one), sleep)
+        return Verdict(pair.row, score_of(one_first, other_first), (one_first, other_first))
 
     return _in_order(decide, asked)
 

@@ -246,7 +246,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Many:
-    """Recipes by what became of them since a revision; in that, the unreadable ones had mistakes."""
+    """Recipes by what became of them since a revision, in which the unreadable ones had mistakes."""
 
     revision: str
     changed: tuple[Difference, ...]

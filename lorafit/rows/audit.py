@@ -72,7 +72,7 @@ class SourceAudit:
 
 @dataclass(frozen=True)
 class PartAudit:
-    """The training or the validation rows as they will be used: split, mixed, repeated, and packed into `packs` ones."""
+    """The training or the validation rows as they will be used: split, mixed, repeated and packed into `packs`."""
 
     rows: int
     tokens: int

@@ -181,7 +181,8 @@ class Spending:
             "tokens_from": self.tokens.source,
             "flops": self.flops,
             "gpus": [
-                {"name": one.gpu.name} | {name: getattr(one, name) for name in _ROUGH_FIGURES} for one in self.costs
+                {"name": one.gpu.name} | {name: (known := getattr(one, name)) and [*known] for name in _ROUGH_FIGURES}
+                for one in self.costs
             ],
         }
 

@@ -142,8 +142,6 @@ _OTHER_METHOD = "lorafit trains with LoRA, QLoRA, or all weights"
 _NO_IMAGES = "for images, videos and audio only"
 
 RULES: Rules = table(
-    becomes("model_name_or_path", "model.name_or_path", read.text),
-    becomes("model_revision", "model.revision", read.text),
     decides("flash_attn", "model.attn_implementation"),
     decides("template", "model.chat_template"),
     decides("stage", "", "sft is what lorafit does"),
@@ -154,8 +152,6 @@ RULES: Rules = table(
     becomes("lora_rank", "lora.r", read.count),
     decides("lora_target", "lora.target_modules"),
     becomes("additional_target", "lora.modules_to_save", read.names),
-    becomes("use_rslora", "lora.use_rslora", read.flag),
-    becomes("use_dora", "lora.use_dora", read.flag),
     becomes("loraplus_lr_ratio", "lora.loraplus_lr_ratio", read.above_zero),
     decides("pissa_init pissa_iter", "lora.init_lora_weights"),
     decides("dataset dataset_dir", "dataset.train"),

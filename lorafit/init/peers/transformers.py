@@ -65,6 +65,10 @@ COMMON: Rules = table(
 """Keys that mean the same to all three tools."""
 TRANSFORMERS: Rules = table(
     COMMON,
+    becomes("model_name_or_path", "model.name_or_path", read.text),
+    becomes("model_revision", "model.revision", read.text),
+    becomes("use_rslora", "lora.use_rslora", read.flag),
+    becomes("use_dora", "lora.use_dora", read.flag),
     becomes("per_device_train_batch_size", "training.per_device_train_batch_size", read.count),
     becomes("gradient_accumulation_steps", "training.gradient_accumulation_steps", read.count),
     decides("num_train_epochs max_steps", "training.num_train_epochs, training.max_steps"),
@@ -102,7 +106,7 @@ TRANSFORMERS: Rules = table(
     lost("average_tokens_across_devices", "every learned token counts the same, whatever the process", True),
     lost("dataloader_drop_last eval_on_start eval_delay accelerator_config parallelism_config ignore_data_skip", ""),
 )
-"""transformers' TrainingArguments, which TRL and LLaMA-Factory take as they are."""
+"""transformers' TrainingArguments, which TRL and LLaMA-Factory take as they are, and what both call alike."""
 
 
 def training(c: Conversion, learning_rate: float) -> None:

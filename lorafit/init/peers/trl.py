@@ -20,8 +20,6 @@ MARKS: tuple[str, ...] = (
 _ROWS = "dataset.train"
 
 RULES: Rules = table(
-    becomes("model_name_or_path", "model.name_or_path", read.text),
-    becomes("model_revision", "model.revision", read.text),
     decides("dtype torch_dtype", "model.dtype"),
     decides("attn_implementation", "model.attn_implementation"),
     decides("chat_template_path", "model.chat_template"),
@@ -32,8 +30,6 @@ RULES: Rules = table(
     becomes("lora_r", "lora.r", read.count),
     decides("lora_target_modules", "lora.target_modules"),
     becomes("lora_modules_to_save", "lora.modules_to_save", read.names),
-    becomes("use_rslora", "lora.use_rslora", read.flag),
-    becomes("use_dora", "lora.use_dora", read.flag),
     decides("dataset_name datasets dataset_train_split dataset_config", _ROWS),
     decides("dataset_test_split test_split_size", "dataset.validation"),
     decides("dataset_text_field", _ROWS),
