@@ -17,7 +17,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from trl.trainer.utils import add_fused_lm_head
 
 from lorafit.engine.model import quantization_config
-from lorafit.engine.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
+from lorafit.engine.trace.log import SHORT, Event, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.engine.trace.standins import FLASH, standing_in
 from lorafit.engine.trace.steps import (
     LAYER,
@@ -252,14 +252,13 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     parts = lay_out(recorder.segments, layers) if recorded != layers else as_recorded(recorder.segments)
     steps = Recorder()
     record_optimizer(model, setup, steps, layers if recorded != layers else None)
-    update: dict[str, list[tuple[Key, list[Event]]]] = {
-        segment.phase: [((segment.phase, None), [(("optimizer", None, n), size) for n, size in segment.events])]
-        for segment in steps.segments
+    update: dict[str, list[Event]] = {
+        segment.phase: [(("optimizer", None, n), size) for n, size in segment.events] for segment in steps.segments
     }
     return Trace(*_in_order(parts | update))
 
 
-def _in_order(parts: dict[str, list[tuple[Key, list[Event]]]]) -> tuple[tuple[Event, ...], tuple[tuple[int, str], ...]]:
+def _in_order(parts: dict[str, list[Event]]) -> tuple[tuple[Event, ...], tuple[tuple[int, str], ...]]:
     once = [name for name in parts if name.split()[0] in ("weights", "adapter", "start", "states")]
     passes = [name for name in parts if name.split()[0] in ("forward", "backward")]
     order = list(once)
@@ -270,16 +269,14 @@ def _in_order(parts: dict[str, list[tuple[Key, list[Event]]]]) -> tuple[tuple[Ev
     phases: list[tuple[int, str]] = []
     for name in order:
         phases.append((len(events), name))
-        for _, part in parts.get(name, []):
-            events += part
+        events += parts.get(name, [])
     return tuple(events), tuple(phases)
 
 
-def as_recorded(segments: list[Segment]) -> dict[str, list[tuple[Key, list[Event]]]]:
-    result: dict[str, list[tuple[Key, list[Event]]]] = {}
+def as_recorded(segments: list[Segment]) -> dict[str, list[Event]]:
+    result: dict[str, list[Event]] = {}
     origin: dict[int, tuple[str, int | None, int]] = {}
     for segment in segments:
         origin |= {n: (segment.phase, segment.layer, n) for n, size in segment.events if size != FREE}
-        events = [(origin[n], size) for n, size in segment.events if n in origin]
-        result.setdefault(segment.phase, []).append(((segment.phase, segment.layer), events))
+        result.setdefault(segment.phase, []).extend((origin[n], size) for n, size in segment.events if n in origin)
     return result
