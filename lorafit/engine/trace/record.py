@@ -159,12 +159,13 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
     index = highest(found.events)
     parts: Counter[str] = Counter()
     for storage, size in alive(found.events[: index + 1]).items():
-        parts[_part(storage)] += size
+        parts[_named(storage[0])] += size
     parts.pop("weights", None)
+    moment = _named(next(name for start, name in reversed(found.phases) if start <= index))
     served, fits, notes = serve(found.events, found.phases, setup, capacity)
     return Estimate(
         terms=(*weight_terms(setup), *(Term(name, size, WHAT[name]) for name, size in parts.most_common())),
-        moment=_moment(found.phases, index),
+        moment="optimizer's step" if moment == "optimizer" else moment,
         reserved=served.settled,
         method="trace",
         band=band_of(setup, "trace"),
@@ -189,20 +190,12 @@ WHAT = {
 }
 
 
-def _part(storage: Any) -> str:
-    phase: str = storage[0]
-    if phase.startswith("forward"):
-        return "output head and loss" if phase.endswith("head") else "forward pass"
-    names = {"weights": "weights", "adapter": "adapter", "start": "cuBLAS workspace", "optimizer": "optimizer"}
-    return names.get(phase) or ("evaluation" if phase.startswith("evaluation") else "backward pass")
-
-
-def _moment(phases: tuple[tuple[int, str], ...], index: int) -> str:
-    name = next(name for start, name in reversed(phases) if start <= index)
-    kind = name.split()[0]
-    if kind == "forward":
-        return "output head and loss" if name.endswith("head") else "forward pass"
-    return {"backward": "backward pass", "optimizer": "optimizer's step", "clipping": "clipping"}.get(kind, kind)
+def _named(phase: str) -> str:
+    """A phase, and what is made in it, for people."""
+    kind = phase.split()[0]
+    if kind == "forward" and phase.endswith("head"):
+        return "output head and loss"
+    return {"start": "cuBLAS workspace", "forward": "forward pass", "backward": "backward pass"}.get(kind, kind)
 
 
 def trace(setup: Setup) -> Trace:
