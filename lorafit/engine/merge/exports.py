@@ -197,18 +197,15 @@ def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[
     """(tokens, vocabulary) for each row; the model is gone when all are done."""
     try:
         config = AutoConfig.from_pretrained(folder)
-        if gguf is None:
-            with loading(folder):
-                model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-        else:
-            read = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        where, more = folder, {}
+        if gguf is not None:
+            where, more = gguf.parent, {"gguf_file": gguf.name}
+            known, config = config, AutoConfig.from_pretrained(where, **more)
             for name in _FROM_FOLDER:
-                if hasattr(config, name):
-                    setattr(read, name, getattr(config, name))
-            with loading(gguf):
-                model = AutoModelForCausalLM.from_pretrained(
-                    gguf.parent, gguf_file=gguf.name, config=read, dtype=torch.float32
-                )
+                if hasattr(known, name):
+                    setattr(config, name, getattr(known, name))
+        with loading(gguf or folder):
+            model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, **more)
     except Exception as error:
         if is_out_of_memory(error):
             raise DoesNotFitError(f"{gguf or folder}: the comparison doesn't fit into memory") from error

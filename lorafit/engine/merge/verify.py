@@ -19,7 +19,7 @@ from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.source import Base, Source
 from lorafit.engine.model import keep_gradients, load_adapter, load_base, loading, on_cpu
 from lorafit.engine.tokenizer import reading
-from lorafit.errors import DataError, GateError, LorafitError
+from lorafit.errors import GateError, LorafitError
 from lorafit.progress import each
 
 PROBES = (
@@ -67,7 +67,7 @@ def rows_to_compare(source: Source, tokenizer: PreTrainedTokenizerBase, count: i
     if source.plan is not None:
         try:
             held = held_out_rows(source.plan, tokenizer, None)
-        except (DataError, LorafitError) as error:
+        except LorafitError as error:
             why = str(error)
         else:
             chosen = torch.linspace(0, len(held) - 1, min(count, len(held))).long().unique().tolist()

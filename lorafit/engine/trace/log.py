@@ -106,7 +106,7 @@ Key = tuple[str, int | None]
 Event = tuple[Any, int]
 
 
-def lay_out(segments: list[Segment], layers: int) -> dict[str, list[tuple[Key, list[Event]]]]:
+def lay_out(segments: list[Segment], layers: int) -> dict[str, list[Event]]:
     """The segments of a model with `layers` layers from those of one with SHORT, by phase: the middle one repeated.
 
     A phase's layers are in the order in which they were recorded. Storages are renamed to (phase, layer, ordinal).
@@ -123,18 +123,17 @@ def lay_out(segments: list[Segment], layers: int) -> dict[str, list[tuple[Key, l
     full = layers == SHORT or all(layer is None for _, layer in parts)
     if not full:
         _check_periodic(parts, origin)
-    result: dict[str, list[tuple[Key, list[Event]]]] = {}
+    result: dict[str, list[Event]] = {}
     for phase in dict.fromkeys(phase for phase, _ in parts):
         found = [layer for name, layer in parts if name == phase]
         result[phase] = []
         if None in found:
-            result[phase].append(((phase, None), list(_outside(parts[phase, None], origin, layers))))
+            result[phase] += _outside(parts[phase, None], origin, layers)
         indices = [layer for layer in found if layer is not None]
         order = range(layers) if indices == sorted(indices) else range(layers - 1, -1, -1)
         for index in order if indices else ():
             template = template_of(index, layers)
-            events = parts.get((phase, template), [])
-            result[phase].append(((phase, index), list(_shifted(events, origin, index - template))))
+            result[phase] += _shifted(parts.get((phase, template), []), origin, index - template)
     return result
 
 

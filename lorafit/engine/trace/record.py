@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lorafit.engine.adapters import module_of
 from lorafit.engine.model import quantization_config
-from lorafit.engine.trace.log import SHORT, Event, Key, NotPeriodic, Recorder, Segment, lay_out
+from lorafit.engine.trace.log import SHORT, Event, NotPeriodic, Recorder, Segment, lay_out
 from lorafit.engine.trace.standins import FLASH, standing_in
 from lorafit.engine.trace.steps import (
     LAYER,
@@ -158,12 +158,13 @@ def estimate_by_trace(setup: Setup, capacity: int | None = None) -> Estimate:
     index = highest(found.events)
     parts: Counter[str] = Counter()
     for storage, size in alive(found.events[: index + 1]).items():
-        parts[_part(storage)] += size
+        parts[_named(storage[0])] += size
     parts.pop("weights", None)
+    moment = _named(next(name for start, name in reversed(found.phases) if start <= index))
     served, fits, notes = serve(found.events, found.phases, setup, capacity)
     return Estimate(
         terms=(*weight_terms(setup), *(Term(name, size, WHAT[name]) for name, size in parts.most_common())),
-        moment=_moment(found.phases, index),
+        moment="optimizer's step" if moment == "optimizer" else moment,
         reserved=served.settled,
         method="trace",
         band=band_of(setup, "trace"),
@@ -188,20 +189,12 @@ WHAT = {
 }
 
 
-def _part(storage: Any) -> str:
-    phase: str = storage[0]
-    if phase.startswith("forward"):
-        return "output head and loss" if phase.endswith("head") else "forward pass"
-    names = {"weights": "weights", "adapter": "adapter", "start": "cuBLAS workspace", "optimizer": "optimizer"}
-    return names.get(phase) or ("evaluation" if phase.startswith("evaluation") else "backward pass")
-
-
-def _moment(phases: tuple[tuple[int, str], ...], index: int) -> str:
-    name = next(name for start, name in reversed(phases) if start <= index)
-    kind = name.split()[0]
-    if kind == "forward":
-        return "output head and loss" if name.endswith("head") else "forward pass"
-    return {"backward": "backward pass", "optimizer": "optimizer's step", "clipping": "clipping"}.get(kind, kind)
+def _named(phase: str) -> str:
+    """A phase, and what is made in it, for people."""
+    kind = phase.split()[0]
+    if kind == "forward" and phase.endswith("head"):
+        return "output head and loss"
+    return {"start": "cuBLAS workspace", "forward": "forward pass", "backward": "backward pass"}.get(kind, kind)
 
 
 def trace(setup: Setup) -> Trace:
@@ -251,14 +244,13 @@ def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     parts = lay_out(recorder.segments, layers) if recorded != layers else as_recorded(recorder.segments)
     steps = Recorder()
     record_optimizer(model, setup, steps, layers if recorded != layers else None)
-    update: dict[str, list[tuple[Key, list[Event]]]] = {
-        segment.phase: [((segment.phase, None), [(("optimizer", None, n), size) for n, size in segment.events])]
-        for segment in steps.segments
+    update: dict[str, list[Event]] = {
+        segment.phase: [(("optimizer", None, n), size) for n, size in segment.events] for segment in steps.segments
     }
     return Trace(*_in_order(parts | update))
 
 
-def _in_order(parts: dict[str, list[tuple[Key, list[Event]]]]) -> tuple[tuple[Event, ...], tuple[tuple[int, str], ...]]:
+def _in_order(parts: dict[str, list[Event]]) -> tuple[tuple[Event, ...], tuple[tuple[int, str], ...]]:
     once = [name for name in parts if name.split()[0] in ("weights", "adapter", "start", "states")]
     passes = [name for name in parts if name.split()[0] in ("forward", "backward")]
     order = list(once)
@@ -269,16 +261,14 @@ def _in_order(parts: dict[str, list[tuple[Key, list[Event]]]]) -> tuple[tuple[Ev
     phases: list[tuple[int, str]] = []
     for name in order:
         phases.append((len(events), name))
-        for _, part in parts.get(name, []):
-            events += part
+        events += parts.get(name, [])
     return tuple(events), tuple(phases)
 
 
-def as_recorded(segments: list[Segment]) -> dict[str, list[tuple[Key, list[Event]]]]:
-    result: dict[str, list[tuple[Key, list[Event]]]] = {}
+def as_recorded(segments: list[Segment]) -> dict[str, list[Event]]:
+    result: dict[str, list[Event]] = {}
     origin: dict[int, tuple[str, int | None, int]] = {}
     for segment in segments:
         origin |= {n: (segment.phase, segment.layer, n) for n, size in segment.events if size != FREE}
-        events = [(origin[n], size) for n, size in segment.events if n in origin]
-        result.setdefault(segment.phase, []).append(((segment.phase, segment.layer), events))
+        result.setdefault(segment.phase, []).extend((origin[n], size) for n, size in segment.events if n in origin)
     return result

@@ -44,7 +44,7 @@ def standing_in(setup: Setup, recorder: Recorder, model: Any) -> Iterator[Autoca
         packed_indices = masking_utils.find_packed_sequence_indices
         put(masking_utils, "is_tracing", lambda *_: True)
         put(masking_utils, "find_packed_sequence_indices", lambda ids: packed_indices(ids) if setup.packed else None)
-        put(masking_utils, "_ignore_causal_mask_sdpa", _ignores_mask(setup))
+        put(masking_utils, "_ignore_causal_mask_sdpa", _ignores_mask)
         # attention
         attend = _Attention(setup, recorder)
         put(functional, "scaled_dot_product_attention", attend.sdpa)
@@ -57,7 +57,7 @@ def standing_in(setup: Setup, recorder: Recorder, model: Any) -> Iterator[Autoca
         if cuda:
             put(functional, "dropout", _dropout)
         if setup.quantization is not None and setup.quantization.get("load_in_4bit"):
-            put(torch.ops.bitsandbytes.gemm_4bit, "default", _gemm_4bit(setup, recorder))
+            put(torch.ops.bitsandbytes.gemm_4bit, "default", functools.partial(_gemm_4bit, recorder, cuda))
             put(bitsandbytes.functional, "dequantize_4bit", _dequantize_4bit)
         if setup.quantization is not None and setup.quantization.get("load_in_8bit"):
             int8 = functools.partial(_int8, recorder)
@@ -112,12 +112,10 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _ignores_mask(setup: Setup) -> Callable[..., bool]:
-    def ignores(padding_mask: Any, q_length: int, *_: Any, local_attention_size: int | None = None, **__: Any) -> bool:
-        window = local_attention_size is not None and q_length >= local_attention_size
-        return padding_mask is None and not window
-
-    return ignores
+def _ignores_mask(
+    padding_mask: Any, q_length: int, *_: Any, local_attention_size: int | None = None, **__: Any
+) -> bool:
+    return padding_mask is None and (local_attention_size is None or q_length < local_attention_size)
 
 
 class _Attention:
@@ -127,15 +125,7 @@ class _Attention:
         self.half = getattr(torch, setup.stack.autocast or "bfloat16")
 
     def sdpa(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
     ) -> Tensor:
         """torch's choice for half precision on CUDA: flash without a mask, memory-efficient with one.
 
@@ -182,15 +172,14 @@ class _Attention:
 # --- bitsandbytes ---------------------------------------------------------------------------------
 
 
-def _gemm_4bit(setup: Setup, recorder: Recorder) -> Callable[..., Tensor]:
-    def gemm(a: Tensor, b: Tensor, shape: Any, *_: Any, absmax_8bit: Tensor | None = None, **__: Any) -> Tensor:
-        rows = a.numel() // a.shape[-1]
-        if rows > FUSED_ROWS or setup.device == "cpu":
-            constants = [] if absmax_8bit is None else [absmax_8bit.numel() * 4] * 2
-            recorder.hidden(*constants, shape[0] * shape[1] * a.element_size(), rows * shape[0] * a.element_size())
-        return a.new_empty((*a.shape[:-1], shape[0]))
-
-    return gemm
+def _gemm_4bit(
+    recorder: Recorder, cuda: bool, a: Tensor, b: Tensor, shape: Any, *_: Any, absmax_8bit: Any = None, **__: Any
+) -> Tensor:
+    rows, (out, inputs) = a.numel() // a.shape[-1], shape
+    if rows > FUSED_ROWS or not cuda:
+        constants = [] if absmax_8bit is None else [absmax_8bit.numel() * 4] * 2
+        recorder.hidden(*constants, out * inputs * a.element_size(), rows * out * a.element_size())
+    return a.new_empty((*a.shape[:-1], out))
 
 
 def _dequantize_4bit(b: Tensor, state: Any, *_: Any, **__: Any) -> Tensor:
