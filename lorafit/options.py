@@ -439,6 +439,7 @@ class MergeOptions(JsonOptions):
             values = {
                 "model": {"name_or_path": "any"},
                 "lora": {},
+                "quantization": plan.recipe["quantization"] if plan else {"load_in_4bit": True},  # it may have been
                 "dataset": {"train": [{"path": "any"}]},
                 "merge": section,
             }

@@ -56,7 +56,6 @@ def verify(options: VerifyOptions) -> None:
 
 
 def trained_again(run: RunDir, steps: int, tolerance: float | None) -> Repeated:
-
     from lorafit.engine.verify import retrain
 
     return retrain(run, steps, tolerance, talk())

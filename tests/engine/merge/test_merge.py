@@ -743,7 +743,8 @@ def test_tied_embeddings_stay_tied_in_both_kinds_of_base_weights(tmp_path: Path)
     peft.save_pretrained(run.adapter)
     resealed(run)
     for kind, verify in (("original", "weights"), ("dequantized", "logits")):
-        folder = merged(run.path, output=tmp_path / kind, base_weights=kind, verify=verify)
+        settings = (f"merge.base_weights={kind}", f"merge.verify={verify}")  # as --set says it
+        folder = merged(run.path, output=tmp_path / kind, overrides=settings)
         assert AutoModelForCausalLM.from_pretrained(folder).config.tie_word_embeddings
         assert not report_of(folder)["untied"]
     assert report_of(tmp_path / "dequantized")["verification"]["figures"]["kl"] < 1e-6
