@@ -20,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells have it for w
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lorafit-tests-")
+os.fsync = lambda _: None  # nothing here has to outlive a power cut, and a disk takes its time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen() -> None:
-    """Every training collects garbage, and looks through all that was imported each time if it isn't put aside."""
+    """What was imported is put aside: each training collects garbage, and would look through all of it."""
     gc.collect()
     gc.freeze()
 
