@@ -279,7 +279,7 @@ def test_rope_scaling_beside_rope_parameters(tiny_model: Path, tmp_path: Path) -
 def test_a_config_that_can_not_be_used(change: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     edit(folder / "config.json", **change)
-    with pytest.raises(ModelError, match=r"config\.json: "):
+    with pytest.raises(ModelError, match=r"config\.json: .*can't be used"):
         export_gguf(folder, tmp_path / "m.gguf", "f16")
 
 

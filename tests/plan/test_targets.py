@@ -88,7 +88,7 @@ def test_short_names_would_reach_a_vision_tower() -> None:
         ({"target_modules": "all_linear"}, ("target_modules",), "all-linear, attention, mlp, qv"),
         ({"target_modules": r"layers\.0"}, ("target_modules",), r"such as model.layers.0.self_attn.q_proj"),
         ({"target_modules": "(q_proj"}, ("target_modules",), "regular expression"),
-        ({"exclude_modules": ["v_porj"]}, ("exclude_modules", 0), "v_porj.* v_proj"),
+        ({"exclude_modules": ["v_porj"]}, ("exclude_modules", 0), "v_proj"),
         ({"target_modules": "qv", "exclude_modules": ["q_proj", "v_proj"]}, ("target_modules",), "leaves no module"),
         ({"layers_to_transform": [0, 7]}, ("layers_to_transform", 1), "layer 7.* 0 to 1"),
         ({"rank_pattern": {"q_porj": 4}}, ("rank_pattern", "q_porj"), "q_proj"),
