@@ -26,9 +26,17 @@ class MissingError(UsageError):
 
 
 class DataError(LorafitError):
-    """A data file is missing, unreadable, or holds a row that can't be trained on."""
+    """A data file is missing, unreadable, or holds a row that can't be trained on.
+
+    Attributes:
+        where: the key of its source in a recipe that decides about it, such as ("columns", "output"), if one does.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, where: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.where = where
 
 
 class ModelError(LorafitError):

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import jinja2
@@ -124,7 +125,8 @@ class Cells:
         if value is MISSING:
             raise DataError(
                 f"{self.place}: {self.name(name)} is missing (columns: {names(self.row.fields)}); "
-                f"map it with {self.key}.columns"
+                f"map it with {self.key}.columns",
+                ("columns", name) if name in self.columns else (),
             )
         return value
 
@@ -281,15 +283,27 @@ def _compiled(source: str) -> jinja2.Template:
     return _environment().from_string(source)
 
 
+def options_in(row: Row, asked: str) -> list[str]:
+    """The options that a column, or the path to a nested one, lists. Raises DataError where it holds none."""
+    value: Any = row.fields
+    for part in asked.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) for item in value):
+        what = "must be a list of two or more texts, the options of the row"
+        raise DataError(f"{row.place}: {asked!r} {what}", ("options",))
+    return list(value)
+
+
 def _render(row: Row, template: str | Mapping[str, str], key: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for column, source in _by_column(template).items():
         place = f"{row.place}: {key}.template ({column}): "
-        with within(DataError, f"{place}it"):
+        failed = partial(DataError, where=("template", column))
+        with within(failed, f"{place}it"):
             try:
                 text = _compiled(source).render({**row.fields, "row": row.fields})
             except Exception as error:  # noqa: BLE001 - a template may fail in any way
-                raise DataError(f"{place}{first_line(error)}") from None
+                raise failed(f"{place}{first_line(error)}") from None
         made[column] = _parsed(column, text)
     return made
 

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from lorafit.errors import DataError, LorafitError, MissingError, UsageError
 from lorafit.evaluation.figures import HELD_OUT, expected_figures, own_models, set_metrics
@@ -25,7 +24,7 @@ from lorafit.recipe import Recipe, Source
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to_example
 from lorafit.rows.cells import Fault as RowFault
-from lorafit.rows.cells import Shape
+from lorafit.rows.cells import Shape, options_in
 from lorafit.tree import KeyPath, dotted
 from lorafit.validate.findings import Findings
 
@@ -62,14 +61,9 @@ def place_of_fault(found: Findings, path: KeyPath, error: DataError, rows: Rows)
     source = next((source for place, _, source in _named(found.recipe) if place == path[:-1]), None)
     if source is None:
         return path
-    place, said = path[:-1], str(error)
-    if isinstance(source, EvalSet) and isinstance(source.options, str) and f"{source.options!r} must be" in said:
-        return (*place, "options")
-    if made := re.search(r"\.template \((\w+)\): ", said):
-        return (*place, "template", made[1])
-    for column, name in source.columns.items():
-        if f" {name!r} is missing" in said:
-            return (*place, "columns", column)
+    place = path[:-1]
+    if error.where:
+        return (*place, *error.where)
     try:
         fields = rows(source.path or "", 1)[0].fields
     except (DataError, IndexError):
@@ -107,20 +101,11 @@ def _check_rows(key: str, path: str, source: Source | EvalSet, rows: Rows, limit
                 if limits.get(error.rule) == 0:
                     raise DataError(f"{error} (dataset.audit.{error.rule} lets none pass)") from None
             if isinstance(source, EvalSet) and isinstance(source.options, str):
-                _check_options(source.options, row)
+                options_in(row, source.options)
         if left is not None:
             return  # later files may not be reached
     if format == "auto":
         raise DataError(f"{path}: there are no rows")
-
-
-def _check_options(asked: str, row: Row) -> None:
-    """Raises DataError where the column of a set's options holds none."""
-    value: Any = row.fields
-    for part in asked.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{row.place}: {asked!r} must be a list of two or more texts, the options of the row")
 
 
 def _check_hub(found: Findings, path: KeyPath, name: str) -> None:

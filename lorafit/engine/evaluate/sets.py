@@ -33,6 +33,7 @@ from lorafit.plan.data import sets_of
 from lorafit.recipe.schema import EvalSection, EvalSet
 from lorafit.rows import Example, Fault, Row, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
+from lorafit.rows.cells import options_in
 from lorafit.text import first_line
 
 TEXTS = Path(__file__).parent / "texts"
@@ -428,14 +429,7 @@ def raw_rows(rows: EvalRows) -> Iterator[tuple[int, Row, Example]]:
 
 
 def _options(asked: str | tuple[str, ...] | None, row: Row) -> list[str]:
-    if not isinstance(asked, str):
-        return list(asked or ())
-    value: Any = row.fields
-    for part in asked.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{row.place}: {asked!r} must be a list of two or more texts, the options of the row")
-    return list(value)
+    return options_in(row, asked) if isinstance(asked, str) else list(asked or ())
 
 
 def _answer(example: Example) -> str:
