@@ -19,7 +19,7 @@ def smoke(options: SmokeOptions) -> None:
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is there
     try:
-        from lorafit.engine.smoke.run import smoke as run_smoke
+        from lorafit.engine.smoke import smoke as run_smoke
 
         report = run_smoke(options)
     finally:

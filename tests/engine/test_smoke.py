@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from wording import Like
 
 from lorafit.cli import app
-from lorafit.engine.smoke.run import read_golden
+from lorafit.engine.smoke import read_golden
 from lorafit.errors import DataError, GateError, Interrupted, ModelError, UsageError
 from lorafit.options import SmokeOptions
 from lorafit.recipe import RecipeError
@@ -26,7 +26,7 @@ Smoke = Callable[..., Any]
 @pytest.fixture
 def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smoke:
     """Run a recipe file; afterwards nothing may be left of it."""
-    from lorafit.engine.smoke.run import smoke as run
+    from lorafit.engine.smoke import smoke as run
 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -162,7 +162,7 @@ class TestFails:
         def stopped(*_: Any) -> None:
             raise Interrupted("a checkpoint was saved, go on with --resume", 15)
 
-        monkeypatch.setattr("lorafit.engine.smoke.run.train", stopped)
+        monkeypatch.setattr("lorafit.engine.smoke.train", stopped)
         with pytest.raises(Interrupted, match=r"nothing .*left"):
             smoke(recipe())
 

@@ -27,7 +27,9 @@ from lorafit.evaluation.records import Records
 from lorafit.evaluation.results import Answer, Better, Metric, Part, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.hardware import is_installed
-from lorafit.plan.data import sets_of
+from lorafit.plan.evaluation import (
+    sets_of,
+)
 from lorafit.progress import counting, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.text import first_line

@@ -23,8 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.bounds import read_text
 from lorafit.console import Console
-from lorafit.engine.smoke.model import own_tokenizer, small_tokenizer, write_tiny_model
-from lorafit.engine.smoke.settings import Size, size_for, smoke_recipe
+from lorafit.engine.tiny_model import Size, own_tokenizer, size_for, small_tokenizer, smoke_recipe, write_tiny_model
 from lorafit.engine.train import train
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.facts import ModelFacts
