@@ -40,12 +40,14 @@ class Gguf:
         head_dim: the key from which transformers takes head_dim (integrations/ggml.py); empty: it takes its default.
         written: the architecture as which lorafit writes the family; empty for one that it doesn't write.
         written_class: the class of transformers whose models are written.
+        slides: whether attention slides over `sliding_window` unless the configuration says otherwise.
     """
 
     read: str = ""
     head_dim: str = ""
     written: str = ""
     written_class: str = ""
+    slides: bool = False
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ FAMILIES: dict[str, Family] = {
         _MISTRAL,
         defaults={"num_key_value_heads": 8},
         traits=LayerTraits(),
-        gguf=Gguf("mistral", "rope.dimension_count", "llama", "MistralForCausalLM"),
+        gguf=Gguf("mistral", "rope.dimension_count", "llama", "MistralForCausalLM", slides=True),
     ),
     "ministral": Family(_MISTRAL, defaults={"num_key_value_heads": 8}),
     "ministral3": Family(_MISTRAL, defaults={"num_key_value_heads": 8, "head_dim": 128}),

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lorafit.errors import ModelError
 from lorafit.export.vocabulary import refused
-from lorafit.facts import Tensor
+from lorafit.facts import Tensor, layout
 from lorafit.families import FAMILIES, family_of
 
 Value = bool | int | float | str
@@ -34,8 +34,9 @@ _BLOCK = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
-_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _same_numbers(one: Tensor, other: Tensor) -> bool:
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise refused(folder, f"the activation is {config['hidden_act']!r}")
-    slides = config.get("use_sliding_window", config["model_type"] == "mistral")
+    slides = config.get("use_sliding_window", family_of(config["model_type"]).gguf.slides)
     window = config.get("sliding_window") if slides else None
     if (window and window < config.get("max_position_embeddings", 0)) or "sliding_attention" in (
         config.get("layer_types") or ()
@@ -220,9 +221,11 @@ def _rope_factors(folder: Path, config: dict[str, Any]) -> Rows | None:
 
 def _place(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], layers: int) -> tuple[Placed, ...]:
     """Every tensor with its GGUF name, none missing and none left over."""
-    family = config["model_type"]
-    permuted = {"attn_q": int(config["num_attention_heads"])}
-    permuted["attn_k"] = int(config.get("num_key_value_heads") or permuted["attn_q"])
+    wanted = {tensor.name for tensor in layout(config)}
+    queries = int(config["num_attention_heads"])
+    permuted = {"attn_q": queries, "attn_k": int(config.get("num_key_value_heads") or queries)}
+    if family_of(config["model_type"]).gguf.written != "llama":
+        permuted = {}
     left = dict(tensors)
     placed: list[Placed] = []
 
@@ -235,12 +238,11 @@ def _place(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], lay
 
     take("model.embed_tokens.weight", "token_embd.weight")
     for layer in range(layers):
-        for module, gguf_name in {**_BLOCK, **(_HEAD_NORMS if family == "qwen3" else {})}.items():
-            heads = permuted.get(gguf_name, 0) if family in ("llama", "mistral") else 0
-            name = f"model.layers.{layer}.{module}"
-            take(f"{name}.weight", f"blk.{layer}.{gguf_name}.weight", heads)
-            if _may_have_bias(config, gguf_name):
-                take(f"{name}.bias", f"blk.{layer}.{gguf_name}.bias", heads)
+        for module, gguf_name in _BLOCK.items():
+            for part in ("weight", "bias"):
+                name = f"model.layers.{layer}.{module}.{part}"
+                if name in wanted:
+                    take(name, f"blk.{layer}.{gguf_name}.{part}", permuted.get(gguf_name, 0))
     take("model.norm.weight", "output_norm.weight")
     if not config.get("tie_word_embeddings", False):
         take("lm_head.weight", "output.weight")
@@ -256,16 +258,6 @@ def _place(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], lay
                 f"{folder}: {entry.tensor.name} is stored as {entry.tensor.dtype}; merge into 16 or 32 bits first"
             )
     return tuple(placed)
-
-
-def _may_have_bias(config: dict[str, Any], gguf_name: str) -> bool:
-    if "norm" in gguf_name:
-        return False
-    if config["model_type"] == "qwen2":
-        return gguf_name in ("attn_q", "attn_k", "attn_v")
-    if config["model_type"] == "llama":
-        return bool(config.get("attention_bias" if gguf_name.startswith("attn") else "mlp_bias"))
-    return False
 
 
 def _check_shapes(folder: Path, sizes: dict[str, Value], placed: tuple[Placed, ...]) -> None:
