@@ -499,7 +499,7 @@ def test_extends_that_cannot_be_followed() -> None:
     assert only_mistake("extends: r.yaml\n" + BASE) == Like("r.yaml:1:10: extends: … circle … r.yaml -> r.yaml")
     assert only_mistake("extends: 3\n" + BASE) == Like("r.yaml:1:10: extends: … path … list")
     assert only_mistake("extends: {a: b}\n" + BASE) == Like("r.yaml:1:10: extends: … path … list")
-    assert only_mistake('extends: "a\\0b"\n' + BASE) == Like("r.yaml:1:10: extends: … path")
+    assert only_mistake('extends: "a\\0b"\n' + BASE) == Like("r.yaml:1:10: extends: … not a path")
     assert only_mistake(f"extends: {'x' * 5000}\n" + BASE) == Like("r.yaml:1:10: extends: … exist")
     write("a: [", "broken.yaml")
     assert only_mistake("extends: broken.yaml\n" + BASE).startswith("broken.yaml:1:5: not YAML: ")
