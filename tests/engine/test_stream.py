@@ -60,7 +60,7 @@ def test_every_row_comes_once_a_pass(prepared: Any, tmp_path: Path) -> None:
 
 def test_a_stream_is_not_read_ahead(prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken line far behind what is used does not matter."""
-    monkeypatch.setattr(lorafit.engine.data.stream, "SAMPLE_ROWS", 4)
+    monkeypatch.setattr(lorafit.engine.data.prepare, "SAMPLE_ROWS", 4)
     monkeypatch.setattr(lorafit.engine.data.encode, "_BATCH_ROWS", 4)
     file = write_jsonl(tmp_path / "rows.jsonl", rows_with(100))
     with file.open("a") as stream:
@@ -82,7 +82,7 @@ def test_sources_are_interleaved_by_weight(prepared: Any, tmp_path: Path) -> Non
 
 
 def test_packed_streams_hold_every_row(prepared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lorafit.engine.data.stream, "SHUFFLE_ROWS", 16)
+    monkeypatch.setattr(lorafit.engine.data.prepare, "SHUFFLE_ROWS", 16)
     file = write_jsonl(tmp_path / "rows.jsonl", rows_with(50))
     data, _, _ = prepared({"path": str(file)}, packing=True, max_length=128)
     packed, count = [], 0
@@ -108,7 +108,7 @@ def test_the_first_rows_are_audited_before_training(prepared: Any, tmp_path: Pat
 def test_a_fault_further_on_stops_the_training_with_its_line(
     recipe: RecipeMaker, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lorafit.engine.data.stream, "SAMPLE_ROWS", 4)
+    monkeypatch.setattr(lorafit.engine.data.prepare, "SAMPLE_ROWS", 4)
     monkeypatch.setattr(lorafit.engine.data.encode, "_BATCH_ROWS", 4)
     file = write_jsonl(tmp_path / "rows.jsonl", [*rows_with(20), conversation("a", "")])
     dataset = {"train": [{"path": str(file)}], "streaming": True}
