@@ -56,7 +56,7 @@ class Pipeline:
             (folder / name).mkdir()
         (folder / "models").symlink_to(ROOT / "models")
         (folder / "data/quickstart").mkdir(parents=True)
-        for name, count in (("train.jsonl", 160), ("heldout.jsonl", 20)):
+        for name, count in (("train.jsonl", None), ("heldout.jsonl", 20)):
             lines = (ROOT / "data/quickstart" / name).read_text().splitlines(keepends=True)[:count]
             (folder / "data/quickstart" / name).write_text("".join(lines))
         shutil.copyfile(ROOT / "recipes/lora.yaml", folder / "recipes/lora.yaml")

@@ -102,8 +102,8 @@ FACTORS: dict[str, list[str]] = {
 }
 """What a setup may combine; the first of each is the usual one."""
 Choice = dict[str, str]
-DRAWN = 5
-"""Combinations of each family."""
+DRAWN = 10
+"""Combinations of each family, of which every second one is traced."""
 
 
 def chosen(choice: Choice, family: str) -> Setup:
@@ -132,12 +132,12 @@ def chosen(choice: Choice, family: str) -> Setup:
 
 
 def drawn(family: str) -> list[Choice]:
-    """Combinations put together by chance, in which a value recurs only if its factor has few."""
+    """Combinations put together by chance, so that every value of every factor occurs in some family."""
     draw = random.Random(family)
     columns = {
         name: draw.sample((values * DRAWN)[: max(DRAWN, len(values))], DRAWN) for name, values in FACTORS.items()
     }
-    return [{name: column[row] for name, column in columns.items()} for row in range(DRAWN)]
+    return [{name: column[row] for name, column in columns.items()} for row in range(0, DRAWN, 2)]
 
 
 USUAL: Choice = {name: values[0] for name, values in FACTORS.items()}
