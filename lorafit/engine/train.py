@@ -162,6 +162,10 @@ def read_ahead(plan: Plan) -> threading.Thread:
 def settle_device(plan: Plan, console: Console) -> None:
     """See that torch uses the device that the plan was made for. Raises ModelError."""
     if plan.hardware.device == "cpu":
+        if torch.version.hip is not None and torch.cuda.is_available():
+            raise ModelError(
+                "torch sees an AMD GPU, for which lorafit plans nothing yet; HIP_VISIBLE_DEVICES=-1 trains on the CPU"
+            )
         if torch.cuda.is_available():
             raise ModelError(
                 "torch sees a GPU that the plan does not (is nvidia-smi missing?); install it, or set "
