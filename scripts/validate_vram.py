@@ -156,7 +156,7 @@ def unsloth(row: dict[str, str]) -> Case:
 
 
 def own(row: dict[str, str]) -> Case:
-    """scripts/gpu_check: lorafit itself, with random weights of a model's shapes and as many layers as the notes say."""
+    """scripts/gpu_check: lorafit itself, with random weights of a model's shapes; the notes say of how many layers."""
     full, quantized = row["method"] == "full", row["method"] == "qlora"
     lora = None if full else LoraSection(r=rank_of(row), use_dora=row["method"] == "dora")
     stack = Stack("fused", autocast=None if full else "bfloat16")
