@@ -158,7 +158,7 @@ def unsloth(row: dict[str, str]) -> Case:
 def own(row: dict[str, str]) -> Case:
     """scripts/gpu_check: lorafit itself, with random weights of a model's shapes; the notes say of how many layers."""
     full, quantized = row["method"] == "full", row["method"] == "qlora"
-    lora = None if full else LoraSection(r=rank_of(row), use_dora=row["method"] == "dora")
+    lora = None if full else LoraSection(r=rank_of(row), use_dora=row["method"] == "dora", lora_dropout=0.05)
     stack = Stack("fused", autocast=None if full else "bfloat16")
     packed = row["packing"] == "packed"
     length, rows = int(row["seq_len"]), int(row["micro_batch"])
@@ -169,7 +169,7 @@ def own(row: dict[str, str]) -> Case:
         setup,
         facts=dataclasses.replace(setup.facts, config=config, tensors=tuple(layout(config))),
         quantization={"load_in_8bit": True} if row["method"] == "int8" else setup.quantization,
-        adapter_dtype="bfloat16" if full or quantized else "float32",
+        adapter_dtype="bfloat16" if full or quantized or row["method"] == "int8" else "float32",
         optimizer=row["optimizer"],
         masked=rows > 1 and not packed,
         packed=packed,
