@@ -207,6 +207,7 @@ PACKAGES = {
     "azure_ml": ("azureml",),
     "flyte": ("flytekit",),
     "tensorboard": ("tensorboard", "tensorboardX"),
+    "use_kernels": ("kernels",),
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
@@ -219,6 +220,7 @@ def missing_packages(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     """What a training by the recipe needs and this machine doesn't have, as (path in the recipe, message)."""
     asked: dict[tuple[str | int, ...], str] = {("model", "attn_implementation"): recipe.model.attn_implementation}
     asked |= {("training", "report_to", number): name for number, name in enumerate(recipe.training.report_to)}
+    asked |= {("model", "use_kernels"): "use_kernels"} if recipe.model.use_kernels else {}
     for path, name in asked.items():
         modules = PACKAGES.get(name, (name,) if path[0] == "training" else ())
         if modules and not any(map(is_installed, modules)):

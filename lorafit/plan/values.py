@@ -115,6 +115,7 @@ class ModelPlan:
         kind: hub, bundled, folder or gguf, as its facts say.
         source: where the facts are from.
         trainable_parameters: by formula; 0 where the model's tensors are not known.
+        kernels: of the hub, by the layer that they take the place of, as ORG/REPO@COMMIT:LAYER.
     """
 
     name_or_path: str
@@ -124,6 +125,7 @@ class ModelPlan:
     parameters: int
     trainable_parameters: int
     adapted_modules: int
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
