@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -46,9 +47,9 @@ class Hardware:
 
 
 def detect() -> Hardware:
-    """The hardware of this machine: the first visible CUDA GPU, else the CPU."""
+    """This machine: the first visible CUDA GPU (of several processes, the least of theirs), else the CPU."""
     world_size = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    return _first_gpu(world_size) or detect_cpu(world_size)
+    return _gpus(world_size) or detect_cpu(world_size)
 
 
 def detect_gpu_or_assume() -> Hardware:
@@ -128,21 +129,59 @@ def return_memory() -> bool:
     return False
 
 
-def _first_gpu(world_size: int) -> Hardware | None:
+def _gpus(world_size: int) -> Hardware | None:
+    """The visible CUDA GPU; where several processes train here, the least of as many: every one has to hold the plan.
+
+    nvidia-smi does not know a MIG slice by its number, so that one is looked up by name among what it lists.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):
         return None
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    if visible:
-        command.append(f"--id={visible.split(',')[0]}")
+    asked = [one.strip() for one in visible.split(",")] if visible else []
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    slices = any(one.startswith("MIG-") for one in asked)
+    query = "--query-gpu=name,memory.total,compute_cap,mig.mode.current"
+    chosen = [f"--id={','.join(asked[:here])}"] if asked and not slices else []
+    lines = _smi(query, "--format=csv,noheader,nounits", *chosen)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        name, mebibytes, capability = (part.strip() for part in done.stdout.splitlines()[0].rsplit(",", 2))
-        major, minor = (int(part) for part in capability.split("."))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        found = [_gpu(line, world_size) for line in lines[:here]]
+    except (ValueError, IndexError):
         return None
+    if not found:
+        return None
+    least = min(found, key=lambda one: (one.compute_capability or (0, 0), one.memory_bytes or 0))
+    sizes = [one.memory_bytes for one in found]
+    least = replace(least, memory_bytes=None if None in sizes else min(size for size in sizes if size is not None))
+    if slices or lines[0].rstrip().endswith("Enabled"):
+        return _slice(least, asked[0] if slices else None)
+    return least
+
+
+def _gpu(line: str, world_size: int) -> Hardware:
+    name, mebibytes, capability, _ = (part.strip() for part in line.rsplit(",", 3))
+    major, minor = (int(part) for part in capability.split("."))
     memory = int(mebibytes) << 20 if mebibytes.isdecimal() else None  # [N/A] where it is the machine's
     return Hardware("cuda", name, memory, (major, minor), major >= 8, world_size)
+
+
+_SLICE = re.compile(r"MIG (\S+?\.(\d+)gb\S*)\s.*\(UUID: (MIG-[^)]+)\)")
+
+
+def _slice(gpu: Hardware, wanted: str | None) -> Hardware | None:
+    """A MIG slice of a GPU, by its UUID; the first one, which is what CUDA takes, without."""
+    found = (match for line in _smi("-L") if (match := _SLICE.search(line)))
+    one = next((match for match in found if wanted is None or match[3] == wanted), None)
+    return replace(gpu, name=f"{gpu.name} MIG {one[1]}", memory_bytes=int(one[2]) << 30) if one else None
+
+
+def _smi(*words: str) -> list[str]:
+    """The lines that nvidia-smi answers; none where it fails."""
+    try:
+        return subprocess.run(
+            ["nvidia-smi", *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
 
 
 def detect_cpu(world_size: int = 1) -> Hardware:
@@ -168,6 +207,7 @@ PACKAGES = {
     "azure_ml": ("azureml",),
     "flyte": ("flytekit",),
     "tensorboard": ("tensorboard", "tensorboardX"),
+    "use_kernels": ("kernels",),
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
 }
@@ -180,6 +220,7 @@ def missing_packages(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], st
     """What a training by the recipe needs and this machine doesn't have, as (path in the recipe, message)."""
     asked: dict[tuple[str | int, ...], str] = {("model", "attn_implementation"): recipe.model.attn_implementation}
     asked |= {("training", "report_to", number): name for number, name in enumerate(recipe.training.report_to)}
+    asked |= {("model", "use_kernels"): "use_kernels"} if recipe.model.use_kernels else {}
     for path, name in asked.items():
         modules = PACKAGES.get(name, (name,) if path[0] == "training" else ())
         if modules and not any(map(is_installed, modules)):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import LorafitError
-from lorafit.facts import ModelFacts, read_facts
+from lorafit.facts import ModelFacts, layout, read_facts
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
 from lorafit.memory.estimate import GROUPED, features_of
 from lorafit.memory.static import BYTES, trained
@@ -155,6 +155,30 @@ def unsloth(row: dict[str, str]) -> Case:
     return dataclasses.replace(found, quantity="longest", measured=float(row["seq_len"]), capacity=capacity)
 
 
+def own(row: dict[str, str]) -> Case:
+    """scripts/gpu_check: lorafit itself, with random weights of a model's shapes; the notes say of how many layers."""
+    full, quantized = row["method"] == "full", row["method"] == "qlora"
+    lora = None if full else LoraSection(r=rank_of(row), use_dora=row["method"] == "dora", lora_dropout=0.05)
+    stack = Stack("fused", autocast=None if full else "bfloat16")
+    packed = row["packing"] == "packed"
+    length, rows = int(row["seq_len"]), int(row["micro_batch"])
+    setup = make(row, length, lora, stack, checkpointing=row["grad_ckpt"] or "none", attention=row["attention"])
+    layers = number_after("layers", row["notes"], int)
+    config = {**setup.facts.config, "num_hidden_layers": layers}
+    setup = dataclasses.replace(
+        setup,
+        facts=dataclasses.replace(setup.facts, config=config, tensors=tuple(layout(config))),
+        quantization={"load_in_8bit": True} if row["method"] == "int8" else setup.quantization,
+        adapter_dtype="bfloat16" if full or quantized or row["method"] == "int8" else "float32",
+        optimizer=row["optimizer"],
+        masked=rows > 1 and not packed,
+        packed=packed,
+    )
+    found = case(row, "lorafit", setup)
+    reserved = re.search(r"reserved ([\d.]+) GiB", row["second_measure"])
+    return dataclasses.replace(found, also=found.also | ({"reserved": float(reserved[1]) * GIB} if reserved else {}))
+
+
 def torchtune(row: dict[str, str]) -> Case:
     raise Unmodelled("torchtune: its own modules, compiled")
 
@@ -165,6 +189,7 @@ STACKS: list[tuple[str, Callable[[dict[str, str]], Case]]] = [
     ("fsdp_qlora", fsdp_qlora),
     ("unsloth", unsloth),
     ("torchtune", torchtune),
+    ("scripts/gpu_check", own),
 ]
 
 

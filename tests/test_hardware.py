@@ -27,18 +27,18 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("NVIDIA A100-SXM4-80GB, 81920, 8.0", ("NVIDIA A100-SXM4-80GB", 81920 << 20, (8, 0), True)),
-        ("Tesla T4, 15360, 7.5", ("Tesla T4", 15360 << 20, (7, 5), False)),
-        ("NVIDIA GB10, [N/A], 12.1", ("NVIDIA GB10", None, (12, 1), True)),
-        ("Odd, Name, 1024, 9.0", ("Odd, Name", 1024 << 20, (9, 0), True)),
+        ("NVIDIA A100-SXM4-80GB, 81920, 8.0, Disabled", ("NVIDIA A100-SXM4-80GB", 81920 << 20, (8, 0), True)),
+        ("Tesla T4, 15360, 7.5, [N/A]", ("Tesla T4", 15360 << 20, (7, 5), False)),
+        ("NVIDIA GB10, [N/A], 12.1, [N/A]", ("NVIDIA GB10", None, (12, 1), True)),
+        ("Odd, Name, 1024, 9.0, [N/A]", ("Odd, Name", 1024 << 20, (9, 0), True)),
     ],
 )
 def test_a_gpu(smi: Path, line: str, expected: tuple[str, int | None, tuple[int, int], bool]) -> None:
-    (smi / "out").write_text(f"{line}\nanother, 1, 3.5\n")
+    (smi / "out").write_text(f"{line}\nanother, 1, 3.5, [N/A]\n")
     assert detect() == Hardware("cuda", *expected)
 
 
-@pytest.mark.parametrize("text", ["", "No devices were found\n", "a, b\n", "x, 1, y\n"])
+@pytest.mark.parametrize("text", ["", "No devices were found\n", "a, b\n", "x, 1, y, z\n"])
 def test_without_a_gpu_it_is_the_cpu(smi: Path, text: str) -> None:
     (smi / "out").write_text(text)
     assert detect().device == "cpu"
@@ -46,24 +46,66 @@ def test_without_a_gpu_it_is_the_cpu(smi: Path, text: str) -> None:
 
 @pytest.mark.parametrize("hidden", ["", "-1", " "])
 def test_hidden_gpus_are_not_used(smi: Path, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (smi / "out").write_text("NVIDIA A100, 81920, 8.0\n")
+    (smi / "out").write_text("NVIDIA A100, 81920, 8.0, Disabled\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert detect().device == "cpu"
 
 
 def test_the_first_visible_gpu_is_asked_for(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (smi / "out").write_text("NVIDIA A100, 81920, 8.0\n")
+    (smi / "out").write_text("NVIDIA A100, 81920, 8.0, Disabled\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert detect().world_size == 4
-    assert "--id=3" in (smi / "asked").read_text()
+    assert "--id=3,1" in (smi / "asked").read_text()
+
+
+def test_of_several_cards_the_least_decides(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process has to hold the plan, in arithmetic that its card has; cards that nobody uses do not count."""
+    cards = ("NVIDIA A100, 81920, 8.0, Disabled", "NVIDIA RTX 4090, 24564, 8.9, [N/A]", "Tesla T4, 15360, 7.5, [N/A]")
+    (smi / "out").write_text("\n".join(cards) + "\n")
+    assert detect().memory_bytes == 81920 << 20
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (detect().name, detect().memory_bytes, detect().fast_bf16) == ("NVIDIA A100", 24564 << 20, True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert (detect().memory_bytes, detect().compute_capability, detect().fast_bf16) == (15360 << 20, (7, 5), False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert (detect().memory_bytes, detect().world_size) == (81920 << 20, 8)
+
+
+MIG = """\
+GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-5c89)
+  MIG 3g.40gb     Device  0: (UUID: MIG-aaaa)
+  MIG 1g.10gb     Device  1: (UUID: MIG-bbbb)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "name", "gib"), [(None, "MIG 3g.40gb", 40), ("MIG-bbbb", "MIG 1g.10gb", 10), ("MIG-cccc", "", 0)]
+)
+def test_a_slice_of_a_card(
+    smi: Path, visible: str | None, name: str, gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A MIG slice has its own memory, not the card's; one that isn't there is not planned for."""
+    (smi / "list").write_text(MIG)
+    (smi / "out").write_text("NVIDIA A100-SXM4-80GB, 81920, 8.0, Enabled\n")
+    script = smi / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -L ] && exec cat "{smi}/list"\ncat "{smi}/out"\n')
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = detect()
+    if not name:
+        assert found.device == "cpu"
+        return
+    assert found.name.endswith(name)
+    assert (found.memory_bytes, found.compute_capability) == (gib << 30, (8, 0))
 
 
 def test_a_gpu_is_assumed_where_there_is_none(smi: Path) -> None:
     (smi / "out").write_text("")
     assumed = detect_gpu_or_assume()
     assert (assumed.device, assumed.name, assumed.memory_bytes) == ("cuda", "an assumed GPU", None)
-    (smi / "out").write_text("Tesla T4, 15360, 7.5\n")
+    (smi / "out").write_text("Tesla T4, 15360, 7.5, [N/A]\n")
     assert detect_gpu_or_assume().name == "Tesla T4"
 
 

@@ -6,13 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +18,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.console import Console
+from lorafit.engine.memory import Meter
 from lorafit.errors import GateError, Interrupted
 from lorafit.files import write_text
-from lorafit.hardware import held_memory
 from lorafit.progress import Stage, stage, told
 from lorafit.run.directory import RunDir
 from lorafit.text import GIB
@@ -207,58 +204,3 @@ class ProgressDisplay(TrainerCallback):
                 parts.append(f"{rate:.0f} tokens/s")
         parts.append(f"peak {self.meter.peak() / GIB:.1f} GiB")
         return "  ".join(parts)
-
-
-@dataclass(frozen=True)
-class Meter:
-    """Measures this process's memory, from when it is made or, on a CPU, from when its model is loaded.
-
-    Attributes:
-        device: "cuda" or "cpu".
-        baseline: bytes in use at the start: allocated on the GPU, or resident.
-        resets: whether the peak can be counted anew; else it is that of the whole process.
-    """
-
-    device: str
-    baseline: int
-    resets: bool
-
-    @staticmethod
-    def start(device: str) -> Meter:
-        if device == "cuda":
-            return Meter(device, 0, True)  # CUDA has not started yet
-        resets = _reset_peak()
-        return Meter(device, held_memory() or _peak(), resets)
-
-    def loaded(self) -> None:
-        """Count the peak from now on: files that a loading maps count as resident, but can be dropped at any time."""
-        if self.device == "cpu" and self.resets:
-            _reset_peak()
-
-    def measured(self) -> dict[str, int]:
-        """Peak bytes."""
-        if self.device == "cuda":
-            return {
-                "allocated": int(torch.cuda.max_memory_allocated()),
-                "reserved": int(torch.cuda.max_memory_reserved()),
-            }
-        peak = (held_memory("VmHWM") if self.resets else None) or _peak()
-        return {"resident": max(peak, self.baseline)}  # Linux counts the pages of threads late
-
-    def peak(self) -> int:
-        """Peak bytes as people are told: allocated on the GPU, or resident."""
-        return next(iter(self.measured().values()))
-
-
-def _reset_peak() -> bool:
-    """Have Linux count the peak anew (proc(5): clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return held_memory("VmHWM") is not None
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     modeling_gguf_pytorch_utils,
 )
+from transformers.utils.kernel_config import KernelConfig
 
 from lorafit.engine.tokenizer import cannot_load, gguf, location
 from lorafit.errors import LorafitError, ModelError
@@ -29,6 +30,7 @@ from lorafit.plan.adapters import check_adapter
 from lorafit.progress import Counted, counting, is_first_process, stage
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import changed_base, listed
+from lorafit.text import first_line
 from lorafit.written import expanded
 
 
@@ -64,6 +66,49 @@ def load_base(plan: Plan, source: str | Path | None = None) -> PreTrainedModel:
     if plan.quantization_kwargs is not None and _device(plan) == "cpu":
         let_go_of_the_file(model)
     return model
+
+
+def put_kernels(model: PreTrainedModel, kernels: Mapping[str, str]) -> None:
+    """Put kernels of the hub, and no others, in the place of layers, and see that the model computes the same.
+
+    transformers keeps a layer where a kernel can't be loaded, without a word. Raises ModelError for that, and where
+    logits differ by more than rounding does: of their spread, 1e-3 in float32 and 5e-2 in 16 bits.
+    """
+    if not kernels:
+        return
+    replaced = [module for module in model.modules() if getattr(type(module), "kernel_layer_name", None) in kernels]
+    plain, before = [module.forward for module in replaced], _probed(model)
+    mapping = {}
+    for layer, named in kernels.items():
+        repository, _, rest = named.partition("@")
+        commit, _, name = rest.partition(":")
+        mapping[layer] = (f"{repository}:{name}", {"revision": commit, "trust_remote_code": True})
+    model.train()
+    try:
+        with stage("fetching kernels"):
+            model.set_use_kernels(True, KernelConfig(mapping, inherit_mapping=False))
+    except Exception as error:
+        raise ModelError(f"model.use_kernels: {first_line(error)}") from error
+    for module, forward in zip(replaced, plain, strict=True):
+        if module.forward == forward:
+            layer = type(module).kernel_layer_name
+            raise ModelError(f"model.use_kernels.{layer}: {kernels[layer]} was not put there; is it for this GPU?")
+    after = _probed(model)
+    apart = float((after - before).abs().max() / (before.std() or 1.0))
+    if not apart <= (1e-3 if model.dtype == torch.float32 else 5e-2):
+        raise ModelError(
+            f"model.use_kernels: with these kernels the model's logits differ by {apart:.2g} of their spread"
+        )
+
+
+@torch.no_grad()
+def _probed(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of a short row, (tokens, vocabulary), in float32."""
+    draw, training = torch.Generator().manual_seed(0), model.training
+    ids = torch.randint(model.config.get_text_config().vocab_size, (1, 16), generator=draw).to(model.device)
+    found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits[0].float()
+    model.train(training)
+    return found
 
 
 @contextlib.contextmanager

@@ -374,6 +374,8 @@ def _model(draft: Draft, meant: Plan, tiny: ModelFacts) -> None:
     section["name_or_path"] = tiny.name
     kernel = meant.attention
     draft.replace("model.dtype", meant.dtype, "float32", "the same on every CPU")
+    if meant.model.kernels:
+        draft.replace("model.use_kernels", meant.model.kernels, {}, "needs a CUDA GPU")
     if kernel.startswith("flash"):
         draft.replace("model.attn_implementation", kernel, "auto", "needs a CUDA GPU")
 

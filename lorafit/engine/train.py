@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,16 +13,16 @@ from transformers import TrainerState
 
 from lorafit.console import Console
 from lorafit.engine import hush_progress
-from lorafit.engine.callbacks import Meter, StopAfter, StopRequest, check_finite
+from lorafit.engine.callbacks import StopAfter, StopRequest, check_finite
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.evaluate.run import rehearse
+from lorafit.engine.memory import Meter, explained_out_of_memory, keep_within
 from lorafit.engine.methods import module_of
 from lorafit.engine.model import wait_for_everyone
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.engine.trainer import Trainer, add_callbacks, is_last, save_result
-from lorafit.errors import DoesNotFitError, LorafitError, ModelError, is_out_of_memory
+from lorafit.errors import LorafitError, ModelError
 from lorafit.files import check_own
-from lorafit.hardware import return_memory
 from lorafit.plan import Plan, Schedule, with_audit
 from lorafit.progress import is_first_process, stage
 from lorafit.rows.audit import gate
@@ -40,7 +38,7 @@ from lorafit.run.manifest import (
     check_way,
     make_run,
 )
-from lorafit.run.memory import Foreseen, foresee, memory_record, shortage
+from lorafit.run.memory import Foreseen, foresee, memory_record
 from lorafit.run.summary import print_findings
 from lorafit.written import as_written
 
@@ -86,7 +84,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             reading.join()
         if main and run.base_files() is None:
             run.write_base_files(as_written(run_fingerprint(plan, run), plan.references))
-        measured = go_on(trainer, plan, run, start, meter, console)
+        measured = go_on(trainer, plan, run, start, foreseen, meter, console)
         if main:
             schedule = plan.schedule
             assert schedule is not None
@@ -102,7 +100,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
 
 
 def go_on(
-    trainer: Trainer, plan: Plan, run: RunDir, start: Start, meter: Meter, console: Console
+    trainer: Trainer, plan: Plan, run: RunDir, start: Start, foreseen: Foreseen, meter: Meter, console: Console
 ) -> dict[str, int] | None:
     """Train to the end, from the last checkpoint of a run that is resumed, and take the best step's weights if asked.
 
@@ -117,7 +115,7 @@ def go_on(
         if checkpoint and is_last(checkpoint):
             trainer.take_up(checkpoint)
         else:
-            with request.listening(), explained_out_of_memory(plan):
+            with request.listening(), explained_out_of_memory(plan, foreseen, meter):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             measured = meter.measured()
         if plan.training.load_best_model_at_end and (best := trainer.state.best_model_checkpoint):
@@ -127,22 +125,6 @@ def go_on(
             trainer._load_best_model()
     check_finite(trainer.model, trainer.state.global_step)
     return measured
-
-
-def keep_within(plan: Plan, foreseen: Foreseen, console: Console | None) -> Foreseen:
-    """Have freed memory returned at once on a CPU, which takes time, where it is short or checkpointing is to save it.
-
-    Short memory is said on the console. Returns what is foreseen then.
-    """
-    short = shortage(foreseen)
-    if short is None:
-        if plan.hardware.device == "cpu" and plan.training.gradient_checkpointing:
-            return_memory()
-        return foreseen
-    returned = return_memory()
-    if console is not None:
-        console.print(short.line, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    return dataclasses.replace(foreseen, estimate=short.least) if returned else foreseen
 
 
 def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, console: Console) -> None:
@@ -180,6 +162,10 @@ def read_ahead(plan: Plan) -> threading.Thread:
 def settle_device(plan: Plan, console: Console) -> None:
     """See that torch uses the device that the plan was made for. Raises ModelError."""
     if plan.hardware.device == "cpu":
+        if torch.version.hip is not None and torch.cuda.is_available():
+            raise ModelError(
+                "torch sees an AMD GPU, for which lorafit plans nothing yet; HIP_VISIBLE_DEVICES=-1 trains on the CPU"
+            )
         if torch.cuda.is_available():
             raise ModelError(
                 "torch sees a GPU that the plan does not (is nvidia-smi missing?); install it, or set "
@@ -193,19 +179,3 @@ def settle_device(plan: Plan, console: Console) -> None:
         raise ModelError("there is an NVIDIA GPU, but this torch can't use it; install a CUDA build of torch")
     if plan.hardware.world_size == 1:
         console.print(f"on the first GPU, {plan.hardware.name}; torchrun uses several", soft_wrap=True)
-
-
-@contextlib.contextmanager
-def explained_out_of_memory(plan: Plan) -> Iterator[None]:
-    """Turn running out of memory into a DoesNotFitError that says what to change."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        rows = plan.training.per_device_train_batch_size
-        raise DoesNotFitError(
-            f"out of memory in training with {rows} rows of up to {plan.data.max_length} tokens at once; lower "
-            "training.per_device_train_batch_size (with global_batch_size, accumulation makes up for it), turn on "
-            "gradient_checkpointing, shorten max_length, or quantize the base"
-        ) from error

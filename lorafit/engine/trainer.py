@@ -17,7 +17,6 @@ from trl import SFTConfig, SFTTrainer
 from lorafit.console import Console
 from lorafit.engine.callbacks import (
     EvaluateAtTheEnd,
-    Meter,
     MetricsFile,
     ProgressDisplay,
     RefuseNonFinite,
@@ -27,6 +26,7 @@ from lorafit.engine.callbacks import (
     check_finite,
 )
 from lorafit.engine.loss import row_sums
+from lorafit.engine.memory import Meter
 from lorafit.engine.model import wait_for_everyone
 from lorafit.errors import ModelError
 from lorafit.files import CARD, discard, partial_of, seal, staged, write_bytes

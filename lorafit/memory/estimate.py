@@ -318,6 +318,7 @@ def setup_of(plan: Plan, facts: ModelFacts, sharding: Sharding | None = None) ->
         sharding=sharding or ("ddp" if world > 1 else "none"),
         stack=Stack(
             loss="fused" if cuda else "compact",
+            kernels=frozenset({"rms_norm"} if "RMSNorm" in plan.model.kernels else ()),
             autocast=mixed,
             clip_gradients=bool(training.max_grad_norm),
         ),

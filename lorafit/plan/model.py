@@ -46,6 +46,8 @@ def mixed_dtype(context: Context, dtype: str) -> str | None:
 def model_kwargs(context: Context, dtype: str) -> dict[str, Any]:
     """For from_pretrained."""
     model, stored = context.recipe.model, context.facts.stored_quantization
+    if model.use_kernels and not context.on_gpu:
+        context.wrong(("model", "use_kernels"), "kernels of the hub need a CUDA GPU; leave it out")
     if stored:
         context.wrong(
             ("model", "name_or_path"),
@@ -191,4 +193,5 @@ def model_plan(context: Context, targets: Targets | None) -> ModelPlan:
         parameters=facts.parameters,
         trainable_parameters=sum(tensor.size for tensor in trained),
         adapted_modules=len(targets.modules) if targets else 0,
+        kernels=dict(context.recipe.model.use_kernels),
     )

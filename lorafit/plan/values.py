@@ -20,6 +20,12 @@ from lorafit.rows import Format, Shape
 from lorafit.tree import KeyPath
 from lorafit.written import Reference, References, as_written, at_keys, read_back, remember
 
+PASSES = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+    *("per_device_eval_batch_size", "gradient_checkpointing"),
+)
+"""Fields of `training` that decide about memory and time alone, as long as a step has as many rows."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -109,6 +115,7 @@ class ModelPlan:
         kind: hub, bundled, folder or gguf, as its facts say.
         source: where the facts are from.
         trainable_parameters: by formula; 0 where the model's tensors are not known.
+        kernels: of the hub, by the layer that they take the place of, as ORG/REPO@COMMIT:LAYER.
     """
 
     name_or_path: str
@@ -118,6 +125,7 @@ class ModelPlan:
     parameters: int
     trainable_parameters: int
     adapted_modules: int
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,7 +251,8 @@ class Plan:
     def decides(self) -> dict[str, Any]:
         """What the trained weights depend on, as JSON-able values: a run can go on only if it is the same.
 
-        How the result will be evaluated and merged, and where the recipe is meant to run, is no part of it.
+        How the result will be evaluated and merged, and where the recipe is meant to run, is no part of it; nor is how
+        the rows of a step are divided into passes, and what is computed twice to save memory.
         """
         whole = json.loads(self.to_json())
         parts = (
@@ -262,7 +271,10 @@ class Plan:
         whole["recipe"] = at_keys(whole["recipe"], values)
         for later in ("merge", "eval", "hardware"):
             whole["recipe"].pop(later, None)
-        return {part: whole[part] for part in parts} | {"hardware": machine}
+        for values in (whole["recipe"]["training"], whole["training_kwargs"]):
+            for name in PASSES:
+                values.pop(name, None)
+        return {part: whole[part] for part in parts} | {"hardware": machine, "rows_per_step": self.rows_per_step}
 
     @property
     def method(self) -> Method:

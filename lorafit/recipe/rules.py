@@ -33,6 +33,11 @@ SCHEDULE_KWARGS = {
 
 def cross_check(recipe: Recipe) -> Iterator[Complaint]:
     """Every broken rule as (path, message)."""
+    if recipe.model.use_kernels and not recipe.model.trust_remote_code:
+        yield (
+            ("model", "use_kernels"),
+            "kernels are code that is downloaded and run: set trust_remote_code: true",
+        )
     yield from _quantization(recipe)
     yield from _lora(recipe)
     yield from _dataset(recipe)

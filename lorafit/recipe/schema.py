@@ -86,6 +86,10 @@ TemplateValue = bool | int | FiniteFloat | Annotated[str, AfterValidator(_templa
 TemplateVariable = Annotated[str, AfterValidator(_template_variable)]
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+KernelName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[0-9a-f]{40}:\w+$")]
+
+
 class ModelSection(Section):
     name_or_path: PathText
     """Hub id, local folder, or a `.gguf` file (which is dequantized). A folder is relative to the
@@ -98,7 +102,11 @@ class ModelSection(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel of transformers. `auto`: sdpa, or eager for the few models that have no sdpa."""
     trust_remote_code: bool = False
-    """Whether to run Python code that the model's repository ships. Off: such a model is refused."""
+    """Whether to run Python code that the model's repository ships, or `use_kernels` names. Off: it is refused."""
+    use_kernels: dict[Name, KernelName] = Field(default_factory=dict)
+    """Kernels of the hub in place of layers while training on a GPU, as `RMSNorm: ORG/REPO@COMMIT:LAYER`, by
+    transformers' names for layers. They are code that is downloaded: each is pinned to a commit, and trust_remote_code
+    is needed. Refused where the model's outputs are others with them, or one does not run on this GPU."""
     chat_template: PathText | None = None
     """What replaces the tokenizer's chat template, in training and in what is saved: the path of a
     Jinja file, or the name of a template that TRL ships, such as `qwen3` (docs/data.md lists them)."""
@@ -400,7 +408,6 @@ class MergeSection(Section):
     """Limit of the largest difference between two logits. null: none."""
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 MetricSpec = Text | dict[Name, Text]
 MetricSpecs = Annotated[tuple[MetricSpec, ...], Field(strict=False)]
 

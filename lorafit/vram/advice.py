@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from lorafit.errors import LorafitError
 from lorafit.memory import Estimate, Setup, Sharding
+from lorafit.outcome import Outcome, Outcomes
+from lorafit.plan import Plan
 from lorafit.recipe import Recipe
 from lorafit.vram.question import Solver, Subject
 
@@ -137,6 +139,18 @@ class _Adviser:
                     made, best = others, advice
                     break
         return made, best
+
+
+def relief(plan: Plan, capacity: int) -> Advice | None:
+    """The least harmful change with which a run's plan fits so many bytes; None where nothing is known to help."""
+    shared = Outcomes()
+
+    def solve(subject: Subject) -> Outcome:
+        recipe = Recipe.restored(plan.recipe, "the run's recipe", subject.overrides, plan.references)
+        return shared.of(recipe, plan.name, subject.hardware, reading="nothing")
+
+    found = advise(solve, Subject(None, None, "lora", (), plan.hardware), capacity)
+    return next((one for one in found if one.verdict == "fits"), None)
 
 
 def joined(made: list[Change]) -> Change:

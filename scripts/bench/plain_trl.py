@@ -9,7 +9,7 @@ import sys
 import torch
 from datasets import load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 settings = json.loads(sys.argv[1])
@@ -32,10 +32,25 @@ class Metrics(TrainerCallback):
                 stream.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
+cuda = settings["device"] == "cuda"
+quantization = None
+if settings["method"] == "qlora":
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
+    )
 tokenizer = AutoTokenizer.from_pretrained(settings["model"])
-tokenizer.chat_template = CHAT_TEMPLATE
+if not settings["text"]:
+    tokenizer.chat_template = CHAT_TEMPLATE
 trainer = SFTTrainer(
-    model=AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32),
+    model=AutoModelForCausalLM.from_pretrained(
+        settings["model"],
+        dtype=torch.bfloat16 if cuda else torch.float32,
+        quantization_config=quantization,
+        device_map={"": 0} if cuda else {"": "cpu"},
+    ),
     args=SFTConfig(
         output_dir=settings["output_dir"],
         max_steps=settings["max_steps"],
@@ -48,10 +63,11 @@ trainer = SFTTrainer(
         weight_decay=0.0,
         seed=settings["seed"],
         max_length=settings["max_length"],
+        packing=settings["packing"],
         assistant_only_loss=settings["loss_on"] == "assistant",
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        gradient_checkpointing=cuda,
+        bf16=cuda,
+        use_cpu=not cuda,
         logging_steps=1,
         save_strategy="no",
         report_to=[],

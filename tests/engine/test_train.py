@@ -114,6 +114,24 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         assert curves[0] == curves[1]
 
 
+def test_a_run_goes_on_in_smaller_passes(recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run that is out of memory is told to do changes nothing that is learned; other rows a step do."""
+    settings = {"training": {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no"}}
+    whole, path = train(recipe("whole", **settings)), recipe("stopped", **settings)
+    stop_at(3, monkeypatch)
+    with pytest.raises(Interrupted):
+        train(path)
+    monkeypatch.undo()
+    fewer = "training.per_device_train_batch_size=1"
+    with pytest.raises(UsageError, match="rows_per_step"):
+        train(path, fewer, resume=True)
+    smaller = (fewer, "training.gradient_accumulation_steps=4", "training.gradient_checkpointing=true")
+    run = train(path, *smaller, resume=True)
+    losses = [[entry["loss"] for entry in one.metrics_until(99) if "loss" in entry] for one in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert digest(run) != digest(whole), "it was other arithmetic"
+
+
 def test_a_signal_in_the_last_step_finishes_the_run(
     recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:

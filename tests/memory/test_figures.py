@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from lorafit.cli import app
-from lorafit.engine.callbacks import Meter
 from lorafit.engine.evaluate.run import evaluate
+from lorafit.engine.memory import Meter
 from lorafit.engine.merge.run import merge
 from lorafit.engine.merge.verify import Figures, Proof, Reference
 from lorafit.engine.preview import preview

@@ -437,6 +437,10 @@ BENCHMARKED: dict[str, Any] = {"eval": {"lm_eval": {"tasks": ["one"]}}}
 JUDGED: dict[str, Any] = {"eval": {"judge": {"base_url": "http://localhost:1/v1", "model": "judge"}}}
 
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model.use_kernels": (
+        {"RMSNorm": f"kernels-community/liger@{'0' * 40}:LigerRMSNorm"},
+        {"hardware": AMPERE, "model": {"trust_remote_code": True, "dtype": "bfloat16"}},
+    ),
     # field: a changed value, and a recipe (or machine) in which it has a meaning
     "model.name_or_path": ("other", {}),
     "model.revision": ("v2", {}),

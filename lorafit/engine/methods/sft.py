@@ -35,12 +35,13 @@ def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenize
     """The trainer with model, adapter and data in place. Raises ModelError, DoesNotFitError."""
     from lorafit.engine.adapters import module_of  # torch and TRL take seconds, and data is prepared without them
     from lorafit.engine.loss import settle_head
-    from lorafit.engine.model import dequantized_base, load_base
+    from lorafit.engine.model import dequantized_base, load_base, put_kernels
     from lorafit.engine.trainer import Trainer, name_base, training_arguments
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     args = training_arguments(plan, run)  # from here on, several processes know each other
     base = load_base(plan, dequantized_base(plan, run))
+    put_kernels(base, plan.model.kernels)
     adapter = module_of(plan.adapter)
     modules = [name for name, _ in base.named_modules()]
     with adapter.put_on(plan, modules) if adapter else contextlib.nullcontext():
