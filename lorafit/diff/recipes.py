@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lorafit.errors import UsageError
 from lorafit.outcome import Outcome, Outcomes
+from lorafit.plan.adapters import ADAPTERS
 from lorafit.recipe import Recipe, load
 from lorafit.recipe.layers import Disk
 from lorafit.recipe.load import section_at
@@ -59,10 +60,7 @@ def open_recipe(text: str, outcomes: Outcomes) -> Opened:
 
 Kind = Literal["changed", "added", "removed"]
 UNORDERED = {
-    "lora.target_modules",
-    "lora.exclude_modules",
-    "lora.modules_to_save",
-    "lora.layers_to_transform",
+    *(f"{adapter.name}.{key}" for adapter in ADAPTERS for key in adapter.unordered),
     "quantization.llm_int8_skip_modules",
     "training.report_to",
     "eval.gates",

@@ -192,27 +192,32 @@ def _rate(both: Both) -> Iterator[Warned]:
 
 
 def _scale(both: Both) -> Iterator[Warned]:
-    old, new = (adapter_of(one.recipe).scale for one in both.outcomes)
+    was, now = (adapter_of(one.recipe) for one in both.outcomes)
+    old, new, section = was.scale, now.scale, now.name
     if old is None or new is None or abs(new / old - 1) < NEAR:
         return
-    touched = [name for name in ("r", "lora_alpha", "use_rslora") if both.changed(f"lora.{name}")]
+    touched = [name for name in now.scaling if both.changed(f"{section}.{name}")]
     only = f"Only {touched[0]} changed, so" if len(touched) == 1 else f"With {listed(touched)},"
-    how = [adapter_of(one.recipe).formula for one in both.outcomes]
+    how = [was.formula, now.formula]
     formula = how[0] if how[0] == how[1] else f"{how[0]}, then {how[1]}"
     yield Warned(
-        f"lora.{touched[0]}" if touched else "lora",
+        f"{section}.{touched[0]}" if touched else section,
         f"{only} the scale of the update ({formula}) goes from {old:.4g} to {new:.4g} ({times(new / old)}), which "
         "acts much as another learning rate does.",
     )
 
 
 def _adapter(both: Both) -> Iterator[Warned]:
-    was_full, size = both.before.recipe.trains_base, trained(both)
-    if was_full != both.after.recipe.trains_base:
-        what = "an adapter is trained instead of all parameters" if was_full else "all parameters are trained"
-        yield Warned("lora", f"The lora section was {'added' if was_full else 'removed'}: {what}{size}.")
+    (was, now), size = (adapter_of(one.recipe) for one in both.outcomes), trained(both)
+    if was.trains_base != now.trains_base:
+        what = "an adapter is trained instead of all parameters" if was.trains_base else "all parameters are trained"
+        section = now.name if was.trains_base else was.name
+        yield Warned(section, f"The {section} section was {'added' if was.trains_base else 'removed'}: {what}{size}.")
         return
-    for change in both.changed("lora.target_modules"):
+    if was.name != now.name:
+        yield Warned(now.name, f"Another kind of adapter is trained, {now.name} in place of {was.name}{size}.")
+        return
+    for change in both.changed(f"{now.name}.target_modules"):
         plans = [one.plan for one in both.outcomes]
         counts = [plan.model.adapted_modules if plan else 0 for plan in plans]
         modules = f": {counts[0]} adapted modules become {counts[1]}" if all(counts) else ""

@@ -84,7 +84,7 @@ WHY = {
 def explained(name: str, size: int, setup: Setup) -> Term:
     if name == "adapter":
         count = sum(tensor.size for tensor in trained(setup))
-        return Term(name, size, f"{count:,} parameters in {setup.adapter_dtype}", "peft/tuners/lora/layer.py")
+        return Term(name, size, f"{count:,} parameters in {setup.adapter_dtype}", setup.adapter.source)
     if name == "gradients":
         return Term(name, size, "one for each trained number, in its type", "torch's autograd engine")
     if name == "optimizer states":

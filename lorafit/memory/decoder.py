@@ -20,6 +20,7 @@ from lorafit.memory.operations import Anchor, Operations, Parameter, Value
 from lorafit.memory.static import BYTES, GRADIENTS_SHARDED, Shards, quantized_tensors, width_of
 from lorafit.plan.adapters import MAGNITUDE
 
+_LORA = rf".*\.(lora_[AB]|{MAGNITUDE})\.weight"
 FUSED_ROWS = 1536
 """From more rows than this on, bitsandbytes makes the weight in 16 bits (backends/cuda/ops.py:
 _gemm_4bit_custom_max_m)."""
@@ -105,6 +106,11 @@ class Decoder:
         setup = self.setup
         quantized = {tensor.name for tensor in quantized_tensors(setup)}
         own = {t.name: t for t in setup.adapter.tensors(setup.facts, None)} if not setup.adapter.trains_base else {}
+        known = tensors.keys() | {"lm_head.weight"}
+        if any(name not in known and re.fullmatch(_LORA, name) is None for name in own):
+            raise ModelError(
+                f"{setup.facts.name}: what {setup.adapter.name} layers take is not known in closed form; use --trace"
+            )
         layers: dict[int, dict[str, Any]] = {}
         for name, tensor in _weights_first(tensors):
             found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(?:\.(weight|bias))?", name)

@@ -180,7 +180,7 @@ def features_of(setup: Setup) -> dict[str, str]:
     sharded = setup.sharding not in ("none", "ddp")
     kind = setup.adapter.title if setup.adapter.trains_base else setup.adapter.name
     if setup.quantization:
-        kind = "8-bit lora" if setup.quantization.get("load_in_8bit") else "4-bit lora"
+        kind = f"{8 if setup.quantization.get('load_in_8bit') else 4}-bit {setup.adapter.name}"
     return {
         "method": kind,
         "logits": "no whole logits" if loss in ("fused", "compact", "liger") else "whole logits",

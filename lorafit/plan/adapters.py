@@ -63,6 +63,9 @@ class Full:
     """Training in full: the base's own weights are trained, and nothing stands beside them."""
 
     name: ClassVar[str] = "full"
+    source: ClassVar[str] = ""
+    unordered: ClassVar[tuple[str, ...]] = ()
+    scaling: ClassVar[tuple[str, ...]] = ()
     trains_base: ClassVar[bool] = True
     result: ClassVar[Literal["trained"]] = "trained"
     title: ClassVar[str] = "full training"
@@ -92,6 +95,9 @@ class Full:
     def copies(self, module: str) -> bool:
         return False
 
+    def owns(self, parameter: str) -> bool:
+        return False
+
     def reduced(self, real: ModelFacts, tiny: ModelFacts, tokens: int) -> Iterator[Reduced]:
         return iter(())
 
@@ -103,6 +109,14 @@ class Lora:
     section: LoraSection
 
     name: ClassVar[str] = "lora"
+    source: ClassVar[str] = "peft/tuners/lora/layer.py"
+    unordered: ClassVar[tuple[str, ...]] = (
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "layers_to_transform",
+    )
+    scaling: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "use_rslora")
     trains_base: ClassVar[bool] = False
     result: ClassVar[Literal["adapter"]] = "adapter"
 
@@ -175,6 +189,9 @@ class Lora:
     def copies(self, module: str) -> bool:
         return any(part in module.split(".") for part in self.section.modules_to_save or ())
 
+    def owns(self, parameter: str) -> bool:
+        return "lora_" in parameter or "modules_to_save" in parameter
+
     def reduced(self, real: ModelFacts, tiny: ModelFacts, tokens: int) -> Iterator[Reduced]:
         return _reduced(self.section, real, tiny, tokens)
 
@@ -187,17 +204,20 @@ class Lora:
 
 
 Adapter = Full | Lora
+ADAPTERS: tuple[type[Adapter], ...] = (Full, Lora)
 """What is trained of a model. Every description answers the same questions:
 
-`name`: of its module in lorafit.engine.adapters; `trains_base`: whether the base's own weights are trained: then they
-can't be quantized, and there is nothing to merge; `result`: what a run's result is called in evaluations; `title` and
-`described(base)`: for people; `scale`: what the update is multiplied by, by which `formula`; `rank`; `variant`: what
-measured runs are told apart by; `drops`: whether its inputs are dropped out; `least_width`: what no side of an adapted
-matrix may be below; `loraplus_lr_ratio`: how much faster its B matrices learn; `complaints(facts, device)`: what can't
-be carried out there; `targets(facts)`: the adapted modules (raises TargetError, with the place in the recipe);
-`tensors(facts, targets, dtype)`: every tensor that is trained, in its type; `copies(module)`: whether it trains a copy
-of that module of the base; `reduced(real, tiny, tokens)`: what of it a smoke run's tiny model can't have, whose pass
-has so many tokens; `arguments(targets)`: what PEFT is told.
+`name`: of its section in the recipe and of its module in lorafit.engine.adapters; `source`: of what it computes, in
+PEFT; `unordered`: keys of its section whose lists have no order; `trains_base`: whether the base's own weights are
+trained: then they can't be quantized, and there is nothing to merge; `result`: what a run's result is called in
+evaluations; `title` and `described(base)`: for people; `scale`: what the update is multiplied by, by which `formula` of
+the `scaling` keys; `rank`; `variant`: what measured runs are told apart by; `drops`: whether its inputs are dropped
+out; `least_width`: what no side of an adapted matrix may be below; `loraplus_lr_ratio`: how much faster its B matrices
+learn; `complaints(facts, device)`: what can't be carried out there; `targets(facts)`: the adapted modules (raises
+TargetError, with the place in the recipe); `tensors(facts, targets, dtype)`: every tensor that is trained, in its type;
+`copies(module)`: whether it trains a copy of that module of the base; `owns(parameter)`: whether a parameter of the
+model is its own; `reduced(real, tiny, tokens)`: what of it a smoke run's tiny model can't have, whose pass has so many
+tokens; `arguments(targets)`: what PEFT is told.
 """
 
 

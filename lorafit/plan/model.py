@@ -168,7 +168,7 @@ def adapter_targets(context: Context) -> Targets | None:
     if facts.is_moe:
         context.remarks.append("Experts are fused parameters in transformers 5, so they get no adapter.")
     reason = f"{targets.reason} ({len(targets.modules)} modules)"
-    context.choose("lora.target_modules", list(targets.names), reason)
+    context.choose(f"{adapter.name}.target_modules", list(targets.names), reason)
     return targets
 
 

@@ -20,6 +20,7 @@ from lorafit.memory import setup_of
 from lorafit.options import ValidateOptions
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.plan import Plan
+from lorafit.plan.adapters import adapter_of
 from lorafit.progress import each
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.layers import not_a_folder
@@ -203,8 +204,9 @@ class Checker:
         except ModelError as error:  # a chat template without an end
             found.wrong(at_model, error)
             return None
+        adapter = f"{adapter_of(found.recipe).name}."
         for mistake in context.mistakes:
-            if outcome.facts is not None or not mistake.path.startswith("lora."):  # modules are the model's
+            if outcome.facts is not None or not mistake.path.startswith(adapter):  # modules are the model's
                 found.faults.append(Fault(mistake, RecipeError.exit_code))
         try:
             RunDir(located(found.recipe.output_dir or f"runs/{outcome.name}")).refuse_others()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from lorafit.errors import ModelError
-from lorafit.facts import ModelFacts, known_models, layout, read_facts
+from lorafit.facts import ModelFacts, Tensor, known_models, layout, read_facts
 from lorafit.facts.layouts import as_loaded
 from lorafit.families import FAMILIES
 from lorafit.memory import Estimate, Kernel, LossPath, Setup, Sharding, Stack, estimate
@@ -400,3 +400,14 @@ def test_a_card_that_is_too_small() -> None:
 def test_an_estimate_is_the_same_every_time() -> None:
     case = setup(checkpointing="none", masked=True)
     assert estimate(case) == estimate(replace(case))
+
+
+def test_another_kind_of_adapter_is_not_estimated_as_lora() -> None:
+    """What the closed form does not know is left to a trace, not left out of the sum."""
+
+    class Other(Lora):
+        def tensors(self, facts: ModelFacts, targets: Any, dtype: str = "") -> Iterator[Tensor]:
+            yield Tensor("model.layers.0.self_attn.q_proj.ia3_l", (1, 64), dtype)
+
+    with pytest.raises(ModelError, match="--trace"):
+        estimate(setup(shortened("meta-llama/Llama-3.2-1B"), adapter=Other(lora().section)))

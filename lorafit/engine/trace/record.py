@@ -222,7 +222,7 @@ def _uniform(setup: Setup) -> bool:
 def _traced(setup: Setup, layers: int, recorded: int) -> Trace:
     recorder = Recorder()
     model = build(setup, recorded)
-    record_weights(model, recorder)
+    record_weights(model, recorder, setup)
     passes = min(setup.accumulation, 2)
     with standing_in(setup, recorder, model) as autocast, recorder:
         if setup.device == "cuda":

@@ -76,13 +76,13 @@ LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 """Where a parameter's name has its layer."""
 
 
-def record_weights(model: nn.Module, recorder: Recorder) -> None:
+def record_weights(model: nn.Module, recorder: Recorder, setup: Setup) -> None:
     """Every parameter, buffer and quantization constant as allocated, layer by layer, then the adapter's."""
     adapter: list[tuple[int | None, Tensor]] = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         found = LAYER.search(name)
         layer = int(found[1]) if found else None
-        if "lora_" in name or "modules_to_save" in name:
+        if setup.adapter.owns(name):
             adapter.append((layer, tensor))
             continue
         recorder.begin("weights", layer)
