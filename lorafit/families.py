@@ -1,4 +1,4 @@
-"""Model families by transformers' model types: layers, chat, GGUF and PEFT names of each, in one entry.
+"""Model families by transformers' model types: layers, GGUF and PEFT names of each, in one entry.
 
 A family that is not here still trains: its tensors are told from safetensors headers, and the rest is as usual.
 """

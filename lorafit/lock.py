@@ -34,12 +34,11 @@ from lorafit.plan.evaluation import (
 )
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError, Source
-from lorafit.recipe.yaml import shorten
 from lorafit.rows import data_files, is_local
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import damaged_in_cache, whole_digest
 from lorafit.run.manifest import versions
-from lorafit.text import first_line
+from lorafit.text import clipped, first_line
 from lorafit.tree import differences, dotted
 from lorafit.written import Reference, as_written, at_keys, expanded, read_back, require
 
@@ -347,7 +346,7 @@ def drift(locked: Lock, now: Lock) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    return shorten(json.dumps(value, ensure_ascii=False))
+    return clipped(json.dumps(value, ensure_ascii=False), 60)
 
 
 def _moved(name: str, before: Pin, after: Pin, what: str = "") -> Iterator[str]:

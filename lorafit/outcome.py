@@ -183,7 +183,7 @@ class Outcome:
             return None
         try:
             return self.require_plan()
-        except (RecipeError, DataError):
+        except (RecipeError, DataError, UsageError):
             return self.examined[1]
 
     @property

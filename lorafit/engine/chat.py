@@ -336,17 +336,17 @@ def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
     with contextlib.ExitStack() as models:
         with contextlib.ExitStack() as held:  # only while they load, so that a chat is in no other command's way
             run, plan = held.enter_context(open_run(options.path))
-            names, contenders = {}, [base_of(run, plan)]
+            names, candidates = {}, [base_of(run, plan)]
             if plan.adapter.trains_base:
                 names, first = {"trained": BASE}, "trained"
-                contenders = [NamedModel(first, "trained", str(run.model), plan, run)]
+                candidates = [NamedModel(first, "trained", str(run.model), plan, run)]
                 if options.adapters:
                     raise UsageError(f"--adapter: {run.path} trained in full, and adapters are for its base")
             else:
                 first = "adapter"
-                contenders.append(NamedModel(first, "adapter", str(run.adapter), plan, run))
-                contenders += [adapter_named(name, path, run, plan, held) for name, path in options.adapters]
-                names = {one.name: one.name for one in contenders}
+                candidates.append(NamedModel(first, "adapter", str(run.adapter), plan, run))
+                candidates += [adapter_named(name, path, run, plan, held) for name, path in options.adapters]
+                names = {one.name: one.name for one in candidates}
             first = known(options.use or first, names)
             tokenizer = load_tokenizer(plan, run.result)
             template = _template(tokenizer, plan.data.date)
@@ -357,7 +357,7 @@ def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
                 _tell(console, f"{run.path}: learned to complete plain prompts, so each prompt is continued as it is")
             elif template is None:
                 _tell(console, _untemplated(options.path))
-            model = models.enter_context(loaded(contenders))
+            model = models.enter_context(loaded(candidates))
         yield Session(model, names, first, tokenizer, template)
 
 

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 
-def read_facts(name: str, revision: str | None = None, chat_template: str | None = None) -> ModelFacts:
+def read_facts(name: str, revision: str | None = None) -> ModelFacts:
     """The facts of a local folder, a .gguf file, or a hub id. Raises ModelError."""
     path = expanded(name)
     if name.endswith(".gguf"):

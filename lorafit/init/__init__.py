@@ -1,7 +1,6 @@
 """`lorafit init`: a first recipe from a model, its data and a GPU, or from another tool's recipe. No torch.
 
-A new recipe: sample (the data) -> fit (settings for the memory) -> make. Another tool's: peers, by a table of keys.
-Both are written, with comments, by `write`.
+A new recipe: settings that fit, each with its reason (`propose`). Another tool's: a table of keys for each (`peers`).
 """
 
 from lorafit.init.propose import Document, Line

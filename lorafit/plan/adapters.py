@@ -16,6 +16,7 @@ from lorafit.bounds import read_json, within
 from lorafit.errors import ModelError, UsageError
 from lorafit.facts import ModelFacts, Tensor
 from lorafit.recipe import LoraSection, Recipe
+from lorafit.recipe.rules import Complaint
 from lorafit.text import near
 from lorafit.tree import KeyPath
 
@@ -28,8 +29,6 @@ _QV = {"q_proj", "v_proj", "query", "value", "q_lin", "v_lin"}
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
-Complaint = tuple[KeyPath, str]
-"""A place in the recipe, and what is wrong there."""
 Reduced = tuple[str, Any, Any, str]
 """A key of the recipe, its value, the one that a tiny model on a CPU can have, and why."""
 _FROM_VALUES = ("pissa", "olora", "eva", "orthogonal")

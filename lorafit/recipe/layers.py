@@ -25,8 +25,8 @@ from lorafit.recipe.yaml import (
     compose,
     once,
     read_yaml,
-    shorten,
 )
+from lorafit.text import clipped
 from lorafit.tree import dotted
 from lorafit.written import References, value_of
 
@@ -166,9 +166,9 @@ class _Files:
             return real
         if real in trail:
             circle = " -> ".join(_readable(part) for part in (*trail[trail.index(real) :], real))
-            wrong = f"goes in a circle: {shorten(circle, 300)}"
+            wrong = f"goes in a circle: {clipped(circle, 300)}"
         elif not self.store.is_file(file):
-            shown = shorten(self.store.shown(file), 200)
+            shown = clipped(self.store.shown(file), 200)
             wrong = f"{shown} {'is not a file' if self.store.exists(file) else 'does not exist'}"
         elif real not in self._read and len(self._read) >= MAX_FILES:
             wrong = f"needs more than {MAX_FILES} files"
@@ -262,7 +262,7 @@ def _overridden(
 def _apply_override(root: Located, argument: str, environment: Mapping[str, str]) -> Located:
     """Apply one `--set a.b=value` argument; the value is read as YAML. Raises RecipeError."""
     name, equals, text = argument.partition("=")
-    position = Position(f"--set {shorten(argument)}")
+    position = Position(f"--set {clipped(argument, 60)}")
     steps = tuple(step.strip() for step in name.split("."))
     if not equals or not all(steps) or len(steps) > MAX_DEPTH:
         raise RecipeError([Mistake(position, "", "expected key=value, such as training.learning_rate=1e-4")])

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from lorafit.recipe.layers import Disk, Draft, read_recipe
 from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
-from lorafit.recipe.yaml import Located, Mistake, RecipeError, holds, shorten
+from lorafit.recipe.yaml import Located, Mistake, RecipeError, holds
+from lorafit.text import clipped
 from lorafit.tree import KeyPath, dotted
 from lorafit.written import Reference, remember, value_of
 
@@ -285,7 +286,7 @@ def _expectation(item: Any) -> str:
 def _brief(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
-    return shorten(repr(value))
+    return clipped(repr(value), 60)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from lorafit.errors import UsageError
 from lorafit.gpus import find_gpu, parse_memory
 from lorafit.recipe.layers import OF_4_BITS
-from lorafit.recipe.schema import EvalSet, Recipe, Source
+from lorafit.recipe.schema import BUILT_IN_SETS, EvalSet, Recipe, Source
 from lorafit.rows import COLUMNS, OPTIONAL, check_template
 from lorafit.tree import KeyPath
 
 Complaint = tuple[KeyPath, str]
-BUILT_IN_SETS = ("general", "chat")
+"""A place in the recipe, and what is wrong there."""
 SCHEDULE_KWARGS = {
     "cosine": ("num_cycles",),
     "cosine_with_restarts": ("num_cycles",),

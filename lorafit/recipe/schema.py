@@ -475,12 +475,15 @@ class JudgeSection(Section):
     """Tokens that a reply may have."""
 
 
+BUILT_IN_SETS: tuple[Literal["general", "chat"], ...] = ("general", "chat")
+
+
 class EvalSection(Section):
     """What `lorafit eval` measures and demands. Nothing here changes the training."""
 
     sets: Annotated[tuple[EvalSet, ...], Field(strict=False)] = ()
     """Sets besides the held-out rows, or instead of them."""
-    forgetting: Annotated[tuple[Literal["general", "chat"], ...], Field(strict=False)] = ("general", "chat")
+    forgetting: Annotated[tuple[Literal["general", "chat"], ...], Field(strict=False)] = BUILT_IN_SETS
     """Sets of role forgetting that come with lorafit: some dozen texts of many kinds, and some dozen conversations.
     []: none."""
     metrics: MetricSpecs | None = None

@@ -18,17 +18,13 @@ from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
 from lorafit.errors import LorafitError
-from lorafit.text import printable
+from lorafit.text import clipped, printable
 from lorafit.tree import KeyPath, dotted
 from lorafit.written import REFERENCE, Reference, remember
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
 MAX_DEPTH = 64
-
-
-def shorten(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Mistake:
         object.__setattr__(self, "message", printable(self.message))
 
     def __str__(self) -> str:
-        path = shorten(printable(self.path), 200)
+        path = clipped(printable(self.path), 200)
         return ": ".join(part for part in (str(self.position), path, self.message) if part)
 
 
@@ -256,7 +252,7 @@ class Reader:
 
     def _tag(self, node: yaml.Node, path: KeyPath, expected: str) -> None:
         if node.tag != expected:
-            tag = shorten(node.tag.replace("tag:yaml.org,2002:", "!!"))
+            tag = clipped(node.tag.replace("tag:yaml.org,2002:", "!!"), 60)
             self.mistake(node, path, f"tags such as {tag} are not read; remove it")
 
     def _text(self, node: yaml.Node, path: KeyPath, text: str) -> str:
@@ -276,8 +272,8 @@ class Reader:
             remember({dotted(path): Reference(text, "")})
             name, default = reference["name"], reference["default"]
             if name not in self.environment and default is None:
-                hint = f"give a default: ${{{shorten(name)}:-…}}"
-                self.mistake(node, path, f"the environment variable {shorten(name)} is not set; {hint}")
+                hint = f"give a default: ${{{clipped(name, 60)}:-…}}"
+                self.mistake(node, path, f"the environment variable {clipped(name, 60)} is not set; {hint}")
                 return None
             text = self._text(node, path, self.environment.get(name) or default or "")
         elif node.style is not None:
@@ -364,7 +360,7 @@ def compose(text: str, file: str) -> yaml.Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = Position(file, mark.line + 1, mark.column + 1) if mark else start
-        raise RecipeError([Mistake(position, "", shorten(_syntax(error), 200))]) from None
+        raise RecipeError([Mistake(position, "", clipped(_syntax(error), 200))]) from None
     except ReaderError as error:
         before = text[: error.position]
         position = Position(file, before.count("\n") + 1, len(before) - before.rfind("\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import itertools
@@ -13,10 +14,10 @@ from pathlib import Path
 import yaml
 
 from lorafit.bounds import expand, opened
-from lorafit.errors import DoesNotFitError, MissingError, ModelError, UsageError
+from lorafit.errors import DataError, DoesNotFitError, MissingError, ModelError, UsageError
 from lorafit.facts import UnreachableError
 from lorafit.hardware import Hardware, meant_device, missing_packages
-from lorafit.memory import setup_of
+from lorafit.memory import known_tensors
 from lorafit.options import ValidateOptions
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.plan import Plan
@@ -27,6 +28,7 @@ from lorafit.recipe.layers import not_a_folder
 from lorafit.recipe.yaml import MAX_BYTES
 from lorafit.run.directory import RunDir, located
 from lorafit.text import gib, near
+from lorafit.tree import key_path
 from lorafit.validate.contents import check_contents, check_evaluation, first_rows, place_of_fault
 from lorafit.validate.findings import PARTS, Checked, Fault, Findings, Report, Skipped
 
@@ -216,6 +218,14 @@ class Checker:
             found.notes += context.remarks
         for path, unreadable in context.faults:
             found.wrong(place_of_fault(found, path, unreadable, self._rows), unreadable)
+        with contextlib.suppress(ModelError, RecipeError, DataError):  # told above
+            try:
+                outcome.require_plan()
+                known_tensors(outcome.require_facts())
+                outcome.setup  # noqa: B018 - whether its sizes can be meant
+            except UsageError as error:  # such as a warm-up as long as the run
+                key, _, what = str(error).partition(": ")
+                found.wrong(key_path(key), UsageError(what))
         return outcome.plan
 
     def _fit(self, found: Findings, outcome: Outcome, plan: Plan) -> None:
@@ -226,17 +236,16 @@ class Checker:
             "trainable_parameters": plan.trainable_parameters,
             "rows_per_step": plan.rows_per_step,
         }
-        stated, device, facts = found.recipe.hardware, meant_device(found.recipe), outcome.require_facts()
+        stated, device = found.recipe.hardware, meant_device(found.recipe)
         if stated is None or device is None or "memory" in self._options.skip:
             return
         path = ("hardware", "gpu" if stated.vram is None else "vram")
         try:
-            if not facts.tensors:
-                what = f"the tensors of {facts.name} are not known without its files"
-                raise ModelError(f"memory was not checked: {what}")
-            known, verdict = self._outcomes.judged(setup_of(plan, facts), device.memory_bytes)
+            known, verdict = outcome.judged(device.memory_bytes)
         except ModelError as error:
-            found.unchecked(path, error)
+            found.unchecked(path, ModelError(f"memory was not checked: {error}"))
+            return
+        except UsageError:  # told above
             return
         found.facts |= {"peak_memory_bytes": known.total, "device": device.name, "fits": verdict}
         size = f"takes {gib(known.total)} GiB, from {gib(known.least)} to {gib(known.most)}"

@@ -20,8 +20,7 @@ from lorafit.options import EstimateOptions
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.recipe import Recipe, RecipeError, Source
 from lorafit.recipe.load import sections
-from lorafit.recipe.yaml import shorten
-from lorafit.text import printable
+from lorafit.text import clipped, printable
 
 Method = Literal["lora", "qlora", "full"]
 METHODS: dict[str, dict[str, Any]] = {
@@ -188,7 +187,7 @@ def _keys() -> dict[str, list[str]]:
 @contextlib.contextmanager
 def as_typed(typed: Mapping[str, str]) -> Iterator[None]:
     """Let mistakes in overrides be said of the options that made them, not of --set."""
-    places = {f"--set {shorten(override)}": option for override, option in typed.items()}
+    places = {f"--set {clipped(override, 60)}": option for override, option in typed.items()}
     try:
         yield
     except RecipeError as error:

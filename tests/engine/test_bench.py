@@ -20,7 +20,7 @@ from wording import Like
 from yaml import safe_dump
 
 from lorafit.cli import app
-from lorafit.engine.bench.measure import Pass, SharedBase, contenders_of, draw_tokens, run_pass, tensor_bytes
+from lorafit.engine.bench.measure import Pass, SharedBase, draw_tokens, models_of, run_pass, tensor_bytes
 from lorafit.engine.bench.report import BenchReport, as_markdown, median, print_bench, ratios, timing
 from lorafit.engine.bench.run import bench
 from lorafit.engine.merge.run import merge
@@ -220,7 +220,7 @@ def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
 
 
 def test_only_named_models_are_measured(merged: RunDir) -> None:
-    found = contenders_of(merged, merged.load_plan(), ("quantized", "base"))
+    found = models_of(merged, merged.load_plan(), ("quantized", "base"))
     assert [one.name for one in found] == ["base", "quantized"]
 
 
@@ -231,14 +231,14 @@ def test_a_missing_model_is_named_with_what_makes_it(missing: str, flags: str, m
     with pytest.raises(UsageError, match=rf"`lorafit merge {run.path}{flags}`"):
         bench(BenchOptions(run.path, ("adapter", missing)))
     if missing == "quantized":
-        assert [one.name for one in contenders_of(run, run.load_plan(), ())] == NAMES[:3]
+        assert [one.name for one in models_of(run, run.load_plan(), ())] == NAMES[:3]
 
 
 def test_a_copy_of_an_earlier_merge_is_refused(merged: RunDir, tmp_path: Path) -> None:
     run = RunDir(shutil.copytree(merged.path, tmp_path / "run"))
     merge(MergeOptions(run.path, verify="none", overwrite=True), QUIET)
     with pytest.raises(ModelError, match=r"merged-nf4: .*not made of"):
-        contenders_of(run, run.load_plan(), ())
+        models_of(run, run.load_plan(), ())
 
 
 def test_a_run_that_trained_in_full_has_no_adapter(recipe: RecipeMaker, train: Train) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import EvaConfig, LoraConfig, PeftModel
 
 from lorafit.engine.trainer import save_adapter
 from lorafit.errors import ModelError
@@ -25,8 +25,6 @@ def config(arguments: Mapping[str, Any], start: bool = True) -> LoraConfig:
     if not start or values["init_lora_weights"] == "loftq":
         values["init_lora_weights"] = True  # put in by `start`, after the base is quantized
     if values["init_lora_weights"] == "eva":
-        from peft import EvaConfig
-
         values["eva_config"] = EvaConfig(rho=1.0)  # equal ranks, so that the adapter has the planned size
     return LoraConfig(**values)
 

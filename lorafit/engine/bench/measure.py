@@ -157,7 +157,7 @@ QUANTIZED = ("nf4", "fp4")
 """Kinds of 4-bit copies that `lorafit merge --quantize` makes, in folders of these endings."""
 
 
-def contenders_of(run: RunDir, plan: Plan, names: tuple[str, ...]) -> list[NamedModel]:
+def models_of(run: RunDir, plan: Plan, names: tuple[str, ...]) -> list[NamedModel]:
     """The models to measure, by name; all that the run has if none is named. Raises UsageError, ModelError."""
     result = result_of(run, plan)
     other = {"adapter": "trained", "trained": "adapter"}[result.kind]

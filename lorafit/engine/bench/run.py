@@ -29,10 +29,10 @@ from lorafit.engine.bench.measure import (
     Pass,
     Runnable,
     SharedBase,
-    contenders_of,
     draw_tokens,
     fit_together,
     loaded,
+    models_of,
     run_pass,
     tensor_bytes,
 )
@@ -82,14 +82,14 @@ Passes = dict[Shape, list[Pass]]
 
 
 def _bench(options: BenchOptions, run: RunDir, plan: Plan, clock: Clock) -> BenchReport:
-    contenders = contenders_of(run, plan, options.models)
+    candidates = models_of(run, plan, options.models)
     tokenizer = load_tokenizer(plan, run.result)
     load = os.getloadavg()[0]
     prompts: dict[Shape, torch.Tensor] = {}
     passes: dict[str, Passes] = {}
     measured: dict[str, BenchModel] = {}
     device = torch.device("cpu")
-    loadings = groups(contenders)
+    loadings = groups(candidates)
     together = fit_together(plan, len(loadings))
     for turns in [loadings] if together else [[group] for group in loadings]:
         with contextlib.ExitStack() as stack:

@@ -32,15 +32,13 @@ from lorafit.plan import Plan, SourcePlan
 from lorafit.plan.evaluation import (
     sets_of,
 )
-from lorafit.recipe.schema import EvalSection, EvalSet
+from lorafit.recipe.schema import BUILT_IN_SETS, EvalSection, EvalSet
 from lorafit.rows import Example, Fault, Row, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
 from lorafit.rows.cells import options_in
 from lorafit.text import first_line
 
 TEXTS = Path(__file__).parent / "texts"
-BUILT_IN = ("general", "chat")
-"""Sets of role forgetting that come with lorafit."""
 _SHOWN = {
     HELD_OUT: "rows that the run kept out of training",
     "general": "texts that come with lorafit",
@@ -268,7 +266,7 @@ def read_sets(
         try:
             read = _rows_of(spec, plan, tokenizer, data, prepared)
         except DataError as error:
-            if name in BUILT_IN:
+            if name in BUILT_IN_SETS:
                 remarks.append(f"{name}: left out: {first_line(error)}")
                 continue
             is_named = any(one.name == name for one in section.sets)

@@ -221,7 +221,7 @@ class Combination:
 
     Attributes:
         density: share of each delta that is kept, by the methods that prune.
-        seed: of what DARE drops.
+        seed: that decides what DARE drops.
     """
 
     method: Combine = "linear"

@@ -30,7 +30,7 @@ from lorafit.engine.merge.folder import (
     write_generation_config,
     write_report,
 )
-from lorafit.engine.merge.full import merge_in_memory
+from lorafit.engine.merge.full import make_adapter, merge_in_memory
 from lorafit.engine.merge.skeleton import Attached, NotOneByOne, attach, empty_model, match_keys, read_config, resized
 from lorafit.engine.merge.source import Base, Source, find_base, open_source, same_base
 from lorafit.engine.merge.stream import stream
@@ -90,8 +90,6 @@ def _merge(options: MergeOptions, source: Source, others: list[Source], destinat
     if base.remark:
         merging.say(base.remark)
     if options.as_adapter:
-        from lorafit.engine.merge.full import make_adapter
-
         return make_adapter(merging, destination)
     merging.prepare()
     proof = merging.choose_proof()

@@ -16,8 +16,8 @@ from lorafit.errors import UsageError
 from lorafit.init.peers.read import flag
 from lorafit.init.propose import Document, Line
 from lorafit.recipe import RecipeError
-from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, compose, parse_scalar, shorten
-from lorafit.text import near, printable
+from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, compose, parse_scalar
+from lorafit.text import clipped, near, printable
 
 
 class _Dialect(Reader):
@@ -186,7 +186,7 @@ class Conversion:
         try:
             return read(value)
         except ValueError as error:
-            self.refuse(key, f"{error}, got {shorten(repr(value))}")
+            self.refuse(key, f"{error}, got {clipped(repr(value), 60)}")
 
     def put(self, target: str, value: Any, why: str = "") -> None:
         """Set a value of the recipe; where it comes from stands beside it."""

@@ -1,4 +1,4 @@
-"""Every method that the schema offers trains, and what it saves loads with plain PEFT."""
+"""Every adapter that the schema offers trains, and what it saves loads with plain PEFT."""
 
 from __future__ import annotations
 
