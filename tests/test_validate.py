@@ -392,6 +392,26 @@ def test_one_fault_is_found_at_its_line_and_nothing_else(name: str, written: Pat
     assert Report((checked,)).exit_code == code
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("num_train_epochs: 2", f"max_steps: 1\n  warmup_steps: 4 {HERE}", "training.warmup_steps"),
+        (
+            "per_device_train_batch_size: 2",
+            f"per_device_train_batch_size: 999999 {HERE}\n  max_length: 128",
+            "training.per_device_train_batch_size",
+        ),
+    ],
+)
+def test_what_only_the_steps_and_sizes_show(old: str, new: str, key: str, written: Path, tiny_model: Path) -> None:
+    """A warm-up as long as the run, which `train` refuses, and rows at once that `estimate-vram` takes for a slip."""
+    text = changed(f"  {old}", f"  {new}")
+    text = text.replace("  max_length: 64\n", "") if "max_length: 128" in new else text
+    (fault,) = Checker(ValidateOptions(())).check(write(text, tiny_model)).faults
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if HERE in line)
+    assert (fault.mistake.path, fault.mistake.position.line, fault.exit_code) == (key, line, 2)
+
+
 def test_the_faults_are_many() -> None:
     assert len(FAULTS) >= 30
 
