@@ -20,7 +20,7 @@ from lorafit.engine.memory import Meter, explained_out_of_memory, keep_within
 from lorafit.engine.methods import module_of
 from lorafit.engine.model import wait_for_everyone
 from lorafit.engine.tokenizer import load_tokenizer
-from lorafit.engine.trainer import Trainer, add_callbacks, is_last, save_result
+from lorafit.engine.trainer import Checkpointed, add_callbacks, is_last, save_result
 from lorafit.errors import LorafitError, ModelError
 from lorafit.files import check_own
 from lorafit.plan import Plan, Schedule, with_audit
@@ -100,7 +100,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
 
 
 def go_on(
-    trainer: Trainer, plan: Plan, run: RunDir, start: Start, foreseen: Foreseen, meter: Meter, console: Console
+    trainer: Checkpointed, plan: Plan, run: RunDir, start: Start, foreseen: Foreseen, meter: Meter, console: Console
 ) -> dict[str, int] | None:
     """Train to the end, from the last checkpoint of a run that is resumed, and take the best step's weights if asked.
 

@@ -1,4 +1,4 @@
-"""TRL's trainer, with whole checkpoints and means that do not depend on batches; and saving what was trained."""
+"""What every method's trainer has, such as whole checkpoints; TRL's for supervised fine-tuning; saving a result."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -39,8 +40,12 @@ from lorafit.text import first_line
 from lorafit.written import References, as_written, expanded
 
 
-class Trainer(SFTTrainer):
-    """TRL's trainer, with whole checkpoints, an adapter's own optimizer, and nothing pickled that isn't needed."""
+class Checkpointed(transformers.Trainer):
+    """What every method adds to its TRL trainer, before which it stands among the bases.
+
+    Whole checkpoints, sums that outlive an interruption, an adapter's own optimizer, and nothing pickled that isn't
+    needed.
+    """
 
     optimizer: torch.optim.Optimizer | None
 
@@ -53,38 +58,9 @@ class Trainer(SFTTrainer):
     ) -> None:
         self.references = references
         self.make_optimizer = make_optimizer
-        self._evaluated = torch.zeros(4, dtype=torch.float64)
-        self._validating = Stage("validating")
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None  # not by transformers
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[torch.Tensor, None, None]:
-        """Add up what is measured of each row, once for all processes; a batch's own mean is for nobody."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(**inputs, use_cache=False, fused_lm_head=True)
-        sums = self.accelerator.gather_for_metrics(row_sums(output, inputs.get("seq_idx")))
-        self._evaluated += sums.sum(0).cpu()
-        self._validating.advance()
-        return output.loss.detach(), None, None
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Means over the learned tokens of all rows, whatever the batches, the padding and the processes."""
-        self._evaluated = torch.zeros(4, dtype=torch.float64)
-        loader = args[0] if args else kwargs["dataloader"]
-        with stage("validating", len(loader), "batches") as self._validating:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        tokens, nll, entropy, hits = self._evaluated.tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
-        self._metrics["eval"] |= {
-            "entropy": [entropy / tokens],
-            "mean_token_accuracy": [hits / tokens],
-            "num_tokens": [self._total_train_tokens],
-        }
-        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.make_optimizer is not None and self.optimizer is None:
@@ -179,6 +155,42 @@ class Trainer(SFTTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
+class Trainer(Checkpointed, SFTTrainer):
+    """TRL's trainer for supervised fine-tuning, whose validation means do not depend on batches."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
+        self._validating = Stage("validating")
+        super().__init__(*args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Add up what is measured of each row, once for all processes; a batch's own mean is for nobody."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = self.accelerator.gather_for_metrics(row_sums(output, inputs.get("seq_idx")))
+        self._evaluated += sums.sum(0).cpu()
+        self._validating.advance()
+        return output.loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Means over the learned tokens of all rows, whatever the batches, the padding and the processes."""
+        self._evaluated = torch.zeros(4, dtype=torch.float64)
+        loader = args[0] if args else kwargs["dataloader"]
+        with stage("validating", len(loader), "batches") as self._validating:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        tokens, nll, entropy, hits = self._evaluated.tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
+        self._metrics["eval"] |= {
+            "entropy": [entropy / tokens],
+            "mean_token_accuracy": [hits / tokens],
+            "num_tokens": [self._total_train_tokens],
+        }
+        return output
+
+
 class Arguments(SFTConfig):
     """TRL's arguments, which trackers log as they may be seen."""
 
@@ -188,38 +200,44 @@ class Arguments(SFTConfig):
         return as_written(super().to_dict(), self.references)
 
 
-def training_arguments(plan: Plan, run: RunDir) -> Arguments:
-    """TRL's arguments from the plan."""
+def common_arguments(plan: Plan, run: RunDir) -> dict[str, Any]:
+    """The arguments of every method's TRL trainer."""
     values = dict(plan.training_kwargs)
     for name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps"):
         values.pop(name)  # follow from the number of rows, see add_callbacks
     values.pop("early_stopping_patience")
     values.pop("load_best_model_at_end")  # lorafit loads the best one itself
+    return values | {
+        "output_dir": str(run.checkpoints),
+        "metric_for_best_model": "eval_loss" if plan.training.eval_strategy != "no" else None,
+        "greater_is_better": False,
+        "logging_nan_inf_filter": False,
+        "restore_callback_states_from_checkpoint": True,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "run_name": plan.name,
+        "dataloader_pin_memory": plan.hardware.device == "cuda",
+        "prediction_loss_only": True,
+    }
+
+
+def training_arguments(plan: Plan, run: RunDir) -> Arguments:
+    """Arguments of TRL's trainer for supervised fine-tuning."""
     packing = plan.data.packing
     arguments = Arguments(
-        **values,
-        output_dir=str(run.checkpoints),
+        **common_arguments(plan, run),
         max_length=plan.data.max_length if packing else None,  # rows are cut already
         packing=packing,  # they are packed already, and collated without padding
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        metric_for_best_model="eval_loss" if plan.training.eval_strategy != "no" else None,
-        greater_is_better=False,
-        logging_nan_inf_filter=False,
-        restore_callback_states_from_checkpoint=True,
-        save_strategy="no",
-        eval_strategy="no",
-        disable_tqdm=True,
-        run_name=plan.name,
-        dataloader_pin_memory=plan.hardware.device == "cuda",
-        prediction_loss_only=True,
     )
     arguments.references = plan.references
     return arguments
 
 
 def add_callbacks(
-    trainer: Trainer,
+    trainer: Checkpointed,
     plan: Plan,
     run: RunDir,
     request: StopRequest,

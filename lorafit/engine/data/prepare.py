@@ -401,7 +401,8 @@ def _interleaved(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) 
 def _examples(plan: DataPlan, renderer: Renderer, audits: list[SourceAudit]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows for the trainer, packed if the plan says so, with their numbers."""
     rows = _passes(plan, renderer, audits)
-    plain = ({"input_ids": row.input_ids.tolist(), "labels": row.labels.tolist()} for row in rows)
+    columns = METHODS[plan.method].columns
+    plain = ({name: getattr(row, name).tolist() for name in columns} for row in rows)
     if not plan.packing:
         yield from enumerate(plain)
         return
