@@ -671,7 +671,7 @@ def test_what_is_planned_is_what_the_libraries_take(planner: Planner) -> None:
             continue  # follow from the number of rows
         if hasattr(arguments, name) and name not in ("load_best_model_at_end", "lr_scheduler_kwargs"):
             assert getattr(arguments, name) == value, name
-    config: Any = lora.config(plan)
+    config: Any = lora.config(plan.lora_kwargs or {})
     for name, value in (plan.lora_kwargs or {}).items():
         given = getattr(config, name)
         assert (sorted(given) if isinstance(given, set) else given) == (
