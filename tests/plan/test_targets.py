@@ -120,12 +120,12 @@ def test_without_an_adapter_everything_is_trained() -> None:
         ({"r": 4, "lora_alpha": 8, "use_dora": True}, "adapter", "DoRA … r 4, alpha 8", 2),
     ],
 )
-def test_a_description_is_read_back_from_what_peft_is_told(
+def test_a_description_is_read_back_from_a_recipes_values(
     section: dict[str, Any] | None, result: str, described: str, scale: float | None
 ) -> None:
     asked = Full() if section is None else Lora(LoraSection.model_validate(section))
     targets = asked.targets(LLAMA)
-    told = adapter_told(asked.arguments(targets))
+    told = adapter_told({"lora": None if section is None else asked.section.model_dump(mode="json")})
     for one in (asked, told):
         assert (one.result, one.described(" on a base"), one.scale) == (result, Like(described), scale)
         assert one.trains_base is (section is None)
