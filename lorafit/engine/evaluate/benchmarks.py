@@ -23,8 +23,7 @@ from lorafit.engine.evaluate.models import Loaded, NamedModel
 from lorafit.engine.evaluate.tasks import Task, kept_templates, load, manager_of, resolve
 from lorafit.errors import DataError, DoesNotFitError, MissingError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import Scores, Series
-from lorafit.evaluation.records import Records
-from lorafit.evaluation.results import Answer, Better, Metric, Part, Sample
+from lorafit.evaluation.results import Answer, Better, Metric, Part, Records, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.hardware import is_installed
 from lorafit.plan.evaluation import (

@@ -35,8 +35,7 @@ from lorafit.evaluation.figures import (
     set_metrics,
 )
 from lorafit.evaluation.metrics import MetricSpec, default_metrics, make_metrics, metric_info
-from lorafit.evaluation.records import Records
-from lorafit.evaluation.results import Answer, Metric, Sample, Speed
+from lorafit.evaluation.results import Answer, Metric, Records, Sample, Speed
 from lorafit.judge import Pair, Verdict, compare, position_bias
 from lorafit.plan import Plan
 from lorafit.progress import each

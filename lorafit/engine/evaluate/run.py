@@ -45,9 +45,8 @@ from lorafit.evaluation.gates import (
     parse,
     regression_gates,
 )
-from lorafit.evaluation.records import Records
 from lorafit.evaluation.report.html import Training, write_reports
-from lorafit.evaluation.results import Difference, Figure, Gate, Model, Results
+from lorafit.evaluation.results import Difference, Figure, Gate, Model, Records, Results
 from lorafit.files import claim, file_digest, writing
 from lorafit.judge import endpoint_of
 from lorafit.options import EvalOptions

@@ -37,8 +37,7 @@ from lorafit.engine.evaluate.sets import held_out_rows
 from lorafit.engine.merge.run import merge
 from lorafit.engine.train import train as run_training
 from lorafit.errors import DataError, DriftError, GateError, Interrupted, ModelError, UsageError
-from lorafit.evaluation.records import Records
-from lorafit.evaluation.results import Results, Sample
+from lorafit.evaluation.results import Records, Results, Sample
 from lorafit.files import SEAL, seal
 from lorafit.options import EvalOptions, MergeOptions, Named
 from lorafit.plan import plan_recipe
