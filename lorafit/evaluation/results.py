@@ -1,6 +1,8 @@
 """What an evaluation found: row by row on the disk, as it comes, so that it can go on; and results.json, as types.
 
-docs/results.schema.json is made from them.
+docs/results.schema.json is made from the types. A figure is named `SET.METRIC.MODEL`, such as
+`heldout.exact_match.adapter`. Of records there is a file for each set, model and kind (likelihood, divergence, options,
+answers, judge), one JSON object a row, in the order in which rows were done; `key.json` says what they depend on.
 """
 
 from __future__ import annotations
