@@ -69,6 +69,12 @@ def tracked(trainer: Any, *arguments: Any) -> Any:
     return add_callbacks(trainer, *arguments)
 
 
+@pytest.fixture(autouse=True)
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other recipes read from the environment is not remembered: as in a process of one command."""
+    monkeypatch.setattr(written, "_read", set())
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[World]:
     """All commands once, on a model in the home folder and on one that the environment names."""

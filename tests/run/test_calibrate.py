@@ -147,7 +147,7 @@ def test_short_memory_is_said_before_training_and_in_the_plan(
     returned: list[bool] = []
     monkeypatch.setattr("lorafit.run.memory.available_memory", lambda: free)
     monkeypatch.setattr("lorafit.run.memory.held_memory", lambda: 0)
-    monkeypatch.setattr("lorafit.engine.train.return_memory", lambda: returned.append(True))
+    monkeypatch.setattr("lorafit.engine.memory.return_memory", lambda: returned.append(True))
     path = recipe()
     plan = CliRunner().invoke(app, ["train", str(path), "--dry-run"], catch_exceptions=False)
     assert plan.exit_code == 0
@@ -208,7 +208,7 @@ def test_checkpointing_on_a_cpu_returns_memory_at_once(
 ) -> None:
     """It is there to save memory, and its short-lived blocks would leave holes."""
     returned: list[bool] = []
-    monkeypatch.setattr("lorafit.engine.train.return_memory", lambda: returned.append(True))
+    monkeypatch.setattr("lorafit.engine.memory.return_memory", lambda: returned.append(True))
     train(recipe("usual"))
     assert not returned
     train(recipe("saving", training={"gradient_checkpointing": True}))
