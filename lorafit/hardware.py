@@ -132,46 +132,68 @@ def return_memory() -> bool:
 def _gpus(world_size: int) -> Hardware | None:
     """The visible CUDA GPU; where several processes train here, the least of as many: every one has to hold the plan.
 
-    nvidia-smi does not know a MIG slice by its number, so that one is looked up by name among what it lists.
+    nvidia-smi does not take a MIG slice by its name, so the card that it is of is looked up among what it lists.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):
         return None
-    asked = [one.strip() for one in visible.split(",")] if visible else []
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
-    slices = any(one.startswith("MIG-") for one in asked)
-    query = "--query-gpu=name,memory.total,compute_cap,mig.mode.current"
-    chosen = [f"--id={','.join(asked[:here])}"] if asked and not slices else []
-    lines = _smi(query, "--format=csv,noheader,nounits", *chosen)
+    asked = [one.strip() for one in visible.split(",")][:here] if visible else []
+    sliced = _slices() if any(one.startswith("MIG-") for one in asked) else {}
+    cards = [sliced[one].card if one in sliced else one for one in asked]
+    query = "--query-gpu=index,name,memory.total,compute_cap,mig.mode.current"
+    lines = _smi(query, "--format=csv,noheader,nounits", *([f"--id={','.join(dict.fromkeys(cards))}"] if cards else []))
     try:
-        found = [_gpu(line, world_size) for line in lines[:here]]
-    except (ValueError, IndexError):
+        if sliced:
+            by_card = {line.split(",")[0]: line for line in lines}
+            gpus = [_gpu(by_card[sliced[one].card], world_size, sliced[one]) for one in asked]
+        else:
+            gpus = [_gpu(line, world_size) for line in lines[:here]]
+    except (ValueError, LookupError):
         return None
-    if not found:
-        return None
-    least = min(found, key=lambda one: (one.compute_capability or (0, 0), one.memory_bytes or 0))
-    sizes = [one.memory_bytes for one in found]
-    least = replace(least, memory_bytes=None if None in sizes else min(size for size in sizes if size is not None))
-    if slices or lines[0].rstrip().endswith("Enabled"):
-        return _slice(least, asked[0] if slices else None)
-    return least
+    sizes = [gpu.memory_bytes for gpu in gpus]
+    least = min(gpus, key=lambda one: (one.compute_capability or (0, 0), one.memory_bytes or 0), default=None)
+    memory = None if None in sizes else min((size for size in sizes if size is not None), default=None)
+    return replace(least, memory_bytes=memory) if least else None
 
 
-def _gpu(line: str, world_size: int) -> Hardware:
-    name, mebibytes, capability, _ = (part.strip() for part in line.rsplit(",", 3))
-    major, minor = (int(part) for part in capability.split("."))
+def _gpu(line: str, world_size: int, part: _Slice | None = None) -> Hardware:
+    """A line that nvidia-smi answers; of a card in slices that one, or the first, which is what CUDA takes.
+
+    Raises ValueError for another line, and LookupError where there is no slice.
+    """
+    index, rest = line.split(",", 1)
+    name, mebibytes, capability, mig = (word.strip() for word in rest.rsplit(",", 3))
+    major, minor = (int(word) for word in capability.split("."))
     memory = int(mebibytes) << 20 if mebibytes.isdecimal() else None  # [N/A] where it is the machine's
-    return Hardware("cuda", name, memory, (major, minor), major >= 8, world_size)
+    gpu = Hardware("cuda", name, memory, (major, minor), major >= 8, world_size)
+    if mig != "Enabled":
+        return gpu
+    part = part or next((one for one in _slices().values() if one.card == index.strip()), None)
+    if part is None:
+        raise LookupError(name)
+    gigabytes = re.search(r"\.(\d+)gb", part.profile)  # an A100's 1g.10gb has 9,728 MiB, 95% of its name
+    memory = int(0.95 * (int(gigabytes[1]) << 30)) if gigabytes else None
+    return replace(gpu, name=f"{name} MIG {part.profile}", memory_bytes=memory)
 
 
-_SLICE = re.compile(r"MIG (\S+?\.(\d+)gb\S*)\s.*\(UUID: (MIG-[^)]+)\)")
+@dataclass(frozen=True)
+class _Slice:
+    """A MIG slice: the number of its card, and its profile, such as 1g.10gb."""
+
+    card: str
+    profile: str
 
 
-def _slice(gpu: Hardware, wanted: str | None) -> Hardware | None:
-    """A MIG slice of a GPU, by its UUID; the first one, which is what CUDA takes, without."""
-    found = (match for line in _smi("-L") if (match := _SLICE.search(line)))
-    one = next((match for match in found if wanted is None or match[3] == wanted), None)
-    return replace(gpu, name=f"{gpu.name} MIG {one[1]}", memory_bytes=int(one[2]) << 30) if one else None
+def _slices() -> dict[str, _Slice]:
+    """The MIG slices of this machine by UUID, as `nvidia-smi -L` lists them below their cards."""
+    found, card = {}, ""
+    for line in _smi("-L"):
+        if header := re.match(r"GPU (\d+):", line):
+            card = header[1]
+        elif part := re.search(r"MIG (\S+)\s.*\(UUID: (MIG-[^)]+)\)", line):
+            found[part[2]] = _Slice(card, part[1])
+    return found
 
 
 def _smi(*words: str) -> list[str]:

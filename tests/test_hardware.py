@@ -34,7 +34,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_a_gpu(smi: Path, line: str, expected: tuple[str, int | None, tuple[int, int], bool]) -> None:
-    (smi / "out").write_text(f"{line}\nanother, 1, 3.5, [N/A]\n")
+    (smi / "out").write_text(f"0, {line}\n1, another, 1, 3.5, [N/A]\n")
     assert detect() == Hardware("cuda", *expected)
 
 
@@ -46,13 +46,13 @@ def test_without_a_gpu_it_is_the_cpu(smi: Path, text: str) -> None:
 
 @pytest.mark.parametrize("hidden", ["", "-1", " "])
 def test_hidden_gpus_are_not_used(smi: Path, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (smi / "out").write_text("NVIDIA A100, 81920, 8.0, Disabled\n")
+    (smi / "out").write_text("0, NVIDIA A100, 81920, 8.0, Disabled\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert detect().device == "cpu"
 
 
 def test_the_first_visible_gpu_is_asked_for(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (smi / "out").write_text("NVIDIA A100, 81920, 8.0, Disabled\n")
+    (smi / "out").write_text("0, NVIDIA A100, 81920, 8.0, Disabled\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert detect().world_size == 4
@@ -62,7 +62,7 @@ def test_the_first_visible_gpu_is_asked_for(smi: Path, monkeypatch: pytest.Monke
 def test_of_several_cards_the_least_decides(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process has to hold the plan, in arithmetic that its card has; cards that nobody uses do not count."""
     cards = ("NVIDIA A100, 81920, 8.0, Disabled", "NVIDIA RTX 4090, 24564, 8.9, [N/A]", "Tesla T4, 15360, 7.5, [N/A]")
-    (smi / "out").write_text("\n".join(cards) + "\n")
+    (smi / "out").write_text("".join(f"{index}, {card}\n" for index, card in enumerate(cards)))
     assert detect().memory_bytes == 81920 << 20
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert (detect().name, detect().memory_bytes, detect().fast_bf16) == ("NVIDIA A100", 24564 << 20, True)
@@ -74,38 +74,60 @@ def test_of_several_cards_the_least_decides(smi: Path, monkeypatch: pytest.Monke
 
 
 MIG = """\
-GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-5c89)
+GPU 0: Tesla T4 (UUID: GPU-0000)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-5c89)
   MIG 3g.40gb     Device  0: (UUID: MIG-aaaa)
   MIG 1g.10gb     Device  1: (UUID: MIG-bbbb)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-7777)
+  MIG 2g.20gb     Device  0: (UUID: MIG-dddd)
+"""
+SMI = """\
+#!/bin/sh
+[ "$1" = -L ] && exec cat "{0}/list"
+for word; do case $word in --id=*) exec grep -E "^(${{word#--id=}})," "{0}/out";; esac; done
+cat "{0}/out"
 """
 
 
 @pytest.mark.parametrize(
-    ("visible", "name", "gib"), [(None, "MIG 3g.40gb", 40), ("MIG-bbbb", "MIG 1g.10gb", 10), ("MIG-cccc", "", 0)]
+    ("visible", "name", "gigabytes", "capability"),
+    [
+        ("1", "NVIDIA A100-SXM4-80GB MIG 3g.40gb", 40, (8, 0)),
+        ("2", "NVIDIA H100 80GB HBM3 MIG 2g.20gb", 20, (9, 0)),
+        ("MIG-bbbb", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 10, (8, 0)),
+        ("MIG-dddd", "NVIDIA H100 80GB HBM3 MIG 2g.20gb", 20, (9, 0)),
+        ("MIG-cccc", None, 0, None),
+    ],
 )
 def test_a_slice_of_a_card(
-    smi: Path, visible: str | None, name: str, gib: int, monkeypatch: pytest.MonkeyPatch
+    smi: Path,
+    visible: str,
+    name: str | None,
+    gigabytes: int,
+    capability: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A MIG slice has its own memory, not the card's; one that isn't there is not planned for."""
+    """A MIG slice has its own memory and its own card's arithmetic; one that isn't there is not planned for."""
     (smi / "list").write_text(MIG)
-    (smi / "out").write_text("NVIDIA A100-SXM4-80GB, 81920, 8.0, Enabled\n")
-    script = smi / "nvidia-smi"
-    script.write_text(f'#!/bin/sh\n[ "$1" = -L ] && exec cat "{smi}/list"\ncat "{smi}/out"\n')
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cards = ("Tesla T4, 15360, 7.5, [N/A]", "NVIDIA A100-SXM4-80GB, 81920, 8.0, Enabled")
+    cards += ("NVIDIA H100 80GB HBM3, 81559, 9.0, Enabled",)
+    (smi / "out").write_text("".join(f"{index}, {card}\n" for index, card in enumerate(cards)))
+    (smi / "nvidia-smi").write_text(SMI.format(smi))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = detect()
-    if not name:
+    if name is None:
         assert found.device == "cpu"
         return
-    assert found.name.endswith(name)
-    assert (found.memory_bytes, found.compute_capability) == (gib << 30, (8, 0))
+    assert (found.name, found.compute_capability) == (name, capability)
+    assert found.memory_bytes is not None
+    assert 0.9 < found.memory_bytes / (gigabytes << 30) < 1
 
 
 def test_a_gpu_is_assumed_where_there_is_none(smi: Path) -> None:
     (smi / "out").write_text("")
     assumed = detect_gpu_or_assume()
     assert (assumed.device, assumed.name, assumed.memory_bytes) == ("cuda", "an assumed GPU", None)
-    (smi / "out").write_text("Tesla T4, 15360, 7.5, [N/A]\n")
+    (smi / "out").write_text("0, Tesla T4, 15360, 7.5, [N/A]\n")
     assert detect_gpu_or_assume().name == "Tesla T4"
 
 

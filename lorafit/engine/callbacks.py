@@ -138,7 +138,7 @@ class RunningSums(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to metrics.jsonl."""
+    """Appends each log to metrics.jsonl, and from where on steps are computed in other passes."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
@@ -152,7 +152,17 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        entry = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 3)}
+        self._append({"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 3)})
+
+    def note_passes(self, step: int, passes: dict[str, int]) -> bool:
+        """Note that steps are computed in other passes from now on; whether they are."""
+        noted = [entry["passes"] for entry in self.run.metrics_until(step) if "passes" in entry]
+        if passes == (noted[-1] if noted else self.run.load_plan().passes):
+            return False
+        self._append({"step": step, "passes": passes})
+        return True
+
+    def _append(self, entry: dict[str, Any]) -> None:
         with self.run.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
 

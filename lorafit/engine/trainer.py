@@ -264,6 +264,10 @@ def add_callbacks(
     if is_first_process():
         metrics = MetricsFile(run)
         metrics.keep_until(step)
+        if checkpoint and metrics.note_passes(step, plan.passes):
+            rows, times = plan.training.per_device_train_batch_size, plan.training.gradient_accumulation_steps
+            kept = ", with gradient checkpointing" * plan.training.gradient_checkpointing
+            console.print(f"from step {step} on, {rows} rows at once, {times} passes a step{kept}", soft_wrap=True)
         trainer.add_callback(metrics)
         trainer.add_callback(display)
     trainer.add_callback(StopOnSignal(request, run))

@@ -310,6 +310,12 @@ class Plan:
         return self.training.rows_per_step(self.hardware.world_size)
 
     @property
+    def passes(self) -> dict[str, int]:
+        """How a step is computed, which a run that goes on may change: rows in a pass, passes, and what is kept."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+        return {name: getattr(self.training, name) for name in names}
+
+    @property
     def trainable_parameters(self) -> int:
         return self.model.trainable_parameters
 

@@ -7,6 +7,7 @@ Validators check; nothing here rewrites a value. `auto` is resolved later, in `l
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,7 +88,15 @@ TemplateVariable = Annotated[str, AfterValidator(_template_variable)]
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
-KernelName = Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[0-9a-f]{40}:\w+$")]
+
+
+def _kernel(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}:\w+", text):
+        raise ValueError("a kernel as ORG/REPO@COMMIT:LAYER, with all 40 digits of the commit")
+    return text
+
+
+KernelName = Annotated[str, AfterValidator(_kernel)]
 
 
 class ModelSection(Section):

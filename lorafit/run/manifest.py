@@ -161,6 +161,11 @@ def check_start(run: RunDir, plan: Plan, start: Start) -> None:
             f"{path}: holds a run of another recipe ({', '.join(changed[:5])}{' …' * (len(changed) > 5)}); use "
             "--overwrite to start anew, or another output_dir"
         )
+    if before["hardware"] == now["hardware"] and before["rows_per_step"] != now["rows_per_step"]:
+        raise UsageError(
+            f"{path}: a step has {now['rows_per_step']} rows now, and {before['rows_per_step']} in the run; "
+            "per_device_train_batch_size and gradient_accumulation_steps may change together only"
+        )
     changed = changed_keys(before, now)
     if changed and start.resume:
         raise UsageError(

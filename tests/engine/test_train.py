@@ -21,8 +21,10 @@ from conftest import RecipeMaker, Train, make_model, write_jsonl
 from safetensors.torch import load_file
 
 from lorafit import files
+from lorafit.console import Console
 from lorafit.engine.callbacks import StopRequest
 from lorafit.engine.model import dequantized_base
+from lorafit.engine.verify import retrain
 from lorafit.errors import DataError, DoesNotFitError, DriftError, GateError, Interrupted, ModelError, UsageError
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import model_fingerprint, summary
@@ -123,13 +125,24 @@ def test_a_run_goes_on_in_smaller_passes(recipe: RecipeMaker, train: Train, monk
         train(path)
     monkeypatch.undo()
     fewer = "training.per_device_train_batch_size=1"
-    with pytest.raises(UsageError, match="rows_per_step"):
+    with pytest.raises(UsageError, match=r"1 rows now, and 4 .*gradient_accumulation_steps"):
         train(path, fewer, resume=True)
     smaller = (fewer, "training.gradient_accumulation_steps=4", "training.gradient_checkpointing=true")
     run = train(path, *smaller, resume=True)
     losses = [[entry["loss"] for entry in one.metrics_until(99) if "loss" in entry] for one in (run, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert digest(run) != digest(whole), "it was other arithmetic"
+    noted = [(entry["step"], entry["passes"]) for entry in run.metrics_until(99) if "passes" in entry]
+    assert noted == [
+        (
+            3,
+            run.load_plan().passes
+            | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+            | {"gradient_checkpointing": True},
+        )
+    ]
+    assert not retrain(run, 3, None, Console(stderr=True)).largest
+    assert not retrain(run, 6, None, Console(stderr=True)).failed, "sums in another order are no drift"
 
 
 def test_a_signal_in_the_last_step_finishes_the_run(
