@@ -41,6 +41,17 @@ def test_the_whole_script_on_a_cpu(tmp_path: Path) -> None:
     assert {file.name for file in out.iterdir()} == {"gpu_check.json", "gpu_check.md", "memory.csv"}
 
 
+def test_what_is_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    """A file of somebody else's, a folder that can't be made, a stage that isn't there: a line, and nothing done."""
+    command = [sys.executable, str(ROOT / "scripts/gpu_check"), "--device", "cpu", "--tiny", "-o"]
+    (tmp_path / "gpu_check.md").write_text("my own notes\n")
+    for words in ((str(tmp_path),), (str(tmp_path / "gpu_check.md"),), (str(tmp_path / "new"), "--stage", "nope")):
+        done = subprocess.run([*command, *words], capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["gpu_check.md"]
+    assert (tmp_path / "gpu_check.md").read_text() == "my own notes\n"
+
+
 def test_a_machine_without_a_gpu_is_told(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts/gpu_check"), "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={"PATH": ""})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import RecipeMaker, Train
 
+from lorafit.errors import DoesNotFitError, Interrupted
 from lorafit.hardware import detect
 
 pytestmark = [
@@ -40,3 +41,36 @@ def test_packed_rows_are_isolated(attention: str, recipe: RecipeMaker, train: Tr
         pytest.importorskip("flash_attn")
     run = train(recipe(model={"dtype": "auto", "attn_implementation": attention}, training={"packing": True}))
     assert run.adapter.is_dir()
+
+
+def test_nf4_of_a_gpu_is_that_of_a_cpu() -> None:
+    from bitsandbytes import functional
+
+    weight = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made = []
+    for device in ("cpu", "cuda"):
+        packed, state = functional.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
+        made.append(functional.dequantize_4bit(packed, state).float().cpu())
+    assert (made[0] - made[1]).abs().max() < 0.2 * weight.float().std()
+
+
+def test_a_run_goes_on_in_smaller_passes(recipe: RecipeMaker, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_train import stop_at
+
+    path = recipe(model={"dtype": "auto"}, training={"max_steps": 8, "save_strategy": "no"})
+    stop_at(4, monkeypatch)
+    with pytest.raises(Interrupted):
+        train(path)
+    monkeypatch.undo()
+    passes = ("training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
+    run = train(path, *passes, resume=True)
+    assert [entry["step"] for entry in run.metrics_until(99) if "loss" in entry] == list(range(1, 9))
+
+
+def test_out_of_memory_says_what_was_foreseen_and_what_to_change(recipe: RecipeMaker, train: Train) -> None:
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(DoesNotFitError, match=r"GiB were .* foreseen.*"):
+            train(recipe(model={"dtype": "auto"}, training={"per_device_train_batch_size": 4096, "max_length": 128}))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
