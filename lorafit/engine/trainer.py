@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -30,7 +31,7 @@ from lorafit.engine.loss import row_sums
 from lorafit.engine.memory import Meter
 from lorafit.engine.model import wait_for_everyone
 from lorafit.errors import ModelError
-from lorafit.files import CARD, discard, partial_of, seal, staged, write_bytes
+from lorafit.files import discard, partial_of, seal, staged, write_bytes
 from lorafit.plan import Plan
 from lorafit.progress import Stage, is_first_process, stage
 from lorafit.run.directory import RunDir
@@ -341,12 +342,13 @@ def save_adapter(model: Any, folder: Path, references: References, **kwargs: Any
     configs = [*model.peft_config.values()] if isinstance(model, PeftModel) else []
     for one in configs:  # PEFT looks there whether the vocabulary has grown
         one.base_model_name_or_path = str(expanded(one.base_model_name_or_path or ""))
-    model.save_pretrained(str(folder), **kwargs)
+    cards = mock.patch.object(PeftModel, "create_or_update_model_card")  # lorafit writes its own
+    with cards if configs else contextlib.nullcontext():
+        model.save_pretrained(str(folder), **kwargs)
     name_base(model, references)
     config = folder / "adapter_config.json"
     if not config.is_file():
         return
-    (folder / CARD).unlink(missing_ok=True)
     values = as_written(json.loads(config.read_text(encoding="utf-8")), references)
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values.get(name), list):
