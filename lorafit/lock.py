@@ -26,12 +26,8 @@ from lorafit.facts.template import uses_date
 from lorafit.files import claim_file, file_digest, own_digest, write_text
 from lorafit.hardware import detect_cpu
 from lorafit.outcome import Outcomes, unknown_facts
-from lorafit.plan.data import (
-    read_chat_template,
-)
-from lorafit.plan.evaluation import (
-    judging_files,
-)
+from lorafit.plan.data import read_chat_template
+from lorafit.plan.evaluation import judging_files
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError, Source
 from lorafit.rows import data_files, is_local

@@ -1,5 +1,4 @@
-"""The commands' options, each written once, as a field of a frozen type: help, limits, rules between them; and what
-some commands answer with."""
+"""The commands' options, each written once, as a field of a frozen type: help, limits, and rules between them."""
 
 from __future__ import annotations
 
@@ -530,24 +529,6 @@ class ChatOptions(JsonOptions):
             raise UsageError(f"--temperature {self.temperature}: has to be a number from 0")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A prompt and its answer.
-
-    Attributes:
-        answer: as the model wrote it, without special tokens; not made harmless for a terminal.
-        tokens: of the answer, with its end token.
-        ended: `end`: by itself; `length`: cut off; `stopped`: by Ctrl-C.
-    """
-
-    prompt: str
-    answer: str
-    model: str
-    tokens: int
-    seconds: float
-    ended: Literal["end", "length", "stopped"]
-
-
 def from_stdin(stdin: TextIO) -> tuple[str, ...]:
     """What a file or a pipe at stdin holds, as one prompt; none if people type there. Raises UsageError."""
     if stdin.isatty():
@@ -678,56 +659,3 @@ class SmokeOptions(RecipeOptions):
                 f"--steps {self.steps}: expected {LEAST_STEPS} to {MOST_STEPS}; not every part of an adapter moves "
                 f"before step {LEAST_STEPS}"
             )
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A setting that can't be, or need not be, as the recipe has it."""
-
-    key: str
-    asked: Any
-    used: Any
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.asked} -> {self.used} ({self.why})"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step; `moved` is how far all trained tensors are from where they began, as one vector's length."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    moved: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did.
-
-    Attributes:
-        tiny: the tiny model: parameters, layers, hidden_size, vocab_size.
-        tokenizer: `real` or `stand-in`, with what it is and why in tokenizer_note.
-        inputs: what the losses follow from, for a golden file: recipe, data and versions.
-        failures: why the exit code is not 0.
-        changed: what is not as it was when the golden file was recorded.
-    """
-
-    model: str
-    tiny: dict[str, int]
-    tokenizer: str
-    tokenizer_note: str
-    rows: int
-    rows_per_step: int
-    steps: tuple[Step, ...]
-    validation_loss: float | None
-    replaced: tuple[Replaced, ...]
-    inputs: dict[str, Any]
-    seconds: float
-    failures: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    golden: str | None = None

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
 from lorafit.cli.exits import print_json
 from lorafit.cli.signature import command
 from lorafit.errors import GateError
-from lorafit.options import Report, SmokeOptions
+from lorafit.options import SmokeOptions
+
+if TYPE_CHECKING:
+    from lorafit.engine.smoke import Report
 
 
 @command
 def smoke(options: SmokeOptions) -> None:
-
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is there
     try:

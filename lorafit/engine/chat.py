@@ -32,12 +32,30 @@ from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError,
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
 from lorafit.files import check
-from lorafit.options import ChatOptions, Turn, Write
+from lorafit.options import ChatOptions, Write
 from lorafit.rows import Message
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located, open_run
 from lorafit.text import first_line, harmless, near
 from lorafit.written import expanded
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and its answer.
+
+    Attributes:
+        answer: as the model wrote it, without special tokens; not made harmless for a terminal.
+        tokens: of the answer, with its end token.
+        ended: `end`: by itself; `length`: cut off; `stopped`: by Ctrl-C.
+    """
+
+    prompt: str
+    answer: str
+    model: str
+    tokens: int
+    seconds: float
+    ended: Literal["end", "length", "stopped"]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def put_kernels(model: PreTrainedModel, kernels: Mapping[str, str]) -> None:
     """
     if not kernels:
         return
-    replaced = [module for module in model.modules() if getattr(type(module), "kernel_layer_name", None) in kernels]
+    replaced = [module for module in model.modules() if getattr(module, "kernel_layer_name", None) in kernels]
     plain, before = [module.forward for module in replaced], _probed(model)
     mapping = {}
     for layer, named in kernels.items():
@@ -91,7 +91,7 @@ def put_kernels(model: PreTrainedModel, kernels: Mapping[str, str]) -> None:
         raise ModelError(f"model.use_kernels: {first_line(error)}") from error
     for module, forward in zip(replaced, plain, strict=True):
         if module.forward == forward:
-            layer = type(module).kernel_layer_name
+            layer = str(module.kernel_layer_name)
             raise ModelError(f"model.use_kernels.{layer}: {kernels[layer]} was not put there; is it for this GPU?")
     after = _probed(model)
     apart = float((after - before).abs().max() / (before.std() or 1.0))

@@ -23,13 +23,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.bounds import read_text
 from lorafit.console import Console
-from lorafit.engine.tiny_model import Size, own_tokenizer, size_for, small_tokenizer, smoke_recipe, write_tiny_model
+from lorafit.engine.tiny_model import (
+    Replaced,
+    Size,
+    own_tokenizer,
+    size_for,
+    small_tokenizer,
+    smoke_recipe,
+    write_tiny_model,
+)
 from lorafit.engine.train import train
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.facts import ModelFacts
 from lorafit.files import write_text
 from lorafit.hardware import detect_cpu, meant_hardware
-from lorafit.options import DEFAULT_STEPS, DEFAULT_TOLERANCE, Replaced, Report, SmokeOptions, Step
+from lorafit.options import DEFAULT_STEPS, DEFAULT_TOLERANCE, SmokeOptions
 from lorafit.outcome import Outcomes
 from lorafit.plan import Plan, make_plan
 from lorafit.progress import stage
@@ -42,6 +50,46 @@ from lorafit.written import at_keys
 DATE = "2024-01-01"
 """For chat templates that write the day."""
 TOUCHES_NO_RESULT = ("merge", "eval", "hardware", "output_dir")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step; `moved` is how far all trained tensors are from where they began, as one vector's length."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    moved: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        tiny: the tiny model: parameters, layers, hidden_size, vocab_size.
+        tokenizer: `real` or `stand-in`, with what it is and why in tokenizer_note.
+        inputs: what the losses follow from, for a golden file: recipe, data and versions.
+        failures: why the exit code is not 0.
+        changed: what is not as it was when the golden file was recorded.
+    """
+
+    model: str
+    tiny: dict[str, int]
+    tokenizer: str
+    tokenizer_note: str
+    rows: int
+    rows_per_step: int
+    steps: tuple[Step, ...]
+    validation_loss: float | None
+    replaced: tuple[Replaced, ...]
+    inputs: dict[str, Any]
+    seconds: float
+    failures: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    golden: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +136,7 @@ def smoke(options: SmokeOptions) -> Report:
         steps=tuple(_read_steps(metrics, movement)),
         validation_loss=next((entry["eval_loss"] for entry in reversed(metrics) if "eval_loss" in entry), None),
         replaced=tiny.replaced,
-        inputs=_inputs(recipe, meant[0], tiny),
+        inputs=_inputs(recipe, tiny),
         seconds=0.0,
         failures=tuple(_unchanged(movement, tiny.plan)),
     )
@@ -193,7 +241,7 @@ def _tokenizer_note(facts: ModelFacts, tiny: _Tiny) -> str:
     )
 
 
-def _inputs(recipe: Recipe, meant: Plan, tiny: _Tiny) -> dict[str, Any]:
+def _inputs(recipe: Recipe, tiny: _Tiny) -> dict[str, Any]:
     """What the losses follow from, without paths of this machine."""
     values = at_keys(recipe.resolved(), recipe.references)
     resolved = {key: value for key, value in values.items() if key not in TOUCHES_NO_RESULT}
@@ -377,7 +425,7 @@ def check_tokenizer(golden: Golden, tokenizer: str, file: Path) -> None:
 
 
 def differences(golden: Golden, now: Golden, tolerance: float) -> list[str]:
-    """What of the results is not as recorded: the first step that differs, or else the validation loss."""
+    """The result that is not as recorded: the first step that differs, or else the validation loss."""
     for before, after in zip(golden.steps, now.steps, strict=False):
         found = list(_differs(before, after, tolerance))
         if found:

@@ -30,7 +30,6 @@ from lorafit.engine.tokenizer import cannot_load, gguf, location
 from lorafit.errors import ModelError
 from lorafit.facts import ModelFacts, Tensor, hub_unreachable, read_facts
 from lorafit.facts.template import inspect_template
-from lorafit.options import Replaced
 from lorafit.plan import Plan
 from lorafit.plan.adapters import adapter_of, is_skipped
 from lorafit.plan.resolve import CUDA_ONLY_OPTIMIZERS
@@ -308,6 +307,19 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
 LEAST_ROWS, MOST_ROWS = 64, 256
 HELD_OUT_ROWS = 8
 CPU_OPTIMIZER = "adamw_torch_fused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A setting that can't be, or need not be, as the recipe has it."""
+
+    key: str
+    asked: Any
+    used: Any
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.asked} -> {self.used} ({self.why})"
 
 
 @dataclasses.dataclass

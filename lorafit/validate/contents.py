@@ -19,9 +19,7 @@ from lorafit.evaluation.results import Metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.judge import endpoint_of
 from lorafit.options import RESERVED
-from lorafit.plan.evaluation import (
-    sets_of,
-)
+from lorafit.plan.evaluation import sets_of
 from lorafit.recipe import Recipe, Source
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to_example

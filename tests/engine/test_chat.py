@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wording import Like
 
 import lorafit.engine.chat as module
-from lorafit.engine.chat import _Stream, chat
+from lorafit.engine.chat import Turn, _Stream, chat
 from lorafit.engine.data.prepare import prepare
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.files import SEAL
-from lorafit.options import ChatOptions, Turn, from_stdin
+from lorafit.options import ChatOptions, from_stdin
 from lorafit.run.directory import RunDir
 from lorafit.text import harmless
 

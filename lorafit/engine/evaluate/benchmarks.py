@@ -26,9 +26,7 @@ from lorafit.evaluation.figures import Scores, Series
 from lorafit.evaluation.results import Answer, Better, Metric, Part, Records, Sample
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.hardware import is_installed
-from lorafit.plan.evaluation import (
-    sets_of,
-)
+from lorafit.plan.evaluation import sets_of
 from lorafit.progress import counting, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.text import first_line

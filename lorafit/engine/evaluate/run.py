@@ -51,9 +51,7 @@ from lorafit.files import claim, file_digest, writing
 from lorafit.judge import endpoint_of
 from lorafit.options import EvalOptions
 from lorafit.plan import Plan
-from lorafit.plan.evaluation import (
-    task_files,
-)
+from lorafit.plan.evaluation import task_files
 from lorafit.progress import each, stage
 from lorafit.recipe.schema import EvalSection
 from lorafit.run.directory import RunDir, located

@@ -29,9 +29,7 @@ from lorafit.evaluation.results import Metric
 from lorafit.evaluation.results import Set as SetInfo
 from lorafit.facts.template import REASONING, opens_reasoning, without_header, without_reasoning
 from lorafit.plan import Plan, SourcePlan
-from lorafit.plan.evaluation import (
-    sets_of,
-)
+from lorafit.plan.evaluation import sets_of
 from lorafit.recipe.schema import BUILT_IN_SETS, EvalSection, EvalSet
 from lorafit.rows import Example, Fault, Row, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
