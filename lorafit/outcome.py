@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lorafit.errors import DataError, ModelError, UsageError
+from lorafit.errors import DataError, LorafitError, ModelError, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.hardware import Hardware, meant_device, meant_hardware
 from lorafit.memory import Estimate, Setup, Sharding, check_size, estimate, judged, known_tensors, setup_of
@@ -167,6 +167,30 @@ class Outcome:
 
     def require_plan(self) -> Plan:
         """Raises ModelError, RecipeError with every choice that can't be carried out, DataError and UsageError."""
+        if isinstance(self._made, LorafitError):
+            raise self._made
+        return self._made
+
+    @cached_property
+    def _made(self) -> Plan | LorafitError:
+        try:
+            return self._make()
+        except LorafitError as error:
+            return error
+
+    @cached_property
+    def slip(self) -> UsageError | None:
+        """Why its steps or sizes can't be meant, such as a warm-up as long as the run; None where nothing says so."""
+        try:
+            self.require_plan()
+            _ = self.setup
+        except UsageError as error:
+            return error
+        except LorafitError:  # told by `refused`, or `no_model`
+            return None
+        return None
+
+    def _make(self) -> Plan:
         self.require_facts()
         context, half = self.examined
         if half is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import glob
 import itertools
@@ -14,10 +13,9 @@ from pathlib import Path
 import yaml
 
 from lorafit.bounds import expand, opened
-from lorafit.errors import DataError, DoesNotFitError, MissingError, ModelError, UsageError
+from lorafit.errors import DoesNotFitError, MissingError, ModelError, UsageError
 from lorafit.facts import UnreachableError
 from lorafit.hardware import Hardware, meant_device, missing_packages
-from lorafit.memory import known_tensors
 from lorafit.options import ValidateOptions
 from lorafit.outcome import Outcome, Outcomes
 from lorafit.plan import Plan
@@ -218,14 +216,9 @@ class Checker:
             found.notes += context.remarks
         for path, unreadable in context.faults:
             found.wrong(place_of_fault(found, path, unreadable, self._rows), unreadable)
-        with contextlib.suppress(ModelError, RecipeError, DataError):  # told above
-            try:
-                outcome.require_plan()
-                known_tensors(outcome.require_facts())
-                outcome.setup  # noqa: B018 - whether its sizes can be meant
-            except UsageError as error:  # such as a warm-up as long as the run
-                key, _, what = str(error).partition(": ")
-                found.wrong(key_path(key), UsageError(what))
+        if outcome.slip is not None:
+            key, _, what = str(outcome.slip).partition(": ")
+            found.wrong(key_path(key), UsageError(what))
         return outcome.plan
 
     def _fit(self, found: Findings, outcome: Outcome, plan: Plan) -> None:
