@@ -148,7 +148,7 @@ class Lora:
         lora = self.section
         if not str(lora.init_lora_weights).startswith(_FROM_VALUES):
             return 1
-        return max(lora.r, *lora.rank_pattern.values())
+        return max((lora.r, *lora.rank_pattern.values()))
 
     def described(self, base: str = "") -> str:
         lora = self.section
@@ -186,7 +186,7 @@ class Lora:
             yield replace(tensor, dtype="float32" if MAGNITUDE in tensor.name else dtype)
 
     def copies(self, module: str) -> bool:
-        return any(part in module.split(".") for part in self.section.modules_to_save or ())
+        return _is_saved(module, self.section)
 
     def owns(self, parameter: str) -> bool:
         return "lora_" in parameter or "modules_to_save" in parameter

@@ -124,6 +124,17 @@ class TestRuns:
         assert "STAND-IN" in report.tokenizer_note
         assert report.failures == ()
 
+    @pytest.mark.parametrize("ranks", [{}, {"q_proj": 96}])
+    def test_a_start_from_singular_values_has_its_rank(
+        self, ranks: dict[str, int], smoke: Smoke, recipe: RecipeMaker, tmp_path: Path
+    ) -> None:
+        """No side of the tiny model's matrices is below the largest rank."""
+        start: dict[str, Any] = {"init_lora_weights": "orthogonal" if ranks else "pissa", "r": 80, "lora_alpha": 80}
+        folder = write_config(tmp_path / "big", **LLAMA)
+        report = smoke(recipe(model={"name_or_path": str(folder)}, lora=start | {"rank_pattern": ranks}), steps=3)
+        assert report.failures == ()
+        assert report.tiny["hidden_size"] >= max([80, *ranks.values()])
+
     def test_full_training(self, smoke: Smoke, recipe: RecipeMaker) -> None:
         assert smoke(recipe(lora=...), steps=3).failures == ()
 
