@@ -330,7 +330,6 @@ def _memory(asked: InitOptions, settings: Settings) -> str:
     )
 
 
-WIDTH = 120
 _PLAIN = re.compile(r"[A-Za-z0-9_./~^$()\\][A-Za-z0-9_./~<>@=+*^$()\\ -]*")
 _REFERENCE = re.compile(r"\$\{.*\}", re.DOTALL)
 _ESCAPES = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
