@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lorafit.errors import UsageError
 from lorafit.gpus import Device, Gpu, find_gpu, known_gpu, parse_memory
 
 if TYPE_CHECKING:
@@ -30,15 +32,15 @@ class Hardware:
     """What decides about types, kernels and batch sizes.
 
     Attributes:
-        device: where the training runs.
+        device: where the training runs, as torch calls it: cuda is AMD's GPUs (ROCm) too, mps an Apple GPU.
         name: for people.
         memory_bytes: of one GPU, or of the machine; None if it can't be told.
-        compute_capability: of a CUDA GPU, such as (8, 0).
+        compute_capability: of an NVIDIA GPU, such as (8, 0).
         fast_bf16: whether bfloat16 arithmetic is done by the hardware.
         world_size: processes that train together, as torchrun or accelerate say.
     """
 
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "mps"]
     name: str
     memory_bytes: int | None
     compute_capability: tuple[int, int] | None
@@ -47,9 +49,19 @@ class Hardware:
 
 
 def detect() -> Hardware:
-    """This machine: the first visible CUDA GPU (of several processes, the least of theirs), else the CPU."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    return _gpus(world_size) or detect_cpu(world_size)
+    """This machine: its first visible GPU, else its CPU.
+
+    Where several processes train here, it is the least of as many GPUs: every one has to hold the plan.
+    """
+    world_size = processes()
+    here = processes("LOCAL_WORLD_SIZE") if os.environ.get("LOCAL_WORLD_SIZE") else world_size
+    gpus = _nvidia(here) or _amd(here)
+    if not gpus:
+        return _apple(world_size) or detect_cpu(world_size)
+    sizes = [gpu.memory_bytes for gpu in gpus]
+    least = min(gpus, key=lambda one: (one.compute_capability or (0, 0), one.fast_bf16, one.memory_bytes or 0))
+    memory = None if None in sizes else min(size for size in sizes if size is not None)
+    return replace(least, memory_bytes=memory, world_size=world_size)
 
 
 def detect_gpu_or_assume() -> Hardware:
@@ -129,16 +141,29 @@ def return_memory() -> bool:
     return False
 
 
-def _gpus(world_size: int) -> Hardware | None:
-    """The visible CUDA GPU; where several processes train here, the least of as many: every one has to hold the plan.
+def processes(variable: str = "WORLD_SIZE") -> int:
+    """How many train together, as torchrun and accelerate say. Raises UsageError for what is no number."""
+    told = os.environ.get(variable) or "1"
+    if not told.isdecimal() or int(told) < 1:
+        raise UsageError(f"{variable}: '{told}' is no number of processes; unset it, or let torchrun set it")
+    return int(told)
+
+
+def visible_devices(*variables: str) -> list[str] | None:
+    """The GPUs that the first set of these variables names, in its order; None where none is set."""
+    text = next((os.environ[name] for name in variables if name in os.environ), None)
+    return None if text is None else [one.strip() for one in text.split(",") if one.strip() not in ("", "-1")]
+
+
+def _nvidia(most: int) -> list[Hardware]:
+    """The first visible NVIDIA GPUs.
 
     nvidia-smi does not take a MIG slice by its name, so the card that it is of is looked up among what it lists.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None or (visible is not None and visible.strip() in ("", "-1")):
-        return None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
-    asked = [one.strip() for one in visible.split(",")][:here] if visible else []
+    visible = visible_devices("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None or visible == []:
+        return []
+    asked = (visible or [])[:most]
     sliced = _slices() if any(one.startswith("MIG-") for one in asked) else {}
     cards = [sliced[one].card if one in sliced else one for one in asked]
     query = "--query-gpu=index,name,memory.total,compute_cap,mig.mode.current"
@@ -146,18 +171,60 @@ def _gpus(world_size: int) -> Hardware | None:
     try:
         if sliced:
             by_card = {line.split(",")[0]: line for line in lines}
-            gpus = [_gpu(by_card[sliced[one].card], world_size, sliced[one]) for one in asked]
-        else:
-            gpus = [_gpu(line, world_size) for line in lines[:here]]
+            return [_gpu(by_card[sliced[one].card], sliced[one]) for one in asked]
+        return [_gpu(line) for line in lines[:most]]
     except (ValueError, LookupError):
+        return []
+
+
+AMD_BF16 = (90008, 90010)
+"""gfx908 and gfx90a (MI100, MI200); all from gfx940 on have bfloat16 arithmetic too, but for RDNA 1 and 2 (gfx10)."""
+
+
+KFD = Path("/sys/class/kfd/kfd/topology/nodes")
+
+
+def _amd(most: int) -> list[Hardware]:
+    """The first visible AMD GPUs, as Linux's amdkfd lists them.
+
+    Its gfx_target_version is 90402 for gfx942. ROCm numbers GPUs as they stand there; nothing is found where they are
+    named by UUID.
+    """
+    gpus = []
+    for node in sorted(KFD.glob("*"), key=lambda path: (len(path.name), path.name)):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            target = int(_fields(node / "properties")["gfx_target_version"])
+            if target:  # 0 is a CPU
+                banks = [_fields(bank) for bank in node.glob("mem_banks/*/properties")]
+                memory = sum(int(bank["size_in_bytes"]) for bank in banks if bank["heap_type"] in ("1", "2"))
+                major, minor, step = target // 10000, target // 100 % 100, target % 100
+                fast = target in AMD_BF16 or (target >= 90400 and major != 10)
+                gpus.append(Hardware("cuda", f"AMD gfx{major}{minor:x}{step:x}", memory or None, None, fast))
+    for variables in (("ROCR_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")):  # one in the other
+        visible = visible_devices(*variables)
+        if visible is not None:
+            gpus = [gpus[int(one)] for one in visible if one.isdecimal() and int(one) < len(gpus)]
+    return gpus[:most]
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """A file of lines of a name and a value."""
+    return dict(line.split(maxsplit=1) for line in path.read_text(encoding="ascii").splitlines() if " " in line)
+
+
+def _apple(world_size: int) -> Hardware | None:
+    """The GPU of a Mac with Apple's own chip, whose memory is the machine's; None if accelerate is told the CPU."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on")
+    if told or platform.system() != "Darwin" or platform.machine() != "arm64":
         return None
-    sizes = [gpu.memory_bytes for gpu in gpus]
-    least = min(gpus, key=lambda one: (one.compute_capability or (0, 0), one.memory_bytes or 0), default=None)
-    memory = None if None in sizes else min((size for size in sizes if size is not None), default=None)
-    return replace(least, memory_bytes=memory) if least else None
+    return replace(APPLE, memory_bytes=detect_cpu().memory_bytes, world_size=world_size)
 
 
-def _gpu(line: str, world_size: int, part: _Slice | None = None) -> Hardware:
+APPLE = Hardware("mps", "an Apple GPU", None, None, True)
+"""Metal has had bfloat16 since macOS 14, the oldest that torch supports."""
+
+
+def _gpu(line: str, part: _Slice | None = None) -> Hardware:
     """A line that nvidia-smi answers; of a card in slices that one, or the first, which is what CUDA takes.
 
     Raises ValueError for another line, and LookupError where there is no slice.
@@ -166,7 +233,7 @@ def _gpu(line: str, world_size: int, part: _Slice | None = None) -> Hardware:
     name, mebibytes, capability, mig = (word.strip() for word in rest.rsplit(",", 3))
     major, minor = (int(word) for word in capability.split("."))
     memory = int(mebibytes) << 20 if mebibytes.isdecimal() else None  # [N/A] where it is the machine's
-    gpu = Hardware("cuda", name, memory, (major, minor), major >= 8, world_size)
+    gpu = Hardware("cuda", name, memory, (major, minor), major >= 8)
     if mig != "Enabled":
         return gpu
     part = part or next((one for one in _slices().values() if one.card == index.strip()), None)
@@ -257,8 +324,8 @@ def is_installed(module: str) -> bool:
 def meant_hardware(recipe: Recipe) -> Hardware:
     """What a recipe is checked for: what it states, else the GPU that is here, else an assumed one with bfloat16."""
     stated = recipe.hardware
-    if stated is not None and stated.device == "cpu":
-        return detect_cpu()
+    if stated is not None and stated.device in ("cpu", "mps"):
+        return detect_cpu() if stated.device == "cpu" else APPLE
     if stated is not None and stated.gpu is not None:
         return hardware_of(find_gpu(stated.gpu))
     return detect_gpu_or_assume()
@@ -282,6 +349,15 @@ def hardware_of(gpu: Gpu, world_size: int = 1) -> Hardware:
     return Hardware("cuda", gpu.name, gpu.memory_bytes, capability, capability >= (8, 0), world_size)
 
 
+def unmeasured(here: Hardware) -> str | None:
+    """A remark where nothing of lorafit was ever run or measured on such a device."""
+    if here.device == "mps":
+        return "On an Apple GPU lorafit trains unmeasured; memory is predicted as for a CPU. It evaluates on the CPU."
+    if here.device == "cuda" and here.compute_capability is None:
+        return f"{here.name}: lorafit was never measured on AMD's GPUs; memory is predicted with NVIDIA's constants."
+    return None
+
+
 def elsewhere(recipe: Recipe, here: Hardware) -> str | None:
     """A remark where a plan is made for another machine than the recipe is meant for."""
     stated = recipe.hardware
@@ -291,6 +367,6 @@ def elsewhere(recipe: Recipe, here: Hardware) -> str | None:
     gpu = known_gpu(here.name, here.memory_bytes) if here.memory_bytes else None
     if device == here.device and (stated.gpu is None or find_gpu(stated.gpu) == gpu):
         return None
-    kind = "a CUDA GPU" if device == "cuda" else "a CPU"
+    kind = {"cuda": "a CUDA GPU", "mps": APPLE.name, "cpu": "a CPU"}[device]
     meant = stated.gpu or (f"a GPU with {stated.vram}" if stated.vram else kind)
     return f"The recipe is meant for {meant}; this plan is for {here.name}."

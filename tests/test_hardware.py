@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorafit import hardware
+from lorafit.errors import UsageError
 from lorafit.hardware import Hardware, detect, detect_gpu_or_assume
 
 
@@ -121,6 +122,60 @@ def test_a_slice_of_a_card(
     assert (found.name, found.compute_capability) == (name, capability)
     assert found.memory_bytes is not None
     assert 0.9 < found.memory_bytes / (gigabytes << 30) < 1
+
+
+@pytest.fixture
+def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What Linux tells of a machine with a CPU and three AMD GPUs."""
+    nodes = tmp_path / "nodes"
+    for place, target in enumerate((0, 90402, 100300, 110000)):
+        (nodes / f"{place}/mem_banks/0").mkdir(parents=True)
+        (nodes / f"{place}/properties").write_text(f"simd_count 304\ngfx_target_version {target}\n")
+        (nodes / f"{place}/mem_banks/0/properties").write_text(f"heap_type 1\nsize_in_bytes {place << 30}\n")
+    monkeypatch.setattr(hardware, "KFD", nodes)
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return nodes
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, ("AMD gfx942", 1 << 30, True)),
+        ({"HIP_VISIBLE_DEVICES": "1,0"}, ("AMD gfx1030", 2 << 30, False)),
+        ({"ROCR_VISIBLE_DEVICES": "1,2", "CUDA_VISIBLE_DEVICES": "1"}, ("AMD gfx1100", 3 << 30, True)),
+        ({"WORLD_SIZE": "3"}, ("AMD gfx1030", 1 << 30, False)),
+        ({"HIP_VISIBLE_DEVICES": "-1"}, None),
+        ({"ROCR_VISIBLE_DEVICES": "GPU-abc"}, None),
+    ],
+)
+def test_amd_gpus(
+    kfd: Path, variables: dict[str, str], expected: tuple[str, int, bool] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are found without their tools, and have no compute capability by which anything could be decided."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = detect()
+    if expected is None:
+        assert found.device == "cpu"
+    else:
+        assert (found.name, found.memory_bytes, found.fast_bf16) == expected
+        assert (found.device, found.compute_capability) == ("cuda", None)
+
+
+def test_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "arm64")
+    assert detect().device == "mps"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert detect().device == "cpu"
+
+
+@pytest.mark.parametrize("told", ["x", "0", "-2"])
+def test_a_launcher_that_says_no_number(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", told)
+    with pytest.raises(UsageError, match="WORLD_SIZE"):
+        detect()
 
 
 def test_a_gpu_is_assumed_where_there_is_none(smi: Path) -> None:

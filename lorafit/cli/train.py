@@ -98,7 +98,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     from lorafit.run.summary import print_plan
 
     print_json(json.loads(plan.to_json())) if as_json else print_plan(plan)
-    if plan.hardware.device == "cpu":
+    if plan.hardware.device != "cuda":
         foreseen = foresee(plan)
         short = shortage(foreseen)
         line = short.line if short else foreseen.reason and f"memory: {foreseen.reason}"

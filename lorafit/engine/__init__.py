@@ -1,6 +1,7 @@
 """The heavy half: all that imports torch and what stands on it. Commands import it inside their functions.
 
-Importing it keeps the libraries' own bars, notes and telemetry off the screen.
+Importing it keeps the libraries' own bars, notes and telemetry off the screen, and all GPUs but one out of sight where
+no launcher has started several processes: the trainer would take them all.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+
+from lorafit.hardware import processes, visible_devices
 
 
 def _hush() -> None:
@@ -31,7 +34,16 @@ def _hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _see_one_gpu() -> None:
+    """Leave the first visible GPU in sight. To be done before CUDA starts, which importing bitsandbytes does."""
+    name = "HIP_VISIBLE_DEVICES" if "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+    visible = visible_devices(name)
+    if visible != [] and processes() == 1:
+        os.environ[name] = visible[0] if visible else "0"
+
+
 _hush()
+_see_one_gpu()
 
 
 def hush_progress() -> None:

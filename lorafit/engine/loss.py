@@ -103,15 +103,16 @@ def score_supervised_positions(model: PreTrainedModel) -> None:
 
 
 def row_sums(output: FusedCausalLMOutput, row_of: torch.Tensor | None = None) -> torch.Tensor:
-    """(rows, 4) in float64: learned tokens, negative log-likelihood, entropy (both in nats) and top-1 hits of each row.
+    """(rows, 4): learned tokens, negative log-likelihood, entropy (both in nats) and top-1 hits of each row.
 
-    The entropy is 0 where the head was made without it.
+    In float64, but on an Apple GPU, which has none. The entropy is 0 where the head was made without it.
 
     Args:
         row_of: (1, length) the row of each token, where rows stand one after the other in a single one.
     """
     entropy = torch.zeros_like(output.log_probs) if output.entropy is None else output.entropy
-    each = torch.stack([output.label_mask, -output.log_probs, entropy, output.is_top1], -1).double()
+    each = torch.stack([output.label_mask, -output.log_probs, entropy, output.is_top1], -1)
+    each = each.float() if each.device.type == "mps" else each.double()
     if row_of is None:
         return each.sum(1)
     sums = each.new_zeros(int(row_of.max()) + 1, 4)

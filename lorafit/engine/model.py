@@ -221,6 +221,6 @@ def wait_for_everyone() -> None:
 
 
 def _device(plan: Plan) -> str | int:
-    if plan.hardware.device == "cpu":
-        return "cpu"
+    if plan.hardware.device != "cuda":
+        return plan.hardware.device
     return int(os.environ.get("LOCAL_RANK", "0"))

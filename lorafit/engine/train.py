@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from transformers import TrainerState
 
@@ -162,20 +162,25 @@ def read_ahead(plan: Plan) -> threading.Thread:
 def settle_device(plan: Plan, console: Console) -> None:
     """See that torch uses the device that the plan was made for. Raises ModelError."""
     if plan.hardware.device == "cpu":
-        if torch.version.hip is not None and torch.cuda.is_available():
-            raise ModelError(
-                "torch sees an AMD GPU, for which lorafit plans nothing yet; HIP_VISIBLE_DEVICES=-1 trains on the CPU"
-            )
         if torch.cuda.is_available():
             raise ModelError(
                 "torch sees a GPU that the plan does not (is nvidia-smi missing?); install it, or set "
                 "CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         return
-    if plan.hardware.world_size == 1:  # the first GPU, as planned; must be said before CUDA starts
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0] if visible else "0"
-    if not torch.cuda.is_available():
-        raise ModelError("there is an NVIDIA GPU, but this torch can't use it; install a CUDA build of torch")
+    if plan.hardware.device == "mps":
+        if not torch.backends.mps.is_available():
+            raise ModelError("this torch can't use the Apple GPU; ACCELERATE_USE_CPU=true trains on the CPU")
+        return
+    amd = plan.hardware.compute_capability is None
+    build = "ROCm" if amd else "CUDA"
+    if not torch.cuda.is_available() or (torch.version.hip is not None) is not amd:
+        raise ModelError(
+            f"there is {plan.hardware.name}, but this torch can't use it; install a {build} build of torch"
+        )
+    if plan.quantization_kwargs is not None and not bnb.cextension.lib.compiled_with_cuda:
+        raise ModelError(
+            f"quantization: bitsandbytes has no kernels for this torch's {build}; `python -m bitsandbytes` says why"
+        )
     if plan.hardware.world_size == 1:
         console.print(f"on the first GPU, {plan.hardware.name}; torchrun uses several", soft_wrap=True)

@@ -19,8 +19,8 @@ def choose_dtype(context: Context) -> str:
     recipe, hardware = context.recipe, context.hardware
     asked, key = recipe.model.dtype, "model.dtype"
     if asked != "auto":
-        if asked == "float16" and hardware.device == "cpu":
-            context.wrong(("model", "dtype"), "float16 can't be trained on a CPU; use auto")
+        if asked == "float16" and not context.on_gpu:
+            context.wrong(("model", "dtype"), f"float16 can't be trained on {hardware.name}; use auto")
         elif asked == "float16" and recipe.trains_base:
             context.wrong(("model", "dtype"), "float16 weights can't be trained in full; use auto")
         if asked == "bfloat16" and not hardware.fast_bf16:
@@ -74,9 +74,9 @@ def _attention(context: Context, dtype: str) -> str:
         wrong = f"transformers does not run {family} models with sdpa"
     elif asked in FLASH_NEEDS:
         major, minor = needed = FLASH_NEEDS[asked]
-        if hardware.device == "cpu":
+        if not context.on_gpu:
             wrong = f"{asked} needs a CUDA GPU"
-        elif hardware.compute_capability and hardware.compute_capability < needed:
+        elif (hardware.compute_capability or (8, 0)) < needed:
             wrong = f"{asked} needs compute capability {major}.{minor}, which {hardware.name} does not have"
         elif dtype == "float32" and not mixed_dtype(context, dtype):
             wrong = f"{asked} does not compute in float32"
@@ -90,6 +90,12 @@ def quantization_kwargs(context: Context, dtype: str) -> dict[str, Any] | None:
     quantization = context.recipe.quantization
     if quantization is None:
         return None
+    if context.hardware.device == "mps":
+        context.wrong(
+            ("quantization",),
+            "bitsandbytes has no kernels of its own for an Apple GPU: it downloads code from a hub, or is slow; leave "
+            "out the section, or train on the CPU (ACCELERATE_USE_CPU=true)",
+        )
     skip = _unquantized(context, quantization.llm_int8_skip_modules)
     _say_what_stays(context, dtype)
     if quantization.load_in_8bit:

@@ -14,7 +14,7 @@ from typing import Any
 from lorafit.errors import DataError, UsageError
 from lorafit.facts import ModelFacts, read_facts
 from lorafit.facts.template import syntax_error
-from lorafit.hardware import Hardware, detect, elsewhere
+from lorafit.hardware import Hardware, detect, elsewhere, unmeasured
 from lorafit.plan.adapters import adapter_of
 from lorafit.plan.data import Reading, choose_max_length, counted, plan_data, plan_sources, read_chat_template
 from lorafit.plan.model import (
@@ -113,9 +113,8 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     output_dir = recipe.output_dir or f"runs/{default_name}"
     if recipe.source is not None:
         context.remarks += displaced(recipe.source)
-    remark = elsewhere(recipe, context.hardware)
-    if remark:
-        context.remarks.append(remark)
+    remarks = (elsewhere(recipe, context.hardware), unmeasured(context.hardware))
+    context.remarks += [remark for remark in remarks if remark]
     dtype = choose_dtype(context)
     targets = adapter_targets(context)
     max_length = choose_max_length(context)
@@ -232,7 +231,7 @@ def training_kwargs(context: Context, dtype: str, has_validation: bool) -> dict[
         "report_to": list(training.report_to),
         "bf16": mixed == "bfloat16",
         "fp16": mixed == "float16",
-        "use_cpu": not context.on_gpu,
+        "use_cpu": context.hardware.device == "cpu",
     }
 
 
@@ -306,7 +305,7 @@ def _optimizer(context: Context) -> str:
             return context.choose("training.optim", "paged_adamw_8bit", reason)
         return context.choose("training.optim", "adamw_torch_fused", "one kernel for the whole update")
     if not context.on_gpu and any(part in asked for part in CUDA_ONLY_OPTIMIZERS):
-        message = f"{asked} needs a CUDA GPU, and this is a CPU; use auto or adamw_torch_fused"
+        message = f"{asked} needs a CUDA GPU, and this is {context.hardware.name}; use auto or adamw_torch_fused"
         context.wrong(("training", "optim"), message)
     return asked
 

@@ -341,7 +341,7 @@ def _rivals() -> Iterator[tuple[_Path, _Path, tuple[object, ...] | None]]:
         yield ("quantization", "load_in_8bit"), ("quantization", name), None
     yield ("quantization", "load_in_4bit"), ("quantization", "llm_int8_threshold"), None
     for name in ("gpu", "vram"):
-        yield ("hardware", "device"), ("hardware", name), ("cpu",)
+        yield ("hardware", "device"), ("hardware", name), ("cpu", "mps")
         yield ("hardware", name), ("hardware", "device"), None
     for what in ("eval", "save"):
         yield ("training", f"{what}_strategy"), ("training", f"{what}_steps"), ("no", "epoch", "auto")

@@ -229,8 +229,8 @@ def _hardware(recipe: Recipe) -> Iterator[Complaint]:
         value = getattr(hardware, name)
         if value is None:
             continue
-        if hardware.device == "cpu":
-            yield ("hardware", name), "has no effect with device: cpu; remove it"
+        if hardware.device in ("cpu", "mps"):
+            yield ("hardware", name), f"has no effect with device: {hardware.device}; remove it"
         try:
             read(value)
         except UsageError as error:

@@ -384,8 +384,9 @@ class HardwareSection(Section):
     """What the recipe is meant for, so that it can be checked on another machine, such as one of a CI. Training
     elsewhere is said, and goes on."""
 
-    device: Literal["cpu", "cuda"] | None = None
-    """Default: cuda where gpu or vram is given; else what is here."""
+    device: Literal["cpu", "cuda", "mps"] | None = None
+    """As torch calls it: cuda is an AMD GPU (ROCm) too, mps an Apple GPU. Default: cuda where gpu or vram is given;
+    else what is here."""
     gpu: Text | None = None
     """A GPU's name, such as RTX 4090 (docs/vram.md lists them). The recipe has to fit its memory."""
     vram: Text | None = None

@@ -102,9 +102,9 @@ def subject_of(asked: EstimateOptions, gpu: Gpu | None) -> Subject:
     method = asked.method or "lora"
     overrides = (*asked.short, *asked.overrides)  # --set, as advice gives it, has the last word
     hardware = hardware_of(gpu) if gpu else meant_hardware(recipe_of(config, model, method, overrides))
-    if hardware.device == "cpu" and (gpus or sharding):
+    if hardware.device != "cuda" and (gpus or sharding):
         raise UsageError(
-            "--gpus, --sharding: the recipe is for a CPU, where each process takes what is estimated for one"
+            f"--gpus, --sharding: the recipe is for {hardware.name}, where each process takes what is estimated for one"
         )
     world = gpus or hardware.world_size
     if sharding not in (None, "none") and world == 1:

@@ -17,7 +17,7 @@ from wording import Like
 from lorafit.errors import DataError
 from lorafit.facts import ModelFacts, TokenizerFacts, layout
 from lorafit.families import FAMILIES
-from lorafit.hardware import Hardware
+from lorafit.hardware import APPLE, Hardware
 from lorafit.plan import Plan, Training, make_plan, make_schedule, plan_recipe, validation_rows
 from lorafit.plan.methods import SFT
 from lorafit.recipe import Recipe, RecipeError
@@ -29,6 +29,7 @@ CPU = Hardware("cpu", "a plain CPU", 16 << 30, None, False)
 CPU_BF16 = Hardware("cpu", "a CPU with AMX", 16 << 30, None, True)
 AMPERE = Hardware("cuda", "an A100", 80 << 30, (8, 0), True)
 HOPPER = Hardware("cuda", "an H100", 80 << 30, (9, 0), True)
+AMD = Hardware("cuda", "AMD gfx942", 192 << 30, None, True)
 T4 = Hardware("cuda", "a T4", 16 << 30, (7, 5), False)
 
 CONFIG: dict[str, Any] = {
@@ -120,6 +121,7 @@ def because(plan: Plan, key: str) -> str:
         (CPU_BF16, "bfloat16", "has fast bfloat16 arithmetic", (True, False)),
         (AMPERE, "bfloat16", "A100", (True, False)),
         (T4, "float16", "T4", (False, True)),
+        (AMD, "bfloat16", "gfx942", (True, False)),
     ],
 )
 def test_dtype(planner: Planner, hardware: Hardware, dtype: str, reason: str, flags: tuple[bool, bool]) -> None:
@@ -132,6 +134,35 @@ def test_dtype(planner: Planner, hardware: Hardware, dtype: str, reason: str, fl
     assert because(plan, "quantization.bnb_4bit_compute_dtype") == Like("… dtype")
     assert plan.adapter_dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
     assert plan.training_kwargs["use_cpu"] is (hardware.device == "cpu")
+
+
+def test_where_nothing_was_measured_the_plan_says_so(planner: Planner) -> None:
+    assert any("AMD" in remark for remark in planner(AMD, **QLORA).remarks)
+    assert any("Apple" in remark for remark in planner(APPLE).remarks)
+    assert not any("measured" in remark for remark in planner(AMPERE, **QLORA).remarks)
+
+
+def test_an_apple_gpu(planner: Planner) -> None:
+    plan = planner(APPLE)
+    assert (plan.dtype, plan.training.bf16, plan.training_kwargs["use_cpu"]) == ("bfloat16", True, False)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "sections", "place"),
+    [
+        (APPLE, QLORA, "quantization"),
+        (APPLE, {"training": {"optim": "paged_adamw_8bit"}}, "training.optim"),
+        (APPLE, {"model": {"attn_implementation": "flash_attention_2"}}, "model.attn_implementation"),
+        (APPLE, {"model": {"dtype": "float16"}}, "model.dtype"),
+        (AMD, {"model": {"attn_implementation": "flash_attention_3"}}, "model.attn_implementation"),
+    ],
+)
+def test_what_other_gpus_cannot_do_is_refused_at_its_line(
+    planner: Planner, hardware: Hardware, sections: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        planner(hardware, **sections)
+    assert [mistake.path for mistake in caught.value.mistakes] == [place]
 
 
 def test_adapters_on_an_unquantized_base_stay_float32(planner: Planner) -> None:

@@ -248,12 +248,12 @@ def _biases(model: LoadedModel) -> list[torch.Tensor]:
 
 
 def from_disk(model: NamedModel) -> tuple[PreTrainedModel, Plan]:
-    """A model, or of an adapter its base, and the plan that it was loaded by: on a CPU where there is no GPU.
+    """A model, or of an adapter its base, and the plan that it was loaded by: on a CPU where there is no CUDA GPU.
 
     Raises ModelError, DoesNotFitError.
     """
     plan = model.plan
-    if plan.hardware.device == "cuda" and not torch.cuda.is_available():
+    if plan.hardware.device == "mps" or (plan.hardware.device == "cuda" and not torch.cuda.is_available()):
         plan = on_cpu(plan)
     if not model.is_whole:
         return load_base(plan, base_source(plan, model.run)), plan
