@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from lorafit.bounds import read_text
 from lorafit.errors import DataError, DriftError, ModelError, UsageError
 from lorafit.facts import TOKENIZER_FILES, UnreachableError, hub_unreachable, weight_files
+from lorafit.facts.fingerprint import damaged_in_cache, whole_digest
 from lorafit.facts.template import uses_date
 from lorafit.files import claim_file, file_digest, own_digest, write_text
 from lorafit.hardware import detect_cpu
@@ -32,7 +33,6 @@ from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError, Source
 from lorafit.rows import data_files, is_local
 from lorafit.run.directory import RunDir
-from lorafit.run.fingerprint import damaged_in_cache, whole_digest
 from lorafit.run.manifest import versions
 from lorafit.text import clipped, first_line
 from lorafit.tree import differences, dotted

@@ -24,12 +24,13 @@ from transformers.utils.kernel_config import KernelConfig
 
 from lorafit.engine.tokenizer import cannot_load, gguf, location
 from lorafit.errors import LorafitError, ModelError
+from lorafit.facts.fingerprint import listed
 from lorafit.files import check, staged
 from lorafit.plan import Plan
 from lorafit.plan.adapters import check_adapter
 from lorafit.progress import Counted, counting, is_first_process, stage
 from lorafit.run.directory import RunDir
-from lorafit.run.fingerprint import changed_base, listed
+from lorafit.run.fingerprint import changed_base
 from lorafit.text import first_line
 from lorafit.written import expanded
 

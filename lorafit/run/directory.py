@@ -57,7 +57,7 @@ class RunDir:
     """The recipe's lock, of a run with --locked."""
     plan_file = _Inside("plan.json")
     fingerprint = _Inside("fingerprint.json")
-    """What the base was as the run began, see lorafit.run.fingerprint."""
+    """What the base was as the run began, see lorafit.facts.fingerprint."""
     manifest = _Inside("manifest.json")
     metrics = _Inside("metrics.jsonl")
     """One JSON object per logged step."""
@@ -319,7 +319,7 @@ class RunDir:
         return sorted(self.path.iterdir()) if self.path.is_dir() else []
 
     def base_files(self) -> dict[str, Any] | None:
-        """The base's fingerprint (see lorafit.run.fingerprint) that `write_base_files` wrote; None if it did not.
+        """The base's fingerprint (see lorafit.facts.fingerprint) that `write_base_files` wrote; None if it did not.
 
         Raises UsageError for a file that is broken.
         """

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import UsageError
+from lorafit.facts.fingerprint import Fingerprint, listed, summary
 from lorafit.files import check_own, file_digest
 from lorafit.plan import Plan, Schedule, dated
 from lorafit.rows import data_files
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located
-from lorafit.run.fingerprint import Fingerprint, changed_base, changed_source, listed, summary
+from lorafit.run.fingerprint import changed_base, changed_source
 from lorafit.tree import differences, dotted
 from lorafit.written import as_written
 

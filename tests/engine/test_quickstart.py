@@ -28,11 +28,11 @@ from lorafit.cli import app
 from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
 from lorafit.engine.train import train as run_training
+from lorafit.facts.fingerprint import differences, fingerprint_of
 from lorafit.options import EvalOptions, MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
 from lorafit.run.directory import RunDir
-from lorafit.run.fingerprint import differences, fingerprint_of
 from lorafit.run.manifest import Start
 from lorafit.run.memory import calibrate, foresee
 

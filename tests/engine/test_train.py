@@ -26,8 +26,9 @@ from lorafit.engine.callbacks import StopRequest
 from lorafit.engine.model import dequantized_base
 from lorafit.engine.verify import retrain
 from lorafit.errors import DataError, DoesNotFitError, DriftError, GateError, Interrupted, ModelError, UsageError
+from lorafit.facts.fingerprint import summary
 from lorafit.run.directory import RunDir
-from lorafit.run.fingerprint import model_fingerprint, summary
+from lorafit.run.fingerprint import model_fingerprint
 
 
 def digest(run: RunDir) -> str:

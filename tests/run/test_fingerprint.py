@@ -21,21 +21,18 @@ from wording import Like
 
 from lorafit.engine.model import base_source
 from lorafit.errors import ModelError
-from lorafit.run import fingerprint
-from lorafit.run.directory import RunDir
-from lorafit.run.fingerprint import (
+from lorafit.facts import fingerprint
+from lorafit.facts.fingerprint import (
     VERSION,
-    changed_base,
-    changed_source,
     comparable,
     damaged_in_cache,
     differences,
     fingerprint_of,
     listed,
-    model_fingerprint,
-    run_fingerprint,
     summary,
 )
+from lorafit.run.directory import RunDir
+from lorafit.run.fingerprint import changed_base, changed_source, model_fingerprint, run_fingerprint
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDINGS = "model.embed_tokens.weight"

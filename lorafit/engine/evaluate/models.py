@@ -24,6 +24,7 @@ from lorafit.engine.tokenizer import reading
 from lorafit.errors import ModelError, UsageError
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
+from lorafit.facts.fingerprint import differences, listed
 from lorafit.files import check, check_own, file_digest
 from lorafit.options import EvalOptions, name_of
 from lorafit.plan import Plan
@@ -31,7 +32,6 @@ from lorafit.plan.adapters import check_adapter
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSection
 from lorafit.run.directory import RunDir, located, open_run
-from lorafit.run.fingerprint import differences, listed
 from lorafit.written import References, expanded, require
 
 LoadedModel: TypeAlias = Any

@@ -11,10 +11,10 @@ from typing import Any
 from lorafit.bounds import read_json
 from lorafit.engine.tokenizer import reading
 from lorafit.errors import ModelError, UsageError
+from lorafit.facts.fingerprint import comparable, differences, fingerprint_of, listed
 from lorafit.files import check
 from lorafit.plan import Plan
 from lorafit.run.directory import RunDir, located, open_run
-from lorafit.run.fingerprint import comparable, differences, fingerprint_of, listed
 from lorafit.written import expanded
 
 BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "*.py", "*.bin"]
