@@ -31,6 +31,7 @@ from lorafit.plan.data import read_chat_template
 from lorafit.plan.evaluation import judging_files
 from lorafit.plan.values import Context
 from lorafit.recipe import Recipe, RecipeError, Source
+from lorafit.recipe.start import CONFIG, WEIGHTS, place_of
 from lorafit.rows import data_files, is_local
 from lorafit.run.directory import RunDir
 from lorafit.run.manifest import versions
@@ -70,6 +71,7 @@ class Lock(BaseModel, frozen=True):
     """What a lock holds.
 
     Attributes:
+        start: SHA-256 of the files of the adapter that goes on; empty where none does.
         tokenizer: SHA-256 of each of its files; empty for a hub model, which the commit pins.
         chat_template: SHA-256 of the template that is used; None where it is not known here.
         date: the day that the template writes into every row, for templates that do.
@@ -80,6 +82,7 @@ class Lock(BaseModel, frozen=True):
 
     recipe: Asked
     model: NamedPin
+    start: dict[str, str] = {}
     judging: dict[str, str]
     tokenizer: dict[str, str]
     chat_template: str | None
@@ -193,6 +196,7 @@ def state_of(recipe: Recipe, known: Lock | None = None) -> Lock:
     judging = judging_files(recipe.eval).items()
     rest = {
         "model": model,
+        "start": _start(recipe),
         "tokenizer": _tokenizer(recipe),
         "chat_template": hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
         "date": _date(template, known),
@@ -249,6 +253,14 @@ def _model(recipe: Recipe, asked: dict[str, Any], known: Lock | None, outcomes: 
     if before is not None and all(then.get(key) == asked[key] for key in ("name_or_path", "revision")):
         return {"name": name, "commit": before}
     return {"name": name, "commit": commit_of(name, revision, "model")}
+
+
+def _start(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of an adapter that goes on. Raises ModelError where it can't be had."""
+    if recipe.start_from is None:
+        return {}
+    folder = place_of(recipe.start_from).folder
+    return {name: file_digest(folder / name) for name in (CONFIG, WEIGHTS) if (folder / name).is_file()}
 
 
 def _model_files(path: Path) -> dict[str, str]:
@@ -330,6 +342,8 @@ def drift(locked: Lock, now: Lock) -> Iterator[str]:
             yield f"{name}: what it takes from the environment is not what was locked"
     if locked.model.name == now.model.name:  # else the recipe's values say so
         yield from _moved("model", locked.model, now.model, "model: ")
+    if locked.recipe.values.get("start_from") == now.recipe.values.get("start_from"):
+        yield from _changed_files(locked.start, now.start, "start_from: ")
     yield from _changed_files(locked.tokenizer, now.tokenizer, "tokenizer ")
     if locked.chat_template and now.chat_template and locked.chat_template != now.chat_template:
         yield "chat template: its text changed"

@@ -218,7 +218,7 @@ class EstimateOptions(JsonOptions):
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-RESERVED = ("base", "adapter", "trained", "merged", "baseline")
+RESERVED = ("base", "adapter", "start", "trained", "merged", "baseline")
 """Names of models that are always the run's own, and of what gates compare with."""
 
 

@@ -224,6 +224,11 @@ def _adapter(both: Both) -> Iterator[Warned]:
         yield Warned(change.key, f"Other modules are adapted{modules}{size}.")
 
 
+def _start(both: Both) -> Iterator[Warned]:
+    for change in both.changed("start_from"):
+        yield Warned(change.key, f"Training starts from another adapter, {values(change)}: losses don't compare.")
+
+
 def _model(both: Both) -> Iterator[Warned]:
     for change in both.changed("model.name_or_path"):
         yield Warned(
@@ -312,7 +317,7 @@ def _length(both: Both) -> Iterator[Warned]:
 
 
 _CHECKS: tuple[Callable[[Both], Iterator[Warned]], ...] = (
-    _model, _room, _adapter, _scale, _rate, _rows, _template, _length, _loosened
+    _model, _start, _room, _adapter, _scale, _rate, _rows, _template, _length, _loosened
 )  # fmt: skip
 
 

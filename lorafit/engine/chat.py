@@ -25,14 +25,14 @@ from lorafit.engine.callbacks import StopRequest
 from lorafit.engine.data.encode import plain_prompt
 from lorafit.engine.data.render import ChatTemplate, special_tokens
 from lorafit.engine.evaluate.batches import autocast, end_tokens, placed
-from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded
+from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded, start_of
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import gguf, load_tokenizer, location, reading
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
 from lorafit.evaluation.figures import BASE
 from lorafit.facts import weight_files
 from lorafit.files import check
-from lorafit.options import ChatOptions, Write
+from lorafit.options import RESERVED, ChatOptions, Write
 from lorafit.rows import Message
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located, open_run
@@ -340,7 +340,7 @@ def _message(role: str, content: str) -> Message:
 @contextlib.contextmanager
 def open_session(options: ChatOptions, console: Console) -> Iterator[Session]:
     """Load what was named, until the block ends. Raises UsageError, ModelError, DoesNotFitError."""
-    taken = ["base", "adapter", "trained", "model"]
+    taken = [*RESERVED, "model"]
     for name, path in options.adapters:
         if name in taken:
             raise UsageError(f"--adapter {name}={path}: the name {name!r} is taken; give it another")
@@ -363,6 +363,7 @@ def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
             else:
                 first = "adapter"
                 candidates.append(NamedModel(first, "adapter", str(run.adapter), plan, run))
+                candidates += [start_of(run, plan)] if plan.start_from is not None else []
                 candidates += [adapter_named(name, path, run, plan, held) for name, path in options.adapters]
                 names = {one.name: one.name for one in candidates}
             first = known(options.use or first, names)

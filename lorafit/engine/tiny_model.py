@@ -335,8 +335,8 @@ class Draft:
 
     def replace(self, key: str, asked: Any, used: Any, why: str) -> None:
         """Set a value, and note it if that changes what happens."""
-        section, _, name = key.partition(".")
-        self.section(section)[name] = used
+        section, _, name = key.rpartition(".")
+        (self.section(section) if section else self.values)[name] = used
         if asked != used:
             self.replaced.append(Replaced(key, asked, used, why))
 
@@ -385,6 +385,8 @@ def _model(draft: Draft, meant: Plan, tiny: ModelFacts) -> None:
         section.pop(name, None)
     section["name_or_path"] = tiny.name
     kernel = meant.attention
+    if meant.start_from is not None:
+        draft.replace("start_from", meant.start_from, None, "the tiny model has an adapter of its own")
     draft.replace("model.dtype", meant.dtype, "float32", "the same on every CPU")
     if meant.model.kernels:
         draft.replace("model.use_kernels", meant.model.kernels, {}, "needs a CUDA GPU")

@@ -33,6 +33,7 @@ from lorafit.run.manifest import (
     Start,
     as_begun,
     build_manifest,
+    check_base_of_start,
     check_checkpoints,
     check_start,
     check_way,
@@ -84,6 +85,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             reading.join()
         if main and run.base_files() is None:
             run.write_base_files(as_written(run_fingerprint(plan, run), plan.references))
+        check_base_of_start(plan, run)
         measured = go_on(trainer, plan, run, start, foreseen, meter, console)
         if main:
             schedule = plan.schedule

@@ -16,6 +16,8 @@ Array = np.ndarray[Any, Any]
 
 BASE = "base"
 """The model before training, in figures."""
+START = "start"
+"""The adapter that a training started from."""
 HELD_OUT = "heldout"
 """The set of the rows that a run keeps out of training."""
 LOSS = Metric(name="loss", label="loss", unit="nats", better="lower")
@@ -59,10 +61,15 @@ def set_metrics(
     return (*found, *answers, ENDED, LENGTH, *([AGREEMENT] if compared else []), *([JUDGE] if judged else []))
 
 
-def own_models(has_adapter: bool) -> dict[str, str]:
-    """The kinds of a run's own models by name: the base, the result, and the merged model if there may be one."""
-    names = (BASE, "adapter", "merged") if has_adapter else (BASE, "trained")
-    return {name: name for name in names}
+def own_models(has_adapter: bool, has_start: bool) -> dict[str, str]:
+    """The kinds of a run's own models by name: base, result, and those of an adapter that there may be.
+
+    Args:
+        has_start: whether the training started from an adapter.
+    """
+    if not has_adapter:
+        return {BASE: BASE, "trained": "trained"}
+    return {BASE: BASE, "adapter": "adapter"} | ({START: "adapter"} if has_start else {}) | {"merged": "merged"}
 
 
 def expected_figures(

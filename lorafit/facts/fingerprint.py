@@ -47,21 +47,27 @@ def fingerprint_of(folder: Path) -> Fingerprint:
     return _fingerprint(folder, weight_files(folder))
 
 
-def base_fingerprint(asked: str, revision: str | None) -> Fingerprint:
-    """The fingerprint of a base by its name and revision, as `model_fingerprint` gives it."""
+def base_fingerprint(asked: str, revision: str | None, whole: bool = True) -> Fingerprint:
+    """The fingerprint of a base by its name and revision; only its names for a hub model that isn't here.
+
+    Args:
+        whole: whether weights are read; else its small files alone.
+
+    Raises ModelError for weight files that are missing or cut off.
+    """
     path = expanded(asked)
     if path.is_file():
         named = {"fingerprint_version": VERSION, "model": path.name, "revision": None, "commit": None}
-        return named | {"weights": {path.name: remembered(path, "xxh3", quick_digest)}}
+        return named | ({"weights": {path.name: remembered(path, "xxh3", quick_digest)}} if whole else {})
     if path.is_dir():
-        return fingerprint_of(path)
+        return _fingerprint(path, weight_files(path) if whole else [], whole)
     folder = _cached(asked, revision)
     if folder is None:
         return {"fingerprint_version": VERSION, "model": asked, "revision": revision, "commit": None}
     weights = weight_files(folder)
-    whole = all(file.is_file() for file in weights)  # or else the download is not finished
+    whole = whole and all(file.is_file() for file in weights)  # or else the download is not finished
     names = {"model": asked, "revision": revision}
-    return _fingerprint(folder, weights if whole else []) | names
+    return _fingerprint(folder, weights if whole else [], whole) | names
 
 
 def differences(before: Fingerprint, now: Fingerprint) -> list[str]:
@@ -89,6 +95,20 @@ def comparable(before: Fingerprint, now: Fingerprint) -> bool:
 def whole_digest(file: Path) -> str:
     """SHA-256 of a weight file, remembered until the file changes."""
     return remembered(file, "whole", file_digest)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of an adapter's or a model's weights; of several files, that of their names and hashes.
+
+    Raises ModelError for weight files that are missing.
+    """
+    files = [folder / "adapter_model.safetensors"]
+    if not files[0].is_file():
+        files = weight_files(folder)
+    digests = {file.name: whole_digest(file) for file in files}
+    if len(files) == 1:
+        return digests[files[0].name]
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()
 
 
 def damaged_in_cache(asked: str, revision: str | None) -> list[str]:
@@ -159,13 +179,13 @@ def _changed_tensors(before: dict[str, str], now: dict[str, str]) -> list[str]:
 # --- making ---------------------------------------------------------------------------------------
 
 
-def _fingerprint(folder: Path, weights: list[Path]) -> Fingerprint:
+def _fingerprint(folder: Path, weights: list[Path], whole: bool = True) -> Fingerprint:
     for file in weights:
         if not file.is_file():
             raise ModelError(f"{folder}: {file.name} is missing, which model.safetensors.index.json names")
     real = Path(os.path.abspath(folder))  # not what links in it mean
     small = [folder / name for name in (_CONFIG, *TOKENIZER_FILES)]
-    others = [] if weights else sorted(folder.glob("pytorch_model*.bin"))
+    others = [] if weights or not whole else sorted(folder.glob("pytorch_model*.bin"))
     tensors = [remembered(file, "tensors", tensor_digests) for file in weights]
     return {
         "fingerprint_version": VERSION,

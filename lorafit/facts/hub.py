@@ -62,7 +62,7 @@ def spare_retries() -> None:
 def from_hub(name: str, revision: str | None) -> ModelFacts:
     """The facts of a hub model. Raises ModelError, UnreachableError where the hub can't be asked for it."""
     spare_retries()
-    found = {file: _hub_file(name, file, revision) for file in ("config.json", "tokenizer_config.json")}
+    found = {file: hub_file(name, file, revision) for file in ("config.json", "tokenizer_config.json")}
     if found["config.json"] is None:
         bundled = known_models().get(name.lower())
         if bundled is None:
@@ -74,7 +74,7 @@ def from_hub(name: str, revision: str | None) -> ModelFacts:
             )
         source = f"the bundled configuration ({hub_unreachable() or 'the hub does not let you read it'})"
         return ModelFacts(name, "bundled", source, bundled, tuple(layout(bundled)))
-    _hub_file(name, "chat_template.jinja", revision)
+    hub_file(name, "chat_template.jinja", revision)
     folder = found["config.json"].parent
     config = read_json(found["config.json"])
     check_sizes(name, config)
@@ -146,7 +146,8 @@ def _kept_headers(place: Path) -> tuple[Shard, ...] | None:
         return None
 
 
-def _hub_file(name: str, file: str, revision: str | None) -> Path | None:
+def hub_file(name: str, file: str, revision: str | None) -> Path | None:
+    """A hub model's file in the client's cache, fetched if it is not there; None if it can't be had."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, file, revision=revision)

@@ -197,8 +197,8 @@ class Lora:
     def arguments(self, targets: Targets | None) -> dict[str, Any]:
         names = {"target_modules": list(targets.names)} if targets else {}
         given = self.section.model_dump(mode="json", exclude={"loraplus_lr_ratio"})  # all but that are LoraConfig's
-        # a default of 32 stays 32, where pydantic writes 32.0
-        given |= {name: getattr(self.section, name) for name, value in given.items() if isinstance(value, float)}
+        given |= {"lora_alpha": _whole(given["lora_alpha"])}  # as PEFT writes it
+        given |= {"alpha_pattern": {key: _whole(value) for key, value in given["alpha_pattern"].items()}}
         return given | names | {"task_type": "CAUSAL_LM"}
 
 
@@ -300,7 +300,7 @@ def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
         reason += f", without the {len(saved)} that modules_to_save trains in full"
     for index, name in enumerate(lora.exclude_modules or ()):
         remaining = [module for module in chosen if not _is_named(module, name)]
-        if remaining == chosen:
+        if remaining == chosen and not _is_left_out(name, lora.target_modules, linear):
             raise TargetError(("exclude_modules", index), f"matches no target module{near(name, chosen)}")
         chosen = remaining
     if lora.layers_to_transform is not None:
@@ -318,6 +318,16 @@ def find_targets(lora: LoraSection, facts: ModelFacts) -> Targets:
 
 def _is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _is_left_out(name: str, targets: Any, linear: list[str]) -> bool:
+    """Whether whole paths, as `_short_names` gives them, leave out already what is to be excluded."""
+    paths = isinstance(targets, tuple) and all("." in target for target in targets)
+    return paths and any(_is_named(module, name) for module in linear)
 
 
 def _is_saved(module: str, lora: LoraSection) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from lorafit.errors import UsageError
 from lorafit.families import family_of
 from lorafit.plan.adapters import OUTPUT_HEADS, TargetError, Targets, adapter_of, is_skipped
+from lorafit.plan.chain import is_float32
 from lorafit.plan.values import Context, ModelPlan
 from lorafit.text import near
 
@@ -182,6 +183,9 @@ def adapter_dtype(context: Context, dtype: str) -> str:
     """The type of the trained adapter's weights."""
     if context.recipe.trains_base:
         return dtype
+    start = context.recipe.start_from
+    if start is not None and is_float32(start):
+        return context.choose("adapter dtype", "float32", f"as {start}, from which it starts")
     if context.recipe.quantization and dtype == "bfloat16":
         reason = "as QLoRA does it (arXiv:2305.14314); DoRA's magnitudes stay float32"
         return context.choose("adapter dtype", "bfloat16", reason)

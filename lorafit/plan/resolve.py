@@ -16,6 +16,7 @@ from lorafit.facts import ModelFacts, read_facts
 from lorafit.facts.template import syntax_error
 from lorafit.hardware import Hardware, detect, elsewhere, unmeasured
 from lorafit.plan.adapters import adapter_of
+from lorafit.plan.chain import find_chain
 from lorafit.plan.data import Reading, choose_max_length, counted, plan_data, plan_sources, read_chat_template
 from lorafit.plan.model import (
     adapter_dtype,
@@ -126,6 +127,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     for_training = training_kwargs(context, dtype, has_validation=bool(recipe.dataset.validation))
     for_model = model_kwargs(context, dtype)
     for_quantization = quantization_kwargs(context, dtype)
+    chain = find_chain(context, for_quantization) if reading != "nothing" else ()
     if context.mistakes:
         return None
     return Plan(
@@ -147,6 +149,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
         eval=recipe.eval.model_dump(mode="json"),
         remarks=tuple(context.remarks),
         references=recipe.references,
+        chain=chain,
     )
 
 

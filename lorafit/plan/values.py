@@ -14,6 +14,7 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
 from lorafit.plan.adapters import Adapter, adapter_told
+from lorafit.plan.chain import Stage
 from lorafit.plan.methods import METHODS, SFT, Method
 from lorafit.recipe import Mistake, Recipe
 from lorafit.rows import Format, Shape
@@ -184,6 +185,7 @@ class Plan:
         merge: the recipe's merge section; empty in plans of before there was one.
         eval: the recipe's eval section; empty in plans of before there was one.
         references: the recipe's ${NAME}, which stand for their values in the file.
+        chain: the trainings that came before, the oldest first.
     """
 
     name: str
@@ -205,6 +207,7 @@ class Plan:
     merge: dict[str, Any] = field(default_factory=dict)
     eval: dict[str, Any] = field(default_factory=dict)
     references: References = field(default_factory=dict)
+    chain: tuple[Stage, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(self._as_written(), indent=2, ensure_ascii=False) + "\n"
@@ -245,6 +248,7 @@ class Plan:
             "schedule": Schedule(**raw["schedule"]) if raw["schedule"] else None,
             "remarks": tuple(raw["remarks"]),
             "references": {key: Reference(**one) for key, one in raw["references"].items()},
+            "chain": tuple(Stage(**one) for one in raw["chain"]),
         }
         return Plan(**raw)
 
@@ -263,6 +267,7 @@ class Plan:
             "adapter_dtype",
             "training_kwargs",
             "data",
+            "chain",
         )
         machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
         for source in (*whole["data"]["train"], *whole["data"]["validation"]):
@@ -275,6 +280,12 @@ class Plan:
             for name in PASSES:
                 values.pop(name, None)
         return {part: whole[part] for part in parts} | {"hardware": machine, "rows_per_step": self.rows_per_step}
+
+    @property
+    def start_from(self) -> str | None:
+        """The adapter that goes on, if one does."""
+        asked: str | None = self.recipe["start_from"]
+        return asked
 
     @property
     def method(self) -> Method:

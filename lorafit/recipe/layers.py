@@ -115,7 +115,7 @@ def draft_of(
         references: those that some of the values were read from.
     """
     mistakes: list[Mistake] = []
-    root = _refer(_placed(dict(values), Position(written)), references or {})
+    root = _refer(placed(dict(values), Position(written)), references or {})
     root = _overridden(root, overrides, os.environ, mistakes)
     return Draft(root, mistakes, True)
 
@@ -272,13 +272,13 @@ def _apply_override(root: Located, argument: str, environment: Mapping[str, str]
         value = read_yaml(text, position.file, environment)
     except RecipeError as error:
         raise RecipeError(Mistake(position, dotted(steps), m.message) for m in error.mistakes) from None
-    return _override(root, steps, _placed(value, position), position, ())
+    return _override(root, steps, placed(value, position), position, ())
 
 
-def _placed(value: Any, position: Position) -> Located:
+def placed(value: Any, position: Position) -> Located:
     """A value, plain or located, with every node at one position."""
     node = value if isinstance(value, Located) else Located(value, position)
-    below = node.each(lambda _, child: _placed(child, position))
+    below = node.each(lambda _, child: placed(child, position))
     return Located(below, position, position, reference=node.reference)
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from lorafit.recipe.layers import Disk, Draft, read_recipe
 from lorafit.recipe.rules import cross_check
 from lorafit.recipe.schema import Recipe
+from lorafit.recipe.start import on_its_start
 from lorafit.recipe.yaml import Located, Mistake, RecipeError, holds
 from lorafit.text import clipped
 from lorafit.tree import KeyPath, dotted
@@ -70,7 +71,7 @@ def load(
     store: Disk | None = None,
 ) -> Recipe:
     """Read a recipe file with its parents and `--set` overrides, from the disk or another store. Raises RecipeError."""
-    return validate(read_recipe(Path(path), overrides, _is_key, environment, store))
+    return validate(on_its_start(read_recipe(Path(path), overrides, _is_key, environment, store)))
 
 
 def validate(draft: Draft) -> Recipe:

@@ -526,7 +526,11 @@ class Recipe(Section):
     quantization: QuantizationSection | None = None
     """How the frozen base is quantized with bitsandbytes. Absent: it is not."""
     lora: LoraSection | None = None
-    """The adapter. Absent: all parameters are trained."""
+    """The adapter. Absent: that of `start_from`, or all parameters are trained."""
+    start_from: PathText | None = None
+    """An adapter that goes on: a run, a folder with an adapter, or a hub id. Its rank, scale, targets and the rest of
+    `lora` come from there, and the base has to be the one that it was trained on. Training starts with a fresh
+    optimizer (`lorafit train --resume` is for a run that was interrupted). Absent: a new adapter."""
     dataset: DatasetSection
     """The training and validation rows."""
     training: TrainingSection = Field(default_factory=TrainingSection)

@@ -17,9 +17,11 @@ from lorafit.facts.fingerprint import (
     differences,
     fingerprint_of,
     summary,
+    weights_digest,
 )
 from lorafit.files import damage, file_digest, foreign, is_read, own_digest, read_seal
 from lorafit.plan import Plan
+from lorafit.recipe.start import place_of
 from lorafit.rows import data_files
 from lorafit.run.directory import RunDir
 from lorafit.text import first_line
@@ -92,7 +94,7 @@ def verify(run: RunDir) -> list[Check]:
         raise UsageError(f"{run.manifest}: is missing or can't be read, so there is nothing to verify by")
     try:
         own = [*_own_files(run, manifest), *_template(run, manifest)]
-        return [*own, *_made(run), *_data(plan, manifest), *_base(run, plan, manifest)]
+        return [*own, *_made(run), *_data(plan, manifest), *_start(plan), *_base(run, plan, manifest)]
     except (AttributeError, TypeError) as error:
         raise UsageError(f"{run.manifest}: can't be read as a manifest of this version: {first_line(error)}") from None
 
@@ -156,6 +158,19 @@ def _data(plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:
         for name in (as_written(str(file), plan.references) for file in files):
             if name not in recorded:
                 yield Check(name, "changed", "was added after the training")
+
+
+def _start(plan: Plan) -> Iterator[Check]:
+    """The adapter that the training started from, where it still is."""
+    if plan.start_from is None:
+        return
+    what = f"start {plan.start_from}"
+    try:
+        now = weights_digest(place_of(plan.start_from).folder)
+    except (LorafitError, OSError) as error:
+        yield Check(what, "not here", first_line(error))
+        return
+    yield Check(what, "ok" if now == plan.chain[-1].sha256 else "changed")
 
 
 def _base(run: RunDir, plan: Plan, manifest: dict[str, Any]) -> Iterator[Check]:

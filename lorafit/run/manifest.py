@@ -15,10 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import UsageError
+from lorafit.errors import ModelError, UsageError
+from lorafit.facts import fingerprint
 from lorafit.facts.fingerprint import Fingerprint, listed, summary
 from lorafit.files import check_own, file_digest
 from lorafit.plan import Plan, Schedule, dated
+from lorafit.plan.chain import base_before
 from lorafit.rows import data_files
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located
@@ -58,6 +60,7 @@ def build_manifest(
         "git": git_state(),
         "hardware": dataclasses.asdict(plan.hardware),
         "model": dataclasses.asdict(plan.model) | {"fingerprint": summary(base)},
+        "chain": [dataclasses.asdict(stage) for stage in plan.chain],
         "data": {
             "files": {str(file): file_digest(file) for source in local for file in data_files(source.path)},
             "audit": audit.as_dict(),
@@ -198,10 +201,21 @@ def check_way(run: RunDir, plan: Plan, start: Start) -> None:
         )
     sources = [source.path for source in (*plan.data.train, *plan.data.validation)]
     sets = [one["path"] for one in plan.eval["sets"] if one["path"]]
-    named = [plan.model.name_or_path, *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
+    named = [plan.model.name_or_path, *sources, *sets, *filter(None, [start.recipe, plan.start_from]), os.getcwd()]
     inside = next((name for name in named if run.holds(located(name))), None)
     if inside is not None:
         raise UsageError(f"{run.path}: would be replaced, and {inside} is in it; choose another output_dir")
+
+
+def check_base_of_start(plan: Plan, run: RunDir) -> None:
+    """See that the base, which is whole here by now, is that of the adapter that goes on. Raises ModelError."""
+    if plan.start_from is None:
+        return
+    if changed := fingerprint.differences(base_before(plan.start_from), run.base_files() or {}):
+        raise ModelError(
+            f"model.name_or_path: {plan.model.name_or_path} is not the base that {plan.start_from} was trained on "
+            f"(differs in {listed(changed, 3)}); bring that back"
+        )
 
 
 def check_checkpoints(run: RunDir) -> None:

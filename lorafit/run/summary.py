@@ -32,6 +32,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         ("parameters", f"{parameters:,}" if parameters else "not known before the model loads"),
         ("trained", f"{trainable:,}{share}" if trainable else "not known before the model loads"),
     ]
+    lines += [("starts from", " -> ".join(stage.path for stage in plan.chain))] if plan.chain else []
     for name, sources in (("train", plan.data.train), ("validation", plan.data.validation)):
         for source in sources:
             rows = "rows not counted" if source.rows is None else f"{source.rows} rows"
@@ -211,6 +212,7 @@ def _rows(plan: Plan, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     name = plan.model.name_or_path
     rows = [
         ("base model", f"`{name}`"),
+        *([("started from", " → ".join(f"`{stage.path}`" for stage in plan.chain))] if plan.chain else []),
         ("method", _method(plan)),
         ("trainable parameters", f"{plan.trainable_parameters:,}"),
         ("training rows", f"{data['rows']:,} ({data['supervised_tokens']:,} learned tokens)"),

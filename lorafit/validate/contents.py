@@ -170,7 +170,7 @@ def _metrics(recipe: Recipe) -> Iterator[tuple[KeyPath, tuple[MetricSpec, ...]]]
 def _check_gate(found: Findings, path: KeyPath, text: str) -> None:
     """Raises UsageError for a figure that no evaluation by this recipe has."""
     recipe, section = found.recipe, found.recipe.eval
-    sets, models = sets_of(section), own_models(not recipe.trains_base)
+    sets, models = sets_of(section), own_models(not recipe.trains_base, recipe.start_from is not None)
     metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
     for name in parse(text).figures():
         figure = name.removeprefix(BASELINE)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
 from lorafit.engine.trainer import save_adapter
 from lorafit.errors import ModelError
@@ -15,6 +16,7 @@ from lorafit.files import staged
 from lorafit.plan import Plan
 from lorafit.plan.adapters import MAGNITUDE, check_expressions
 from lorafit.progress import is_first_process, stage
+from lorafit.recipe.start import place_of
 from lorafit.run.directory import RunDir
 from lorafit.written import expanded
 
@@ -57,6 +59,10 @@ def start(trainer: Any, plan: Plan, run: RunDir) -> None:
     the base, so the untrained adapter is kept to save an ordinary adapter for the unchanged base.
     """
     model: PeftModel = trainer.model
+    if plan.start_from is not None:
+        cast(model, plan.adapter_dtype)
+        go_on_from(model, plan.start_from)
+        return
     how = str((plan.lora_kwargs or {})["init_lora_weights"])
     if how == "loftq":
         from peft import replace_lora_weights_loftq
@@ -73,6 +79,23 @@ def start(trainer: Any, plan: Plan, run: RunDir) -> None:
         with staged(run.start, "start") as folder:
             save_adapter(model, folder, plan.references)
     cast(model, plan.adapter_dtype)
+
+
+def go_on_from(model: PeftModel, start_from: str) -> None:
+    """Give a new adapter the weights of an older one: all that it has, and nothing else. Raises ModelError."""
+    folder = place_of(start_from).folder
+    with stage(f"starting from {start_from}"):
+        stored = load_peft_weights(str(folder), device="cpu")
+        set_peft_model_state_dict(model, dict(stored))
+        now = get_peft_model_state_dict(model)
+    apart = sorted(stored.keys() ^ now.keys())
+    apart += [name for name in stored.keys() & now.keys() if not _equal(stored[name], now[name])]
+    if apart:
+        raise ModelError(f"start_from: {start_from}: {len(apart)} of its tensors can't go on, such as {apart[0]}")
+
+
+def _equal(stored: torch.Tensor, now: torch.Tensor) -> bool:
+    return stored.shape == now.shape and torch.equal(stored.to(now.dtype), now.cpu())
 
 
 def cast(model: torch.nn.Module, dtype: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,15 +21,15 @@ from lorafit.engine.loss import settle_head
 from lorafit.engine.model import base_source, load_base, on_cpu
 from lorafit.engine.tokenizer import reading
 from lorafit.errors import ModelError, UsageError
-from lorafit.evaluation.figures import BASE
-from lorafit.facts import weight_files
-from lorafit.facts.fingerprint import differences, listed
-from lorafit.files import check, check_own, file_digest
+from lorafit.evaluation.figures import BASE, START
+from lorafit.facts.fingerprint import differences, listed, weights_digest
+from lorafit.files import check, check_own
 from lorafit.options import EvalOptions, name_of
 from lorafit.plan import Plan
 from lorafit.plan.adapters import check_adapter
 from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSection
+from lorafit.recipe.start import place_of
 from lorafit.run.directory import RunDir, located, open_run
 from lorafit.written import References, expanded, require
 
@@ -88,7 +87,7 @@ def result_of(run: RunDir, plan: Plan, name: str | None = None) -> NamedModel:
     """The result of a run: its adapter, or its model if it trained in full."""
     kind = plan.adapter.result
     folder = run.model if kind == "trained" else run.adapter
-    return NamedModel(name or kind, kind, str(folder), plan, run, _digest(folder))
+    return NamedModel(name or kind, kind, str(folder), plan, run, weights_digest(folder))
 
 
 def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> NamedModel:
@@ -100,7 +99,7 @@ def adapter_at(name: str, folder: Path, run: RunDir, plan: Plan) -> NamedModel:
     ours = {expanded(plan.model.name_or_path).name.lower(), run.base.name}
     if named and expanded(named).name.lower() not in ours:
         raise ModelError(f"{folder}: is for the base {named}, and {run.path} is on {plan.model.name_or_path}")
-    return NamedModel(name, "adapter", str(folder), plan, run, _digest(folder))
+    return NamedModel(name, "adapter", str(folder), plan, run, weights_digest(folder))
 
 
 def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextlib.ExitStack) -> NamedModel:
@@ -115,7 +114,18 @@ def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextl
     check_same_base(run, other)
     if its.adapter.trains_base:
         raise UsageError(f"--adapter {name}={path}: the run trained in full and has no adapter")
-    return NamedModel(name, "adapter", str(other.adapter), plan, run, _digest(other.adapter))
+    return NamedModel(name, "adapter", str(other.adapter), plan, run, weights_digest(other.adapter))
+
+
+def start_of(run: RunDir, plan: Plan) -> NamedModel:
+    """The adapter that a run started from. Raises UsageError if there is none, ModelError if it is gone or another."""
+    if plan.start_from is None:
+        raise UsageError(f"{run.path}: started from no adapter, so there is no model {START}")
+    folder = place_of(plan.start_from).folder
+    start = adapter_at(START, folder, run, plan)
+    if start.sha256 != plan.chain[-1].sha256:
+        raise ModelError(f"{folder}: is not the adapter that {run.path} started from any more; bring that back")
+    return start
 
 
 def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> NamedModel:
@@ -127,7 +137,7 @@ def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> NamedModel:
     check_own(folder, "merge again") if folder == run.merged else check(folder)
     report = read_json(folder / "merge_report.json")
     base, recorded = report.get("base") or {}, report.get("adapter_sha256")
-    if recorded not in (None, _digest(run.adapter)):
+    if recorded not in (None, weights_digest(run.adapter)):
         raise ModelError(f"{folder}: is the merge of another adapter ({report.get('adapter')}), not of {run.adapter}")
     if str(base.get("checked", "")).startswith("no"):
         raise ModelError(f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path}")
@@ -136,7 +146,7 @@ def merged_at(name: str, folder: Path, run: RunDir, plan: Plan) -> NamedModel:
             f"{folder}: is merged into another base ({base.get('name')}) than that of {run.path} "
             f"({plan.model.name_or_path})"
         )
-    return NamedModel(name, "merged", str(folder), plan, run, _digest(folder))
+    return NamedModel(name, "merged", str(folder), plan, run, weights_digest(folder))
 
 
 def check_same_base(first: RunDir, other: RunDir) -> None:
@@ -147,16 +157,6 @@ def check_same_base(first: RunDir, other: RunDir) -> None:
             f"{other.path}: was trained on another base than {first.path} (differs in {listed(changed, 3)}); evaluate "
             "it by itself, and compare with --baseline"
         )
-
-
-def _digest(folder: Path) -> str:
-    """SHA-256 of an adapter's or a model's weights; of several files, that of their names and hashes."""
-    files = [folder / "adapter_model.safetensors"]
-    if not files[0].is_file():
-        files = weight_files(folder)
-    if len(files) == 1:
-        return file_digest(files[0])
-    return hashlib.sha256("".join(f"{file.name} {file_digest(file)}\n" for file in files).encode()).hexdigest()
 
 
 class Loaded:
@@ -356,7 +356,8 @@ def _models(options: EvalOptions, run: RunDir, plan: Plan, stack: contextlib.Exi
     own = result_of(run, plan)
     asked = options.compare
     if asked is None:
-        asked = (BASE, own.kind, *(("merged",) if (run.merged / "config.json").is_file() else ()))
+        before = (START,) if plan.start_from is not None else ()
+        asked = (BASE, own.kind, *before, *(("merged",) if (run.merged / "config.json").is_file() else ()))
     found: list[NamedModel] = []
     for name in asked:
         taken = [*(model.name for model in found), *(adapter.name for adapter in options.adapters)]
@@ -366,6 +367,8 @@ def _models(options: EvalOptions, run: RunDir, plan: Plan, stack: contextlib.Exi
             if name != own.kind:
                 raise UsageError(f"--compare {name}: {run.path} has no {name}; what it trained is called {own.kind}")
             found.append(own)
+        elif name == START:
+            found.append(start_of(run, plan))
         elif name == "merged":
             found.append(merged_at("merged", run.merged, run, plan))
         else:

@@ -158,7 +158,7 @@ def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared)
     section = EvalSection.model_validate(plan.eval)
     demands = _demands(section)
     named = {figure.removeprefix(BASELINE).split(".")[0] for demand, _ in demands for figure in demand.figures()}
-    models = own_models(not plan.adapter.trains_base)
+    models = own_models(not plan.adapter.trains_base, plan.start_from is not None)
     read = {*named, *(one.name for one in section.sets)}
     if prepared.validation is None:
         read -= {HELD_OUT}

@@ -153,6 +153,7 @@ def build_report(merging: Merging, written: Written, kind: str, reason: str, pro
         "verdict": _verdict(proof, merging.method),
         "adapter": merging.source.shown,
         "adapter_sha256": file_digest(weights) if weights.is_file() else None,
+        "chain": [asdict(stage) for stage in merging.source.plan.chain] if merging.source.plan else [],
         "additions": [{"adapter": other.shown, "weight": addition.weight} for other, addition in added],
         **combined(merging),
         "base_weights": {

@@ -45,6 +45,7 @@ from lorafit.hardware import available_memory
 from lorafit.options import MergeOptions, unverified
 from lorafit.progress import stage
 from lorafit.recipe.schema import MergeSection
+from lorafit.recipe.start import CHANGING_STARTS
 from lorafit.run.directory import located
 from lorafit.run.summary import write_merged_card
 from lorafit.written import References
@@ -258,7 +259,7 @@ class Merging:
             kind, start = source.config.get("peft_type"), source.config.get("init_lora_weights")
             if kind != "LORA":
                 raise NotOneByOne(f"the adapter is of PEFT's type {kind}")
-            if isinstance(start, str) and start.lower().split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+            if isinstance(start, str) and start.lower().split("_")[0] in CHANGING_STARTS:
                 raise NotOneByOne(
                     f"the adapter starts by {start}, which changes the base, and was not converted to plain LoRA"
                 )
