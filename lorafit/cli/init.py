@@ -16,7 +16,7 @@ from lorafit.options import InitOptions
 from lorafit.written import from_home
 
 if TYPE_CHECKING:
-    from lorafit.recipe import Recipe
+    from lorafit.recipe import Mistake, Recipe
 
 
 @command
@@ -74,9 +74,17 @@ def deliver(text: str, options: InitOptions, beside: dict[Path, str]) -> None:
     """Check the recipe, write or print it, and say how to go on. Raises RecipeError for what is no recipe."""
     from lorafit.files import write_text
     from lorafit.init.propose import recipe_of
+    from lorafit.recipe import RecipeError
 
     text = from_home(text)
-    recipe = recipe_of(text, options.file)
+    recipe: Recipe | None = None
+    wrong: tuple[Mistake, ...] = ()
+    try:
+        recipe = recipe_of(text, options.file)
+    except RecipeError as error:
+        if any(mistake.path != "start_from" for mistake in error.mistakes):
+            raise
+        wrong = error.mistakes  # its adapter may be on another machine
     if options.to_stdout:
         typer.echo(text, nl=False)
         for path in beside:
@@ -84,7 +92,7 @@ def deliver(text: str, options: InitOptions, beside: dict[Path, str]) -> None:
     else:
         for path, content in (beside | {options.file: text}).items():
             write_text(path, content)
-    for line in doubts(recipe):
+    for line in doubts(recipe) if recipe else map(str, wrong):
         warn(f"not ready to train: {line}")
     if not options.to_stdout:
         remark(f"{options.file} is written. Next:")

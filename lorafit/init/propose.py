@@ -18,6 +18,7 @@ from lorafit.options import InitOptions
 from lorafit.recipe import Recipe
 from lorafit.recipe.layers import Draft
 from lorafit.recipe.load import section_at, validate
+from lorafit.recipe.start import on_its_start
 from lorafit.recipe.yaml import parse_scalar, read_yaml
 from lorafit.rows import Fault, Format, Row, Shape, data_files, detect_format, is_local, read_rows, to_example
 from lorafit.text import gib, near, printable
@@ -374,7 +375,7 @@ def _place_of_key(entry: tuple[str, Line]) -> int:
 
 def recipe_of(text: str, file: Path | str) -> Recipe:
     """The recipe that a text is. Raises RecipeError, with places in `file`."""
-    return validate(Draft(read_yaml(text, str(file), {}), [], True))
+    return validate(on_its_start(Draft(read_yaml(text, str(file), {}), [], True)))
 
 
 def _comment(text: str) -> str:

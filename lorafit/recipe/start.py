@@ -24,7 +24,7 @@ CHANGING_STARTS = ("pissa", "olora", "corda", "loftq")
 """Starts (PEFT's init_lora_weights) that change the base: as it is on the hub, it is not the adapter's."""
 
 _KEPT = frozenset(LoraSection.model_fields) - {"init_lora_weights", "loraplus_lr_ratio"}
-_FREE = ("lora_dropout", "loraplus_lr_ratio")
+FREE = ("lora_dropout", "loraplus_lr_ratio")
 """Keys that are no part of an adapter, so that a recipe may say otherwise."""
 _OF_NOTHING = frozenset(
     {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
@@ -133,7 +133,7 @@ def _contradictions(own: Located, values: dict[str, Any], place: Place) -> Itera
         return  # said where the recipe is checked
     for name in own.value:
         before, now = getattr(there, name), getattr(asked, name)
-        if name in _FREE or _same(before, now) or (name == "target_modules" and now == _targets_asked(place)):
+        if name in FREE or _same(before, now) or (name == "target_modules" and now == _targets_asked(place)):
             continue
         shown = list(before) if isinstance(before, tuple) else before
         path = ("lora", name)

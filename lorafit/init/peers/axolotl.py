@@ -14,7 +14,6 @@ NAMED = "base_model"
 MARKS: tuple[str, ...] = ("base_model", "micro_batch_size", "sequence_len", "adapter", "val_set_size", "sample_packing")
 """Keys by which a recipe is known to be axolotl's."""
 
-_ANOTHER_START = "training would start from something else than the base model"
 _OTHER_LOSS = "lorafit trains on answers (SFT) only"
 _LAYERS = "which weights are trained would be others"
 
@@ -68,7 +67,7 @@ RULES: Rules = table(
     refused("rl reward_model process_reward_model", _OTHER_LOSS),
     refused("pretraining_dataset", "lorafit does no pretraining; name the rows as datasets of type completion"),
     refused("processor_type is_multimodal image_size image_resize_algorithm", "lorafit trains on text only"),
-    refused("lora_model_dir", _ANOTHER_START),
+    becomes("lora_model_dir", "start_from", read.text),
     refused("relora relora_* jagged_restart_*", "lorafit has no ReLoRA"),
     refused("unfrozen_parameters lisa_* peft_layer_replication", _LAYERS),
     refused("gptq", "lorafit trains on no GPTQ model; name the model that it was made from"),

@@ -16,6 +16,7 @@ from lorafit.errors import UsageError
 from lorafit.init.peers.read import flag
 from lorafit.init.propose import Document, Line
 from lorafit.recipe import RecipeError
+from lorafit.recipe.start import FREE
 from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, compose, parse_scalar
 from lorafit.text import clipped, near, printable
 
@@ -274,15 +275,21 @@ class Conversion:
         self.notes.append(Note(self.line_of(path), path, message))
         return message
 
-    def without_adapter(self) -> None:
-        """Training in full: what is said of an adapter has no effect."""
-        self.lines = {key: line for key, line in self.lines.items() if not key.startswith("lora.")}
+    def without_adapter(self, why: str = NO_ADAPTER, kept: tuple[str, ...] = ()) -> None:
+        """Take out what is said of an adapter, but for the keys that are kept: it has no effect."""
+        for key in [key for key in self.lines if key.startswith("lora.") and key.partition(".")[2] not in kept]:
+            del self.lines[key]
         for key, fate in self.fates.items():
-            if fate.startswith("lora."):
-                self.fates[key] = NO_ADAPTER
+            if fate.startswith("lora.") and fate.partition(".")[2] not in kept:
+                self.fates[key] = why
 
     def settle(self) -> None:
-        """Where a key's value is what lorafit does anyway, so that nothing was written for it, say so."""
+        """Where a key's value is what lorafit does anyway, so that nothing was written for it, say so.
+
+        An adapter that goes on brings its own values.
+        """
+        if "start_from" in self.lines:
+            self.without_adapter(f"{NO_EFFECT}: the adapter goes on as it is", FREE)
         for key, fate in self.fates.items():
             rule = find(self.rules, re.sub(r"^(test_)?datasets\.\d+\.", "datasets[].", key))
             if rule is None or rule.fate != "decides" or fate != rule.target:

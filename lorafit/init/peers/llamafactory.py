@@ -172,7 +172,7 @@ RULES: Rules = table(
         "cache_dir use_fast_tokenizer low_cpu_mem_usage use_unsloth use_unsloth_gc enable_liger_kernel pissa_convert "
         "use_reentrant_gc infer_backend infer_dtype offload_folder use_kv_cache print_param_status buffer_size "
         "overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path "
-        "plot_loss compute_accuracy include_effective_tokens_per_second create_new_adapter eval_num_beams "
+        "plot_loss compute_accuracy include_effective_tokens_per_second eval_num_beams "
         "eval_on_each_dataset predict_with_generate ray_* placement_strategy resources_per_worker upcast_lmhead_output "
         "quantization_device_map loraplus_lr_embedding export_* adapter_folder flash_attn_* use_v1_kernels",
         shared.NOT_LEARNED,
@@ -182,7 +182,8 @@ RULES: Rules = table(
         "freeze_vision_tower freeze_multi_modal_projector freeze_language_model media_dir image_* video_*", _NO_IMAGES
     ),
     idle("crop_to_patches use_audio_in_video audio_sampling_rate", _NO_IMAGES),
-    refused("adapter_name_or_path", "training would start from something else than the base model"),
+    decides("adapter_name_or_path", "start_from"),
+    refused("create_new_adapter", "a new adapter would be trained on a merged one; merge that first"),
     refused("use_galore use_apollo use_badam use_llama_pro use_muon use_dft_loss use_asft_loss", _OTHER_METHOD),
     refused("use_adam_mini use_mca use_eaft_loss train_from_scratch mixture_of_depths", _OTHER_METHOD),
     idle(
@@ -260,6 +261,11 @@ def _method(c: Conversion) -> None:
             c.refuse("quantization_bit", "quantized weights can't be trained without an adapter")
         c.without_adapter()
         return
+    before: list[str] = c.get("adapter_name_or_path", read.names, [])
+    if len(before) > 1:
+        c.refuse("adapter_name_or_path", "all but the last would be merged into the base first; do that, and name one")
+    if before:
+        c.put("start_from", before[0], "adapter_name_or_path")
     c.default("lora.r", 8)
     if "lora.lora_alpha" not in c.lines:
         c.put("lora.lora_alpha", 2 * c.value("lora.r"), "LLaMA-Factory's default: twice lora_rank")
