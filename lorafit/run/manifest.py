@@ -21,6 +21,7 @@ from lorafit.facts.fingerprint import Fingerprint, listed, summary
 from lorafit.files import check_own, file_digest
 from lorafit.plan import Plan, Schedule, dated
 from lorafit.plan.chain import base_before
+from lorafit.recipe.start import place_of
 from lorafit.rows import data_files
 from lorafit.rows.audit import Audit
 from lorafit.run.directory import RunDir, located
@@ -201,7 +202,8 @@ def check_way(run: RunDir, plan: Plan, start: Start) -> None:
         )
     sources = [source.path for source in (*plan.data.train, *plan.data.validation)]
     sets = [one["path"] for one in plan.eval["sets"] if one["path"]]
-    named = [plan.model.name_or_path, *sources, *sets, *filter(None, [start.recipe, plan.start_from]), os.getcwd()]
+    named = [plan.model.name_or_path, *sources, *sets, *filter(None, [start.recipe]), os.getcwd()]
+    named += [str(place_of(plan.start_from).folder)] if plan.start_from else []
     inside = next((name for name in named if run.holds(located(name))), None)
     if inside is not None:
         raise UsageError(f"{run.path}: would be replaced, and {inside} is in it; choose another output_dir")

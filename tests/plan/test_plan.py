@@ -590,6 +590,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "eval.judge.timeout": (5.0, JUDGED),
     "eval.judge.max_tokens": (5, JUDGED),
     "output_dir": ("elsewhere/run", {}),
+    "start_from": ("ADAPTER", {}),
 }
 
 
@@ -632,7 +633,11 @@ def test_the_table_has_every_field() -> None:
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_reaches_something(field: str, planner: Planner) -> None:
     value, context = CHANGES[field]
-    files = {"TEMPLATE": "template.jinja", "MORE": "more.jsonl", "TEXTS": "texts.jsonl"}
+    files = {"TEMPLATE": "template.jinja", "MORE": "more.jsonl", "TEXTS": "texts.jsonl", "ADAPTER": "adapter"}
+    (planner.folder / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "m", "r": 16, "target_modules": ["q_proj"]}
+    (planner.folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    (planner.folder / "adapter" / "adapter_model.safetensors").write_bytes(b"\x02" + b"\x00" * 7 + b"{}")
     (planner.folder / "template.jinja").write_text(CHATML)
     (planner.folder / "more.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (planner.folder / "texts.jsonl").write_text('{"prompt": "a", "completion": "b", "text": "ab"}\n')
