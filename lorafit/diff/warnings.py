@@ -219,6 +219,9 @@ def _adapter(both: Both) -> Iterator[Warned]:
         return
     for change in both.changed(f"{now.name}.target_modules"):
         plans = [one.plan for one in both.outcomes]
+        meant = [{*plan.choices[change.key].value} if plan and change.key in plan.choices else None for plan in plans]
+        if meant[0] is not None and meant[0] == meant[1]:
+            continue
         counts = [plan.model.adapted_modules if plan else 0 for plan in plans]
         modules = f": {counts[0]} adapted modules become {counts[1]}" if all(counts) else ""
         yield Warned(change.key, f"Other modules are adapted{modules}{size}.")
