@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal, DecimalException
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,17 +117,61 @@ def regex(pattern: str) -> PairScore:
 
     Raises UsageError if it is none; the metric does if an answer takes it too long, as `(a+)+$` may.
     """
-    try:
-        with within(UsageError, f"metric regex: '{pattern}'"):
-            compiled = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"metric regex: '{pattern}' is no regular expression: {first_line(error)}") from None
+    compiled = _compiled("regex", pattern)
 
     def score(answer: str, expected: str) -> float:
         with within(UsageError, f"metric regex: '{pattern}': an answer"):
             return float(compiled.search(answer) is not None)
 
     return score
+
+
+def extract(pattern: str) -> PairScore:
+    """Share of answers in which PATTERN last finds what it last finds in the expected one: its group, or all of it.
+
+    Numbers are compared as numbers: 1,000 is 1000.0, and a full stop or comma at the end is none of them. None where
+    the expected answer has no match. Raises UsageError as `regex`.
+    """
+    compiled = _compiled("extract", pattern)
+    if compiled.groups > 1:
+        raise UsageError(f"metric extract: '{pattern}' has {compiled.groups} groups; write all but one as (?:…)")
+
+    def last(text: str) -> str | None:
+        with within(UsageError, f"metric extract: '{pattern}': an answer"):
+            found = compiled.findall(text)
+        return found[-1].strip() if found else None
+
+    def score(answer: str, expected: str) -> float | None:
+        wanted, given = last(expected), last(answer)
+        if wanted is None or given is None:
+            return None if wanted is None else 0.0
+        one, other = _number(given), _number(wanted)
+        return float(given == wanted if one is None or other is None else one == other)
+
+    return score
+
+
+_NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][-+]?\d+)?")
+
+
+def _number(text: str) -> Decimal | None:
+    """The number that a text is, with commas between thousands alone; None for other texts, such as 1,5."""
+    text = text.rstrip(".,").replace("\N{MINUS SIGN}", "-")
+    if not _NUMBER.fullmatch(text) or not any(character.isdigit() for character in text):
+        return None
+    try:
+        return Decimal(text.replace(",", ""))
+    except DecimalException:  # an exponent that is out of all measure
+        return None
+
+
+def _compiled(metric: str, pattern: str) -> re.Pattern[str]:
+    """Raises UsageError for no regular expression, and one that takes long to compile."""
+    try:
+        with within(UsageError, f"metric {metric}: '{pattern}'"):
+            return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"metric {metric}: '{pattern}' is no regular expression: {first_line(error)}") from None
 
 
 def words(answer: str, expected: str) -> float:

@@ -102,6 +102,7 @@ METRICS: Mapping[str, KnownMetric] = {
         KnownMetric("token_f1", "token F1", answers.token_f1),
         KnownMetric("contains", "contains", answers.contains, bind=answers.contains_text, argument="TEXT"),
         KnownMetric("regex", "matches the expression", bind=answers.regex, argument="PATTERN"),
+        KnownMetric("extract", "same final answer", bind=answers.extract, argument="PATTERN"),
         KnownMetric("json_valid", "is JSON", answers.json_valid),
         KnownMetric("json_match", "same JSON", answers.json_match),
         KnownMetric(

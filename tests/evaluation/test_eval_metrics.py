@@ -175,6 +175,31 @@ def test_score_with_argument(spec: MetricSpec, answer: str, value: float) -> Non
     assert score(spec, answer, "something else") == value
 
 
+GSM8K = r"#### (-?[0-9.,]+)"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer", "expected", "value"),
+    [
+        (GSM8K, "so\n#### 42", "thus\n#### 42.0", 1),
+        (GSM8K, "#### 1,042.", "#### 1042", 1),
+        (GSM8K, "#### 7, no: #### 42", "#### 42", 1),  # the last one counts
+        (GSM8K, "#### 42, no: #### 7", "#### 42", 0),
+        (GSM8K, "it is 42", "#### 42", 0),
+        (GSM8K, "#### 42", "it is 42", None),
+        (GSM8K, "#### 1,5", "#### 15", 0),  # no comma between thousands
+        (GSM8K, "#### 1,5", "#### 1,5", 1),
+        (r"\d+", "5 and 042", "42", 1),  # no group: all of it
+        ("answer: (yes|no)", "answer: yes", "answer: no", 0),
+        ("answer: (.*)", "answer: \N{MINUS SIGN}0.50", "answer: -.5 ", 1),
+        (r"(\d+)", "12345678901234567890", "12345678901234567891", 0),
+        ("(.*)e", "1e99999999999999999999e", "1e99999999999999999999e", 1),
+    ],
+)
+def test_what_is_extracted_is_compared(pattern: str, answer: str, expected: str, value: float | None) -> None:
+    assert score({"extract": pattern}, answer, expected) == value
+
+
 @settings(deadline=None)
 @given(answer=st.text(), expected=st.text())
 def test_shares_are_shares(answer: str, expected: str) -> None:
@@ -284,6 +309,9 @@ def test_missing_json_schema(tmp_path: Path) -> None:
         ("regex", "regex .*argument.*`regex: PATTERN`"),
         ("json_schema", "json_schema .*argument.*`json_schema: PATH`"),
         ({"regex": "(a"}, r"'\(a' .*regular expression.*position 0"),
+        ({"extract": "(a"}, r"'\(a' .*regular expression.*position 0"),
+        ({"extract": "(a)(b)"}, "2 groups"),
+        ("extract", "extract .*argument.*`extract: PATTERN`"),
         ({"contains": ""}, "contains: .*argument .*empty"),
         ({"exact_match": "x"}, "exact_match .*argument.*`exact_match`"),
         ({"regex": "a", "contains": "b"}, "`name: argument`.* {'regex': 'a', 'contains': 'b'}"),
@@ -420,6 +448,8 @@ def test_an_expression_that_takes_too_long_is_an_error(monkeypatch: pytest.Monke
     with pytest.raises(UsageError, match=r"'\(a\+\)\+\$'.* 0.2 seconds"):
         metric.score(Judged(answer="a" * 60 + "b", expected=""))
     assert metric.score(Judged(answer="b", expected="")) == 0
+    with pytest.raises(UsageError, match=r"extract.* 0.2 seconds"):
+        make_metric({"extract": "(a+)+$"}).score(Judged(answer="a", expected="a" * 60 + "b"))
 
 
 def test_own_metric_is_called_once_for_an_answer_to_a_row(own: Any) -> None:
