@@ -130,6 +130,14 @@ class InitOptions(Options):
     validation: Annotated[str | None, Option("Held-out rows.  [default: 0.1, if rows are enough]", "PATH|FRACTION")] = (
         None
     )
+    format: Annotated[str | None, Option("The rows' format, see docs/data.md.  [default: guessed]", "FORMAT")] = None
+    columns: Annotated[
+        tuple[str, ...],
+        Option("What a column of the format is called in the rows; repeatable.", "--columns NAME=COLUMN"),
+    ] = ()
+    template: Annotated[
+        str | None, Option("Jinja that makes text of a row, such as '{{ question }} {{ answer }}'.", "JINJA")
+    ] = None
     gpu: Annotated[str | None, Option("The GPU that it has to fit, such as 'RTX 4090'.", "NAME", "gpus")] = None
     vram: Annotated[str | None, Option("The memory that it has to fit, such as 24GiB.", "SIZE")] = None
     cpu: Annotated[bool, Option("For a machine without a GPU.")] = False
@@ -147,12 +155,40 @@ class InitOptions(Options):
             raise UsageError("--cpu and --gpu or --vram exclude each other")
         if not self.to_stdout:
             self.refuse_overwriting(self.file)
-        if self.source is not None and (self.model or self.data or self.validation or self.name):
+        self.columns_by_name()
+        if self.format is not None:
+            from lorafit.rows import COLUMNS
+
+            if self.format not in COLUMNS:
+                raise UsageError(
+                    f"--format {self.format}: not one of {', '.join(COLUMNS)}{near(self.format, list(COLUMNS))}"
+                )
+        if self.template is not None:
+            from lorafit.rows import check_template
+
+            try:
+                check_template(self.template)
+            except ValueError as error:
+                raise UsageError(f"--template: {error}") from None
+        if self.source is not None and (self.model or self.data or self.validation or self.name or self.says_how):
             raise UsageError(
                 "--from takes everything from the other recipe; it goes with --kind, --gpu, --vram and --cpu"
             )
         if self.source is None and self.kind is not None:
             raise UsageError("--kind says whose recipe --from is; give both")
+
+    @property
+    def says_how(self) -> bool:
+        """Whether it is said how rows are read."""
+        return bool(self.format or self.columns or self.template)
+
+    def columns_by_name(self) -> dict[str, str]:
+        """The rows' columns by the format's. Raises UsageError."""
+        pairs = [part.strip().partition("=") for text in self.columns for part in text.split(",")]
+        for name, equals, column in pairs:
+            if not (name and equals and column):
+                raise UsageError(f"--columns {name}: expected NAME=COLUMN, such as output=answer")
+        return {name.strip(): column.strip() for name, _, column in pairs}
 
     def refuse_overwriting(self, file: Path) -> None:
         """Raises UsageError for a file that may not, or can't, be written."""

@@ -73,7 +73,7 @@ def is_terminal() -> bool:
 def deliver(text: str, options: InitOptions, beside: dict[Path, str]) -> None:
     """Check the recipe, write or print it, and say how to go on. Raises RecipeError for what is no recipe."""
     from lorafit.files import write_text
-    from lorafit.init.propose import recipe_of
+    from lorafit.init.document import recipe_of
     from lorafit.recipe import RecipeError
 
     text = from_home(text)

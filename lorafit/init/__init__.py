@@ -3,6 +3,6 @@
 A new recipe: settings that fit, each with its reason (`propose`). Another tool's: a table of keys for each (`peers`).
 """
 
-from lorafit.init.propose import Document, Line
+from lorafit.init.document import Document, Line
 
 __all__ = ["Document", "Line"]

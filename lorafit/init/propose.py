@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from lorafit.errors import DataError, DoesNotFitError, ModelError, UsageError
 from lorafit.facts import ModelFacts, known_models, read_facts
 from lorafit.gpus import find_gpu, parse_memory
 from lorafit.hardware import Hardware, detect_cpu, detect_gpu_or_assume, hardware_of
+from lorafit.init.document import Document, Line
+from lorafit.init.guess import Guess, final_answers, guess
 from lorafit.memory import Estimate
 from lorafit.options import InitOptions
-from lorafit.recipe import Recipe
-from lorafit.recipe.layers import Draft
-from lorafit.recipe.load import section_at, validate
-from lorafit.recipe.start import on_its_start
-from lorafit.recipe.yaml import parse_scalar, read_yaml
-from lorafit.rows import Fault, Format, Row, Shape, data_files, detect_format, is_local, read_rows, to_example
-from lorafit.text import gib, near, printable
+from lorafit.rows import Example, Fault, Format, Shape, data_files, is_local, read_rows, to_example
+from lorafit.text import gib, near
 from lorafit.vram.question import Method, Subject, solver
 
 FIRST_ROWS = 200
@@ -38,45 +33,66 @@ class Sample:
     """What was seen of a data set.
 
     Attributes:
-        format: None where the rows aren't here.
-        why: how the format is known.
+        shape: how its rows are read; None where they aren't here.
+        template: what makes the format's columns of them, if asked for.
         rows: their number; MOST_ROWS for as many or more, None where they aren't here.
         longest: rough tokens of the longest of the first rows.
         average: rough tokens of a row.
         faulty: what is wrong with the first row that can't be learned, of those that were looked at.
+        final: the expression that finds what answers come to, where they mark it.
     """
 
-    format: Format | None
-    why: str
+    shape: Guess | None
+    template: str | None = None
     rows: int | None = None
     longest: int | None = None
     average: float | None = None
     faulty: str | None = None
+    final: str | None = None
+
+    def source(self, path: str) -> dict[str, Any]:
+        """The source in a recipe."""
+        shape = self.shape
+        values: dict[str, Any] = {"path": path}
+        if shape is None:
+            values["format"] = Line("auto", "on the hub: not looked at")
+            return values
+        values["format"] = Line(shape.format, shape.why)
+        if shape.columns:
+            values["columns"] = Line(dict(shape.columns), shape.check)
+        return values | ({"template": self.template} if self.template else {})
 
 
-def look(path: str) -> Sample:
-    """What a source's rows are like. Raises DataError for rows that can't be read."""
+def look(path: str, asked: InitOptions) -> Sample:
+    """What a source's rows are like. Raises DataError for rows that can't be read, or not as was asked."""
+    columns, template = asked.columns_by_name(), asked.template
     if not is_local(path):
-        return Sample(None, "on the hub: not looked at")
+        said = asked.format is not None or columns or template
+        return Sample(Guess(cast(Format, asked.format or "auto"), columns, "as asked") if said else None, template)
     rows = read_rows(path)
     first = list(itertools.islice(rows, FIRST_ROWS))
     if not first:
         raise DataError(f"{path}: there are no rows")
-    format, why = detect_format(first[0], {})
-    lengths, faulty = [], None
-    for row in first:
+    seen = guess(first, asked.format, columns, template)
+    lengths, answers, faulty = [], [], None
+    for row in first if not seen.is_open else ():
         try:
-            lengths.append(_tokens(row, Shape(format)))
-        except Fault as error:
+            example = to_example(row, Shape(seen.format, seen.columns, template))
+        except DataError as error:
+            if not isinstance(error, Fault) and asked.says_how:
+                raise
             faulty = faulty or str(error)
+            continue
+        lengths.append(_tokens(example))
+        answers += [message["content"] for message in example.messages if message["role"] == "assistant"]
+        answers += [example.completion] if example.completion else []
     lengths = lengths or [0]
     count = len(first) + sum(1 for _ in itertools.islice(rows, MOST_ROWS - len(first)))
-    return Sample(format, why, count, max(lengths), sum(lengths) / len(lengths), faulty)
+    average = sum(lengths) / len(lengths)
+    return Sample(seen, template, count, max(lengths), average, faulty, final_answers(answers))
 
 
-def _tokens(row: Row, shape: Shape) -> int:
-    """Raises DataError, and Fault for a row that the audit would leave out or refuse."""
-    example = to_example(row, shape)
+def _tokens(example: Example) -> int:
     said = [*(message["content"] for message in example.messages), example.prompt, example.completion, example.text]
     size = sum(map(_bytes, said)) + _bytes(str(example.tools) if example.tools else None)
     return size // BYTES_A_TOKEN + TOKENS_A_TURN * (len(example.messages) + 1)
@@ -179,7 +195,7 @@ def first_recipe(asked: InitOptions) -> tuple[Document, tuple[str, ...]]:
         facts = read_facts(model)
     except ModelError as error:
         raise ModelError(f"{error}{near(model, known_models())}") from None
-    sample = look(data)
+    sample = look(data, asked)
     held_out, held_out_why = _validation(asked, sample)
     length, length_why = _max_length(sample, facts)
     packing = capacity is not None and _worth_packing(sample, length)
@@ -194,14 +210,17 @@ def first_recipe(asked: InitOptions) -> tuple[Document, tuple[str, ...]]:
         _model(asked, settings)
         | _dataset(asked, sample, held_out, held_out_why)
         | _training(facts, sample, settings, length_why, packing)
+        | ({"eval.metrics": Line([{"extract": sample.final}])} if sample.final else {})
         | _hardware(asked)
         | {"output_dir": Line(f"runs/{asked.name or asked.file.stem}")}
     )
     memory = _memory(asked, settings)
     method = "QLoRA" if settings.method == "qlora" else "LoRA"
     title = f"{method} of {model} on {data}, for {_place(asked)}. Made by `lorafit init`."
+    seen = sample.shape
+    doubtful = (*seen.remarks, *([f"{data}: {seen.check}"] if seen.check else [])) if seen else ()
     faulty = (f"{sample.faulty}; `lorafit preview` counts such rows",) if sample.faulty else ()
-    return Document(lines, (title, memory)), (*settings.passed, memory, *faulty)
+    return Document(lines, (title, memory)), (*settings.passed, memory, *doubtful, *faulty)
 
 
 def _meant(asked: InitOptions) -> tuple[Hardware, int | None]:
@@ -226,8 +245,7 @@ def _validation(asked: InitOptions, sample: Sample) -> tuple[float | list[dict[s
     except ValueError:
         if is_local(asked.validation):
             data_files(asked.validation)
-        seen = look(asked.validation)
-        return [{"path": asked.validation, "format": seen.format or "auto"}], "rows of their own"
+        return [look(asked.validation, asked).source(asked.validation)], "rows of their own"
     if not 0 < share < 1:
         raise UsageError(f"--validation {asked.validation}: expected a path, or a fraction between 0 and 1 such as 0.1")
     return share, "the share of rows that is held out"
@@ -265,11 +283,11 @@ def _model(asked: InitOptions, settings: Settings) -> dict[str, Line]:
 
 
 def _dataset(asked: InitOptions, sample: Sample, held_out: Any, held_out_why: str) -> dict[str, Line]:
-    known = Line(sample.format or "auto", sample.why)
-    lines = {"dataset.train": Line([{"path": asked.data, "format": known}])}
+    assert asked.data is not None
+    lines = {"dataset.train": Line([sample.source(asked.data)])}
     if held_out is not None:
         lines["dataset.validation"] = Line(held_out, held_out_why)
-    text = sample.format == "text"
+    text = sample.shape is not None and sample.shape.format == "text"
     learned = Line("all", "plain text has no answers") if text else Line("assistant", "only the answers are learned")
     return lines | {"dataset.loss_on": learned}
 
@@ -329,117 +347,3 @@ def _memory(asked: InitOptions, settings: Settings) -> str:
         f"Memory: about {gib(known.total)} GiB on the GPU, from {gib(known.least)} to {gib(known.most)} "
         f"(estimated; {_place(asked)})."
     )
-
-
-_PLAIN = re.compile(r"[A-Za-z0-9_./~^$()\\][A-Za-z0-9_./~<>@=+*^$()\\ -]*")
-_REFERENCE = re.compile(r"\$\{.*\}", re.DOTALL)
-_ESCAPES = {"\n": "\\n", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
-
-
-@dataclass(frozen=True)
-class Line:
-    """A value of the recipe, with a comment."""
-
-    value: Any
-    comment: str = ""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A recipe to be written: lines by dotted key, in the order of the recipe's sections, between comments."""
-
-    lines: Mapping[str, Line]
-    head: tuple[str, ...] = ()
-    foot: tuple[str, ...] = field(default=())
-
-    def text(self) -> str:
-        """The recipe as YAML."""
-        parts = [*map(_comment, self.head)]
-        for section in Recipe.model_fields:
-            own = {key: line for key, line in self.lines.items() if key.split(".")[0] == section}
-            if section in own:
-                parts += _entry(section, own[section])
-            elif own:
-                parts.append(f"{section}:")
-                for key, line in sorted(own.items(), key=_place_of_key):
-                    parts += [f"  {text}" for text in _entry(key.split(".", 1)[1], line)]
-        return "\n".join([*parts, *([""] if self.foot else []), *map(_comment, self.foot), ""])
-
-
-def _place_of_key(entry: tuple[str, Line]) -> int:
-    """Where the section has the key."""
-    section, name = entry[0].split(".", 1)
-    model = section_at((section,))
-    return list(model.model_fields).index(name) if model and name in model.model_fields else 0
-
-
-def recipe_of(text: str, file: Path | str) -> Recipe:
-    """The recipe that a text is. Raises RecipeError, with places in `file`."""
-    return validate(on_its_start(Draft(read_yaml(text, str(file), {}), [], True)))
-
-
-def _comment(text: str) -> str:
-    return f"# {printable(text)}".rstrip()
-
-
-def _entry(key: str, line: Line) -> list[str]:
-    """The lines of a key with its value, and of what is in that."""
-    value, remark = line.value, f" {_comment(line.comment)}" if line.comment else ""
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        items = [_entries(item) for item in value]
-        inside = [f"{'  ' if number else '- '}{text}" for item in items for number, text in enumerate(item)]
-    elif isinstance(value, dict) and value:
-        inside = _entries(value)
-    else:
-        return [f"{key}: {scalar(value)}{remark}"]
-    return [f"{key}:{remark}", *(f"  {text}" for text in inside)]
-
-
-def _entries(values: Mapping[str, Any]) -> list[str]:
-    pairs = ((_text(name), part if isinstance(part, Line) else Line(part)) for name, part in values.items())
-    return [text for name, line in pairs for text in _entry(name, line)]
-
-
-def scalar(value: Any) -> str:
-    """A value on one line, as lorafit's own reader reads it back."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return _number(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(scalar, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_text(str(key))}: {scalar(item)}" for key, item in value.items()) + "}"
-    return _text(value) if isinstance(value, str) else str(value)
-
-
-def _number(value: float) -> str:
-    """A number as short as it can be: 2e-4 rather than 0.0002."""
-    mantissa, _, exponent = f"{value:e}".partition("e")
-    mantissa = mantissa.rstrip("0").rstrip(".")
-    short = f"{mantissa}e{int(exponent)}"
-    return short if float(short) == value and abs(value) < 0.001 and value else repr(value).removesuffix(".0")
-
-
-def _text(value: str) -> str:
-    if _PLAIN.fullmatch(value) and not value.endswith(" ") and isinstance(_read(value), str):
-        return value
-    if _REFERENCE.fullmatch(value):  # single quotes keep it from being read from the environment
-        return "'" + value.replace("'", "''") + "'"
-    return '"' + "".join(map(_escaped, value)) + '"'
-
-
-def _read(text: str) -> Any:
-    try:
-        return None if text in ("yes", "no", "on", "off") else parse_scalar(text)  # text, but not for other readers
-    except ValueError:
-        return None
-
-
-def _escaped(character: str) -> str:
-    if character in _ESCAPES:
-        return _ESCAPES[character]
-    if character.isprintable():
-        return character
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"

@@ -32,6 +32,7 @@ from lorafit.rows import (
     Fault,
     Format,
     Row,
+    Shape,
     detect_format,
     digest,
     is_local,
@@ -124,11 +125,33 @@ def _looked_into(context: Context, source: SourcePlan, reading: Reading) -> Sour
         raise DataError(f"{key}: {method.title} learns nothing from rows in the format {format}")
     if remark := method.reads[format]:
         context.remarks.append(f"{key}: {remark}.")
+    if format == "prompt_completion" and _has_template(context) and _is_plain(first, source.shape(format)):
+        names = ", ".join(f"{name}: {source.columns.get(plain, plain)}" for name, plain in _AS_TURNS)
+        context.remarks.append(
+            f"{key}: prompts and completions are joined as plain text, without the model's chat template; with it: "
+            f"format: alpaca, columns: {{{names}}}."
+        )
     streamed = context.recipe.dataset.streaming and key.startswith("dataset.train")
     if reading == "formats":
         return dataclasses.replace(source, format=format)
     sha256 = size_digest(source.path) if streamed else digest(source.path)
     return dataclasses.replace(source, format=format, sha256=sha256)
+
+
+_AS_TURNS = (("instruction", "prompt"), ("output", "completion"))
+
+
+def _has_template(context: Context) -> bool:
+    tokenizer = context.facts.tokenizer
+    return context.recipe.model.chat_template is not None or bool(tokenizer and tokenizer.chat_template)
+
+
+def _is_plain(row: Row, shape: Shape) -> bool:
+    """Whether a prompt and completion are text, and not turns. Raises DataError."""
+    try:
+        return to_example(row, shape).prompt is not None
+    except Fault:  # counted by the audit
+        return True
 
 
 def choose_max_length(context: Context) -> int:

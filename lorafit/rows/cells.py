@@ -319,7 +319,17 @@ def _parsed(column: str, text: str) -> Any:
     return value if column in _LISTS or is_turns(value) else text
 
 
+SPEAKERS = ("role", "from", "speaker")
+CONTENTS = ("content", "value", "text")
+"""What a turn calls who says it, and what is said."""
+
+
 def is_turns(value: Any) -> bool:
     """Whether a value is one turn of a conversation or a list of them (JSON may also be an answer's text)."""
     turns = value if isinstance(value, list) else [value]
     return bool(turns) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+
+
+def is_turn(value: Mapping[str, Any]) -> bool:
+    """Whether a mapping says who says what."""
+    return not value.keys().isdisjoint(SPEAKERS) and not value.keys().isdisjoint(CONTENTS)

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from lorafit.errors import DataError
-from lorafit.rows.cells import Cells
+from lorafit.rows.cells import CONTENTS, SPEAKERS, Cells
 
 Message = dict[str, Any]
 
@@ -16,6 +16,9 @@ ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "agent": "assistant",
+    "customer": "user",
     "system": "system",
     "developer": "developer",
     "tool": "tool",
@@ -64,14 +67,13 @@ def read_turns(cells: Cells, name: str, value: Any) -> list[Message]:
 def _read_turn(cells: Cells, item: Any, what: str) -> tuple[Message, bool]:
     """A turn as a message, and whether it is a tool call in a turn of its own."""
     fields = {key: field for key, field in item.items() if field is not None} if isinstance(item, dict) else {}
-    said = fields.pop("role", None) or fields.pop("from", None)
+    said = next((fields.pop(key) for key in SPEAKERS if fields.get(key)), None)
     if said is None:
         raise _not_a_turn(cells, what, item)
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise cells.wrong(what, f"has an unknown role (known: {', '.join(ROLES)})", said)
-    content = fields.pop("content", None)
-    content = fields.pop("value", None) if content is None else content
+    content = next((fields.pop(key) for key in CONTENTS if key in fields), None)
     flags = [cells.flag(fields.pop(key, None), key, f"{key!r} in {what}") for key in _FLAGS]
     message: Message = {**fields, "role": role, "content": content}
     if role == "assistant":

@@ -15,7 +15,7 @@ from wording import Like
 
 import lorafit.cli.init
 from lorafit.cli import app
-from lorafit.init.propose import Document, Line, recipe_of, scalar
+from lorafit.init.document import Document, Line, recipe_of, scalar
 from lorafit.recipe import Recipe
 from lorafit.recipe.yaml import read_yaml
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, rows: Path, options: tuple[s
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "no rows"), ("{\n", "bad.jsonl:1: not JSON"), ('{"a": 1}\n', "fit no format")],
+    [("", "no rows"), ("{\n", "bad.jsonl:1: not JSON")],
 )
 def test_rows_that_cannot_be_read_are_said(tmp_path: Path, tiny_model: Path, content: str, said: str) -> None:
     (tmp_path / "bad.jsonl").write_text(content)
@@ -306,3 +306,139 @@ def test_a_document_keeps_the_order_of_the_sections_and_their_keys() -> None:
         '        text: "a: b"\ntraining:\n  max_length: 8 # short\n  seed: 1\noutput_dir: runs/x\n\n# foot\n'
     )
     assert recipe_of(text, "f").training.max_length == 8
+
+
+INSTANCES = [{"input": "1, 2", "output": "3"}]
+TALK = [{"speaker": "customer", "text": "Hi"}, {"speaker": "agent", "text": "Hello"}]
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "bot", "content": "Hello"}]
+GUESSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "gsm8k": (
+        {"question": "How many are 40 and 2?", "answer": "40 + 2 = 42\n#### 42"},
+        {"instruction": "question", "output": "answer"},
+    ),
+    "dolly": (
+        {"instruction": "Why?", "context": "", "response": "So."},
+        {"instruction": "instruction", "output": "response", "input": "context"},
+    ),
+    "prompt and response": ({"prompt": "Why?", "response": "So."}, {"instruction": "prompt", "output": "response"}),
+    "input and output": ({"input": "Why?", "output": "So."}, {"instruction": "input", "output": "output"}),
+    "nested": (
+        {"id": "a", "data": {"query": "Why?", "reply": "So."}},
+        {"instruction": "data.query", "output": "data.reply"},
+    ),
+    "self-instruct": (
+        {"id": "t", "instruction": "Add.", "instances": INSTANCES},
+        {"instruction": "instruction", "output": "instances.0.output", "input": "instances.0.input"},
+    ),
+    "squad": (
+        {"question": "Who?", "context": "It was Ada.", "answers": {"text": ["Ada"], "start": [7]}},
+        {"instruction": "question", "output": "answers.text.0", "input": "context"},
+    ),
+    "german": (
+        {"Frage": "Warum?", "Kontext": "x", "Antwort": "Darum."},
+        {"instruction": "Frage", "output": "Antwort", "input": "Kontext"},
+    ),
+    "two texts": (
+        {"foo": "Why is it?", "bar": "Because it is, as it always was."},
+        {"instruction": "foo", "output": "bar"},
+    ),
+    "one text": ({"id": "1", "content": "Once upon a time"}, {"text": "content"}),
+    "chat": ({"dialog": TALK}, {"messages": "dialog"}),
+    "chat below": ({"log": {"turns": TURNS}}, {"messages": "log.turns"}),
+}
+
+
+@pytest.mark.parametrize("kind", GUESSED)
+def test_rows_of_any_shape_are_read(kind: str, tmp_path: Path, tiny_model: Path) -> None:
+    """By names in several languages, by what is in them; and the recipe is one that trains."""
+    row, columns = GUESSED[kind]
+    format = {"messages": "messages", "text": "text"}.get(next(iter(columns)), "alpaca")
+    file = tmp_path / "r.yaml"
+    recipe = made(file, "--model", tiny_model, "--data", write_jsonl(tmp_path / "rows.jsonl", [row] * 3), "--cpu")
+    (source,) = recipe.dataset.train
+    assert (source.format, source.columns) == (format, columns)
+    assert ("# check" in file.read_text()) is kind.endswith(("texts", "one text"))
+    assert CliRunner().invoke(app, ["validate", str(file)]).exit_code == 0
+
+
+def test_german_names_in_a_table(tmp_path: Path, tiny_model: Path) -> None:
+    """In a file of rows of their own as well."""
+    for name in ("rows.csv", "test rows.csv"):
+        (tmp_path / name).write_text("Frage;Antwort\nWarum?;Darum.\n".replace(";", ","))
+    options = ("--data", tmp_path / "rows.csv", "--validation", tmp_path / "test rows.csv", "--cpu")
+    recipe = made(tmp_path / "r.yaml", "--model", tiny_model, *options)
+    assert isinstance(recipe.dataset.validation, tuple)
+    for source in (*recipe.dataset.train, *recipe.dataset.validation):
+        assert source.columns == {"instruction": "Frage", "output": "Antwort"}
+
+
+def test_what_nobody_can_tell_is_left_open(tmp_path: Path, tiny_model: Path) -> None:
+    """The recipe is written, says what is open and among which columns, and is refused at that very line."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"one": "a", "two": "b", "three": "c"}] * 3)
+    file = tmp_path / "r.yaml"
+    assert init(file, "--model", tiny_model, "--data", rows, "--cpu").exit_code == 0
+    lines = file.read_text().splitlines()
+    (place,) = [number for number, line in enumerate(lines, 1) if "# open" in line]
+    assert all(name in lines[place - 1] for name in ("one", "two", "three"))
+    found = json.loads(CliRunner().invoke(app, ["validate", str(file), "--json"]).stdout)
+    (fault,) = found["recipes"][0]["faults"]
+    assert fault["key"].startswith("dataset.train.0.columns")
+    assert place <= fault["line"] <= place + 2
+
+
+def test_several_instances_of_a_row_are_told(tmp_path: Path, tiny_model: Path) -> None:
+    row = {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}, {"input": "2, 2", "output": "4"}]}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row, row, {**row, "instances": row["instances"][:1]}])
+    done = init(tmp_path / "r.yaml", "--model", tiny_model, "--data", rows, "--cpu")
+    assert "2 of the first 3 rows" in done.stderr
+
+
+def test_a_final_answer_is_measured(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(20)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe = made(tmp_path / "r.yaml", "--model", tiny_model, "--data", data, "--cpu")
+    assert recipe.eval.metrics == ({"extract": "#### (-?[0-9.,]+)"},)
+
+
+def test_how_rows_are_read_can_be_said(tmp_path: Path, tiny_model: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"one": "a", "two": "b", "three": "c"}] * 3)
+    start = ("--model", tiny_model, "--data", rows, "--cpu", "--force")
+    for options in (
+        ("--columns", "instruction=one,output=three"),
+        ("--columns", "instruction=one", "--columns", "output=three"),
+    ):
+        (source,) = made(tmp_path / "r.yaml", *start, *options).dataset.train
+        assert (source.format, source.columns) == ("alpaca", {"instruction": "one", "output": "three"})
+    (source,) = made(tmp_path / "r.yaml", *start, "--template", "{{ one }} {{ two }}").dataset.train
+    assert (source.format, source.template) == ("text", "{{ one }} {{ two }}")
+    columns = ("--format", "prompt_completion", "--columns", "prompt=one,completion=two")
+    (source,) = made(tmp_path / "r.yaml", *start, *columns).dataset.train
+    assert source.format == "prompt_completion"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--columns", "instruction=one,output=fuor"), 3, "output=fuor"),
+        (("--columns", "output"), 2, "--columns output"),
+        (("--format", "alpaka"), 2, "alpaca"),
+        (("--format", "alpaca"), 3, "'instruction'"),
+        (("--template", "{{ nothing }}"), 3, "nothing"),
+        (("--template", "{{ one"), 2, "template"),
+    ],
+)
+def test_what_is_said_of_rows_must_fit_them(
+    tmp_path: Path, tiny_model: Path, options: tuple[str, ...], code: int, said: str
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"one": "a", "two": "b", "three": "c"}] * 3)
+    done = init(tmp_path / "r.yaml", "--model", tiny_model, "--data", rows, "--cpu", *options)
+    assert (done.exit_code, len(done.stderr.splitlines())) == (code, 1)
+    assert said in done.stderr
+    assert not (tmp_path / "r.yaml").exists()
+
+
+def test_plain_prompts_on_a_model_with_a_chat_template_are_remarked_on(tmp_path: Path, tiny_model: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": "So."}] * 3)
+    made(tmp_path / "r.yaml", "--model", tiny_model, "--data", rows, "--cpu")
+    plan = json.loads(CliRunner().invoke(app, ["train", str(tmp_path / "r.yaml"), "--dry-run", "--json"]).stdout)
+    assert any("format: alpaca, columns: {instruction: prompt, output: completion}" in one for one in plan["remarks"])

@@ -15,9 +15,9 @@ from wording import Like
 
 from lorafit.cli import app
 from lorafit.errors import UsageError
+from lorafit.init.document import recipe_of
 from lorafit.init.peers import KINDS, PEERS, convert
 from lorafit.init.peers.convert import Conversion, Kind, find
-from lorafit.init.propose import recipe_of
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.load import section_at
 from lorafit.rows import Row, Shape, to_example

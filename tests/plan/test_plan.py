@@ -181,7 +181,7 @@ def test_training_in_full_keeps_float32_weights(planner: Planner, hardware: Hard
 def test_bfloat16_where_it_is_slow_is_remarked_on(planner: Planner) -> None:
     plan = planner(T4, model={"dtype": "bfloat16"})
     assert any(remark == Like("… bfloat16 … slow … T4") for remark in plan.remarks)
-    assert not planner(AMPERE, model={"dtype": "bfloat16"}).remarks
+    assert not any("bfloat16" in remark for remark in planner(AMPERE, model={"dtype": "bfloat16"}).remarks)
 
 
 def test_attention(planner: Planner) -> None:

@@ -527,8 +527,8 @@ NEEDS_TURN = "a.jsonl:3: turn 1 of 'messages' … 'role' … 'content' … "
         ("messages", turns(("user", ["a"])), "a.jsonl:3: … turn 1 of 'messages' … 'type' … \"a\""),
         (
             "messages",
-            turns(("bot", "hi")),
-            "a.jsonl:3: turn 1 of 'messages' … role … human, user, gpt, … function_call … \"bot\"",
+            turns(("nobody", "hi")),
+            "a.jsonl:3: turn 1 of 'messages' … role … human, user, gpt, … function_call … \"nobody\"",
         ),
         ("sharegpt", {"conversations": {}}, "a.jsonl:3: 'conversations' … list … {}"),
         (

@@ -13,8 +13,8 @@ import yaml
 
 from lorafit.bounds import read_bytes
 from lorafit.errors import UsageError
+from lorafit.init.document import Document, Line
 from lorafit.init.peers.read import flag
-from lorafit.init.propose import Document, Line
 from lorafit.recipe import RecipeError
 from lorafit.recipe.start import FREE
 from lorafit.recipe.yaml import MAX_BYTES, Located, Reader, compose, parse_scalar
