@@ -453,11 +453,18 @@ class MergeOptions(JsonOptions):
             found[gguf_of(merged)] = "gguf"
         return found
 
+    def only_exports(self) -> bool:
+        """Whether GGUF files are asked for, and nothing but them, of a merge that is there."""
+        asked = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        others = asked - {"path", "exports", "llama_cpp", "output", "as_json", "locked", "push_to_hub", "private"}
+        return bool(self.exports) and not others and (self.destination() / "merge_report.json").is_file()
+
     def claim(self, needed: Iterable[Path]) -> None:
         """See that what is written can be: the merged folder, one that fails, and exports. Raises UsageError."""
         from lorafit.files import claim
 
-        for place, kind in {self.destination(): "merge", **self.places()}.items():
+        merged = {} if self.only_exports() else {self.destination(): "merge"}
+        for place, kind in {**merged, **self.places()}.items():
             for path in (place, unverified(place)):
                 claim(path, kind, "a merge" if kind == "merge" else "an export", needed)
             if place.is_dir() and any(place.iterdir()) and not self.overwrite:

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorafit.errors import ModelError, UsageError
-from lorafit.export.layout import Layout, Placed, Rows, make_layout, read_rows
-from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary
+from lorafit.export.layout import Layout, Placed, Rows, check_architecture, make_layout, read_rows
+from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary, refused
 from lorafit.facts import by_name, read_shard, weight_files
 from lorafit.files import beside
 from lorafit.progress import each
@@ -57,6 +57,28 @@ def export_gguf(folder: Path, destination: Path, kind: str, llama_cpp: Path | No
     with beside(destination) as place:
         write(place, destination.stem)
     return "lorafit" if llama_cpp is None else "llama.cpp"
+
+
+def check_gguf(base: Path, tokenizer: Path | None, rows: int | None = None) -> None:
+    """Refuse, before anything is merged, what `export_gguf` would refuse of a model that is merged into this base.
+
+    Args:
+        tokenizer: the folder that the merged model's is taken from.
+        rows: of its embeddings, where the adapter brings another vocabulary along.
+
+    Raises ModelError.
+    """
+    _writer_package()
+    config = read_json(base / "config.json")
+    packed = config.pop("quantization_config", None)  # what is merged is not quantized any more
+    files = weight_files(base)
+    if packed or rows is not None or not files:
+        check_architecture(base, config)
+    else:
+        make_layout(base, config, by_name(map(read_shard, files)))
+    if tokenizer is None:
+        raise refused(base, "there is no tokenizer.json")
+    read_vocabulary(tokenizer, rows if rows is not None else int(config["vocab_size"]))
 
 
 def _check(kind: str, llama_cpp: Path | None, where: str) -> None:
@@ -137,17 +159,21 @@ _AT_A_TIME = 16 << 20
 """Numbers that are read and converted together."""
 
 
+def _writer_package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError("writing GGUF needs the package gguf: pip install 'lorafit[gguf]'") from None
+    return gguf
+
+
 def _write(folder: Path, kind: str, place: Path, name: str) -> None:
     """Write a merged model (config.json, safetensors, tokenizer).
 
     Matrices get the kind; norms, biases and all that has one dimension stay in float32, as llama.cpp has it. With
     the kinds of 4 and 5 bits, embeddings and output head get q8_0; rows that don't divide by 32 get f16.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ModelError("writing GGUF needs the package gguf: pip install 'lorafit[gguf]'") from None
-
+    gguf = _writer_package()
     config = read_json(folder / "config.json")
     if not config:
         raise ModelError(f"{folder}: there is no config.json, so this is not a model folder; run lorafit merge first")

@@ -74,6 +74,15 @@ class Layout:
 
 def make_layout(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Layout:
     """Metadata and tensor names of a model; what isn't known exactly raises a ModelError that names it."""
+    metadata = check_architecture(folder, config)
+    placed = _place(folder, config, tensors, int(metadata["block_count"]))
+    _check_shapes(folder, metadata, placed)
+    written = family_of(str(config["model_type"])).gguf.written
+    return Layout(written, metadata, placed, _rope_factors(folder, config), int(metadata["vocab_size"]))
+
+
+def check_architecture(folder: Path, config: dict[str, Any]) -> dict[str, Value]:
+    """The metadata of a model by its configuration. Raises ModelError for what isn't known exactly."""
     model_type = config.get("model_type")
     family = family_of(str(model_type)).gguf
     if not family.written:
@@ -86,15 +95,11 @@ def make_layout(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]
         raise ModelError(f"{folder}: the weights are quantized; export a model that is merged into 16 or 32 bits")
     try:
         _check_config(folder, config)
-        sizes = _sizes(config)
-        metadata = {**sizes, **_rope(folder, config)}
+        return {**_sizes(config), **_rope(folder, config)}
     except KeyError as error:
         raise ModelError(f"{folder / 'config.json'}: {error.args[0]} is missing") from None
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'}: holds what can't be used: {error}") from None
-    placed = _place(folder, config, tensors, int(sizes["block_count"]))
-    _check_shapes(folder, sizes, placed)
-    return Layout(family.written, metadata, placed, _rope_factors(folder, config), int(sizes["vocab_size"]))
 
 
 def read_rows(tensor: Tensor, begin: int, end: int) -> Rows:

@@ -101,7 +101,14 @@ def gguf_files(
             else:
                 _compared(file, kind, found, report["verification"]["limits"], console)
             target = "Modelfile" if text == options.exports[0] else f"Modelfile-{kind}"
-            _write_modelfile(folder / target, merged, tokenizer, file.name, console)
+            found["modelfile"] = target if isinstance(tokenizer.chat_template, str) else None
+            if found["modelfile"]:
+                _write_modelfile(folder / target, merged, tokenizer, file.name, console)
+    if not isinstance(tokenizer.chat_template, str):
+        several = "several chat templates by name" if tokenizer.chat_template else "no chat template"
+        why = f"there is no Modelfile for Ollama: the tokenizer has {several}"
+        report["no_modelfile"] = why
+        console.print(why, style="yellow", highlight=False, soft_wrap=True)
     return destination
 
 
@@ -121,8 +128,6 @@ def _compared(file: Path, kind: str, found: dict[str, Any], limits: dict[str, An
 def _write_modelfile(
     target: Path, merged: Path, tokenizer: PreTrainedTokenizerBase, gguf_name: str, console: Console
 ) -> None:
-    if not isinstance(tokenizer.chat_template, str):
-        return
     try:
         adds_bos = read_vocabulary(merged, len(tokenizer)).add_bos
     except ModelError:  # a tokenizer that only llama.cpp's converter knows

@@ -39,8 +39,10 @@ from lorafit.engine.merge.tensors import FLOATS, Store, write_index
 from lorafit.engine.merge.verify import Proof, Reference, measure, rows_to_compare
 from lorafit.engine.tokenizer import load_tokenizer, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
+from lorafit.export.gguf import check_gguf
 from lorafit.facts import weight_files
-from lorafit.files import discard, finish, partial_of, settle, staged, writing
+from lorafit.facts.fingerprint import weights_digest
+from lorafit.files import check_own, discard, finish, partial_of, seal, settle, staged, writing
 from lorafit.hardware import available_memory
 from lorafit.options import MergeOptions, unverified
 from lorafit.progress import stage
@@ -69,6 +71,8 @@ def merge(options: MergeOptions, console: Console) -> Path:
     """
     options.check()
     hush_progress()
+    if options.only_exports():
+        return export(options, console)
     with contextlib.ExitStack() as stack:
         paths = [located(path) for path in (options.path, *(addition.path for addition in options.additions))]
         twice = next((path for path in paths if paths.count(path) > 1), None)
@@ -83,6 +87,32 @@ def merge(options: MergeOptions, console: Console) -> Path:
         return _merge(options, source, others, destination, console)
 
 
+def export(options: MergeOptions, console: Console) -> Path:
+    """Write exports of a merge that is there and was proved, without merging again; returns the merged folder.
+
+    Raises UsageError for one that was not proved, ModelError for another adapter's, DriftError for one that changed.
+    """
+    merged = options.destination()
+    with open_source(options.path) as source, writing(merged):
+        check_own(merged, "merge again, with --overwrite")
+        report = read_json(merged / "merge_report.json")
+        if report["adapter_sha256"] != weights_digest(source.adapter):
+            raise ModelError(f"{merged}: is not the merge of {source.adapter}; --overwrite merges again")
+        if report["verification"]["level"] == "none":
+            raise UsageError(f"{merged}: was merged without a proof (--verify none); --overwrite merges again")
+        if options.llama_cpp is None:
+            check_gguf(merged, merged)
+        console.print(f"exporting {merged}, which is merged and proved already", highlight=False, soft_wrap=True)
+        held = [source.run.path if source.run else source.adapter, merged]
+        options.claim(held)
+        seal(merged, "merge", FILES)
+        try:
+            make_exports(options, merged, report, None, console)
+        finally:
+            finish(merged)
+    return merged
+
+
 def _merge(options: MergeOptions, source: Source, others: list[Source], destination: Path, console: Console) -> Path:
     base = find_base(source, options.base, options.allow_other_base)
     held = [each.run.path if each.run else each.adapter for each in (source, *others)]
@@ -93,6 +123,8 @@ def _merge(options: MergeOptions, source: Source, others: list[Source], destinat
     if options.as_adapter:
         return make_adapter(merging, destination)
     merging.prepare()
+    if options.exports and options.llama_cpp is None:
+        check_gguf(base.folder, merging.tokenizer, merging.vocabulary)
     proof = merging.choose_proof()
     kinds, reason = merging.base_kinds(proof)
     discard(partial_of(destination))  # of a merge that was killed: its space is needed

@@ -23,8 +23,8 @@ from yaml import safe_dump
 from lorafit.cli import app
 from lorafit.engine.merge.run import Merging, merge
 from lorafit.engine.train import train as run_training
-from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
-from lorafit.files import LOCK, SEAL
+from lorafit.errors import DoesNotFitError, DriftError, GateError, ModelError, UsageError
+from lorafit.files import LOCK, SEAL, damage
 from lorafit.options import Addition, MergeOptions
 from lorafit.plan import plan_recipe
 from lorafit.recipe import Recipe
@@ -855,3 +855,44 @@ def test_prompts_are_not_merged(tiny_model: Path, tmp_path: Path) -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "a")
     with pytest.raises(ModelError, match="PROMPT_TUNING"):
         merged(tmp_path / "a", base=str(tiny_model), output=tmp_path / "m")
+
+
+def test_a_finished_merge_is_exported_without_merging_again(run: RunDir, tmp_path: Path) -> None:
+    """It is still one that holds; what has changed, or was not proved, is not exported."""
+    merged(run.path, output=tmp_path / "m")
+    weights = (tmp_path / "m" / "model.safetensors").stat()
+    merged(run.path, output=tmp_path / "m", exports=("gguf:f32",), overwrite=False)
+    assert (tmp_path / "m" / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
+    assert damage(tmp_path / "m") == []
+    report = report_of(tmp_path / "m")
+    assert report["gguf"]["f32"]["top1_agreement"] == 1
+    shutil.rmtree(tmp_path / "m-gguf")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(DriftError, match=r"config\.json"):
+        merged(run.path, output=tmp_path / "m", exports=("gguf:f32",), overwrite=False)
+    merged(run.path, output=tmp_path / "n", verify="none")
+    with pytest.raises(UsageError, match="proof"):
+        merged(run.path, output=tmp_path / "n", exports=("gguf:f32",), overwrite=False)
+    assert not (tmp_path / "m-gguf").exists()
+
+
+def test_an_export_that_can_not_be_written_is_refused_before_anything_is_merged(
+    run: RunDir, tmp_path: Path, tiny_model: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}))
+    with pytest.raises(ModelError, match="dynamic"):
+        merged(run.path, output=tmp_path / "m", base=str(base), allow_other_base=True, exports=("gguf:f16",))
+    assert not list(tmp_path.glob("*m*/*.safetensors"))
+
+
+def test_why_there_is_no_modelfile_is_said(run: RunDir, tmp_path: Path) -> None:
+    (run.adapter / "chat_template.jinja").unlink()
+    resealed(run)
+    merged(run.path, said := io.StringIO(), output=tmp_path / "m", exports=("gguf:f16",))
+    assert [file.suffix for file in (tmp_path / "m-gguf").iterdir()].count("") == 0
+    assert "no_modelfile" in report_of(tmp_path / "m")
+    assert "Modelfile" in said.getvalue()
