@@ -425,8 +425,6 @@ class MergeOptions(JsonOptions):
         tuple[str, ...], Option("f16, bf16, q8_0 …, with an Ollama Modelfile. Repeatable.", "--export gguf:KIND")
     ] = ()
     llama_cpp: Annotated[Path | None, Option("Export by llama.cpp's own converter, in this folder.", "DIR")] = None
-    push_to_hub: Annotated[str | None, Option("Upload the merged model, such as me/my-model.", "ID")] = None
-    private: Annotated[bool, Option("With --push-to-hub.")] = False
     check_vllm: Annotated[bool, Option("Only tell whether vLLM can serve the adapter unmerged, and how.")] = False
     overwrite: Annotated[bool, Option("Make anew what is there already; it is kept until that is done.")] = False
     locked: Locked = False
@@ -456,7 +454,7 @@ class MergeOptions(JsonOptions):
     def only_exports(self) -> bool:
         """Whether GGUF files are asked for, and nothing but them, of a merge that is there."""
         asked = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-        others = asked - {"path", "exports", "llama_cpp", "output", "as_json", "locked", "push_to_hub", "private"}
+        others = asked - {"path", "exports", "llama_cpp", "output", "as_json", "locked"}
         return bool(self.exports) and not others and (self.destination() / "merge_report.json").is_file()
 
     def claim(self, needed: Iterable[Path]) -> None:
@@ -504,8 +502,6 @@ class MergeOptions(JsonOptions):
             from lorafit.export.gguf import parse_export
 
             parse_export(text, self.llama_cpp)
-        if self.private and self.push_to_hub is None:
-            raise UsageError("--private goes with --push-to-hub")
         if self.llama_cpp is not None and not self.exports:
             raise UsageError("--llama-cpp goes with --export gguf:KIND")
         if self.method == "full" and self.additions:
@@ -529,9 +525,32 @@ class MergeOptions(JsonOptions):
             raise UsageError("--rank is the rank of the adapter that --as-adapter makes")
         if self.as_adapter and self.rank is None:
             raise UsageError("--as-adapter needs --rank, the rank of the adapter to make")
-        if self.as_adapter and (self.exports or self.quantize or self.push_to_hub or self.method == "full"):
+        if self.as_adapter and (self.exports or self.quantize or self.method == "full"):
+            raise UsageError("--as-adapter makes an adapter; it can't go with --export, --quantize or --method full")
+
+
+_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]*(?<![.-])")
+
+
+@dataclass(frozen=True)
+class PushOptions(JsonOptions):
+    """An upload as it was asked for."""
+
+    run: RunPath
+    to: Annotated[str, Argument("The repository on the hub, such as me/my-adapter.", "ID")]
+    merged: Annotated[bool, Option("Push the merged model, instead of what the run trained.")] = False
+    base: Annotated[str | None, Option("What a base that is local here is called on the hub.", "ID")] = None
+    public: Annotated[bool, Option("For everyone to see.  [default: private]")] = False
+    revision: Annotated[str | None, Option("A branch, made where there is none.  [default: main]", "BRANCH")] = None
+    message: Annotated[str | None, Option("Of the commit.", "TEXT")] = None
+    dry_run: Annotated[bool, Option("Only check, and list files and sizes; the hub is not asked.")] = False
+
+    def check(self) -> None:
+        """Raises UsageError for a name that no repository can have."""
+        parts = self.to.split("/")
+        if len(parts) != 2 or not all(_REPOSITORY.fullmatch(part) for part in parts):
             raise UsageError(
-                "--as-adapter makes an adapter; it can't go with --export, --quantize, --push-to-hub or --method full"
+                f"{self.to}: no repository can be called so; expected OWNER/NAME, of letters, digits, - _ ."
             )
 
 

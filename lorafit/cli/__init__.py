@@ -42,6 +42,7 @@ COMMANDS = {
     "Use it": {
         "merge": "Merge an adapter into its base, prove the result, and save it as a model that transformers loads "
         "alone.",
+        "push": "Upload an adapter or a model with its card to a hub, private by default, and prove that it is there.",
         "chat": "Talk to a model in the terminal, and switch between base and adapters on the fly.",
     },
 }

@@ -1,8 +1,7 @@
-"""Serving an adapter unmerged with vLLM, and pushing a folder to the hub."""
+"""Serving an adapter unmerged with vLLM."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import subprocess
@@ -12,16 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from huggingface_hub import HfApi, RepoUrl, constants
-from huggingface_hub import errors as hub_errors
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from safetensors.numpy import save_file
 
-from lorafit.engine.merge.exports import push
-from lorafit.errors import ModelError, UsageError
+from lorafit.errors import ModelError
 from lorafit.export.vllm import check_vllm
 
-transport: Any = importlib.import_module(hub_errors.HTTPError.__module__.partition(".")[0])  # httpx, or its successor
 CONFIG = {
     "peft_type": "LORA",
     "base_model_name_or_path": "org/base model",
@@ -132,69 +126,7 @@ def test_remarks_and_missing_files(tmp_path: Path) -> None:
         check_vllm(adapter)
 
 
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-
-
-def answer(status: int) -> HfHubHTTPError:
-    response = transport.Response(status, request=transport.Request("POST", "https://huggingface.co/api"))
-    return HfHubHTTPError("hf_secret123 is wrong\nsecond line", response=response)
-
-
-@pytest.mark.usefixtures("online")
-def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def create(_: HfApi, repo: str, **given: Any) -> RepoUrl:
-        calls.append((repo, given["private"], given["exist_ok"]))
-        return RepoUrl(f"https://huggingface.co/{repo}")
-
-    monkeypatch.setattr(HfApi, "create_repo", create)
-    monkeypatch.setattr(
-        HfApi, "upload_folder", lambda _, **given: calls.append((given["repo_id"], given["folder_path"]))
-    )
-    assert push(tmp_path, "me/model", True) == "https://huggingface.co/me/model"
-    assert calls == [("me/model", True, True), ("me/model", tmp_path)]
-
-
-@pytest.mark.usefixtures("online")
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (LocalTokenNotFoundError("no"), "hf auth login"),
-        (answer(401), "hf auth login"),
-        (answer(403), "write access"),
-        (answer(404), "owner"),
-        (answer(500), "refused"),
-        (transport.ConnectError("no route\nto host"), "reached"),
-        (ConnectionError("no route"), "reached"),
-    ],
-)
-def test_push_fails_in_one_line(error: Exception, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(HfApi, "create_repo", fail)
-    with pytest.raises(ModelError, match=says) as caught:
-        push(tmp_path, "me/model", False)
-    assert "\n" not in str(caught.value)
-    assert "secret" not in str(caught.value)
-
-
-def test_push_checks_before_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("asked the hub"))
-    for repo in ("a/b/c", "has space", "-x", ""):
-        with pytest.raises(UsageError, match="repository id"):
-            push(tmp_path, repo, False)
-    with pytest.raises(UsageError, match="no such folder"):
-        push(tmp_path / "none", "me/model", False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
-        push(tmp_path, "me/model", False)
-
-
 def test_the_light_modules_are_light() -> None:
-    names = ", ".join(f"lorafit.export.{name}" for name in ("gguf", "ollama", "vllm"))
+    names = ", ".join(f"lorafit.export.{name}" for name in ("gguf", "hub", "ollama", "vllm"))
     code = f"import sys, {names}; sys.exit(str({{'torch', 'transformers', 'gguf'}} & set(sys.modules) or ''))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

@@ -1,4 +1,4 @@
-"""What is made of a merged model: 4-bit copies, GGUF files with a Modelfile, a repository on a hub."""
+"""What is made of a merged model: 4-bit copies, and GGUF files with a Modelfile."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lorafit.engine.merge.folder import copy_tokenizer, write_report
 from lorafit.engine.merge.verify import PROBES, Reference, agreement, breaches, compare_folder
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import reading, tokenizer_of
-from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError, is_out_of_memory
+from lorafit.errors import DoesNotFitError, GateError, ModelError, is_out_of_memory
 from lorafit.export.gguf import export_gguf, parse_export
 from lorafit.export.ollama import modelfile
 from lorafit.export.vocabulary import read_vocabulary, stop_ids
-from lorafit.files import SEAL, claim, discard, staged
+from lorafit.files import claim, discard, staged
 from lorafit.options import MergeOptions, copy_of, gguf_of, unverified
 from lorafit.progress import each, stage
 from lorafit.text import first_line
@@ -49,10 +49,6 @@ def make_exports(
         report["exported"] = [str(folder) for folder in made]
         write_report(merged, report)
         console.print(f"exported: {', '.join(report['exported'])}", highlight=False, soft_wrap=True)
-    if options.push_to_hub is not None:
-        with stage(f"uploading to {options.push_to_hub}"):
-            address = push(merged, options.push_to_hub, options.private)
-        console.print(address, highlight=False, soft_wrap=True)
 
 
 def _gate(made: Path, found: list[str], base_weights: str) -> None:
@@ -221,54 +217,3 @@ def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[
             yield model(input_ids=torch.tensor([row])).logits[0].float()
     del model
     gc.collect()
-
-
-def push(folder: Path, repo: str, private: bool) -> str:
-    """Upload a folder to a model repository, which is made if it doesn't exist; returns its address.
-
-    The login is the one of `hf auth login`, or HF_TOKEN; it is never shown. An existing repository stays as public or
-    private as it is. Raises UsageError for an id that can't be one, ModelError if the hub can't be reached or refuses.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise UsageError(
-            f"--push {repo}: not a repository id; expected OWNER/NAME with letters, digits, - _ and ."
-        ) from None
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder to push")
-    if constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{repo}: can't be pushed offline; unset HF_HUB_OFFLINE")
-    api = HfApi()
-    try:
-        made = api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=folder, repo_type="model", ignore_patterns=[SEAL])
-    except LocalTokenNotFoundError:
-        raise ModelError(f"{repo}: not logged in to the hub; run: hf auth login") from None
-    except OfflineModeIsEnabled:
-        raise ModelError(f"{repo}: can't be pushed offline; unset HF_HUB_OFFLINE") from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        raise ModelError(f"{repo}: {_REFUSALS.get(status) or f'the hub refused: {_told(error)}'}") from None
-    except Exception as error:
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "httpcore")):
-            raise
-        raise ModelError(f"{repo}: the hub can't be reached: {_told(error)}; try again when online") from None
-    return str(made)
-
-
-_REFUSALS = {
-    401: "the hub doesn't accept the login; run: hf auth login, with a token that may write",
-    403: "the login may not write there; use a token with write access, or another owner",
-    404: "the owner doesn't exist, or the login can't see it",
-}
-"""What a hub's answers mean, by HTTP status."""
-
-
-def _told(error: Exception) -> str:
-    """The first line of an error without anything that looks like a token."""
-    return " ".join("hf_…" if "hf_" in word else word for word in first_line(error).split())

@@ -97,9 +97,7 @@ TRANSFORMERS: Rules = table(
     ),
     lost("run_name project trackio_*", "a tracker's own settings come from its environment variables", "huggingface"),
     lost("use_cpu", "say it with --cpu"),
-    lost(
-        "push_to_hub hub_* push_to_hub_*", "lorafit pushes nothing by itself; see `lorafit merge --help`", "every_save"
-    ),
+    lost("push_to_hub hub_* push_to_hub_*", "lorafit pushes nothing by itself; `lorafit push` does", "every_save"),
     lost("resume_from_checkpoint", "an unfinished run goes on with `lorafit train --resume`"),
     lost("label_smoothing_factor optim_args optim_target_modules auto_find_batch_size full_determinism", ""),
     lost("data_seed", "rows are shuffled by training.seed", chosen=(0,)),
