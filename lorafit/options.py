@@ -547,11 +547,12 @@ class PushOptions(JsonOptions):
 
     def check(self) -> None:
         """Raises UsageError for a name that no repository can have."""
-        parts = self.to.split("/")
-        if len(parts) != 2 or not all(_REPOSITORY.fullmatch(part) for part in parts):
-            raise UsageError(
-                f"{self.to}: no repository can be called so; expected OWNER/NAME, of letters, digits, - _ ."
-            )
+        for option, name in (("", self.to), ("--base ", self.base)):
+            parts = (name or "a/b").split("/") if name != "" else ()
+            if len(parts) != 2 or not all(_REPOSITORY.fullmatch(part) for part in parts):
+                raise UsageError(
+                    f"{option}{name}: no repository can be called so; expected OWNER/NAME, of letters, digits, - _ ."
+                )
 
 
 def unverified(destination: Path) -> Path:

@@ -155,15 +155,14 @@ def _swaps_of(values: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...
     found: dict[str, str] = {}
     for text, value in values:
         match = REFERENCE.fullmatch(text)
-        for part in _parts(value, match is not None and is_secret(match["name"])):
+        for part in _parts(value, match is not None and _is_secret(match["name"])):
             for spelt in (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]):
                 found.setdefault(spelt, text)
     return tuple(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 @functools.lru_cache(maxsize=1024)
-def is_secret(variable: str) -> bool:
-    """Whether a variable of the environment is called as secrets are."""
+def _is_secret(variable: str) -> bool:
     return _SECRET_NAME.search(variable) is not None
 
 
@@ -199,7 +198,7 @@ def remember(references: References) -> None:
 
 def hidden(text: str) -> str:
     """Text for people: no value of a reference or of a variable that holds a key, and no password of a URL."""
-    keys = (name for name in os.environ if is_secret(name))
+    keys = (name for name in os.environ if _is_secret(name))
     held = (f"${{{name}}}" for name in keys if not os.environ[name].startswith(("/", "~", ".")))  # a file of keys
     text = _swapped(text, _swaps((*_read, *held)))
     return _PASSWORD.sub(lambda match: f"{match[1] or match[2]}…", text) if "://" in text or "=" in text else text

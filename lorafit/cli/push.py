@@ -11,7 +11,7 @@ from lorafit.options import PushOptions
 
 @command
 def push(options: PushOptions) -> None:
-    from lorafit.export.hub import push as upload
+    from lorafit.push import push as upload
 
     done = upload(options)
     if options.as_json:
@@ -19,6 +19,7 @@ def push(options: PushOptions) -> None:
         return
     for one in done["files"]:
         typer.echo(f"{one['bytes']:>15,}  {one['path']}", err=done["pushed"])
+    remark(f"no secret and no place on this machine in {', '.join(done['searched'])}")
     whose = "private" if done["private"] else "public"
     if not done["pushed"]:
         remark(f"{len(done['files'])} files would go to {done['repository']} ({whose}); nothing was sent")

@@ -11,6 +11,7 @@ import yaml
 from rich.markup import escape
 from rich.text import Text
 
+from lorafit.bounds import read_json
 from lorafit.console import Console, print_line, print_table, table
 from lorafit.plan import Plan
 from lorafit.rows.audit import RULES, Audit, Limits, findings
@@ -165,7 +166,8 @@ def write_card(path: Path, plan: Plan, manifest: dict[str, Any]) -> None:
     plan = plan.as_written()
     whole = plan.adapter.trains_base
     head: dict[str, Any] = {"library_name": "transformers" if whole else "peft", "tags": ["lorafit"]} | _base_of(plan)
-    load = _LOAD if whole else _load_adapter(path.with_name("adapter_config.json"))
+    config = path.with_name("adapter_config.json")
+    load = _LOAD if whole else load_adapter(read_json(config)["base_model_name_or_path"])
     _write(path, head, plan.name, "Trained with lorafit.", _rows(plan, manifest), load, manifest["versions"])
 
 
@@ -188,9 +190,8 @@ def write_merged_card(path: Path, plan: Plan | None, manifest: dict[str, Any], r
 _LOAD = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(".")'
 
 
-def _load_adapter(config: Path) -> str:
+def load_adapter(base: str) -> str:
     """How PEFT loads an adapter: by the base that it names, unless only a person knows where that is."""
-    base = str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
     reference = REFERENCE.fullmatch(base)
     if reference is None and not base.startswith("~"):
         return 'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(".")'

@@ -127,6 +127,6 @@ def test_remarks_and_missing_files(tmp_path: Path) -> None:
 
 
 def test_the_light_modules_are_light() -> None:
-    names = ", ".join(f"lorafit.export.{name}" for name in ("gguf", "hub", "ollama", "vllm"))
+    names = ", ".join(f"lorafit.export.{name}" for name in ("gguf", "ollama", "vllm"))
     code = f"import sys, {names}; sys.exit(str({{'torch', 'transformers', 'gguf'}} & set(sys.modules) or ''))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from conftest import RecipeMaker, Train, as_planned, resealed
 from typer.testing import CliRunner
 
 from lorafit.cli import app
+from lorafit.push import MOST_TEXT, Part
 from lorafit.run.directory import RunDir
 
 TOKEN = "hf_" + "a" * 30
@@ -34,7 +38,9 @@ class Hub:
         repositories: private or not, by id.
         files: by path, whatever the repository.
         status: what every request is answered with, if not what it should be.
-        breaks: whether uploads of large files are cut off.
+        cut: connections are cut off, so many times, where this is in the path.
+        refuses: uploads of large files, as a storage does whose address has expired.
+        spoils: large files arrive otherwise.
     """
 
     repositories: dict[str, bool] = field(default_factory=dict)
@@ -42,9 +48,12 @@ class Hub:
     large: dict[str, bytes] = field(default_factory=dict)
     sent: int = 0
     status: int | None = None
-    breaks: bool = False
+    cut: tuple[str, int] = ("", 0)
+    refuses: bool = False
     spoils: bool = False
     address: str = ""
+    begun: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
 
     def answer(self, method: str, path: str, body: bytes, headers: Any) -> tuple[int, Any]:
         if self.status is not None:
@@ -58,8 +67,13 @@ class Hub:
             self.repositories.setdefault(name, asked.get("private") or asked.get("visibility") == "private")
             return (409 if known else 200), {"url": f"{self.address}/{name}", "name": name}
         if path == "/api/validate-yaml":
-            return 200, {"errors": [], "warnings": []}
+            wrong = "[\n" in json.loads(body)["content"]
+            return (400 if wrong else 200), {"errors": [{"message": "bad\nyaml"}] * wrong, "warnings": []}
         if "/upload/" in path:
+            self.begun.set()
+            self.go_on.wait()
+            if self.refuses:
+                return 403, {}
             self.large[path.rpartition("/")[2]] = body
             self.sent += 1
             return 200, {}
@@ -78,7 +92,11 @@ class Hub:
             return 200, {"files": modes}
         if "/commit/" in path:
             self.commit(body)
-            return 200, {"success": True, "commitOid": "c" * 40, "commitUrl": f"{self.address}/x/commit/{'c' * 40}"}
+            return 200, {
+                "success": True,
+                "commitOid": "c" * 40,
+                "commitUrl": f"{self.address}/me/mine/commit/{'c' * 40}",
+            }
         if "/paths-info/" in path:
             return 200, [self.told(one) for one in self.asked(body)]
         if "/tree/" in path:
@@ -102,7 +120,7 @@ class Hub:
         known = {"oid": one["oid"], "size": one["size"]}
         if one["oid"] in self.large:
             return known
-        return known | {"actions": {"upload": {"href": f"{self.address}/upload/{one['oid']}", "header": {}}}}
+        return known | {"actions": {"upload": {"href": f"{self.address}/upload/{one['oid']}?sig=shh", "header": {}}}}
 
     def commit(self, body: bytes) -> None:
         for line in body.decode().splitlines():
@@ -126,12 +144,15 @@ class Hub:
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     known = Hub()
+    known.go_on.set()
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if known.breaks and "/upload/" in self.path:
-                self.connection.close()
+            where, times = known.cut
+            if times and where in self.path:
+                known.cut = (where, times - 1)
+                self.close_connection = True
                 return
             status, content = known.answer(self.command, self.path.partition("?")[0], body, self.headers)
             data = json.dumps(content).encode()
@@ -159,11 +180,6 @@ def push(hub: Hub | None, *arguments: object, **environment: str) -> subprocess.
     settings |= {"HF_ENDPOINT": hub.address} if hub else {}
     command = [sys.executable, "-m", "lorafit", "push", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings, **environment})
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("made")
 
 
 @pytest.fixture
@@ -278,15 +294,28 @@ def test_a_public_repository_is_not_taken_unasked(run: RunDir, hub: Hub) -> None
 
 
 def test_a_push_that_broke_is_done_again(run: RunDir, hub: Hub) -> None:
-    """Until then nothing is there; what was uploaded already is not sent again."""
-    hub.breaks = True
-    assert push(hub, run.path, "me/mine", "--base", "org/base").returncode == 4
-    assert hub.files == {}
-    hub.breaks = False
-    assert push(hub, run.path, "me/mine", "--base", "org/base").returncode == 0
-    sent = hub.sent
-    assert push(hub, run.path, "me/mine", "--base", "org/base").returncode == 0
-    assert hub.sent == sent
+    """Until then nothing is there; what was uploaded already is not sent again, and no signed address is shown."""
+    hub.refuses = True
+    refused = push(hub, run.path, "me/mine", "--base", "org/base")
+    assert (refused.returncode, len(refused.stderr.splitlines()), hub.files) == (4, 1, {})
+    hub.refuses, hub.cut = False, ("/commit/", 99)
+    broken = push(hub, run.path, "me/mine", "--base", "org/base")
+    assert (broken.returncode, "reached" in broken.stderr, hub.files, hub.sent) == (4, True, {}, 1)
+    hub.cut = ("/preupload/", 1)
+    done = push(hub, run.path, "me/mine", "--base", "org/base")
+    assert "shh" not in refused.stderr + broken.stderr + done.stderr
+
+
+def test_a_push_that_is_interrupted_leaves_nothing(run: RunDir, hub: Hub) -> None:
+    hub.go_on.clear()
+    settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_ENDPOINT": hub.address}
+    command = [sys.executable, "-m", "lorafit", "push", str(run.path), "me/mine", "--base", "org/base"]
+    with subprocess.Popen(command, env=os.environ | settings, stderr=subprocess.PIPE, text=True) as process:
+        assert hub.begun.wait(60)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    hub.go_on.set()
+    assert (process.returncode, "Traceback" in said, hub.files) == (130, False, {})
 
 
 def test_what_arrived_otherwise_is_told(run: RunDir, hub: Hub) -> None:
@@ -298,3 +327,56 @@ def test_what_arrived_otherwise_is_told(run: RunDir, hub: Hub) -> None:
 def test_a_base_of_the_hub_needs_no_name(run: RunDir) -> None:
     as_planned(run, model={"name_or_path": "org/base", "kind": "hub"})
     assert push(None, run.path, "me/mine", "--dry-run").returncode == 0
+
+
+@pytest.mark.parametrize("named", ["~/own base", "${OWN_BASE}"])
+def test_nobody_reads_how_the_base_is_called_here(
+    named: str, recipe: RecipeMaker, train: Train, tiny_model: Path, hub: Hub, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """In the card's table and in its code: both would name a place that others don't have."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OWN_BASE", str(shutil.copytree(tiny_model, tmp_path / "home" / "own base")))
+    short = {"max_steps": 1, "warmup_steps": 0}
+    run = train(recipe("run", model={"name_or_path": named}, training=short))
+    assert push(hub, run.path, "me/mine").returncode == 2  # PEFT loads the base by that name
+    done = push(hub, run.path, "me/mine", "--base", "org/base", "--revision", "v2")
+    assert done.returncode == 0, done.stderr
+    card = hub.files["README.md"].decode()
+    assert not {word for word in ("own base", "OWN_BASE", "expanduser", "environ") if word in card}
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/mine", revision="v2")' in card
+
+
+def test_a_hub_s_id_from_the_environment_stays_here(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe says ${BASE}; what it stands for may be nobody's business."""
+    monkeypatch.setenv("BASE", "org/unreleased-base")
+    reference = {"text": "${BASE}", "sha256": hashlib.sha256(b"org/unreleased-base").hexdigest()}
+    changes = {"name_or_path": "${BASE}", "kind": "hub"}
+    as_planned(run, model=changes, references={"model.name_or_path": reference})
+    done = push(None, run.path, "me/mine", "--dry-run")
+    assert (done.returncode, "--base" in done.stderr, "unreleased" in done.stderr) == (2, True, False)
+
+
+def test_a_merged_model_wherever_it_was_written(run: RunDir, hub: Hub, tmp_path: Path) -> None:
+    out = tmp_path / "my models" / "merged"
+    assert CliRunner().invoke(app, ["merge", str(run.path), "--output", str(out)]).exit_code == 0
+    assert push(hub, out, "me/mine").returncode == 0
+    assert hub.files["model.safetensors"] == (out / "model.safetensors").read_bytes()
+    assert str(tmp_path) not in hub.files["README.md"].decode()
+    assert "merge_report.json" not in hub.files
+
+
+def test_a_card_that_the_hub_refuses_is_named(run: RunDir, hub: Hub) -> None:
+    (run.adapter / "README.md").write_text("---\ntags: [\n---\n")
+    done = push(hub, run.path, "me/mine", "--base", "org/base")
+    assert (done.returncode, len(done.stderr.splitlines()), "README.md" in done.stderr) == (4, 1, True)
+    assert hub.files == {}
+
+
+def test_files_that_are_large_here_and_small_for_a_hub(tmp_path: Path) -> None:
+    """A hub keeps text of up to 10 MB as git does, by another hash than that of large files."""
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(b"a" * (MOST_TEXT + 1))
+    git = subprocess.run(["git", "hash-object", file], capture_output=True, text=True, check=True).stdout.strip()
+    part = Part(file.name, file)
+    assert part.is_there(SimpleNamespace(size=part.bytes, lfs=None, blob_id=git))
+    assert not part.is_there(SimpleNamespace(size=part.bytes, lfs=None, blob_id=git[::-1]))
