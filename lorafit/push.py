@@ -123,7 +123,7 @@ def _opened(options: PushOptions) -> Iterator[Source]:
     with open_run(above.path if is_merged else options.run) as (run, plan):
         written = plan.as_written()
         base, named = written.model.name_or_path, plan.model.name_or_path
-        is_public = plan.model.kind in ("hub", "bundled") and base == named and _HUB_ID.fullmatch(base) is not None
+        is_public = plan.model.kind in ("hub", "bundled") and _HUB_ID.fullmatch(base) is not None
         before = tuple(one.path for one in written.chain)
         folder = run.merged if is_merged or options.merged else run.result
         assert folder is not None  # it was opened as a finished run

@@ -295,14 +295,15 @@ def test_a_public_repository_is_not_taken_unasked(run: RunDir, hub: Hub) -> None
 
 def test_a_push_that_broke_is_done_again(run: RunDir, hub: Hub) -> None:
     """Until then nothing is there; what was uploaded already is not sent again, and no signed address is shown."""
-    hub.refuses = True
+    hub.refuses, hub.cut = True, ("/upload/", 1)
     refused = push(hub, run.path, "me/mine", "--base", "org/base")
     assert (refused.returncode, len(refused.stderr.splitlines()), hub.files) == (4, 1, {})
     hub.refuses, hub.cut = False, ("/commit/", 99)
     broken = push(hub, run.path, "me/mine", "--base", "org/base")
     assert (broken.returncode, "reached" in broken.stderr, hub.files, hub.sent) == (4, True, {}, 1)
-    hub.cut = ("/preupload/", 1)
+    hub.cut = ("", 0)
     done = push(hub, run.path, "me/mine", "--base", "org/base")
+    assert (done.returncode, hub.sent) == (0, 1)
     assert "shh" not in refused.stderr + broken.stderr + done.stderr
 
 
