@@ -177,6 +177,7 @@ def hub() -> Iterator[Hub]:
 def push(hub: Hub | None, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the hub's client reads its settings as it is imported."""
     settings = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HUB_ETAG_TIMEOUT": "5"}
+    settings |= {"HF_HUB_VERBOSITY": "warning"}  # a user's shell has none, and this process's training sets one
     settings |= {"HF_ENDPOINT": hub.address} if hub else {}
     command = [sys.executable, "-m", "lorafit", "push", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings, **environment})
