@@ -170,6 +170,8 @@ class InitOptions(Options):
                 check_template(self.template)
             except ValueError as error:
                 raise UsageError(f"--template: {error}") from None
+            if not re.search(r"\{[{%]", self.template):
+                raise UsageError("--template: reads no column; a column stands in two braces, as {{ question }}")
         if self.source is not None and (self.model or self.data or self.validation or self.name or self.says_how):
             raise UsageError(
                 "--from takes everything from the other recipe; it goes with --kind, --gpu, --vram and --cpu"
@@ -188,6 +190,16 @@ class InitOptions(Options):
         for name, equals, column in pairs:
             if not (name and equals and column):
                 raise UsageError(f"--columns {name}: expected NAME=COLUMN, such as output=answer")
+        asked = [name.strip() for name, _, _ in pairs]
+        if asked:
+            from lorafit.rows import COLUMNS, OPTIONAL
+
+            known = {column for columns in (*COLUMNS.values(), *OPTIONAL.values()) for column in columns}
+            for name in asked:
+                if name not in known:
+                    raise UsageError(f"--columns {name}: no format has such a column{near(name, sorted(known))}")
+                if asked.count(name) > 1:
+                    raise UsageError(f"--columns {name}: is named twice")
         return {name.strip(): column.strip() for name, _, column in pairs}
 
     def refuse_overwriting(self, file: Path) -> None:

@@ -70,6 +70,8 @@ def guess(rows: Sequence[Row], format: str | None, columns: Mapping[str, str], t
         if not cells.has(name):
             there = names(path for path, _ in _leaves(rows[0].fields))
             raise DataError(f"{rows[0].place}: --columns {name}={path}: there is no such column (there are {there})")
+    if format == "alpaca" and not {"instruction", "output"} <= {*columns, *rows[0].fields} and (pair := _pair(rows)):
+        columns = {**pair.columns, **columns}
     if format is not None:
         return Guess(cast(Format, format), columns, "as --format says")
     try:
@@ -92,7 +94,7 @@ def _chat(rows: Sequence[Row]) -> Guess | None:
 def _pair(rows: Sequence[Row]) -> Guess | None:
     """A question and its answer, by the names of their columns; of two texts without, the longer is the answer."""
     texts = dict(_texts(rows))
-    columns = dict(_by_name(list(texts)))
+    columns = dict(_named(rows))
     if "instruction" not in columns and "input" in columns:
         columns["instruction"] = columns.pop("input")
     check = ""
@@ -121,7 +123,7 @@ def _by_name(paths: list[str]) -> Iterator[tuple[str, str]]:
 
 def _text(rows: Sequence[Row]) -> Guess | None:
     texts = list(_texts(rows))
-    if len(texts) != 1:
+    if len(texts) != 1 or not {"instruction", "output"}.isdisjoint(dict(_named(rows))):
         return None
     ((path, _),) = texts
     return Guess("text", {"text": path}, f"the only text is {brief(path)}", "check: is it to be learned as it is?")
@@ -129,9 +131,7 @@ def _text(rows: Sequence[Row]) -> Guess | None:
 
 def _open(rows: Sequence[Row]) -> Guess:
     """A recipe that `validate` refuses at the column that a person has to name."""
-    known = {
-        name: path for name, path in _by_name([path for path, _ in _texts(rows)]) if name in ("instruction", "output")
-    }
+    known = {name: path for name, path in _named(rows) if name in ("instruction", "output")}
     columns = {"instruction": OPEN, "output": OPEN} | known
     check = f"open: name the columns of the question and the answer; there are {names(rows[0].fields)}"
     return Guess("alpaca", columns, "a guess: no column's name says what it is", check)
@@ -151,12 +151,28 @@ def _leaves(fields: Mapping[str, Any], before: str = "", depth: int = 1) -> Iter
             yield f"{path}.0", first
 
 
+def _named(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """The columns that are called as a format's are, of what is text or a number somewhere.
+
+    An answer that is null or a number in some rows is an answer all the same: what is wrong with them is said.
+    """
+    found = [dict(_leaves(row.fields)) for row in rows]
+    paths = dict.fromkeys(path for one in found for path, value in one.items() if isinstance(value, str | int | float))
+    for column, path in _by_name(list(paths)):
+        if column in ("instruction", "output") or all(path in one for one in found):
+            yield column, path
+
+
 def _texts(rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
-    """The paths of what is text in every row, with its average length."""
-    found = [{path: len(value) for path, value in _leaves(row.fields) if isinstance(value, str)} for row in rows]
-    for path in found[0]:
-        if path.lower() not in NO_TEXTS and all(path in one for one in found):
-            yield path, sum(one[path] for one in found) / len(found)
+    """The paths of what is text in most rows, with its average length."""
+    lengths: dict[str, list[int]] = {}
+    for row in rows:
+        for path, value in _leaves(row.fields):
+            if isinstance(value, str) and path.lower() not in NO_TEXTS:
+                lengths.setdefault(path, []).append(len(value))
+    for path, found in lengths.items():
+        if 2 * len(found) > len(rows):
+            yield path, sum(found) / len(found)
 
 
 def _lost(rows: Sequence[Row], paths: Iterable[str]) -> Iterator[str]:

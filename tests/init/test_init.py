@@ -393,6 +393,18 @@ def test_several_instances_of_a_row_are_told(tmp_path: Path, tiny_model: Path) -
     assert "2 of the first 3 rows" in done.stderr
 
 
+@pytest.mark.parametrize("answer", [None, 42])
+def test_an_answer_that_is_no_text_is_an_answer_all_the_same(answer: Any, tmp_path: Path, tiny_model: Path) -> None:
+    """The question alone is never taken for a text to be learned; what is wrong with the rows is said."""
+    rows = [{"question": f"{i}?", "answer": answer if i == 3 else f"It is {i}."} for i in range(20)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    done = init(tmp_path / "r.yaml", "--model", tiny_model, "--data", data, "--cpu")
+    assert done.exit_code == 0, done.output
+    (source,) = Recipe.load(tmp_path / "r.yaml").dataset.train
+    assert (source.format, source.columns) == ("alpaca", {"instruction": "question", "output": "answer"})
+    assert "rows.jsonl:4" in done.stderr
+
+
 def test_a_final_answer_is_measured(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(20)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -421,6 +433,9 @@ def test_how_rows_are_read_can_be_said(tmp_path: Path, tiny_model: Path) -> None
     [
         (("--columns", "instruction=one,output=fuor"), 3, "output=fuor"),
         (("--columns", "output"), 2, "--columns output"),
+        (("--columns", "outptu=one"), 2, "output"),
+        (("--columns", "output=one,output=two"), 2, "twice"),
+        (("--template", "{one} {two}"), 2, "{{"),
         (("--format", "alpaka"), 2, "alpaca"),
         (("--format", "alpaca"), 3, "'instruction'"),
         (("--template", "{{ nothing }}"), 3, "nothing"),
