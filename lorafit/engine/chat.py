@@ -25,7 +25,7 @@ from lorafit.engine.callbacks import StopRequest
 from lorafit.engine.data.encode import plain_prompt
 from lorafit.engine.data.render import ChatTemplate, special_tokens
 from lorafit.engine.evaluate.batches import autocast, end_tokens, placed
-from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded, start_of
+from lorafit.engine.evaluate.models import Loaded, NamedModel, adapter_named, base_of, loaded, start_is_here, start_of
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import gguf, load_tokenizer, location, reading
 from lorafit.errors import DataError, DoesNotFitError, LorafitError, ModelError, UsageError, is_out_of_memory
@@ -363,7 +363,7 @@ def _of_run(options: ChatOptions, console: Console) -> Iterator[Session]:
             else:
                 first = "adapter"
                 candidates.append(NamedModel(first, "adapter", str(run.adapter), plan, run))
-                candidates += [start_of(run, plan)] if plan.start_from is not None else []
+                candidates += [start_of(run, plan)] if start_is_here(plan, []) else []
                 candidates += [adapter_named(name, path, run, plan, held) for name, path in options.adapters]
                 names = {one.name: one.name for one in candidates}
             first = known(options.use or first, names)

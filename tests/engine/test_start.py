@@ -246,6 +246,9 @@ def test_the_start_is_evaluated_beside_base_and_adapter(sft: RunDir, recipe: Rec
     weights = sft.adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert cli("eval", on.path).exit_code == 7
+    shutil.rmtree(sft.path)
+    gone = cli("eval", on.path, "--set", "eval.gates=[]")
+    assert (gone.exit_code, str(sft.path) in gone.output) == (0, True), gone.output
 
 
 def places_of_gate(recipe: RecipeMaker, sections: dict[str, Any]) -> list[str]:

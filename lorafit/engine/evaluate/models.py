@@ -117,6 +117,18 @@ def adapter_named(name: str, path: Path, run: RunDir, plan: Plan, held: contextl
     return NamedModel(name, "adapter", str(other.adapter), plan, run, weights_digest(other.adapter))
 
 
+def start_is_here(plan: Plan, remarks: list[str]) -> bool:
+    """Whether an adapter that a run started from is still there; one that is gone is remarked on."""
+    if plan.start_from is None:
+        return False
+    try:
+        place_of(plan.start_from)
+    except ModelError:
+        remarks.append(f"{plan.start_from}, from which the training started, is gone, so it is not compared")
+        return False
+    return True
+
+
 def start_of(run: RunDir, plan: Plan) -> NamedModel:
     """The adapter that a run started from. Raises UsageError if there is none, ModelError if it is gone or another."""
     if plan.start_from is None:
@@ -330,7 +342,7 @@ def opened(options: EvalOptions) -> Iterator[Comparison]:
         given = {"limit": options.limit, "max_new_tokens": options.max_new_tokens}
         section = recipe.eval.model_copy(update={name: value for name, value in given.items() if value is not None})
         references = {**plan.references, **recipe.references}
-        yield Comparison(run, plan, section, references, _models(options, run, plan, stack), remarks)
+        yield Comparison(run, plan, section, references, _models(options, run, plan, stack, remarks), remarks)
 
 
 def _recipe_of(plan: Plan, run: RunDir, overrides: tuple[str, ...]) -> Recipe:
@@ -352,11 +364,13 @@ def _changed(recipe: Recipe, plan: Plan) -> list[str]:
     return [name for name in now if name not in later and now[name] != then.get(name)]
 
 
-def _models(options: EvalOptions, run: RunDir, plan: Plan, stack: contextlib.ExitStack) -> list[NamedModel]:
+def _models(
+    options: EvalOptions, run: RunDir, plan: Plan, stack: contextlib.ExitStack, remarks: list[str]
+) -> list[NamedModel]:
     own = result_of(run, plan)
     asked = options.compare
     if asked is None:
-        before = (START,) if plan.start_from is not None else ()
+        before = (START,) if start_is_here(plan, remarks) else ()
         asked = (BASE, own.kind, *before, *(("merged",) if (run.merged / "config.json").is_file() else ()))
     found: list[NamedModel] = []
     for name in asked:
