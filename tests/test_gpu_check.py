@@ -34,7 +34,8 @@ def test_the_whole_script_on_a_cpu(tmp_path: Path) -> None:
     assert stages == {"environment", "gpu tests", "correctness", "memory", "speed"}
     needing = {one["name"] for one in report["checks"] if one["status"] == "not run"}
     assert needing == {
-        *("pytest -m gpu", "LoRA, bf16 weights", "LoRA, fp16 autocast", "flash attention", "NF4 of a GPU and of a CPU")
+        *("pytest -m gpu", "LoRA, bf16 weights", "LoRA, fp16 autocast", "flash attention", "NF4 of a GPU and of a CPU"),
+        "Qwen3-0.6B (2 layers), lora, use_kernels",
     }
     assert "not run: needs a CUDA GPU" in (out / "gpu_check.md").read_text()
     assert list(csv.DictReader((out / "memory.csv").open())) == [], "a CPU's memory is no GPU's"

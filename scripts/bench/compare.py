@@ -93,6 +93,8 @@ def run_lorafit(settings: dict[str, Any], folder: Path) -> Run:
         "training.optim": "adamw_torch_fused",
         "training.save_strategy": "no",
     }
+    if settings["kernels"]:
+        changes |= {"model.use_kernels": settings["kernels"], "model.trust_remote_code": "true"}
     words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "lorafit", "train", "configs/quickstart.yaml", *words]
     return watch(command, folder / "run" / "metrics.jsonl", settings["max_steps"])
@@ -113,6 +115,9 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--method", choices=["lora", "qlora"], default="lora")
     parser.add_argument("--packing", action="store_true")
+    parser.add_argument(
+        "--kernels", metavar="YAML", help="lorafit's model.use_kernels: {RMSNorm: ORG/REPO@COMMIT:LAYER}"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     settings = {
@@ -122,6 +127,7 @@ def main() -> int:
         "device": arguments.device,
         "method": arguments.method,
         "packing": arguments.packing,
+        "kernels": arguments.kernels,
         "max_steps": arguments.steps,
         "batch_size": arguments.batch_size,
         "accumulation": arguments.accumulation,
