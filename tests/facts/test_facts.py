@@ -235,7 +235,7 @@ class TestHub:
         assert "\n" not in str(caught.value)
 
     def cached(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        monkeypatch.setattr(hub, "_hub_file", lambda _, file, __: folder / file if (folder / file).exists() else None)
+        monkeypatch.setattr(hub, "hub_file", lambda _, file, __: folder / file if (folder / file).exists() else None)
 
     def test_cached_weights_are_read(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.cached(monkeypatch, write_model(tmp_path))
