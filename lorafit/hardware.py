@@ -179,18 +179,19 @@ def _nvidia(most: int) -> list[Hardware]:
 
 AMD_BF16 = (90008, 90010)
 """gfx908 and gfx90a (MI100, MI200); all from gfx940 on have bfloat16 arithmetic too, but for RDNA 1 and 2 (gfx10)."""
-
-
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
 def _amd(most: int) -> list[Hardware]:
-    """The first visible AMD GPUs, as Linux's amdkfd lists them.
+    """The first visible AMD GPUs, as Linux's amdkfd lists them; none for a torch that isn't ROCm's build.
 
-    Its gfx_target_version is 90402 for gfx942. ROCm numbers GPUs as they stand there; nothing is found where they are
-    named by UUID.
+    Many processors have a small one beside their cores, which nobody means who has another torch. Its
+    gfx_target_version is 90402 for gfx942. ROCm numbers GPUs as they stand there; nothing is found where they are named
+    by UUID.
     """
-    gpus = []
+    gpus: list[Hardware] = []
+    if not KFD.is_dir() or not _torch_is_for_amd():
+        return gpus
     for node in sorted(KFD.glob("*"), key=lambda path: (len(path.name), path.name)):
         with contextlib.suppress(OSError, ValueError, KeyError):
             target = int(_fields(node / "properties")["gfx_target_version"])
@@ -205,6 +206,16 @@ def _amd(most: int) -> list[Hardware]:
         if visible is not None:
             gpus = [gpus[int(one)] for one in visible if one.isdecimal() and int(one) < len(gpus)]
     return gpus[:most]
+
+
+def _torch_is_for_amd() -> bool:
+    """Whether the torch that is installed is a build for ROCm, by its version.py: importing it takes seconds."""
+    torch = importlib.util.find_spec("torch")
+    try:
+        text = Path(str(torch and torch.origin)).with_name("version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return re.search(r"^hip\b[^=\n]*= *['\"]", text, re.MULTILINE) is not None
 
 
 def _fields(path: Path) -> dict[str, str]:

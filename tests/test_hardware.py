@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import stat
 from pathlib import Path
@@ -124,15 +125,35 @@ def test_a_slice_of_a_card(
     assert 0.9 < found.memory_bytes / (gigabytes << 30) < 1
 
 
+def built_for(monkeypatch: pytest.MonkeyPatch, folder: Path, hip: str) -> None:
+    """Have the installed torch be a build that says so of HIP."""
+    (folder / "version.py").write_text(f"cuda: Optional[str] = None\nhip: Optional[str] = {hip}\n")
+    (folder / "__init__.py").touch()
+    found = importlib.util.spec_from_file_location("torch", folder / "__init__.py")
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: found)
+
+
+def test_an_amd_gpu_that_this_torch_can_not_use_is_none(
+    kfd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor's own small GPU does not keep a machine from training on its CPU."""
+    assert detect().device == "cuda"
+    built_for(monkeypatch, tmp_path, "None")
+    assert detect().device == "cpu"
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    assert detect().device == "cpu"
+
+
 @pytest.fixture
 def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What Linux tells of a machine with a CPU and three AMD GPUs."""
+    """What Linux tells of a machine with a CPU and three AMD GPUs, and a torch for them."""
     nodes = tmp_path / "nodes"
     for place, target in enumerate((0, 90402, 100300, 110000)):
         (nodes / f"{place}/mem_banks/0").mkdir(parents=True)
         (nodes / f"{place}/properties").write_text(f"simd_count 304\ngfx_target_version {target}\n")
         (nodes / f"{place}/mem_banks/0/properties").write_text(f"heap_type 1\nsize_in_bytes {place << 30}\n")
     monkeypatch.setattr(hardware, "KFD", nodes)
+    built_for(monkeypatch, tmp_path, "'7.2.26015'")
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return nodes
