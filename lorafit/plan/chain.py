@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lorafit.bounds import known_json, read_text
 from lorafit.errors import LorafitError, ModelError
 from lorafit.facts import read_shard, weight_files
 from lorafit.facts.fingerprint import Fingerprint, base_fingerprint, comparable, differences, listed, weights_digest
 from lorafit.files import check
-from lorafit.recipe.start import WEIGHTS, Place, place_of
+from lorafit.plan.values import Context, Plan, Stage
+from lorafit.recipe.start import WEIGHTS, Place, is_run, place_of
 from lorafit.tree import KeyPath
 from lorafit.written import expanded
-
-if TYPE_CHECKING:
-    from lorafit.plan.values import Context, Plan
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A training that came before.
-
-    Attributes:
-        path: of what it left, as the recipe that starts from it names it.
-        kind: `adapter`: it goes on; `model` and `merged`: it is the base of what comes after.
-        base: what it was trained on, as its own recipe names it; None where that is not known.
-        sha256: of its weights, as lorafit.facts.fingerprint's `weights_digest` gives it.
-    """
-
-    path: str
-    kind: Literal["adapter", "model", "merged"]
-    base: str | None
-    sha256: str
-
 
 HASHED = 4 << 30
 """Bytes of a base's weights up to which they are read whole while planning; larger ones are, as training begins."""
@@ -47,19 +27,18 @@ def find_chain(context: Context, quantization: dict[str, Any] | None) -> tuple[S
         quantization: how the base is quantized now.
     """
     recipe = context.recipe
+    if recipe.start_from is None:
+        return _of_base(context)
     try:
-        if recipe.start_from is None:
-            return _of_base(expanded(recipe.model.name_or_path), recipe.model.name_or_path)
         return _of_adapter(context, place_of(recipe.start_from), quantization)
     except LorafitError as error:
         context.wrong(("start_from",), f"{recipe.start_from}: {error}")
         return ()
 
 
-def base_before(start_from: str) -> Fingerprint:
-    """The base that an adapter was trained on; empty for one that is of no run. Raises ModelError."""
-    run = place_of(start_from).run
-    return (known_json(run / "fingerprint.json") or {}) if run else {}
+def base_before(place: Place) -> Fingerprint:
+    """The base that an adapter was trained on; empty for one that is of no run."""
+    return (known_json(place.run / "fingerprint.json") or {}) if place.run else {}
 
 
 def _of_adapter(context: Context, place: Place, quantization: dict[str, Any] | None) -> tuple[Stage, ...]:
@@ -77,7 +56,7 @@ def _of_adapter(context: Context, place: Place, quantization: dict[str, Any] | N
         context.remarks.append(f"Whether {asked}, which is of no run, is for this base is known {known}.")
         return (stage,)
     before = _plan(place.run)
-    _check_base(context, before, base_before(asked))
+    _check_base(context, before, base_before(place))
     if before.quantization_kwargs != quantization:
         path: KeyPath = ("quantization",) if quantization else ("start_from",)
         how = _described(before.quantization_kwargs)
@@ -112,20 +91,24 @@ def _described(quantization: dict[str, Any] | None) -> str:
     return f"a base with {rest}"
 
 
-def _of_base(folder: Path, asked: str) -> tuple[Stage, ...]:
-    """Where the base is what another run left."""
+def _of_base(context: Context) -> tuple[Stage, ...]:
+    """Where the base is what another run left, that run and those before it."""
+    asked = context.recipe.model.name_or_path
+    folder = expanded(asked)
     run = folder.parent
-    if folder.name not in ("model", "merged") or not (run / "plan.json").is_file():
+    if folder.name not in ("model", "merged") or not is_run(run):
         return ()
-    before = _plan(run)
     kind: Literal["model", "merged"] = "model" if folder.name == "model" else "merged"
-    return (*before.chain, Stage(asked, kind, before.model.name_or_path, weights_digest(folder)))
+    try:
+        before = _plan(run)
+        return (*before.chain, Stage(asked, kind, before.model.name_or_path, weights_digest(folder)))
+    except ModelError as error:  # the base itself is checked elsewhere
+        context.remarks.append(f"How the base came to be is not recorded: {error}.")
+        return ()
 
 
 def _plan(run: Path) -> Plan:
     """Raises ModelError for what can't be read."""
-    from lorafit.plan.values import Plan
-
     try:
         return Plan.from_json(read_text(run / "plan.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

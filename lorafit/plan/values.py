@@ -14,7 +14,6 @@ from lorafit.errors import DataError
 from lorafit.facts import ModelFacts
 from lorafit.hardware import Hardware
 from lorafit.plan.adapters import Adapter, adapter_told
-from lorafit.plan.chain import Stage
 from lorafit.plan.methods import METHODS, SFT, Method
 from lorafit.recipe import Mistake, Recipe
 from lorafit.rows import Format, Shape
@@ -127,6 +126,23 @@ class ModelPlan:
     trainable_parameters: int
     adapted_modules: int
     kernels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training that came before.
+
+    Attributes:
+        path: of what it left, as the recipe that starts from it names it.
+        kind: `adapter`: it goes on; `model` and `merged`: it is the base of what comes after.
+        base: what it was trained on, as its own recipe names it; None where that is not known.
+        sha256: of its weights, as lorafit.facts.fingerprint's `weights_digest` gives it.
+    """
+
+    path: str
+    kind: Literal["adapter", "model", "merged"]
+    base: str | None
+    sha256: str
 
 
 @dataclass(frozen=True)

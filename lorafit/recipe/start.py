@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lorafit.bounds import known_json
 from lorafit.errors import ModelError
 from lorafit.facts.hub import hub_file, hub_unreachable, spare_retries
+from lorafit.files import read_seal
 from lorafit.recipe.layers import Draft, merge, placed
 from lorafit.recipe.schema import LoraSection
 from lorafit.recipe.yaml import Located, Mistake, Position
@@ -56,7 +57,7 @@ def place_of(name: str) -> Place:
     path = expanded(name)
     if not path.exists() and not name.startswith((".", "/", "~")) and name.count("/") == 1:
         return Place(_of_hub(name), None)
-    if (path / "plan.json").is_file():
+    if is_run(path):
         return Place(path / "adapter", path)
     if not (path / CONFIG).is_file():
         what = (
@@ -66,7 +67,13 @@ def place_of(name: str) -> Place:
         )
         raise ModelError(f"{what} (no {CONFIG})" if path.is_dir() else what)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return Place(path, run if (run / "plan.json").is_file() else None)
+    return Place(path, run if is_run(run) else None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run of lorafit's, by its seal; other tools have files of that name as well."""
+    seal = read_seal(folder)
+    return seal is not None and seal.kind == "run" and (folder / "plan.json").is_file()
 
 
 def _of_hub(name: str) -> Path:

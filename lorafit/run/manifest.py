@@ -213,7 +213,7 @@ def check_base_of_start(plan: Plan, run: RunDir) -> None:
     """See that the base, which is whole here by now, is that of the adapter that goes on. Raises ModelError."""
     if plan.start_from is None:
         return
-    if changed := fingerprint.differences(base_before(plan.start_from), run.base_files() or {}):
+    if changed := fingerprint.differences(base_before(place_of(plan.start_from)), run.base_files() or {}):
         raise ModelError(
             f"model.name_or_path: {plan.model.name_or_path} is not the base that {plan.start_from} was trained on "
             f"(differs in {listed(changed, 3)}); bring that back"

@@ -235,6 +235,28 @@ def test_a_run_on_what_was_trained_in_full_records_that(recipe: RecipeMaker, tra
     assert (stage.kind, stage.path) == ("model", str(full.model))
 
 
+def test_a_base_beside_somebody_elses_plan_is_a_base(
+    tiny_model: Path, sft: RunDir, recipe: RecipeMaker, tmp_path: Path
+) -> None:
+    """Another tool's project may have a plan.json and a folder called model or adapter, too."""
+    shutil.copytree(tiny_model, tmp_path / "project" / "model")
+    shutil.copytree(sft.adapter, tmp_path / "project" / "adapter")
+    (tmp_path / "project" / "plan.json").write_text('{"steps": []}')
+    file = recipe("other", model={"name_or_path": str(tmp_path / "project" / "model")}, training=SHORT)
+    assert plan_recipe(Recipe.load(file), file).chain == ()
+    file = onward(recipe, tmp_path / "project" / "adapter")
+    (stage,) = plan_recipe(Recipe.load(file), file).chain
+    assert stage.base is None
+
+
+def test_a_run_whose_plan_is_damaged_is_a_base_all_the_same(recipe: RecipeMaker, train: Train) -> None:
+    full = train(recipe("full", lora=..., training=SHORT))
+    full.plan_file.write_text("{}")
+    file = recipe("after", model={"name_or_path": str(full.model)}, training=SHORT)
+    plan = plan_recipe(Recipe.load(file), file)
+    assert (plan.chain, any(str(full.path) in remark for remark in plan.remarks)) == ((), True)
+
+
 def test_the_start_is_evaluated_beside_base_and_adapter(sft: RunDir, recipe: RecipeMaker, train: Train) -> None:
     validation = {"dataset": {"validation": 0.25}, "eval": {"forgetting": [], "max_new_tokens": 4}}
     gate = {"gates": ["heldout.loss.start - heldout.loss.start == 0"]}
