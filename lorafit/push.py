@@ -14,15 +14,16 @@ from typing import Any, TypeGuard
 
 from lorafit.bounds import read_json
 from lorafit.errors import ModelError, UsageError
-from lorafit.files import CARD, SEAL, check_own, file_digest, read_seal
+from lorafit.facts.fingerprint import git_digest
+from lorafit.files import CARD, SEAL, file_digest, read_seal
 from lorafit.options import PushOptions
 from lorafit.progress import stage
-from lorafit.run.directory import RunDir, located, open_run
+from lorafit.recipe.start import CONFIG
+from lorafit.run.directory import RunDir, located, open_run, proved_merge
 from lorafit.run.summary import load_adapter
 from lorafit.text import first_line
 from lorafit.written import References, as_written, hidden
 
-CONFIG = "adapter_config.json"
 _OWN = (SEAL, "merge_report.json", "merge_report.md")
 """Records of this machine, for lorafit alone."""
 _TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b")
@@ -64,8 +65,7 @@ class Part:
             sha256 = file_digest(self.file) if self.content is None else hashlib.sha256(self.content).hexdigest()
             return bool(found.lfs.sha256 == sha256)
         data = self.file.read_bytes() if self.content is None else self.content
-        git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        return bool(found.blob_id == git)
+        return bool(found.blob_id == git_digest(data))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _opened(options: PushOptions) -> Iterator[Source]:
     seal, above = read_seal(path), RunDir(path.parent)
     is_merged = seal is not None and seal.kind == "merge"
     if is_merged and (above.merged != path or not above.is_run):
-        report = _proved(path)
+        report = proved_merge(path)
         base = str(report["base"]["name"])
         is_public = _HUB_ID.fullmatch(base) is not None and not located(base).exists()
         before = tuple(str(one["path"]) for one in report.get("chain", ()))
@@ -128,25 +128,10 @@ def _opened(options: PushOptions) -> Iterator[Source]:
         folder = run.merged if is_merged or options.merged else run.result
         assert folder is not None  # it was opened as a finished run
         if folder == run.merged:
-            _proved(folder, run)
+            proved_merge(folder, run.adapter)
         # a place that is written as any word, such as `models`, is none that can be found in a text
         local = () if is_public else tuple(name for name in (base, named) if name.startswith(("/", "~", ".")))
         yield Source(folder, base, is_public, before, plan.references, (str(run.path.resolve()), *local))
-
-
-def _proved(folder: Path, run: RunDir | None = None) -> dict[str, Any]:
-    """The report of a merge, which is whole and was proved, and of this run. Raises UsageError, ModelError."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no merged model; make it with `lorafit merge {folder.parent}`")
-    check_own(folder, "merge again")
-    report = read_json(folder / "merge_report.json")
-    proof = report.get("verification", {})  # none of an adapter that was made of several
-    if proof.get("level") == "none" or proof.get("breaches"):
-        raise UsageError(f"{folder}: {report['verdict']} Nothing is pushed without a proof; merge again")
-    weights = run and run.adapter / "adapter_model.safetensors"
-    if weights and report.get("adapter_sha256") not in (None, file_digest(weights)):
-        raise ModelError(f"{folder}: is the merge of another adapter ({report['adapter']}); merge again")
-    return report
 
 
 def _parts(source: Source, options: PushOptions) -> Iterator[Part]:

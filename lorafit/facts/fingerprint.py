@@ -125,11 +125,11 @@ def _is_its_name(file: Path) -> bool:
     name = file.resolve().name
     if len(name) == 64:
         return whole_digest(file) == name
-    return len(name) != 40 or remembered(file, "git", _git_digest) == name
+    return len(name) != 40 or remembered(file, "git", lambda path: git_digest(path.read_bytes())) == name
 
 
-def _git_digest(file: Path) -> str:
-    content = file.read_bytes()
+def git_digest(content: bytes) -> str:
+    """The name that git gives a file's content (SHA-1)."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 

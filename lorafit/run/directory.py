@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lorafit import files
-from lorafit.bounds import known_json, read_text
-from lorafit.errors import DriftError, UsageError
+from lorafit.bounds import known_json, read_json, read_text
+from lorafit.errors import DriftError, ModelError, UsageError
+from lorafit.facts.fingerprint import weights_digest
 from lorafit.plan import Plan
 from lorafit.text import first_line, printable
 from lorafit.written import expanded
@@ -408,3 +409,20 @@ def open_run(path: str | Path) -> Iterator[tuple[RunDir, Plan]]:
             raise UsageError(f"{path}: the run is not finished; go on with `lorafit train … --resume`")
         run.check()
         yield run, plan
+
+
+def proved_merge(merged: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """The report of a merged model that is as it was written, was proved, and is of that adapter (None: of any).
+
+    Raises UsageError, ModelError, DriftError.
+    """
+    if not merged.is_dir():
+        raise UsageError(f"{merged}: there is no merged model; make it with `lorafit merge {merged.parent}`")
+    files.check_own(merged, "merge again, with --overwrite")
+    report = read_json(merged / "merge_report.json")
+    proof = report.get("verification", {})  # none of an adapter that was made of several
+    if proof.get("level") == "none" or proof.get("breaches"):
+        raise UsageError(f"{merged}: {report['verdict']} That is no proof; merge again, with --overwrite")
+    if adapter is not None and report["adapter_sha256"] != weights_digest(adapter):
+        raise ModelError(f"{merged}: is the merge of another adapter ({report['adapter']}); use --overwrite")
+    return report

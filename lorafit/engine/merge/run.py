@@ -41,14 +41,13 @@ from lorafit.engine.tokenizer import load_tokenizer, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, UsageError
 from lorafit.export.gguf import check_gguf
 from lorafit.facts import weight_files
-from lorafit.facts.fingerprint import weights_digest
-from lorafit.files import check_own, discard, finish, partial_of, seal, settle, staged, writing
+from lorafit.files import discard, finish, partial_of, seal, settle, staged, writing
 from lorafit.hardware import available_memory
 from lorafit.options import MergeOptions, unverified
 from lorafit.progress import stage
 from lorafit.recipe.schema import MergeSection
 from lorafit.recipe.start import CHANGING_STARTS
-from lorafit.run.directory import located
+from lorafit.run.directory import located, proved_merge
 from lorafit.run.summary import write_merged_card
 from lorafit.written import References
 
@@ -94,12 +93,7 @@ def export(options: MergeOptions, console: Console) -> Path:
     """
     merged = options.destination()
     with open_source(options.path) as source, writing(merged):
-        check_own(merged, "merge again, with --overwrite")
-        report = read_json(merged / "merge_report.json")
-        if report["adapter_sha256"] != weights_digest(source.adapter):
-            raise ModelError(f"{merged}: is not the merge of {source.adapter}; --overwrite merges again")
-        if report["verification"]["level"] == "none":
-            raise UsageError(f"{merged}: was merged without a proof (--verify none); --overwrite merges again")
+        report = proved_merge(merged, source.adapter)
         if options.llama_cpp is None:
             check_gguf(merged, merged)
         console.print(f"exporting {merged}, which is merged and proved already", highlight=False, soft_wrap=True)
