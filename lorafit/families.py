@@ -41,6 +41,20 @@ class Gguf:
         written: the architecture as which lorafit writes the family; empty for one that it doesn't write.
         written_class: the class of transformers whose models are written.
         slides: whether attention slides over `sliding_window` unless the configuration says otherwise.
+        neighbours: whether llama.cpp rotates neighbours in a head (LLAMA_ROPE_TYPE_NORM), where transformers rotates
+            halves, so that rows change their order.
+        biases: whether llama.cpp reads biases.
+        square: whether it takes all heads together to be as wide as the model.
+        head: whether it reads an output head of its own: `own` always, `tied` never, `either` where there is one.
+        activation: of the MLP, by transformers' name.
+        norm_shift: what is added to the norms' weights, where transformers adds it as it runs.
+        period: the layer after each `period - 1` sliding ones sees everything; 0 without such a pattern.
+        local_base: base of the rotations in sliding layers, which no key says; 0 where it is that of the others.
+        large: layers of the model whose queries are scaled by its width and not by the size of its heads.
+        figures: keys of config.json that must be there, and what they are called behind the architecture's name.
+        refused: keys of config.json that llama.cpp has no answer to.
+        runs_windowless: whether llama.cpp runs it without the sliding window that the file says.
+        rope: what rotations may be besides: `longrope`, and `partial`, of a part of each head.
     """
 
     read: str = ""
@@ -48,6 +62,19 @@ class Gguf:
     written: str = ""
     written_class: str = ""
     slides: bool = False
+    neighbours: bool = False
+    biases: bool = False
+    square: bool = False
+    head: str = "either"
+    activation: str = "silu"
+    norm_shift: float = 0.0
+    period: int = 0
+    local_base: float = 0.0
+    large: int = 0
+    figures: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    runs_windowless: bool = False
+    rope: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,8 +239,31 @@ _NEOX_MLP = """
     mlp.dense_4h_to_h hidden_size,intermediate_size +{bias}
 """
 _GEMMA_DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
-_GEMMA3_DEFAULTS = {**_GEMMA_DEFAULTS, "num_key_value_heads": 4}
+_GEMMA2_DEFAULTS = {
+    **_GEMMA_DEFAULTS,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_GEMMA3_DEFAULTS = {**_GEMMA2_DEFAULTS, "max_position_embeddings": 131072, "rope_theta": 1e6}
 _GEMMA3_TRAITS = LayerTraits("around", wide_norm=True, scales_embeddings=True)
+_GEMMA_GGUF = Gguf(
+    head_dim="attention.key_length",
+    activation="gelu_pytorch_tanh",
+    norm_shift=1.0,
+    refused=("use_bidirectional_attention",),
+)
+_GEMMA3_GGUF = replace(
+    _GEMMA_GGUF,
+    read="gemma3",
+    written="gemma3",
+    written_class="Gemma3ForCausalLM",
+    period=6,
+    local_base=10000.0,
+    large=62,
+    refused=("use_bidirectional_attention", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 _GLM_DEFAULTS = {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
 _BARE = {name: f"transformer.{name}" for name in ("wte.", "wpe.", "h.", "ln_f.", "word_embeddings")}
 _SIGLIP = Family(
@@ -249,13 +299,17 @@ _SIGLIP = Family(
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        _LLAMA, traits=LayerTraits(), gguf=Gguf("llama", "rope.dimension_count", "llama", "LlamaForCausalLM")
+        _LLAMA,
+        traits=LayerTraits(),
+        gguf=Gguf("llama", "rope.dimension_count", "llama", "LlamaForCausalLM", neighbours=True, biases=True),
     ),
     "mistral": Family(
         _MISTRAL,
         defaults={"num_key_value_heads": 8},
         traits=LayerTraits(),
-        gguf=Gguf("mistral", "rope.dimension_count", "llama", "MistralForCausalLM", slides=True),
+        gguf=Gguf(
+            "mistral", "rope.dimension_count", "llama", "MistralForCausalLM", slides=True, neighbours=True, biases=True
+        ),
     ),
     "ministral": Family(_MISTRAL, defaults={"num_key_value_heads": 8}),
     "ministral3": Family(_MISTRAL, defaults={"num_key_value_heads": 8, "head_dim": 128}),
@@ -265,7 +319,22 @@ FAMILIES: dict[str, Family] = {
         traits=LayerTraits(),
         stored={"block_sparse_moe.": "mlp."},
     ),
-    "granite": Family(_LLAMA, traits=LayerTraits(scales_residuals=True)),
+    "granite": Family(
+        _LLAMA,
+        traits=LayerTraits(scales_residuals=True),
+        gguf=Gguf(
+            written="granite",
+            written_class="GraniteForCausalLM",
+            neighbours=True,
+            biases=True,
+            figures={
+                "attention_multiplier": "attention.scale",
+                "embedding_multiplier": "embedding_scale",
+                "residual_multiplier": "residual_scale",
+                "logits_scaling": "logit_scale",
+            },
+        ),
+    ),
     "granitemoe": Family(
         _attention() + _experts(router="block_sparse_moe.router") + _TWO_NORMS,
         defaults={"num_experts": 8},
@@ -280,7 +349,7 @@ FAMILIES: dict[str, Family] = {
         _attention("+yes", "") + _mlp() + _TWO_NORMS,
         defaults={"num_key_value_heads": 32},
         traits=LayerTraits(),
-        gguf=Gguf("qwen2", "", "qwen2", "Qwen2ForCausalLM"),
+        gguf=Gguf("qwen2", "", "qwen2", "Qwen2ForCausalLM", biases=True),
     ),
     "qwen2_moe": Family(
         _attention("+qkv_bias", "") + _mlp(rest="?!sparse") + _QWEN_EXPERTS + _TWO_NORMS,
@@ -328,16 +397,28 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         _GEMMA + _FOUR_NORMS,
-        defaults={**_GEMMA_DEFAULTS, "num_key_value_heads": 4},
+        defaults=_GEMMA2_DEFAULTS,
         traits=replace(_GEMMA3_TRAITS, soft_caps=True),
-        gguf=Gguf("gemma2", "attention.key_length"),
+        gguf=replace(
+            _GEMMA_GGUF,
+            read="gemma2",
+            written="gemma2",
+            written_class="Gemma2ForCausalLM",
+            head="tied",
+            period=2,
+            large=46,
+            figures={
+                "attn_logit_softcapping": "attn_logit_softcapping",
+                "final_logit_softcapping": "final_logit_softcapping",
+            },
+        ),
         sdpa=False,
     ),
     "gemma3_text": Family(
         _GEMMA3,
         defaults=_GEMMA3_DEFAULTS,
         traits=_GEMMA3_TRAITS,
-        gguf=Gguf("gemma3", "attention.key_length"),
+        gguf=_GEMMA3_GGUF,
     ),
     "gemma3": Family(
         _GEMMA3,
@@ -346,6 +427,7 @@ FAMILIES: dict[str, Family] = {
         layers="model.language_model.layers",
         defaults={**_GEMMA3_DEFAULTS, "vocab_size": 262208, "num_attention_heads": 8},
         vision=_SIGLIP,
+        gguf=replace(_GEMMA3_GGUF, read="", written_class="Gemma3ForConditionalGeneration"),
         stored={
             "language_model.model.": "model.language_model.",
             "language_model.lm_head.": "lm_head.",
@@ -374,10 +456,23 @@ FAMILIES: dict[str, Family] = {
         + _FUSED_MLP
         + _TWO_NORMS,
         traits=LayerTraits(),
-        gguf=Gguf("phi3"),
+        gguf=Gguf(
+            "phi3",
+            "",
+            "phi3",
+            "Phi3ForCausalLM",
+            slides=True,
+            square=True,
+            runs_windowless=True,
+            rope=("partial", "longrope"),
+        ),
     ),
     "olmo": Family(_attention() + _mlp(), after=_HEAD, last_linear="mlp.down_proj"),
-    "olmo2": Family(_attention() + _WHOLE_NORMS + _mlp() + _POST_NORMS, traits=LayerTraits("after")),
+    "olmo2": Family(
+        _attention() + _WHOLE_NORMS + _mlp() + _POST_NORMS,
+        traits=LayerTraits("after"),
+        gguf=Gguf(written="olmo2", written_class="Olmo2ForCausalLM", square=True, head="own"),
+    ),
     "olmo3": Family(_attention() + _WHOLE_NORMS + _mlp() + _POST_NORMS),
     "olmoe": Family(
         _attention() + _OLMOE_NORMS + _experts() + _TWO_NORMS,

@@ -24,6 +24,7 @@ from transformers.utils.kernel_config import KernelConfig
 
 from lorafit.engine.tokenizer import cannot_load, gguf, location
 from lorafit.errors import LorafitError, ModelError
+from lorafit.export.layout import query_scale
 from lorafit.facts.fingerprint import listed
 from lorafit.files import check, staged
 from lorafit.plan import Plan
@@ -197,6 +198,8 @@ def dequantize_gguf(file: str, destination: Path, dtype: str) -> None:
         raise cannot_load("model", file, error) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    if hasattr(model.config, "query_pre_attn_scalar"):  # transformers takes its class's
+        model.config.query_pre_attn_scalar = query_scale(model.config.to_dict())
     model.hf_quantizer = None
     model.config.name_or_path = ""
     with stage(f"writing {destination}"), staged(destination, "base") as folder:

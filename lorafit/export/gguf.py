@@ -13,9 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafit.errors import ModelError, UsageError
-from lorafit.export.layout import Layout, Placed, Rows, check_architecture, make_layout, read_rows
+from lorafit.export.layout import (
+    Layout,
+    Placed,
+    Rows,
+    check_architecture,
+    language,
+    loaded_name,
+    make_layout,
+    read_rows,
+    remarks,
+)
 from lorafit.export.vocabulary import Vocabulary, read_json, read_vocabulary, refused
 from lorafit.facts import by_name, read_shard, weight_files
+from lorafit.families import family_of
 from lorafit.files import beside
 from lorafit.progress import each
 from lorafit.text import printable
@@ -59,12 +70,15 @@ def export_gguf(folder: Path, destination: Path, kind: str, llama_cpp: Path | No
     return "lorafit" if llama_cpp is None else "llama.cpp"
 
 
-def check_gguf(base: Path, tokenizer: Path | None, rows: int | None = None) -> None:
+def check_gguf(base: Path, tokenizer: Path | None, rows: int | None = None) -> list[str]:
     """Refuse, before anything is merged, what `export_gguf` would refuse of a model that is merged into this base.
 
     Args:
         tokenizer: the folder that the merged model's is taken from.
         rows: of its embeddings, where the adapter brings another vocabulary along.
+
+    Returns:
+        What llama.cpp does in another way than this model, a sentence each.
 
     Raises ModelError.
     """
@@ -78,7 +92,8 @@ def check_gguf(base: Path, tokenizer: Path | None, rows: int | None = None) -> N
         make_layout(base, config, by_name(map(read_shard, files)))
     if tokenizer is None:
         raise refused(base, "there is no tokenizer.json")
-    read_vocabulary(tokenizer, rows if rows is not None else int(config["vocab_size"]))
+    vocabulary = read_vocabulary(tokenizer, rows if rows is not None else int(language(config)["vocab_size"]))
+    return [*remarks(config), *filter(None, [vocabulary.remark])]
 
 
 def _check(kind: str, llama_cpp: Path | None, where: str) -> None:
@@ -190,7 +205,7 @@ def _write(folder: Path, kind: str, place: Path, name: str) -> None:
 
 def _add_metadata(writer: GGUFWriter, layout: Layout, vocabulary: Vocabulary, name: str, kind: str) -> None:
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(name if vocabulary.named in name.lower() else f"{vocabulary.named} {name}")
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(2)  # the layout of blocks that every current reader expects
     for key, value in layout.metadata.items():
@@ -227,10 +242,9 @@ def _write_tensors(writer: GGUFWriter, layout: Layout, kind: str) -> None:
     for entry, qtype in zip(layout.tensors, types, strict=True):
         size = int(np.prod(quant_shape_to_byte_shape(entry.tensor.shape, qtype), dtype=np.int64))
         writer.add_tensor_info(entry.name, entry.tensor.shape, np.dtype(np.float32), size, raw_dtype=qtype)
-    if layout.rope_factors is not None:
+    for name, factors in layout.rope_factors.items():
         float32 = gguf.GGMLQuantizationType.F32
-        factors = layout.rope_factors
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes, raw_dtype=float32)
+        writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes, raw_dtype=float32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -244,9 +258,9 @@ def _write_tensors(writer: GGUFWriter, layout: Layout, kind: str) -> None:
             _check_range(entry, rows, kind)
             stream.write(np.ascontiguousarray(gguf.quantize(rows, qtype)).data)
         writer.write_padding(stream, stream.tell() - begin)
-    if layout.rope_factors is not None:
-        stream.write(layout.rope_factors.data)
-        writer.write_padding(stream, layout.rope_factors.nbytes)
+    for factors in layout.rope_factors.values():
+        stream.write(factors.data)
+        writer.write_padding(stream, factors.nbytes)
 
 
 def _type_of(entry: Placed, kind: str) -> GGMLQuantizationType:
@@ -272,7 +286,28 @@ def _chunks(entry: Placed) -> Iterator[Rows]:
     step = max(1, _AT_A_TIME // (unit * width)) * unit
     arrange: Callable[[Rows], Rows] = (lambda rows: _interleaved(rows, unit)) if entry.heads else (lambda rows: rows)
     for begin in range(0, shape[0], step):
-        yield arrange(read_rows(entry.tensor, begin, min(begin + step, shape[0])))
+        rows = arrange(read_rows(entry.tensor, begin, min(begin + step, shape[0])))
+        yield rows + np.float32(entry.shift) if entry.shift else rows
+
+
+def read_gguf(folder: Path, file: Path) -> Iterator[tuple[str, Rows]]:
+    """The tensors of a file that lorafit wrote from a model folder, as that folder's model has them, in float32.
+
+    Raises ModelError for a file that lacks one.
+    """
+    gguf = _writer_package()
+    config = read_json(folder / "config.json")
+    layout = make_layout(folder, config, by_name(map(read_shard, weight_files(folder))))
+    family = family_of(str(config["model_type"]))
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for entry in layout.tensors:
+        if entry.name not in found:
+            raise ModelError(f"{file}: {entry.name} is missing")
+        rows: Rows = gguf.dequantize(found[entry.name].data, found[entry.name].tensor_type)
+        if entry.heads:
+            size = rows.shape[0] // entry.heads
+            rows = rows.reshape(-1, size // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+        yield loaded_name(entry.tensor.name, family), rows - np.float32(entry.shift)
 
 
 def _interleaved(rows: Rows, size: int) -> Rows:

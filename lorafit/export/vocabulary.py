@@ -26,13 +26,14 @@ _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+%s|[^\r\n\p{{L}}\p{{N}}]
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _SPLITS = {
-    _CONTRACTIONS + _WORDS_AND_NUMBERS % "{1,3}": ("llama-bpe", True),
-    _CONTRACTIONS + _WORDS_AND_NUMBERS % "": ("qwen2", False),
-    _CASED % ("", "") + r"|\p{N}|" + _REST: ("tekken", True),
-    _CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}|" + _REST: ("gpt-4o", False),
+    (_CONTRACTIONS + _WORDS_AND_NUMBERS % "{1,3}", True): "llama-bpe",
+    (_CONTRACTIONS + _WORDS_AND_NUMBERS % "{1,3}", False): "dbrx",
+    (_CONTRACTIONS + _WORDS_AND_NUMBERS % "", False): "qwen2",
+    (_CASED % ("", "") + r"|\p{N}|" + _REST, True): "tekken",
+    (_CASED % (_CONTRACTIONS + "?", _CONTRACTIONS + "?") + r"|\p{N}{1,3}|" + _REST, False): "gpt-4o",
 }
-"""The expression by which text is split before merging: llama.cpp's name of it, and whether that name also means that
-a word which is a token is not merged (tokenizer.json's ignore_merges). From src/llama-vocab.cpp of llama.cpp."""
+"""The expression by which text is split before merging, and whether a word which is a token is not merged
+(tokenizer.json's ignore_merges): llama.cpp's name of both. From src/llama-vocab.cpp of llama.cpp."""
 
 _STOPS_BY_NAME = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "</s>", "<EOT>", "_<EOT>"),
@@ -55,6 +56,8 @@ class Vocabulary:
         special: ids by GGUF's names: bos, eos, unknown, padding, eot, eom.
         add_bos, add_eos: whether every text gets one.
         add_space_prefix: whether a space is put before the first word; None where GGUF has no say.
+        named: what the model's name has to hold, for llama.cpp to read these tokens right.
+        remark: what llama.cpp does in another way.
     """
 
     model: str
@@ -67,6 +70,8 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool | None
+    named: str = ""
+    remark: str | None = None
     chat_template: str | None = field(repr=False, default=None)
 
 
@@ -84,6 +89,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     vocab: dict[str, int] = model["vocab"]
     pairs = [_pair(folder, merge) for merge in model["merges"]]
     added: list[dict[str, Any]] = tokenizer.get("added_tokens") or []
+    added = [token for token in added if token["id"] < rows or token["content"] in vocab]  # the model has no others
     tokens, types = _fill(folder, rows, vocab, added)
     ids = {text: index for index, text in enumerate(tokens)}
     scores: list[float] = []
@@ -94,6 +100,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         prefix = _space_prefix(folder, tokenizer)
         scores = _scores(folder, tokens, types, pairs)
         _mark_bytes(folder, types, ids, model.get("unk_token") or _content(settings.get("unk_token")))
+        tokens = _respelled(tokens, types, pairs)
     else:
         kind, pre = "gpt2", _pre(folder, tokenizer)
         merges = [f"{left} {right}" for left, right in pairs]
@@ -101,7 +108,10 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     facts = tokenizer_facts(folder)
     template = facts.chat_template if facts else None
     special = _special(folder, settings, ids)
-    return Vocabulary(kind, pre, tokens, types, scores, merges, special, add_bos, add_eos, prefix, template)
+    named, remark = _stripping(added, kind)
+    return Vocabulary(
+        kind, pre, tokens, types, scores, merges, special, add_bos, add_eos, prefix, named, remark, template
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -122,8 +132,8 @@ def _fill(folder: Path, rows: int, vocab: dict[str, int], added: list[dict[str, 
     kinds = dict.fromkeys(texts, NORMAL)
     for token in added:
         index, text = token["id"], token["content"]
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise refused(folder, f"the token {text!r} takes the spaces beside it along")
+        if token.get("single_word"):
+            raise refused(folder, f"the token {text!r} is found as a whole word only")
         if texts.get(index, text) != text or vocab.get(text, index) != index:
             raise refused(folder, f"two tokens are at {index}, or {text!r} has two places")
         texts[index] = text
@@ -141,6 +151,33 @@ def _fill(folder: Path, rows: int, vocab: dict[str, int], added: list[dict[str, 
     return [texts[index] for index in range(rows)], [kinds[index] for index in range(rows)]
 
 
+_NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
+"""Special tokens after which llama.cpp keeps the spaces in a model whose name says phi-3 (src/llama-vocab.cpp)."""
+
+
+def _stripping(added: list[dict[str, Any]], kind: str) -> tuple[str, str | None]:
+    """The name by which llama.cpp takes the spaces after special tokens along, as Phi-3's do; else what is to be said.
+
+    GGUF has no key for tokens that take the spaces beside them along.
+    """
+    strips = [token["content"] for token in added if token.get("lstrip") or token.get("rstrip")]
+    if not strips:
+        return "", None
+    after = {token["content"] for token in added if token.get("rstrip") and not token.get("lstrip")}
+    if kind == "llama" and after == {token["content"] for token in added} - _NOT_STRIPPED:
+        return "phi-3", None
+    return "", f"GGUF: the tokenizer drops the spaces beside {strips[0]}, which llama.cpp keeps"
+
+
+def _respelled(tokens: list[str], types: list[int], pairs: list[tuple[str, str]]) -> list[str]:
+    """SentencePiece's own tokens of several spaces, which llama.cpp looks for in the text as it is."""
+    made = {left + right for left, right in pairs}
+    return [
+        text.replace("▁", " ") if kind == USER_DEFINED and text in made else text
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+
+
 def _parts(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     """The steps of a part of tokenizer.json, whether it is one step, a sequence, or none."""
     if part is None:
@@ -154,20 +191,20 @@ def _pre(folder: Path, tokenizer: dict[str, Any]) -> str:
         raise refused(folder, "the tokenizer changes the text before it splits it")
     *before, last = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers") or [{"type": "nothing"}]
     ignores = bool(tokenizer["model"].get("ignore_merges"))
-    found: tuple[str, bool] | None = None
+    found: str | None = None
     if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
         if last.get("use_regex", True):
             if not before:
-                found = ("gpt-2", False)
+                found = None if ignores else "gpt-2"
             elif [step["type"] for step in before] == ["Digits"] and before[0].get("individual_digits"):
-                found = ("smollm", False)
+                found = None if ignores else "smollm"
         elif len(before) == 1 and before[0]["type"] == "Split":
             split = before[0]
             if split.get("behavior") == "Isolated" and not split.get("invert"):
-                found = _SPLITS.get(str(split["pattern"].get("Regex")))
-    if found is None or found[1] != ignores:
+                found = _SPLITS.get((str(split["pattern"].get("Regex")), ignores))
+    if found is None:
         raise refused(folder, "the tokenizer splits text in a way that has no name in GGUF files known here")
-    return found[0]
+    return found
 
 
 def _space_prefix(folder: Path, tokenizer: dict[str, Any]) -> bool:
@@ -177,6 +214,8 @@ def _space_prefix(folder: Path, tokenizer: dict[str, Any]) -> bool:
     splitting = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
     replaces = [step for step in normalizers if step["type"] == "Replace"]
     plain = all(step["pattern"] == {"String": " "} and step["content"] == "▁" for step in replaces)
+    if replaces and [step.get("pattern") for step in splitting] == [{"String": " "}]:
+        splitting = []  # there are no spaces any more, so nothing is split
     if plain and not splitting and steps in (["Prepend", "Replace"], ["Replace"]):
         return "Prepend" in steps
     if not steps and [step["type"] for step in splitting] == ["Metaspace"] and not splitting[0].get("split", True):
@@ -207,7 +246,7 @@ def _scores(folder: Path, tokens: list[str], types: list[int], pairs: list[tuple
             raise refused(folder, f"the tokenizer doesn't make {text!r} in every way that its tokens allow")
     least = -float(len(rank) + 1)
     return [
-        (-float(rank[text]) if text in rank else least) if kind == NORMAL else 0.0
+        -float(rank[text]) if text in rank and kind in (NORMAL, USER_DEFINED) else least if kind == NORMAL else 0.0
         for text, kind in zip(tokens, types, strict=True)
     ]
 

@@ -245,6 +245,12 @@ def from_gguf(name: str, path: Path) -> ModelFacts:
             f"{name}: GGUF files of the architecture {architecture!r} are not supported; these are: {', '.join(known)}"
         )
 
+    kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if names & _ROPE_FACTORS or (kind != "none" and metadata.get(f"{architecture}.rope.scaling.factor", 1) != 1):
+        raise ModelError(
+            f"{name}: its rotary positions are scaled, which transformers doesn't read from a GGUF file, so it would "
+            "train another model; use the model's folder of safetensors"
+        )
     tokens = metadata.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     config: dict[str, Any] = {
@@ -282,6 +288,7 @@ _NEEDED = {
 }
 _OPTIONAL = {"num_key_value_heads": "attention.head_count_kv"}
 """config.json's keys, and what a header calls them behind its architecture's name."""
+_ROPE_FACTORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 _GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 

@@ -22,7 +22,7 @@ from wording import Like
 
 from lorafit.engine.merge.exports import compare_gguf
 from lorafit.errors import DoesNotFitError, LorafitError, ModelError, UsageError
-from lorafit.export.gguf import KINDS, export_gguf, parse_export
+from lorafit.export.gguf import KINDS, check_gguf, export_gguf, parse_export, read_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOL = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -70,12 +70,31 @@ def read_back(file: Path) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
+GEMMA: dict[str, Any] = {
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "sliding_window": 4,
+    "tie_word_embeddings": True,
+}
+GRANITE = {
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "attention_bias": True,
+}
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "llama": make_model,
     "llama, tied": lambda folder: make_model(folder, tie_word_embeddings=True),
     "mistral": lambda folder: make_other(folder, "mistral", sliding_window=None, head_dim=32),
     "qwen2": lambda folder: make_other(folder, "qwen2"),
     "qwen3": lambda folder: make_other(folder, "qwen3", head_dim=128),
+    "gemma2": lambda folder: make_other(folder, "gemma2", **GEMMA),
+    "gemma3": lambda folder: make_other(folder, "gemma3_text", **GEMMA | {"num_hidden_layers": 7}),
+    "phi3": lambda folder: make_other(folder, "phi3", sliding_window=None, pad_token_id=0),
 }
 
 
@@ -87,10 +106,211 @@ def test_in_float32_nothing_changes(name: str, tmp_path: Path) -> None:
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     found = read_back(file)
     assert expected.keys() == found.keys()
+    shifted = name.startswith("gemma")  # their norms are stored with 1 added
     for key, tensor in expected.items():
-        assert torch.equal(tensor, found[key]), key
+        assert torch.equal(tensor, found[key]) or (shifted and (tensor - found[key]).abs().max() < 1e-6), key
+    assert compare_gguf(folder, file, ROWS)["mean_kl"] < 1e-9
     assert [path.name for path in file.parent.iterdir()] == ["m.gguf"]
-    assert ("output.weight" in {tensor.name for tensor in gguf.GGUFReader(file).tensors}) == ("tied" not in name)
+    assert ("output.weight" in {tensor.name for tensor in gguf.GGUFReader(file).tensors}) == (
+        "tied" not in name and not shifted
+    )
+
+
+ROWS = [[5, 9, 200, 7, 8, 300, 30, 31], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "metadata"),
+    [
+        (
+            "granite",
+            GRANITE,
+            {"attention.scale": 0.25, "embedding_scale": 3.0, "residual_scale": 0.5, "logit_scale": 2.0},
+        ),
+        ("olmo2", {"pad_token_id": 0}, {"attention.head_count_kv": 2, "rope.dimension_count": 16}),
+    ],
+)
+def test_what_transformers_does_not_read_is_read_by_llama_cpps_package(
+    family: str, changes: dict[str, Any], metadata: dict[str, Any], tmp_path: Path
+) -> None:
+    """Names are those of llama.cpp's own table; q and k of Granite have a head's halves turned into neighbours."""
+    folder, file = make_other(tmp_path / "model", family, **changes), tmp_path / "m.gguf"
+    export_gguf(folder, file, "f32")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], 2)
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(file).tensors}
+    source = load_file(folder / "model.safetensors")
+    assert len(found) == len(source)
+    for key, tensor in source.items():
+        stored = found[f"{names.get_name(key, try_suffixes=('.weight', '.bias'))}"]
+        if family == "granite" and (".q_proj." in key or ".k_proj." in key):
+            first, second = tensor.unflatten(0, (-1, 2, 8)).unbind(1)
+            tensor = torch.stack([first, second], 2).reshape(tensor.shape)
+        assert torch.equal(stored, tensor), key
+    said = fields(file)
+    assert {key: said[f"{family}.{key}"] for key in metadata} == metadata
+    assert compare_gguf(folder, file, ROWS) == {"top1_agreement": 1, "mean_kl": 0, "positions": 10}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(3)
+    model.save_pretrained(folder)
+    assert compare_gguf(folder, file, ROWS)["mean_kl"] > 1e-9  # the file is another model's now
+
+
+def test_what_each_family_says(tmp_path: Path) -> None:
+    export_gguf(MODELS["gemma2"](tmp_path / "gemma2"), tmp_path / "2.gguf", "f32")
+    said = fields(tmp_path / "2.gguf")
+    assert (said["gemma2.attn_logit_softcapping"], said["gemma2.final_logit_softcapping"]) == (50.0, 30.0)
+    assert said["gemma2.attention.sliding_window"] == 4
+    linear = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    folder = MODELS["gemma3"](tmp_path / "gemma3")
+    edit(folder / "config.json", rope_parameters={"full_attention": linear, "sliding_attention": {"rope_theta": 1e4}})
+    export_gguf(folder, tmp_path / "3.gguf", "f32")
+    said = fields(tmp_path / "3.gguf")
+    assert said["gemma3.rope.freq_base"] == 1e6
+    assert (said["gemma3.rope.scaling.type"], said["gemma3.rope.scaling.factor"]) == ("linear", 8.0)
+
+
+def test_phi_with_longrope(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    factors = [1.0 + index / 4 for index in range(6)]
+    longrope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 6,
+        "long_factor": factors,
+        "partial_rotary_factor": 0.75,
+    }
+    folder = make_other(
+        tmp_path / "model",
+        "phi3",
+        rope_parameters=longrope,
+        original_max_position_embeddings=128,
+        sliding_window=100,
+        pad_token_id=0,
+    )
+    assert any("window of 100" in remark for remark in check_gguf(folder, folder))
+    export_gguf(folder, tmp_path / "m.gguf", "f16")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    config = AutoConfig.from_pretrained(folder)
+    scaled, attention = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"), seq_len=400)
+    plain = 1 / 1e4 ** (np.arange(0, 12, 2) / 12)
+    np.testing.assert_allclose(plain / tensors["rope_factors_long.weight"], scaled.numpy(), rtol=1e-5)
+    said = fields(tmp_path / "m.gguf")
+    assert said["phi3.rope.scaling.attn_factor"] == pytest.approx(attention)
+    assert said["phi3.rope.scaling.original_context_length"] == 128
+    assert said["phi3.rope.dimension_count"] == 12
+    edit(folder / "config.json", rope_parameters=longrope | {"long_factor": [1.0]})
+    with pytest.raises(ModelError, match="longrope"):
+        export_gguf(folder, tmp_path / "m.gguf", "f16")
+
+
+def test_the_language_model_of_one_that_sees(tmp_path: Path) -> None:
+    """As Gemma 3 from 4B on: the file is the language model's, and is said to be."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    folder = make_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = SMALL | GEMMA | {"num_hidden_layers": 7}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    torch.manual_seed(1)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    (remark,) = check_gguf(folder, folder)
+    assert "language model" in remark
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    assert fields(tmp_path / "m.gguf")["general.architecture"] == "gemma3"
+    assert compare_gguf(folder, tmp_path / "m.gguf", ROWS)["mean_kl"] < 1e-9
+    named = {
+        name.replace("model.language_model.", "model."): tensor
+        for name, tensor in read_gguf(folder, tmp_path / "m.gguf")
+    }
+    for name, tensor in read_back(tmp_path / "m.gguf").items():
+        assert name == "lm_head.weight" or torch.allclose(tensor, torch.tensor(named[name]), atol=1e-6), name
+
+
+def make_gemma_tokenizer(folder: Path) -> None:
+    """A tokenizer like Gemma's: several spaces are tokens, and one more token than the model has rows is there."""
+    from tokenizers import AddedToken
+    from transformers import GemmaTokenizer
+    from transformers.tokenization_utils_base import generate_merges
+
+    own, words = ["▁▁", "▁▁▁", "\n\n"], ["▁t", "he", "▁the", "▁c", "at", "▁cat", "▁s", "▁sat", "in", "▁in"]
+    texts = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *own]
+    texts += [f"<0x{byte:02X}>" for byte in range(256)]
+    texts += [text for text in dict.fromkeys([*words, *"▁\nthecasinr"]) if text not in texts]
+    vocab = {text: index for index, text in enumerate(texts)}
+    scores = {text: 0.0 if text in own else -float(words.index(text)) if text in words else -1e6 for text in texts}
+    pieces = {text: index for text, index in vocab.items() if text in own or index > 264}
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=generate_merges(pieces, scores), extra_special_tokens=turns)
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in own])
+    for index in range(len(tokenizer), 384):
+        tokenizer.add_tokens(f"<unused{index}>")
+    tokenizer.add_tokens("<image_soft_token>")  # at 384, where the embeddings end
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_tokenizer_like_gemmas(tmp_path: Path) -> None:
+    folder = MODELS["gemma3"](tmp_path / "model")
+    make_gemma_tokenizer(folder)
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    said = fields(tmp_path / "m.gguf")
+    tokens = said["tokenizer.ggml.tokens"]
+    assert "  " in tokens
+    assert "▁▁" not in tokens  # llama.cpp looks for it in the text as it is
+    assert len(tokens) == 384
+    assert said["tokenizer.ggml.add_space_prefix"] is False
+    one, other = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in ("the cat sat", "then é 漢", "a  b   cat", "the\n\ncat", "<start_of_turn>user\n   hi<end_of_turn>\n"):
+        assert one(text)["input_ids"] == other(text)["input_ids"], text
+
+
+def test_tokens_that_take_spaces_along(tmp_path: Path) -> None:
+    """llama.cpp does so after Phi-3's special tokens, which it knows by the model's name, and nowhere else."""
+    folder = MODELS["phi3"](tmp_path / "model")
+    make_sentencepiece(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["rstrip"] = token["content"] not in ("<unk>", "<s>")
+    edit(folder / "tokenizer.json", added_tokens=content["added_tokens"])
+    assert check_gguf(folder, folder) == []
+    export_gguf(folder, tmp_path / "tuned.gguf", "f32")
+    assert fields(tmp_path / "tuned.gguf")["general.name"] == "phi-3 tuned"
+    export_gguf(folder, tmp_path / "Phi-3-tuned.gguf", "f32")
+    assert fields(tmp_path / "Phi-3-tuned.gguf")["general.name"] == "Phi-3-tuned"
+    content["added_tokens"][0]["rstrip"] = True
+    edit(folder / "tokenizer.json", added_tokens=content["added_tokens"])
+    (remark,) = check_gguf(folder, folder)
+    assert content["added_tokens"][0]["content"] in remark
+
+
+def test_gemma_from_gguf_to_gguf(tmp_path: Path) -> None:
+    """A model that is sure of its answers, read from a file, answers from a file of 8 bits as it did."""
+    from lorafit.engine.model import dequantize_gguf
+
+    folder, base = MODELS["gemma3"](tmp_path / "model"), tmp_path / "base" / "model"
+    make_gemma_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = torch.randint(300, (8, 32), generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(40):
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    export_gguf(folder, tmp_path / "base.gguf", "q8_0")
+    dequantize_gguf(str(tmp_path / "base.gguf"), base, "float32")
+    export_gguf(base, tmp_path / "again.gguf", "q8_0")
+    for file in ("base.gguf", "again.gguf"):
+        assert compare_gguf(base, tmp_path / file, rows.tolist())["top1_agreement"] >= 0.99
+    assert compare_gguf(folder, tmp_path / "again.gguf", rows.tolist())["top1_agreement"] >= 0.99
+    assert (
+        AutoTokenizer.from_pretrained(base)("a  b cat")["input_ids"]
+        == AutoTokenizer.from_pretrained(folder)("a  b cat")["input_ids"]
+    )
 
 
 def test_biases_follow_their_weights(tmp_path: Path) -> None:
@@ -205,7 +425,7 @@ def test_how_text_is_split_is_told_from_what_it_is(tiny_model: Path, tmp_path: P
             "smollm",
         ),
     ]
-    for name, ignores in (("llama-bpe", True), ("qwen2", False), ("tekken", True), ("gpt-4o", False)):
+    for name, ignores in (("llama-bpe", True), ("dbrx", False), ("qwen2", False), ("tekken", True), ("gpt-4o", False)):
         split = {"type": "Split", "pattern": {"Regex": GGUF_PRE_TOKENIZER_SPLITS[name]}, "behavior": "Isolated"}
         cases.append(({"type": "Sequence", "pretokenizers": [{**split, "invert": False}, byte_level]}, ignores, name))
     for step, ignores, name in cases:
@@ -214,6 +434,8 @@ def test_how_text_is_split_is_told_from_what_it_is(tiny_model: Path, tmp_path: P
         edit(folder / "tokenizer.json", pre_tokenizer=step, model=model)
         export_gguf(folder, tmp_path / "m.gguf", "f16")
         assert fields(tmp_path / "m.gguf")["tokenizer.ggml.pre"] == name
+        if name in ("llama-bpe", "dbrx"):
+            continue  # they differ in this only
         edit(folder / "tokenizer.json", model=model | {"ignore_merges": not ignores})
         with pytest.raises(ModelError, match="splits text"):
             export_gguf(folder, tmp_path / "m.gguf", "f16")
@@ -313,7 +535,7 @@ def change_tokenizer(**changes: Any) -> Callable[[Path], None]:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
-    "architecture": (change_config(model_type="gemma3_text"), "'gemma3_text'", True),
+    "architecture": (change_config(model_type="falcon"), "'falcon'", True),
     "classifier": (change_config(architectures=["LlamaForSequenceClassification"]), "SequenceClassification", True),
     "rope": (change_config(rope_parameters={"rope_type": "longrope", "rope_theta": 1.0}), "'longrope'", True),
     "activation": (change_config(hidden_act="gelu"), "'gelu'", True),
@@ -361,6 +583,28 @@ def test_what_is_not_known_is_refused(name: str, tiny_model: Path, tmp_path: Pat
     assert "\n" not in str(caught.value)
     assert ("--llama-cpp DIR" in str(caught.value)) == way_out
     assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("gemma3", {"layer_types": ["full_attention"] * 7}, "6th"),
+        ("gemma3", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 5e4}}}, "10000"),
+        ("gemma3", {"hidden_activation": "silu"}, "'silu'"),
+        ("gemma2", {"tie_word_embeddings": False}, "output head"),
+        ("phi3", {"partial_rotary_factor": 0.5, "head_dim": 32}, "32"),
+        ("qwen3", {"attention_bias": True}, "bias"),
+    ],
+)
+def test_what_llama_cpp_would_run_otherwise(family: str, changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    folder = MODELS[family](tmp_path / "model")
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ModelError, match=named):
+        export_gguf(folder, tmp_path / "m.gguf", "f16")
+    with pytest.raises(ModelError, match=named):
+        check_gguf(folder, folder)
 
 
 def test_a_full_disk_leaves_what_was_there(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

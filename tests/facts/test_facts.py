@@ -483,7 +483,7 @@ def test_the_header_agrees_with_safetensors_itself(tmp_path: Path) -> None:
 def write_gguf(file: Path, architecture: str = "llama", tied: bool = False, **changes: Any) -> Path:
     """A small file by the writer of llama.cpp's own package, with a layer's tensors."""
     import numpy
-    from gguf import GGUFWriter, TokenType
+    from gguf import GGUFWriter, RopeScalingType, TokenType
 
     writer = GGUFWriter(file, architecture)
     writer.add_context_length(128)
@@ -505,6 +505,11 @@ def write_gguf(file: Path, architecture: str = "llama", tied: bool = False, **ch
     writer.add_pad_token_id(changes.get("pad", 2))
     writer.add_chat_template("{{ messages }}")
     writer.add_tensor("token_embd.weight", numpy.zeros((4, 32), "float32"))
+    if changes.get("scaled") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+    elif "scaled" in changes:
+        writer.add_tensor(changes["scaled"], numpy.ones(4, "float32"))
     if not tied:
         writer.add_tensor("output.weight", numpy.zeros((4, 32), "float32"))
     writer.write_header_to_file()
@@ -550,6 +555,12 @@ class TestGguf:
     def test_other_architectures_are_named(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=r"architecture 'falcon' .*llama, mistral"):
             read_facts(str(write_gguf(tmp_path / "m.gguf", "falcon")))
+
+    @pytest.mark.parametrize("scaled", ["rope_freqs.weight", "linear"])
+    def test_scaled_rotations_are_refused(self, scaled: str, tmp_path: Path) -> None:
+        """transformers would leave them out in silence, and train another model."""
+        with pytest.raises(ModelError, match="rotary positions are scaled"):
+            read_facts(str(write_gguf(tmp_path / "m.gguf", scaled=scaled)))
 
     def test_sizes_that_cannot_be(self, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="can't be right"):

@@ -18,9 +18,10 @@ from lorafit.engine.merge.verify import PROBES, Reference, agreement, breaches, 
 from lorafit.engine.model import loading
 from lorafit.engine.tokenizer import reading, tokenizer_of
 from lorafit.errors import DoesNotFitError, GateError, ModelError, is_out_of_memory
-from lorafit.export.gguf import export_gguf, parse_export
+from lorafit.export.gguf import export_gguf, parse_export, read_gguf
 from lorafit.export.ollama import modelfile
 from lorafit.export.vocabulary import read_vocabulary, stop_ids
+from lorafit.families import family_of
 from lorafit.files import claim, discard, staged
 from lorafit.options import MergeOptions, copy_of, gguf_of, unverified
 from lorafit.progress import each, stage
@@ -159,15 +160,20 @@ def quantized_copy(merged: Path, kind: str) -> Path:
     return destination
 
 
-_FROM_FOLDER = ("rope_parameters", "head_dim", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window")
+_FROM_FOLDER = (
+    *("rope_parameters", "head_dim", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window"),
+    *("layer_types", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("original_max_position_embeddings",),
+)
 """What transformers doesn't read from a GGUF file of the known families and llama.cpp does."""
 
 
 def compare_gguf(folder: Path, gguf: Path, token_rows: list[list[int]]) -> dict[str, float]:
     """Run a model folder and its GGUF file, one after the other, in float32 on the same tokens.
 
-    transformers reads the GGUF file. It doesn't take a model's rope scaling, head size and biases from it, so these
-    come from the folder's config.json: tensors and vocabulary size are what is compared.
+    transformers reads the GGUF file, or lorafit's own reader where transformers doesn't know the architecture. A
+    model's rope scaling, head size, biases and the like don't come from it but from the folder's config.json: tensors
+    and vocabulary size are what is compared.
 
     Args:
         token_rows: rows of token ids, of any lengths above 0.
@@ -198,8 +204,10 @@ def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[
     """(tokens, vocabulary) for each row; the model is gone when all are done."""
     try:
         config = AutoConfig.from_pretrained(folder)
+        family = family_of(config.model_type).gguf
+        ours = gguf is not None and family.written != "" and not family.read
         where, more = folder, {}
-        if gguf is not None:
+        if gguf is not None and not ours:
             where, more = gguf.parent, {"gguf_file": gguf.name}
             known, config = config, AutoConfig.from_pretrained(where, **more)
             for name in _FROM_FOLDER:
@@ -207,6 +215,8 @@ def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[
                     setattr(config, name, getattr(known, name))
         with loading(gguf or folder):
             model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=torch.float32, **more)
+        if gguf is not None and ours:
+            _fill(model, folder, gguf)
     except Exception as error:
         if is_out_of_memory(error):
             raise DoesNotFitError(f"{gguf or folder}: the comparison doesn't fit into memory") from error
@@ -217,3 +227,13 @@ def _logits(folder: Path, gguf: Path | None, rows: list[list[int]]) -> Iterator[
             yield model(input_ids=torch.tensor([row])).logits[0].float()
     del model
     gc.collect()
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module, folder: Path, gguf: Path) -> None:
+    """Give a model folder's model the tensors of its GGUF file."""
+    parameters = dict(model.named_parameters())
+    for name, rows in read_gguf(folder, gguf):
+        if parameters[name].shape != rows.shape:
+            raise ModelError(f"{name} has the shape {tuple(rows.shape)}, the model's {tuple(parameters[name].shape)}")
+        parameters[name].copy_(torch.from_numpy(rows))

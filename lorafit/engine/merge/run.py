@@ -95,7 +95,8 @@ def export(options: MergeOptions, console: Console) -> Path:
     with open_source(options.path) as source, writing(merged):
         report = proved_merge(merged, source.adapter)
         if options.llama_cpp is None:
-            check_gguf(merged, merged)
+            for remark in check_gguf(merged, merged):
+                console.print(remark, style="yellow", highlight=False, soft_wrap=True)
         console.print(f"exporting {merged}, which is merged and proved already", highlight=False, soft_wrap=True)
         held = [source.run.path if source.run else source.adapter, merged]
         options.claim(held)
@@ -118,7 +119,8 @@ def _merge(options: MergeOptions, source: Source, others: list[Source], destinat
         return make_adapter(merging, destination)
     merging.prepare()
     if options.exports and options.llama_cpp is None:
-        check_gguf(base.folder, merging.tokenizer, merging.vocabulary)
+        for remark in check_gguf(base.folder, merging.tokenizer, merging.vocabulary):
+            merging.say(remark)
     proof = merging.choose_proof()
     kinds, reason = merging.base_kinds(proof)
     discard(partial_of(destination))  # of a merge that was killed: its space is needed
