@@ -110,6 +110,9 @@ FAULTS: dict[str, tuple[str, int, str]] = {
         2,
         "dataset.validation",
     ),
+    "no such figure": (
+        added("training", f"metric_for_best_model: heldout.exact {HERE}"), 2, "heldout.exact_match"
+    ),
     "steps that are never reached": (added("training", f"eval_steps: 10 {HERE}"), 2, "eval_strategy: steps"),
     "resume path": (
         added("training", f"resume_from_checkpoint: runs/old/checkpoint-10 {HERE}"), 2, "lorafit train --resume"

@@ -201,7 +201,8 @@ class ProgressDisplay(TrainerCallback):
 
     def _status(self, state: TrainerState, logs: dict[str, Any]) -> str:
         if "eval_loss" in logs:
-            return f"validation loss {logs['eval_loss']:.4f}"
+            more = (f"  {name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if "." in name)
+            return f"validation loss {logs['eval_loss']:.4f}{''.join(more)}"
         parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
         if "learning_rate" in logs:
             parts.append(f"lr {logs['learning_rate']:.2e}")

@@ -434,7 +434,10 @@ def _training(draft: Draft, recipe: Recipe, meant: Plan, steps: int, size: Size)
             if every is not None:
                 draft.replace(f"training.{what}_steps", every, min(every, steps), f"{steps} steps in all")
         elif recipe.dataset.validation is not None or later == "auto":
-            section |= {f"{what}_strategy": "steps", f"{what}_steps": steps}
+            section |= {f"{what}_strategy": "steps", f"{what}_steps": steps, f"{what}s_per_epoch": None}
+    if training.metric_for_best_model is not None:
+        why = "a tiny random model answers nothing"
+        draft.replace("training.metric_for_best_model", training.metric_for_best_model, None, why)
     if training.early_stopping_patience is not None:
         draft.replace("training.early_stopping_patience", training.early_stopping_patience, None, "every step is run")
     if training.report_to:

@@ -15,7 +15,7 @@ from lorafit.console import Console
 from lorafit.engine import hush_progress
 from lorafit.engine.callbacks import StopAfter, StopRequest, check_finite
 from lorafit.engine.data.prepare import prepare
-from lorafit.engine.evaluate.run import rehearse
+from lorafit.engine.evaluate.run import figure_of_steps, rehearse
 from lorafit.engine.memory import Meter, explained_out_of_memory, keep_within
 from lorafit.engine.methods import module_of
 from lorafit.engine.model import wait_for_everyone
@@ -70,6 +70,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         data = prepare(plan.data, tokenizer)
         gate(data.audit, plan.data.audit)
         plan = with_audit(plan, data.audit)
+        figure = figure_of_steps(plan, tokenizer, data) if main else None
         if main:
             print_findings(data.audit, plan.data.audit, console)
             if not start.resume and start.steps is None:
@@ -79,6 +80,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
         meter = Meter.start(plan.hardware.device)
         method = module_of(plan.method.name)
         trainer = method.build(plan, run, data, tokenizer)
+        trainer.figure = figure
         meter.loaded()
         method.check(trainer, plan)
         with stage(f"hashing {plan.model.name_or_path}"):
@@ -135,15 +137,15 @@ def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, consol
     patience = plan.training.early_stopping_patience
     if last < total and patience:
         console.print(
-            f"early stopping: {patience} evaluation{'s' * (patience != 1)} in a row without a lower validation loss; "
-            f"ended after step {last} of {total}",
+            f"early stopping: {patience} evaluation{'s' * (patience != 1)} in a row without a better "
+            f"{plan.training.best_by}; ended after step {last} of {total}",
             highlight=False,
             soft_wrap=True,
         )
     best = state.best_global_step
     if plan.training.load_best_model_at_end and best and best != last:
         console.print(
-            f"kept: step {best}, whose validation loss was the lowest ({state.best_metric:.4f})",
+            f"kept: step {best}, whose {plan.training.best_by} was the best ({state.best_metric:.4f})",
             highlight=False,
             soft_wrap=True,
         )

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 from transformers.trainer_callback import ExportableState
@@ -162,6 +163,7 @@ class Trainer(Checkpointed, SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated = torch.zeros(4, dtype=torch.float64)
         self._validating = Stage("validating")
+        self.figure: Callable[[Any], float] | None = None  # of the first process: SET.METRIC of metric_for_best_model
         super().__init__(*args, **kwargs)
 
     def prediction_step(
@@ -184,6 +186,11 @@ class Trainer(Checkpointed, SFTTrainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         tokens, nll, entropy, hits = self._evaluated.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
+        output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = hits / tokens
+        best_by = self.args.metric_for_best_model or ""
+        if "." in best_by:  # the first process measures it, for all
+            (value,) = broadcast_object_list([self.figure(self.model) if self.figure else None])
+            output.metrics[f"{metric_key_prefix}_{best_by}"] = value
         self._metrics["eval"] |= {
             "entropy": [entropy / tokens],
             "mean_token_accuracy": [hits / tokens],
@@ -204,14 +211,13 @@ class Arguments(SFTConfig):
 def common_arguments(plan: Plan, run: RunDir) -> dict[str, Any]:
     """The arguments of every method's TRL trainer."""
     values = dict(plan.training_kwargs)
-    for name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps"):
-        values.pop(name)  # follow from the number of rows, see add_callbacks
+    for what in ("eval", "save"):
+        for name in (f"{what}_strategy", f"{what}_steps", f"{what}s_per_epoch"):
+            values.pop(name)  # follow from the number of rows, see add_callbacks
     values.pop("early_stopping_patience")
     values.pop("load_best_model_at_end")  # lorafit loads the best one itself
     return values | {
         "output_dir": str(run.checkpoints),
-        "metric_for_best_model": "eval_loss" if plan.training.eval_strategy != "no" else None,
-        "greater_is_better": False,
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": True,
         "save_strategy": "no",

@@ -36,7 +36,8 @@ AGREEMENT = Metric(name="agreement", label="same answer", unit="share", better="
 JUDGE = Metric(name="judge", label="preferred by the judge", unit="share", better="higher")
 
 LIKELIHOOD = (LOSS, PERPLEXITY, BITS, TOKENS_RIGHT)
-OWN = (*LIKELIHOOD, KL, ACCURACY, ACCURACY_NORM, MACRO_F1, ENDED, LENGTH, AGREEMENT, JUDGE)
+OF_OPTIONS = (ACCURACY, ACCURACY_NORM, MACRO_F1)
+OWN = (*LIKELIHOOD, KL, *OF_OPTIONS, ENDED, LENGTH, AGREEMENT, JUDGE)
 """Metrics that are not of an answer's text alone."""
 
 

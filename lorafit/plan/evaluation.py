@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorafit.evaluation.figures import HELD_OUT
-from lorafit.evaluation.metrics import code_files
+from lorafit.errors import UsageError
+from lorafit.evaluation.figures import AGREEMENT, HELD_OUT, JUDGE, KL, LOSS, TOKENS_RIGHT, set_metrics
+from lorafit.evaluation.metrics import POSSIBLE_DEFAULTS, code_files, metric_info
+from lorafit.evaluation.results import Metric
+from lorafit.recipe import Recipe
 from lorafit.recipe.schema import EvalSection, EvalSet, LmEvalSection
 
 
@@ -15,6 +19,36 @@ def sets_of(section: EvalSection) -> dict[str, EvalSet]:
     own = {one.name: one for one in section.sets}
     built_in = {name: EvalSet(name=name, role="forgetting") for name in section.forgetting}
     return {HELD_OUT: EvalSet(name=HELD_OUT)} | own | built_in
+
+
+def measured(recipe: Recipe, one: EvalSet) -> tuple[Metric, ...]:
+    """The metrics of a set, as far as they are known without the rows."""
+    specs = one.metrics or recipe.eval.metrics or POSSIBLE_DEFAULTS
+    answers = map(metric_info, specs) if one.role == "task" else None
+    return set_metrics(one.role, answers, one.options, True, recipe.eval.judge is not None)
+
+
+VALIDATED = {LOSS.name: LOSS, "mean_token_accuracy": TOKENS_RIGHT}
+"""What is found of the validation rows as the training goes on, by TRL's names."""
+
+
+def best_by(recipe: Recipe, asked: str) -> tuple[str, Metric]:
+    """What metric_for_best_model names: of VALIDATED, or SET.METRIC of the evaluation. Raises UsageError."""
+    name = asked.removeprefix("eval_")
+    if name in VALIDATED:
+        return name, VALIDATED[name]
+    known = {
+        f"{of_set}.{metric.name}": metric
+        for of_set, one in sets_of(recipe.eval).items()
+        for metric in measured(recipe, one)
+        if metric.better is not None and metric not in (KL, AGREEMENT, JUDGE)
+    }
+    if name in known:
+        return name, known[name]
+    near = difflib.get_close_matches(name, [*VALIDATED, *known], 1)
+    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([*VALIDATED, *known])}"
+    why = ", which compares with another model" if name.endswith((".kl", ".agreement", ".judge")) else ""
+    raise UsageError(f"{asked} is no figure that can be compared from step to step{why}{hint}")
 
 
 def judging_files(section: EvalSection) -> dict[str, Path]:

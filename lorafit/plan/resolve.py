@@ -226,10 +226,13 @@ def training_kwargs(context: Context, dtype: str, has_validation: bool) -> dict[
         "logging_steps": training.logging_steps,
         "eval_strategy": _evaluation(context, has_validation),
         "eval_steps": training.eval_steps,
+        "evals_per_epoch": training.evals_per_epoch,
         "save_strategy": training.save_strategy,
         "save_steps": training.save_steps,
+        "saves_per_epoch": training.saves_per_epoch,
         "save_total_limit": training.save_total_limit,
         "load_best_model_at_end": _keep_best(context, has_validation),
+        **_best(context, has_validation),
         "early_stopping_patience": training.early_stopping_patience,
         "report_to": list(training.report_to),
         "bf16": mixed == "bfloat16",
@@ -336,5 +339,23 @@ def _keep_best(context: Context, has_validation: bool) -> bool:
     if asked != "auto":
         return asked
     best = has_validation and training.eval_strategy != "no" and training.save_strategy != "no"
-    reason = "of the lowest validation loss" if best else "there is no validation loss to choose by"
+    reason = "by metric_for_best_model" if best else "there is no validation loss to choose by"
     return context.choose("training.load_best_model_at_end", best, reason)
+
+
+def _best(context: Context, has_validation: bool) -> dict[str, Any]:
+    """What the best adapter is found by, and whether more of it is better."""
+    asked = context.recipe.training.metric_for_best_model
+    by_loss = {"metric_for_best_model": "loss", "greater_is_better": False}
+    if asked is None:
+        if has_validation:
+            context.choose("training.metric_for_best_model", "loss", "the validation loss")
+        return by_loss
+    from lorafit.plan.evaluation import best_by  # numpy, which most recipes don't need
+
+    try:
+        name, metric = best_by(context.recipe, asked)
+    except UsageError as error:
+        context.wrong(("training", "metric_for_best_model"), str(error))
+        return by_loss
+    return {"metric_for_best_model": name, "greater_is_better": metric.better == "higher"}

@@ -162,9 +162,12 @@ class Training:
     seed: int
     eval_strategy: Literal["no", "steps", "epoch"]
     eval_steps: int | None
+    evals_per_epoch: int | None
     save_strategy: Literal["no", "steps", "epoch", "auto"]
     save_steps: int | None
+    saves_per_epoch: int | None
     load_best_model_at_end: bool
+    metric_for_best_model: str
     early_stopping_patience: int | None
     bf16: bool
     fp16: bool
@@ -172,6 +175,12 @@ class Training:
     @staticmethod
     def of(training_kwargs: Mapping[str, Any]) -> Training:
         return Training(**{one.name: training_kwargs[one.name] for one in dataclasses.fields(Training)})
+
+    @property
+    def best_by(self) -> str:
+        """What the best adapter is found by, in words."""
+        shown = {"loss": "validation loss", "mean_token_accuracy": "token accuracy on the validation rows"}
+        return shown.get(self.metric_for_best_model, self.metric_for_best_model)
 
     def rows_per_step(self, world_size: int) -> int:
         """Rows (packed ones, with packing) of an optimizer step over all processes."""
@@ -350,7 +359,7 @@ class Plan:
 def make_schedule(rows: int | None, training: Training, world_size: int) -> Schedule:
     """Steps from the number of training rows (None: a stream), as transformers' Trainer counts them.
 
-    Evaluations and checkpoints per epoch become their number of steps, so that they happen inside
+    Evaluations and checkpoints per epoch become their number of steps, rounded up, so that they happen inside
     a step, where an interrupted run can go on exactly.
     """
     total = training.max_steps
@@ -360,9 +369,17 @@ def make_schedule(rows: int | None, training: Training, world_size: int) -> Sche
         per_epoch = max(math.ceil(batches / training.gradient_accumulation_steps), 1)
     if total < 1:
         total = math.ceil(training.num_train_epochs * per_epoch)
-    every = min(per_epoch, total)
-    evaluate = {"epoch": every, "steps": training.eval_steps, "no": None}[training.eval_strategy]
-    save = {"auto": evaluate or every, "epoch": every, "steps": training.save_steps, "no": None}[training.save_strategy]
+
+    def every(times: int | None) -> int:
+        return min(math.ceil(per_epoch / (times or 1)), total)
+
+    evaluate = {"epoch": every(training.evals_per_epoch), "steps": training.eval_steps, "no": None}[
+        training.eval_strategy
+    ]
+    with_it = every(training.saves_per_epoch) if training.saves_per_epoch or not evaluate else evaluate
+    save = {"auto": with_it, "epoch": every(training.saves_per_epoch), "steps": training.save_steps, "no": None}[
+        training.save_strategy
+    ]
     return Schedule(per_epoch, total, evaluate, save)
 
 

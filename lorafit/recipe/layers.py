@@ -344,7 +344,13 @@ def _rivals() -> Iterator[tuple[_Path, _Path, tuple[object, ...] | None]]:
         yield ("hardware", "device"), ("hardware", name), ("cpu", "mps")
         yield ("hardware", name), ("hardware", "device"), None
     for what in ("eval", "save"):
-        yield ("training", f"{what}_strategy"), ("training", f"{what}_steps"), ("no", "epoch", "auto")
+        strategy, steps, per_epoch = (
+            ("training", name) for name in (f"{what}_strategy", f"{what}_steps", f"{what}s_per_epoch")
+        )
+        yield strategy, steps, ("no", "epoch", "auto")
+        yield strategy, per_epoch, ("no", "steps")
+        yield per_epoch, steps, None
+        yield per_epoch, strategy, None
 
 
 def _path(key: str) -> _Path:

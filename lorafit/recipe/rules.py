@@ -128,6 +128,8 @@ def _dataset(recipe: Recipe) -> Iterator[Complaint]:
     for name, is_asked in (
         ("early_stopping_patience", training.early_stopping_patience is not None),
         ("load_best_model_at_end", training.load_best_model_at_end is True),
+        ("metric_for_best_model", training.metric_for_best_model is not None),
+        ("evals_per_epoch", training.evals_per_epoch is not None),
         ("eval_strategy", training.eval_strategy in ("steps", "epoch")),
         ("per_device_eval_batch_size", "per_device_eval_batch_size" in training.model_fields_set),
     ):
@@ -173,9 +175,11 @@ def _streaming(recipe: Recipe) -> Iterator[Complaint]:
         yield ("training", "dataloader_num_workers"), "must be 0 for a stream, which is audited as it comes"
     if training.train_sampling_strategy == "group_by_length":
         yield ("training", "train_sampling_strategy"), "the lengths of a stream's rows are not known; use random"
-    for name in ("eval_strategy", "save_strategy"):
-        if getattr(training, name) == "epoch":
-            yield ("training", name), "a stream's epochs are not known; use steps"
+    for what in ("eval", "save"):
+        for name, asked in ((f"{what}_strategy", "epoch"), (f"{what}s_per_epoch", None)):
+            given = getattr(training, name)
+            if given == asked if asked else given is not None:
+                yield ("training", name), f"a stream's epochs are not known; use {what}_strategy: steps"
 
 
 def _training(recipe: Recipe) -> Iterator[Complaint]:
@@ -198,12 +202,30 @@ def _training(recipe: Recipe) -> Iterator[Complaint]:
             yield ("training", f"{what}_strategy"), f"needs {what}_steps"
         if strategy != "steps" and steps is not None:
             yield ("training", f"{what}_steps"), f"has no effect without {what}_strategy: steps"
+        if strategy in ("no", "steps") and getattr(training, f"{what}s_per_epoch") is not None:
+            yield (
+                ("training", f"{what}s_per_epoch"),
+                f"has no effect with {what}_strategy: {strategy}; remove one of them",
+            )
+    best = ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model")
     if training.eval_strategy == "no":
-        for name in ("early_stopping_patience", "load_best_model_at_end"):
+        for name in best:
             if getattr(training, name) not in (None, False, "auto"):
                 yield ("training", name), "needs evaluations; remove eval_strategy: no"
-    if training.load_best_model_at_end is True or training.early_stopping_patience is not None:
-        yield from _best_needs_a_checkpoint(recipe)
+    if (
+        training.metric_for_best_model
+        and training.load_best_model_at_end is False
+        and not (training.early_stopping_patience)
+    ):
+        yield (
+            ("training", "metric_for_best_model"),
+            "has no effect with load_best_model_at_end: false; remove one of them",
+        )
+    keeps = training.load_best_model_at_end is True or (
+        training.early_stopping_patience is not None and training.load_best_model_at_end == "auto"
+    )
+    if keeps and training.save_strategy == "no":
+        yield ("training", "save_strategy"), "the best adapter can't be kept without checkpoints; use auto"
 
 
 def _schedule(recipe: Recipe) -> Iterator[Complaint]:
@@ -296,19 +318,3 @@ def _metrics(path: KeyPath, specs: tuple[str | dict[str, str], ...], trusted: bo
                 yield (*path, number), what
             if names[-1] in names[:-1]:
                 yield (*path, number), f"two metrics of a set are named {names[-1]}: leave one out"
-
-
-def _best_needs_a_checkpoint(recipe: Recipe) -> Iterator[Complaint]:
-    training = recipe.training
-    if training.load_best_model_at_end is False or training.save_strategy == "auto":
-        return
-    if training.save_strategy == "no":
-        yield ("training", "save_strategy"), "the best adapter can't be kept without checkpoints; use auto"
-    elif training.eval_strategy == "steps" and training.save_strategy == "steps":
-        if training.save_steps and training.eval_steps and training.save_steps % training.eval_steps:
-            yield (
-                ("training", "save_steps"),
-                f"must be a multiple of eval_steps ({training.eval_steps}) to keep the best adapter",
-            )
-    elif training.eval_strategy not in (training.save_strategy, "auto"):
-        yield ("training", "save_strategy"), "must be as eval_strategy to keep the best adapter; use auto"

@@ -363,18 +363,26 @@ class TrainingSection(Section):
     max_steps ends the run sooner."""
     eval_steps: PositiveInt | None = None
     """Optimizer steps between two evaluations (with `eval_strategy: steps`)."""
+    evals_per_epoch: PositiveInt | None = None
+    """Evaluations in each epoch, instead of one (with `eval_strategy: epoch` or `auto`)."""
     save_strategy: Literal["auto", "no", "steps", "epoch"] = "auto"
     """When to write a checkpoint. `auto`: when it evaluates, else after each epoch. A checkpoint is
     also written at the end, and when the run is interrupted."""
     save_steps: PositiveInt | None = None
     """Optimizer steps between two checkpoints (with `save_strategy: steps`)."""
+    saves_per_epoch: PositiveInt | None = None
+    """Checkpoints in each epoch, instead of one (with `save_strategy: epoch` or `auto`)."""
     save_total_limit: PositiveInt | None = 2
     """Checkpoints to keep, besides the best one. null: all."""
     load_best_model_at_end: bool | Literal["auto"] = "auto"
-    """Whether the adapter of the lowest validation loss is the result, rather than the last one.
+    """Whether the best adapter by metric_for_best_model is the result, rather than the last one.
     `auto`: if there is an evaluation."""
+    metric_for_best_model: Text | None = None
+    """What is compared to find the best adapter, and to stop early: `loss` or `mean_token_accuracy` of
+    the validation rows, or SET.METRIC of the evaluation, such as `heldout.exact_match`, which is then
+    measured whenever the validation loss is. Default: loss."""
     early_stopping_patience: PositiveInt | None = None
-    """Stop after this many evaluations without a lower validation loss."""
+    """Stop after this many evaluations that are no better by metric_for_best_model."""
     report_to: Trackers = ()
     """Trackers, by transformers' names; their packages must be installed. metrics.jsonl is always
     written."""

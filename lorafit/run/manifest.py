@@ -77,7 +77,7 @@ def build_manifest(
             "epochs": state.epoch,
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
-            "best_validation_loss": state.best_metric,
+            "best_metric": state.best_metric,
             "best_step": state.best_global_step,
             "stopped_early": state.global_step < state.max_steps,
         },

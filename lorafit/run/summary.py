@@ -223,8 +223,8 @@ def _rows(plan: Plan, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if values := plan.data.chat_template_kwargs:
         rows.append(("chat template", "asks with " + ", ".join(f"`{k}: {json.dumps(v)}`" for k, v in values.items())))
-    if result["best_validation_loss"] is not None:
-        rows.append(("validation loss", f"{result['best_validation_loss']:.4f} (step {result['best_step']})"))
+    if result["best_metric"] is not None:
+        rows.append((plan.training.best_by, f"{result['best_metric']:.4f} (step {result['best_step']})"))
     return rows
 
 

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lorafit.errors import DataError, LorafitError, MissingError, UsageError
-from lorafit.evaluation.figures import HELD_OUT, expected_figures, own_models, set_metrics
+from lorafit.evaluation.figures import HELD_OUT, expected_figures, own_models
 from lorafit.evaluation.gates import BASELINE, no_figure, parse
-from lorafit.evaluation.metrics import JSON_DEFAULTS, POSSIBLE_DEFAULTS, MetricSpec, check_metric, metric_info
-from lorafit.evaluation.results import Metric
+from lorafit.evaluation.metrics import JSON_DEFAULTS, MetricSpec, check_metric
 from lorafit.hardware import is_installed, missing_packages
 from lorafit.judge import endpoint_of
 from lorafit.options import RESERVED
-from lorafit.plan.evaluation import sets_of
+from lorafit.plan.evaluation import measured, sets_of
 from lorafit.recipe import Recipe, Source
 from lorafit.recipe.schema import EvalSet
 from lorafit.rows import Row, data_files, detect_format, is_local, read_rows, to_example
@@ -171,7 +170,7 @@ def _check_gate(found: Findings, path: KeyPath, text: str) -> None:
     """Raises UsageError for a figure that no evaluation by this recipe has."""
     recipe, section = found.recipe, found.recipe.eval
     sets, models = sets_of(section), own_models(not recipe.trains_base, recipe.start_from is not None)
-    metrics = {name: set_metrics(*_measured(recipe, one)) for name, one in sets.items()}
+    metrics = {name: measured(recipe, one) for name, one in sets.items()}
     for name in parse(text).figures():
         figure = name.removeprefix(BASELINE)
         of_set, _, model = figure.split(".")
@@ -194,13 +193,6 @@ def _check_gate(found: Findings, path: KeyPath, text: str) -> None:
         if of_set == HELD_OUT and sets[HELD_OUT].path is None and recipe.dataset.validation is None:
             what = "the recipe holds no rows out of training, so there are heldout ones where eval is given --data"
             found.unchecked(path, UsageError(f"{figure}: {what}"))
-
-
-def _measured(recipe: Recipe, one: EvalSet) -> tuple[str, Iterator[Metric] | None, object, bool, bool]:
-    """The arguments of `set_metrics`, as far as they are known without the rows."""
-    specs = one.metrics or recipe.eval.metrics or POSSIBLE_DEFAULTS
-    answers = map(metric_info, specs) if one.role == "task" else None
-    return one.role, answers, one.options, True, recipe.eval.judge is not None
 
 
 def _check_judge(found: Findings) -> None:

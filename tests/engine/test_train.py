@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from lorafit import files
 from lorafit.console import Console
 from lorafit.engine.callbacks import StopRequest
+from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.model import dequantized_base
 from lorafit.engine.verify import retrain
 from lorafit.errors import DataError, DoesNotFitError, DriftError, GateError, Interrupted, ModelError, UsageError
 from lorafit.facts.fingerprint import summary
+from lorafit.options import EvalOptions
 from lorafit.run.directory import RunDir
 from lorafit.run.fingerprint import model_fingerprint
 
@@ -489,6 +491,34 @@ class TestTraining:
         assert result["best_step"] == min(losses, key=losses.__getitem__)
         best = run.checkpoints / f"checkpoint-{result['best_step']}" / "adapter_model.safetensors"
         assert best.read_bytes() == (run.adapter / "adapter_model.safetensors").read_bytes()
+
+    @pytest.mark.parametrize("metric", ["token_f1", "bits_per_byte", "accuracy"])
+    def test_the_best_by_any_figure(self, metric: str, recipe: RecipeMaker, train: Train, rows: Path) -> None:
+        """It is what `eval` finds of the kept adapter, and measuring it changes no step."""
+        answers = {json.loads(line)["messages"][1]["content"] for line in rows.read_text().splitlines()}
+        sets = [{"name": "heldout", "metrics": ["token_f1"], "options": sorted(answers)}]
+        training = {"max_steps": 12, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 3e-2}
+        run, plain = (
+            train(
+                recipe(
+                    name,
+                    dataset={"train": [{"path": str(rows)}], "validation": 0.5},
+                    eval={"sets": sets, "max_new_tokens": 8, "forgetting": []},
+                    training=training | {"metric_for_best_model": by},
+                )
+            )
+            for name, by in (("figure", f"heldout.{metric}"), ("plain", None))
+        )
+        assert [e["loss"] for e in run.metrics_until(99) if "loss" in e] == [
+            e["loss"] for e in plain.metrics_until(99) if "loss" in e
+        ]
+        found = {e["step"]: e[f"eval_heldout.{metric}"] for e in run.metrics_until(99) if "eval_loss" in e}
+        best = (min if metric == "bits_per_byte" else max)(found.values())
+        result = run.load_manifest()["result"]
+        assert result["best_metric"] == best
+        assert found[result["best_step"]] == best
+        results, _ = evaluate(EvalOptions(run.path))
+        assert results.figures[f"heldout.{metric}.adapter"].value == pytest.approx(best)
 
     def test_the_same_seed_gives_the_same_weights_and_another_does_not(self, recipe: RecipeMaker, train: Train) -> None:
         first, second = train(recipe("a")), train(recipe("b"))

@@ -115,7 +115,7 @@ def test_a_run_without_hashes(folder: Path) -> None:
 def test_an_edited_figure_is_found(folder: Path) -> None:
     file = folder / "run/manifest.json"
     manifest = json.loads(file.read_text())
-    manifest["result"]["best_validation_loss"] = 0.0
+    manifest["result"]["best_metric"] = 0.0
     file.write_text(json.dumps(manifest))
     assert verify(folder).exit_code == 7
     assert {what for what, found in status(folder).items() if found != "ok"} == {"manifest.json"}

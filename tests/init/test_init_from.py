@@ -795,16 +795,20 @@ def test_llama_factory_data_of_another_kind_is_refused(folder: Path, name: str, 
         converted(folder, FACTORY_FULL.replace("dataset: tickets", f"dataset: {name}"))
 
 
-def test_often_an_epoch_becomes_steps_where_rows_can_be_counted(folder: Path) -> None:
-    content = AXOLOTL_QLORA.replace("evals_per_epoch: 1", "evals_per_epoch: 2").replace("sample_packing: true\n", "")
+def test_how_often_an_epoch(folder: Path) -> None:
+    content = AXOLOTL_QLORA.replace("evals_per_epoch: 1", "evals_per_epoch: 4")
     training = recipe_of(converted(folder, content).document().text(), "r.yaml").training
-    assert (training.eval_strategy, training.eval_steps) == ("steps", 3)  # 38 rows, 8 a step: 5 steps
+    assert (training.evals_per_epoch, training.eval_strategy) == (4, "auto")
+    assert (training.saves_per_epoch, training.save_strategy) == (None, "epoch")
 
 
-def test_often_an_epoch_is_listed_where_rows_are_packed(folder: Path) -> None:
-    made = converted(folder, AXOLOTL_QLORA.replace("evals_per_epoch: 1", "evals_per_epoch: 4"))
-    assert recipe_of(made.document().text(), "r.yaml").training.eval_strategy == "epoch"
-    assert any(line == Like("… evals_per_epoch: … rows") for line in made.said())
+@pytest.mark.parametrize(("metric", "taken"), [("eval_loss", None), ("eval_mean_token_accuracy", True), ("f1", False)])
+def test_what_the_best_is_found_by(metric: str, taken: bool | None, folder: Path) -> None:
+    content = f"{AXOLOTL_QLORA}\nload_best_model_at_end: true\nmetric_for_best_model: {metric}\n"
+    made = converted(folder, content)
+    asked = recipe_of(made.document().text(), "r.yaml").training.metric_for_best_model
+    assert asked == ("mean_token_accuracy" if taken else None)
+    assert any("metric_for_best_model" in line for line in made.said()) == (taken is False)
 
 
 def test_a_number_of_validation_rows_becomes_a_share(folder: Path) -> None:

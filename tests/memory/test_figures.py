@@ -63,7 +63,7 @@ def test_the_validation_loss(recipe: RecipeMaker, train: Train, unequal: Path, m
     curve = {entry["step"]: entry["eval_loss"] for entry in run.metrics_until(99) if "eval_loss" in entry}
     best = min(curve, key=lambda step: curve[step])
     result = run.load_manifest()["result"]
-    assert (result["best_step"], result["best_validation_loss"]) == (best, curve[best])
+    assert (result["best_step"], result["best_metric"]) == (best, curve[best])
     options = EvalOptions(run.path, overrides=("eval.forgetting=[]",), max_new_tokens=1)
     results, _ = evaluate(options)
     name = list(results.models)[-1]
@@ -311,7 +311,7 @@ def test_early_stopping_is_told(recipe: RecipeMaker, unequal: Path) -> None:
     lines = [line for line in said.getvalue().splitlines() if line.startswith(("early stopping", "kept"))]
     assert f"step {result['steps']} of 40" in lines[0]
     assert f"step {result['best_step']}," in lines[1]
-    assert f"{result['best_validation_loss']:.4f}" in lines[1]
+    assert f"{result['best_metric']:.4f}" in lines[1]
 
 
 @pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>", "<think>\n</think>\n"])

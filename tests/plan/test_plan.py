@@ -275,6 +275,28 @@ def test_evaluation_and_the_best(
     assert plan.training.load_best_model_at_end is best
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "greater"),
+    [
+        (None, "loss", False),
+        ("eval_loss", "loss", False),
+        ("mean_token_accuracy", "mean_token_accuracy", True),
+        ("heldout.exact_match", "heldout.exact_match", True),
+        ("heldout.bits_per_byte", "heldout.bits_per_byte", False),
+        ("general.perplexity", "general.perplexity", False),
+    ],
+)
+def test_what_the_best_is_found_by(planner: Planner, asked: str | None, name: str, greater: bool) -> None:
+    plan = planner(training={"metric_for_best_model": asked}, dataset={"validation": 0.1})
+    assert (plan.training_kwargs["metric_for_best_model"], plan.training_kwargs["greater_is_better"]) == (name, greater)
+
+
+@pytest.mark.parametrize("asked", ["heldout.rouge", "nowhere.loss", "general.kl", "heldout.length", "heldout", "f1"])
+def test_what_the_best_can_not_be_found_by(planner: Planner, asked: str) -> None:
+    with pytest.raises(RecipeError, match=r"training\.metric_for_best_model: "):
+        planner(training={"metric_for_best_model": asked}, dataset={"validation": 0.1})
+
+
 def test_warmup(planner: Planner) -> None:
     assert planner().training.warmup_steps == 0.03
     assert planner(training={"warmup_ratio": 0.0}).training.warmup_steps == 0.0
@@ -546,8 +568,11 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.logging_steps": (5, {}),
     "training.eval_strategy": ("no", VALIDATED),
     "training.eval_steps": (3, VALIDATED | {"training": {"eval_strategy": "steps", "eval_steps": 2}}),
+    "training.evals_per_epoch": (2, VALIDATED),
     "training.save_strategy": ("no", {}),
     "training.save_steps": (3, {"training": {"save_strategy": "steps", "save_steps": 2}}),
+    "training.saves_per_epoch": (2, {}),
+    "training.metric_for_best_model": ("mean_token_accuracy", VALIDATED),
     "training.save_total_limit": (None, {}),
     "training.load_best_model_at_end": (False, VALIDATED),
     "training.early_stopping_patience": (3, VALIDATED),
@@ -703,7 +728,7 @@ def test_what_is_planned_is_what_the_libraries_take(planner: Planner) -> None:
     plan = planner(CPU, training=values, quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"})
     arguments = training_arguments(plan, RunDir(planner.folder / "run"))
     for name, value in (plan.training_kwargs | values).items():
-        if name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps"):
+        if name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "greater_is_better"):
             continue  # follow from the number of rows
         if hasattr(arguments, name) and name not in ("load_best_model_at_end", "lr_scheduler_kwargs"):
             assert getattr(arguments, name) == value, name
@@ -839,6 +864,10 @@ def test_evaluations_and_checkpoints_of_an_epoch_become_steps() -> None:
     own = make_schedule(100, training(eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=6), 1)
     assert (own.eval_steps, own.save_steps) == (3, 6)
     assert make_schedule(100, training(eval_strategy="steps", eval_steps=3), 1).save_steps == 3
+    often = make_schedule(100, training(eval_strategy="epoch", evals_per_epoch=2, saves_per_epoch=4), 1)
+    assert (often.eval_steps, often.save_steps) == (4, 2)
+    assert make_schedule(100, training(eval_strategy="epoch", evals_per_epoch=4), 1).save_steps == 2
+    assert make_schedule(100, training(eval_strategy="epoch", evals_per_epoch=99), 1).eval_steps == 1
     none = make_schedule(100, training(save_strategy="no"), 1)
     assert (none.eval_steps, none.save_steps) == (None, None)
 

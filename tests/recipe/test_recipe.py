@@ -765,14 +765,18 @@ NEEDS_ROWS = "… dataset.validation"
             "7:57: training.save_strategy: … best adapter … auto",
         ),
         (
-            HELD_OUT + "training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 4, "
-            "save_strategy: steps, save_steps: 6}",
-            "7:113: training.save_steps: … multiple … eval_steps (4)",
+            HELD_OUT + "training: {eval_strategy: steps, eval_steps: 4, evals_per_epoch: 2}",
+            "7:66: training.evals_per_epoch: … eval_strategy: steps",
         ),
         (
-            HELD_OUT + "training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: steps, "
-            "save_steps: 6}",
-            "7:79: training.save_strategy: … eval_strategy … auto",
+            HELD_OUT + "training: {load_best_model_at_end: false, metric_for_best_model: loss}",
+            "7:66: training.metric_for_best_model: … load_best_model_at_end: false",
+        ),
+        ("training: {metric_for_best_model: loss}", f"6:35: training.metric_for_best_model: {NEEDS_ROWS}"),
+        ("training: {evals_per_epoch: 2}", f"6:29: training.evals_per_epoch: {NEEDS_ROWS}"),
+        (
+            "  streaming: true\ntraining: {max_steps: 2, saves_per_epoch: 2}",
+            "7:43: training.saves_per_epoch: … stream … steps",
         ),
         (
             "merge: {max_kl: 0.2}",
@@ -802,8 +806,11 @@ def test_each_rule_between_fields(added: str, mistake: str) -> None:
         "training: {global_batch_size: 8, per_device_train_batch_size: 4}",
         "training: {eval_strategy: no, load_best_model_at_end: false}",
         HELD_OUT + "training: {early_stopping_patience: 2, load_best_model_at_end: true}",
-        HELD_OUT + "training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 3, "
+        HELD_OUT + "training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 4, "
         "save_strategy: steps, save_steps: 6}",
+        HELD_OUT
+        + "training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: steps, save_steps: 6}",
+        HELD_OUT + "training: {evals_per_epoch: 3, saves_per_epoch: 1, metric_for_best_model: loss}",
     ],
 )
 def test_what_no_rule_forbids(added: str) -> None:
@@ -866,6 +873,16 @@ RIVALS = [
         "dataset: {train: [{path: d.jsonl}], validation: 0.1}\ntraining: {eval_strategy: steps, eval_steps: 5}",
         "training.eval_strategy=epoch",
         {"eval_strategy": "epoch", "eval_steps": None},
+    ),
+    (
+        "dataset: {train: [{path: d.jsonl}], validation: 0.1}\ntraining: {eval_strategy: steps, eval_steps: 5}",
+        "training.evals_per_epoch=2",
+        {"eval_strategy": "auto", "eval_steps": None, "evals_per_epoch": 2},
+    ),
+    (
+        "training: {saves_per_epoch: 5}",
+        "training.save_strategy=no",
+        {"save_strategy": "no", "saves_per_epoch": None},
     ),
     (
         "training: {save_strategy: steps, save_steps: 5}",

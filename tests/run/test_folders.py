@@ -428,7 +428,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "the fingerprint": ("fingerprint.json", lambda f: f.write_text("{}")),
     "no fingerprint": ("fingerprint.json", Path.unlink),
     "the losses": ("metrics.jsonl", lambda f: f.write_text(f.read_text().replace("loss", "Loss"))),
-    "the result": ("manifest.json", lambda f: edit(f, lambda c: c["result"].update(best_validation_loss=0.0))),
+    "the result": ("manifest.json", lambda f: edit(f, lambda c: c["result"].update(best_metric=0.0))),
     "no hashes": ("manifest.json", lambda f: edit(f, lambda c: c.pop("files"))),
     "no manifest": ("manifest.json", Path.unlink),
     "the seal": ("adapter/lorafit.json", lambda f: edit(f, lambda c: c["files"].popitem())),

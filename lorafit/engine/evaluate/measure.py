@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
-import torch
 
 from lorafit.engine.data.render import special_tokens
 from lorafit.engine.evaluate.batches import end_tokens, generate
 from lorafit.engine.evaluate.likelihood import RowLikelihood, choices, divergences, likelihoods
-from lorafit.engine.evaluate.models import Loaded, NamedModel
+from lorafit.engine.evaluate.models import LoadedModel
 from lorafit.engine.evaluate.sets import EvalRows, Prompts, option_rows, raw_rows, said
 from lorafit.evaluation.answers import Judged
 from lorafit.evaluation.figures import (
@@ -74,31 +74,47 @@ def with_metrics(rows: EvalRows, section: EvalSection, plan: Plan, main: str | N
     )
 
 
-def measure(loaded: Loaded, model: NamedModel, rows: EvalRows, max_new_tokens: int, records: Records) -> None:
-    """Everything about one model on one set that is not in the records yet."""
-    running = loaded.use_model(model)
-    name, pad = (rows.name, model.name), rows.tokenizer.pad_token_id
+def measure(
+    running: LoadedModel,
+    model: str,
+    rows: EvalRows,
+    max_new_tokens: int,
+    records: Records,
+    base: Callable[[], AbstractContextManager[None]] | None = None,
+    only: Collection[str] = ("likelihood", "options", "answers"),
+) -> None:
+    """Everything about one model on one set that is not in the records yet.
+
+    Args:
+        model: its name in the records.
+        base: within it, `running` is the base, with which it is compared on texts that it might forget; None: is not.
+        only: the kinds of records that are wanted.
+    """
+    name, pad = (rows.name, model), rows.tokenizer.pad_token_id
 
     def keep(kind: str, total: int, made: Callable[[Done], Iterable[dict[str, Any]]]) -> None:
         done = records.done(*name, kind)
         if len(done) < total:
             making = made(done)
             with records.writer(*name, kind) as add:
-                for one in each(making, f"{kind} of {model.name} on {rows.name}", total - len(done)):
+                for one in each(making, f"{kind} of {model} on {rows.name}", total - len(done)):
                     add(one)
 
     def divergence(done: Done) -> Iterator[dict[str, Any]]:
+        assert base is not None
         with records.writer(*name, "likelihood", timed=False) as add:
-            for one in divergences(loaded.base, running, rows.rows, pad, done):
+            for one in divergences(base, running, rows.rows, pad, done):
                 add(_likelihood(one))
                 yield {"row": one.row, "kl": one.kl, "tokens": one.tokens}
 
-    with torch.inference_mode():
-        if rows.spec.role == "forgetting" and model.kind == "adapter":
+    if "likelihood" in only:
+        if rows.spec.role == "forgetting" and base is not None:
             keep("divergence", len(rows), divergence)
         else:
             keep("likelihood", len(rows), lambda done: map(_likelihood, likelihoods(running, rows.rows, pad, done)))
+    if "options" in only:
         keep("options", len(rows.options), lambda done: _options(running, rows, pad, done))
+    if "answers" in only:
         keep("answers", len(rows.asked), lambda done: _answers(running, rows, max_new_tokens, done))
 
 

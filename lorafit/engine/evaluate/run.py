@@ -6,12 +6,14 @@ import dataclasses
 import datetime
 import itertools
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.bounds import read_json
@@ -29,11 +31,21 @@ from lorafit.engine.evaluate.measure import (
     speeds,
     with_metrics,
 )
-from lorafit.engine.evaluate.models import Comparison, NamedModel, groups, loaded, opened
+from lorafit.engine.evaluate.models import Comparison, LoadedModel, NamedModel, groups, loaded, opened
 from lorafit.engine.evaluate.sets import EvalRows, option_rows, read_sets
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import GateError, Interrupted, UsageError
-from lorafit.evaluation.figures import HELD_OUT, LOSS, Scores, expected_figures, figures_of, own_models
+from lorafit.evaluation.figures import (
+    HELD_OUT,
+    LIKELIHOOD,
+    LOSS,
+    OF_OPTIONS,
+    Scores,
+    expected_figures,
+    figures_of,
+    own_models,
+    value_of,
+)
 from lorafit.evaluation.gates import (
     BASELINE,
     Demand,
@@ -176,6 +188,39 @@ def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared)
     benchmarks.look(section)
 
 
+def figure_of_steps(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+) -> Callable[[LoadedModel], float] | None:
+    """What measures a model in training by the plan's metric_for_best_model; None for one that the validation finds.
+
+    Raises UsageError for a metric that the rows don't have, and DataError; the made function GateError for no value.
+    """
+    of_set, _, metric = plan.training.metric_for_best_model.partition(".")
+    if not metric:
+        return None
+    section = EvalSection.model_validate(plan.eval)
+    (read,) = read_sets(plan, section, tokenizer, None, [], {of_set}, prepared)
+    rows = with_metrics(read, section, plan, None, [])
+    if metric not in (known := [one.name for one in rows.metrics]):
+        raise UsageError(
+            f"training.metric_for_best_model: of {of_set} there is no {metric}; there are {', '.join(known)}"
+        )
+    likely, choices = ({one.name for one in some} for some in (LIKELIHOOD, OF_OPTIONS))
+    kind = "likelihood" if metric in likely else "options" if metric in choices else "answers"
+
+    def figure(model: LoadedModel) -> float:
+        with tempfile.TemporaryDirectory(prefix="lorafit-") as folder:
+            records = Records(Path(folder) / "records", {}, resume=False)
+            most = rows.spec.max_new_tokens or section.max_new_tokens
+            measure(model, "trained", rows, most, records, only=(kind,))
+            value = value_of(score(rows, "trained", None, records)[metric])
+        if value is None:
+            raise GateError(f"{of_set}.{metric} has no value, so no step can be the best by it; choose another metric")
+        return value
+
+    return figure
+
+
 def _demands(section: EvalSection) -> list[tuple[Demand, str]]:
     return [(parse(text), f"eval.gates.{number}") for number, text in enumerate(section.gates)]
 
@@ -204,8 +249,12 @@ def run_models(work: Work, records: Records) -> Benchmarked:
     for group in groups(work.comparison.models):
         with loaded(group) as models:
             for model in group:
+                running = models.use_model(model)
+                base = models.base if model.kind == "adapter" else None
                 for rows in work.sets.values():
-                    measure(models, model, rows, rows.spec.max_new_tokens or section.max_new_tokens, records)
+                    most = rows.spec.max_new_tokens or section.max_new_tokens
+                    with torch.inference_mode():
+                        measure(running, model.name, rows, most, records, base)
                 tokenizer = next(iter(work.sets.values())).tokenizer
                 found |= benchmarks.run_recorded(models, model, tokenizer, section, records)
     if section.judge is not None:

@@ -54,9 +54,13 @@ RULES: Rules = table(
     decides("group_by_length", "training.train_sampling_strategy"),
     decides("logging_steps", "training.logging_steps"),
     decides(
-        "eval_strategy evaluation_strategy eval_steps evals_per_epoch", "training.eval_strategy, training.eval_steps"
+        "eval_strategy evaluation_strategy eval_steps evals_per_epoch",
+        "training.eval_strategy, training.eval_steps, training.evals_per_epoch",
     ),
-    decides("save_strategy save_steps saves_per_epoch", "training.save_strategy, training.save_steps"),
+    decides(
+        "save_strategy save_steps saves_per_epoch",
+        "training.save_strategy, training.save_steps, training.saves_per_epoch",
+    ),
     becomes("early_stopping_patience", "training.early_stopping_patience", read.whole),
     decides(
         "wandb_project wandb_mode use_wandb use_tensorboard use_mlflow mlflow_experiment_name use_comet",
@@ -298,6 +302,7 @@ def _validation(c: Conversion) -> None:
         return
     stops = bool(c.value("training.early_stopping_patience"))
     c.choose("training.load_best_model_at_end", "load_best_model_at_end", read.flag, stops)
+    shared.best(c)
 
 
 def _trackers(c: Conversion) -> None:

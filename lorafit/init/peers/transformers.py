@@ -58,9 +58,8 @@ COMMON: Rules = table(
     decides("load_best_model_at_end", "training.load_best_model_at_end"),
     lost("tf32", "matters to float32 arithmetic only, and there in the last digits"),
     lost("deepspeed fsdp fsdp_*", "several processes are started with accelerate launch, and share by DDP"),
-    lost(
-        "metric_for_best_model greater_is_better", "the best is that of the lowest validation loss", "loss", "eval_loss"
-    ),
+    decides("metric_for_best_model", "training.metric_for_best_model"),
+    lost("greater_is_better", "follows from the metric"),
 )
 """Keys that mean the same to all three tools."""
 TRANSFORMERS: Rules = table(
@@ -243,14 +242,16 @@ def evaluation(c: Conversion, per_epoch: tuple[str, str] = ("", ""), logged: int
         if what == "eval" and not has_rows:
             c.no_effect(given, "eval_steps", key, why="there are no validation rows")
             continue
-        source = key if often else f"{what}_steps" if steps else given
-        if often:
-            _often(c, what, key, 1 / often, each_epoch=True)
+        source = f"{what}_steps" if steps else given
+        if often > 1:
+            c.put(f"training.{what}s_per_epoch", often, key)
+        elif often:
+            c.put(f"training.{what}_strategy", "epoch", key)
         elif steps and strategy in (None, "steps"):
             if steps >= 1:
                 _each(c, what, int(steps), source)
             else:
-                _often(c, what, source, steps, each_epoch=False)
+                _share(c, what, source, steps)
         elif strategy == "steps":
             _each(c, what, {"eval": c.value("training.logging_steps") or logged, "save": 500}[what], source)
         elif strategy is not None:
@@ -269,18 +270,14 @@ def _each(c: Conversion, what: str, steps: int, source: str) -> None:
     c.put(f"training.{what}_steps", steps, source)
 
 
-def _often(c: Conversion, what: str, key: str, share: float, each_epoch: bool) -> None:
-    """A share of an epoch, or of the whole training, in steps, if the rows can be counted."""
-    if each_epoch and share == 1:
-        c.put(f"training.{what}_strategy", "epoch", key)
-        return
+def _share(c: Conversion, what: str, key: str, share: float) -> None:
+    """A share of the whole training, in steps, if the rows can be counted."""
     per_epoch = steps_per_epoch(c)
     if per_epoch is None:
         c.put(f"training.{what}_strategy", "epoch", key)
         c.note(key, f"in steps it depends on the number of rows, which is not known here; set training.{what}_steps")
         return
-    total = per_epoch * (1.0 if each_epoch else float(c.value("training.num_train_epochs") or 1))
-    total = total if each_epoch or not c.value("training.max_steps") else float(c.value("training.max_steps"))
+    total = float(c.value("training.max_steps") or per_epoch * float(c.value("training.num_train_epochs") or 1))
     _each(c, what, max(math.ceil(total * share), 1), f"{key}, of {per_epoch} steps an epoch on one GPU")
 
 
@@ -347,3 +344,14 @@ def quiet_evaluation(c: Conversion, logged: int = 500) -> None:
         c.put("training.load_best_model_at_end", False, c.why("load_best_model_at_end"))
     else:
         c.choose("training.load_best_model_at_end", "load_best_model_at_end", read.flag, False)
+        best(c)
+
+
+def best(c: Conversion) -> None:
+    """What the best adapter is found by: the tools know their validation loss and accuracy, lorafit any figure."""
+    asked = c.get("metric_for_best_model", read.text, "loss").removeprefix("eval_")
+    keeps = c.value("training.load_best_model_at_end") or c.value("training.early_stopping_patience")
+    if asked == "mean_token_accuracy" and keeps:
+        c.put("training.metric_for_best_model", asked, "metric_for_best_model")
+    elif asked not in ("loss", "mean_token_accuracy"):
+        c.note("metric_for_best_model", f"'{asked}': no equivalent; figures of lorafit's evaluation are SET.METRIC")
