@@ -30,6 +30,11 @@ ACCURACY_NORM = Metric(
     name="accuracy_per_byte", label="accuracy, by likelihood per byte", unit="share", better="higher"
 )
 MACRO_F1 = Metric(name="macro_f1", label="macro-F1", unit="share", better="higher")
+PREFERRED = Metric(name="preference_accuracy", label="chosen more likely than rejected", unit="share", better="higher")
+MARGIN = Metric(name="preference_margin", label="margin of the chosen answer", unit="nats", better="higher")
+CHOSEN = Metric(name="chosen_logp", label="log-likelihood of the chosen answer", unit="nats", better="higher")
+REJECTED = Metric(name="rejected_logp", label="log-likelihood of the rejected answer", unit="nats", better=None)
+REWARDED = Metric(name="reward_accuracy", label="margin larger than the base's", unit="share", better="higher")
 ENDED = Metric(name="ended", label="ended by itself", unit="share", better="higher")
 LENGTH = Metric(name="length", label="length of the answer", unit="tokens", better=None)
 AGREEMENT = Metric(name="agreement", label="same answer", unit="share", better="higher")
@@ -37,12 +42,15 @@ JUDGE = Metric(name="judge", label="preferred by the judge", unit="share", bette
 
 LIKELIHOOD = (LOSS, PERPLEXITY, BITS, TOKENS_RIGHT)
 OF_OPTIONS = (ACCURACY, ACCURACY_NORM, MACRO_F1)
-OWN = (*LIKELIHOOD, KL, *OF_OPTIONS, ENDED, LENGTH, AGREEMENT, JUDGE)
+OF_PAIRS = (PREFERRED, MARGIN, CHOSEN, REJECTED)
+BESIDE_OTHERS = (KL, REWARDED, AGREEMENT, JUDGE)
+"""Metrics that compare with another model."""
+OWN = (*LIKELIHOOD, KL, *OF_OPTIONS, *OF_PAIRS, REWARDED, ENDED, LENGTH, AGREEMENT, JUDGE)
 """Metrics that are not of an answer's text alone."""
 
 
 def set_metrics(
-    role: str, answers: Iterable[Metric] | None, options: Any, compared: bool, judged: bool
+    role: str, answers: Iterable[Metric] | None, options: Any, compared: bool, judged: bool, pairs: bool, based: bool
 ) -> tuple[Metric, ...]:
     """The metrics that are measured of a set.
 
@@ -51,10 +59,14 @@ def set_metrics(
         options: of the set: a list that is the same for all rows, or their column's name.
         compared: whether there is a model to compare the result's answers with, besides the base.
         judged: whether a judge compares answers with the base's.
+        pairs: whether rows have an answer that is chosen and one that is rejected.
+        based: whether the base is among the models.
     """
     found = [*LIKELIHOOD]
     if role == "forgetting":
         found.append(KL)
+    elif pairs:
+        found += [*OF_PAIRS, *([REWARDED] if based else [])]
     if answers is None:
         return tuple(found)
     if options:
@@ -85,7 +97,8 @@ def expected_figures(
     """
     for (name, metrics), (model, kind) in itertools.product(sets.items(), models.items()):
         for metric in metrics:
-            not_its_own = (metric == AGREEMENT and model in (BASE, main)) or (metric == JUDGE and model == BASE)
+            beside_base = metric in (JUDGE, REWARDED) and model == BASE
+            not_its_own = (metric == AGREEMENT and model in (BASE, main)) or beside_base
             if not (not_its_own or (metric == KL and kind != "adapter")):
                 yield f"{name}.{metric.name}.{model}"
 

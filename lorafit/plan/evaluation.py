@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorafit.errors import UsageError
-from lorafit.evaluation.figures import AGREEMENT, HELD_OUT, JUDGE, KL, LOSS, TOKENS_RIGHT, set_metrics
+from lorafit.evaluation.figures import BESIDE_OTHERS, HELD_OUT, LOSS, TOKENS_RIGHT, set_metrics
 from lorafit.evaluation.metrics import POSSIBLE_DEFAULTS, code_files, metric_info
 from lorafit.evaluation.results import Metric
-from lorafit.recipe import Recipe
+from lorafit.recipe import Recipe, Source
 from lorafit.recipe.schema import EvalSection, EvalSet, LmEvalSection
 
 
@@ -25,7 +25,18 @@ def measured(recipe: Recipe, one: EvalSet) -> tuple[Metric, ...]:
     """The metrics of a set, as far as they are known without the rows."""
     specs = one.metrics or recipe.eval.metrics or POSSIBLE_DEFAULTS
     answers = map(metric_info, specs) if one.role == "task" else None
-    return set_metrics(one.role, answers, one.options, True, recipe.eval.judge is not None)
+    return set_metrics(
+        one.role, answers, one.options, True, recipe.eval.judge is not None, _may_be_pairs(recipe, one), True
+    )
+
+
+def _may_be_pairs(recipe: Recipe, one: EvalSet) -> bool:
+    """Whether rows of a set may have a chosen and a rejected answer, as far as the recipe tells."""
+    sources: tuple[Source | EvalSet, ...] = (one,)
+    if one.path is None:
+        held_out = recipe.dataset.validation
+        sources = held_out if isinstance(held_out, tuple) else recipe.dataset.train
+    return any(source.format in ("auto", "preference") for source in sources)
 
 
 VALIDATED = {LOSS.name: LOSS, "mean_token_accuracy": TOKENS_RIGHT}
@@ -41,13 +52,14 @@ def best_by(recipe: Recipe, asked: str) -> tuple[str, Metric]:
         f"{of_set}.{metric.name}": metric
         for of_set, one in sets_of(recipe.eval).items()
         for metric in measured(recipe, one)
-        if metric.better is not None and metric not in (KL, AGREEMENT, JUDGE)
+        if metric.better is not None and metric not in BESIDE_OTHERS
     }
     if name in known:
         return name, known[name]
     near = difflib.get_close_matches(name, [*VALIDATED, *known], 1)
     hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([*VALIDATED, *known])}"
-    why = ", which compares with another model" if name.endswith((".kl", ".agreement", ".judge")) else ""
+    beside = name.rpartition(".")[2] in [metric.name for metric in BESIDE_OTHERS]
+    why = ", which compares with another model" if beside else ""
     raise UsageError(f"{asked} is no figure that can be compared from step to step{why}{hint}")
 
 

@@ -15,7 +15,7 @@ from lorafit.engine.data.render import special_tokens
 from lorafit.engine.evaluate.batches import end_tokens, generate
 from lorafit.engine.evaluate.likelihood import RowLikelihood, choices, divergences, likelihoods
 from lorafit.engine.evaluate.models import LoadedModel
-from lorafit.engine.evaluate.sets import EvalRows, Prompts, option_rows, raw_rows, said
+from lorafit.engine.evaluate.sets import EvalRows, Prompts, option_rows, raw_rows, rejected_rows, said
 from lorafit.evaluation.answers import Judged
 from lorafit.evaluation.figures import (
     ACCURACY,
@@ -27,6 +27,7 @@ from lorafit.evaluation.figures import (
     KL,
     LENGTH,
     LOSS,
+    MARGIN,
     TOKENS_RIGHT,
     Array,
     Classes,
@@ -35,7 +36,7 @@ from lorafit.evaluation.figures import (
     set_metrics,
 )
 from lorafit.evaluation.metrics import MetricSpec, default_metrics, make_metrics, metric_info
-from lorafit.evaluation.results import Answer, Metric, Records, Sample, Speed
+from lorafit.evaluation.results import Answer, Better, Metric, Records, Sample, Speed
 from lorafit.judge import Pair, Verdict, compare, position_bias
 from lorafit.plan import Plan
 from lorafit.progress import each
@@ -45,10 +46,10 @@ Done = frozenset[int]
 """Rows whose records are there."""
 
 
-def metrics_of(rows: EvalRows, section: EvalSection, compared: bool, judged: bool) -> tuple[Metric, ...]:
+def metrics_of(rows: EvalRows, section: EvalSection, compared: bool, judged: bool, based: bool) -> tuple[Metric, ...]:
     """The metrics that are measured of a set; the user's own code is not run. See `set_metrics`. Raises UsageError."""
     answers = map(metric_info, _specs(rows, section)) if rows.asked else None
-    return set_metrics(rows.spec.role, answers, rows.spec.options, compared, judged)
+    return set_metrics(rows.spec.role, answers, rows.spec.options, compared, judged, bool(rows.rejected), based)
 
 
 def _specs(rows: EvalRows, section: EvalSection) -> tuple[MetricSpec, ...]:
@@ -56,21 +57,24 @@ def _specs(rows: EvalRows, section: EvalSection) -> tuple[MetricSpec, ...]:
     return tuple(asked or default_metrics(rows.question(row).expected for row in rows.asked))
 
 
-def with_metrics(rows: EvalRows, section: EvalSection, plan: Plan, main: str | None, names: list[str]) -> EvalRows:
-    """A set with its options and metrics, for the models of these names.
+def with_metrics(
+    rows: EvalRows, section: EvalSection, plan: Plan, main: str | None, names: list[str], remarks: list[str]
+) -> EvalRows:
+    """A set with its options, its rejected answers and its metrics, for the models of these names.
 
     Raises DataError for options that are none, UsageError for a metric that there is none of.
     """
     options = {one.row: one for one in option_rows(rows, plan)} if rows.spec.options else {}
+    rows = dataclasses.replace(rows, rejected=rejected_rows(rows, plan, remarks) if rows.spec.role == "task" else {})
     specs = _specs(rows, section) if rows.asked else ()
     own = any(isinstance(spec, str) and ":" in spec for spec in specs)
     compared = main is not None and bool(set(names) - {BASE, main})
     return dataclasses.replace(
         rows,
         options=options,
-        metrics=metrics_of(rows, section, compared, section.judge is not None and BASE in names),
+        metrics=metrics_of(rows, section, compared, section.judge is not None and BASE in names, BASE in names),
         scorers=make_metrics(specs),
-        raw={index: row.fields for index, row, _ in raw_rows(rows)} if own else {},
+        raw={index: row.fields for index, row, _ in raw_rows(rows, rows.asked)} if own else {},
     )
 
 
@@ -81,7 +85,7 @@ def measure(
     max_new_tokens: int,
     records: Records,
     base: Callable[[], AbstractContextManager[None]] | None = None,
-    only: Collection[str] = ("likelihood", "options", "answers"),
+    only: Collection[str] = ("likelihood", "rejected", "options", "answers"),
 ) -> None:
     """Everything about one model on one set that is not in the records yet.
 
@@ -112,6 +116,8 @@ def measure(
             keep("divergence", len(rows), divergence)
         else:
             keep("likelihood", len(rows), lambda done: map(_likelihood, likelihoods(running, rows.rows, pad, done)))
+    if "rejected" in only:
+        keep("rejected", len(rows.rejected), lambda done: _rejected(running, rows, pad, done))
     if "options" in only:
         keep("options", len(rows.options), lambda done: _options(running, rows, pad, done))
     if "answers" in only:
@@ -120,6 +126,15 @@ def measure(
 
 def _likelihood(one: RowLikelihood) -> dict[str, Any]:
     return {"row": one.row, "nll": one.nll, "tokens": one.tokens, "hits": one.hits}
+
+
+def _rejected(model: Any, rows: EvalRows, pad: int, done: Done) -> Iterator[dict[str, Any]]:
+    left = [row for row in rows.rejected if row not in done]
+    tokens = [
+        {"input_ids": list(one.input_ids), "labels": list(one.labels)} for one in map(rows.rejected.get, left) if one
+    ]
+    for made in likelihoods(model, tokens, pad):
+        yield _likelihood(made) | {"row": left[made.row]}
 
 
 def _options(model: Any, rows: EvalRows, pad: int, done: Done) -> Iterator[dict[str, Any]]:
@@ -199,6 +214,8 @@ def score(rows: EvalRows, model: str, main: str | None, records: Records) -> dic
         return list(records.read(rows.name, model, kind))
 
     found = _of_likelihood(rows, read("likelihood"))
+    if rows.rejected:
+        found |= _of_pairs(rows, model, records)
     if divergence := read("divergence"):
         found["kl"] = Series(*_spread(rows, divergence, "kl", "tokens"), better="lower")
     if rows.options:
@@ -227,6 +244,34 @@ def _of_likelihood(rows: EvalRows, records: list[dict[str, Any]]) -> dict[str, S
         "bits_per_byte": Series(nll / math.log(2), rows.sizes[:, 1], better="lower"),
         "token_accuracy": Series(hits, tokens, better="higher"),
     }
+
+
+def _of_pairs(rows: EvalRows, model: str, records: Records) -> dict[str, Scores]:
+    """What a model makes of the chosen answer beside the rejected one, both summed over their tokens."""
+    mine, its = _margins(rows, model, records), _margins(rows, BASE, records)
+    counted = np.isfinite(mine[0])
+    each = dict(zip(("chosen_logp", "rejected_logp", "preference_margin"), np.where(counted, mine, 0.0), strict=True))
+    each["preference_accuracy"] = np.where(counted, mine[2] > 0, 0.0)
+    better: dict[str, Better] = {"rejected_logp": None}
+    found: dict[str, Scores] = {
+        name: Series(values, counted.astype(float), better=better.get(name, "higher")) for name, values in each.items()
+    }
+    if model != BASE and np.isfinite(its[0]).any():
+        both = counted & np.isfinite(its[0])
+        found["reward_accuracy"] = Series(np.where(both, mine[2] > its[2], 0.0), both.astype(float), better="higher")
+    return found
+
+
+def _margins(rows: EvalRows, model: str, records: Records) -> Array:
+    """(3, rows): log-likelihoods of the chosen and of the rejected answer, and their difference; nan without a pair."""
+    found = np.full((3, len(rows)), np.nan)
+    for place, kind in enumerate(("likelihood", "rejected")):
+        for record in records.read(rows.name, model, kind):
+            if record["row"] in rows.rejected:
+                found[place, record["row"]] = -record["nll"]
+    found[2] = found[0] - found[1]
+    found[:, np.isnan(found[2])] = np.nan
+    return found
 
 
 def _of_options(rows: EvalRows, records: Iterable[dict[str, Any]]) -> dict[str, Scores]:
@@ -285,7 +330,7 @@ def samples_of(rows: EvalRows, scores: Mapping[str, Mapping[str, Scores]], recor
         (model, kind): records.by_row(rows.name, model, kind) for model in scores for kind in ("options", "answers")
     }
     own = (metric.info for metric in rows.scorers)
-    shown = [metric.name for metric in (LOSS, TOKENS_RIGHT, BITS, KL, ACCURACY, *own, LENGTH, JUDGE)]
+    shown = [metric.name for metric in (LOSS, TOKENS_RIGHT, BITS, KL, ACCURACY, MARGIN, *own, LENGTH, JUDGE)]
 
     def answer(model: str, row: int) -> Answer:
         text = ended = chosen = None

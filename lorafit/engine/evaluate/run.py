@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from lorafit.engine.evaluate.measure import (
     with_metrics,
 )
 from lorafit.engine.evaluate.models import Comparison, LoadedModel, NamedModel, groups, loaded, opened
-from lorafit.engine.evaluate.sets import EvalRows, option_rows, read_sets
+from lorafit.engine.evaluate.sets import EvalRows, option_rows, read_sets, rejected_rows
 from lorafit.engine.tokenizer import load_tokenizer
 from lorafit.errors import GateError, Interrupted, UsageError
 from lorafit.evaluation.figures import (
@@ -40,6 +41,7 @@ from lorafit.evaluation.figures import (
     LIKELIHOOD,
     LOSS,
     OF_OPTIONS,
+    OF_PAIRS,
     Scores,
     expected_figures,
     figures_of,
@@ -144,7 +146,7 @@ def prepare(options: EvalOptions, comparison: Comparison) -> Work:
     tasks = benchmarks.check(section)
     tokenizer = load_tokenizer(plan, comparison.run.result)
     read = read_sets(plan, section, tokenizer, options.data, remarks)
-    sets = {rows.name: with_metrics(rows, section, plan, main, names) for rows in read}
+    sets = {rows.name: with_metrics(rows, section, plan, main, names, remarks) for rows in read}
     for name, rows in sets.items():
         if strange := sum(one.expected < 0 for one in rows.options.values()):
             remarks.append(
@@ -176,7 +178,9 @@ def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared)
         read -= {HELD_OUT}
     metrics = {}
     for rows in read_sets(plan, section, tokenizer, None, [], read, prepared):
-        metrics[rows.name] = metrics_of(rows, section, True, section.judge is not None)
+        if rows.spec.role == "task":
+            rows = dataclasses.replace(rows, rejected=rejected_rows(rows, plan, []))
+        metrics[rows.name] = metrics_of(rows, section, True, section.judge is not None, True)
         for _ in option_rows(rows, plan) if rows.spec.options else ():
             pass
     known = list(expected_figures(metrics, models, list(models)[1]))
@@ -200,19 +204,23 @@ def figure_of_steps(
         return None
     section = EvalSection.model_validate(plan.eval)
     (read,) = read_sets(plan, section, tokenizer, None, [], {of_set}, prepared)
-    rows = with_metrics(read, section, plan, None, [])
+    rows = with_metrics(read, section, plan, None, [], [])
     if metric not in (known := [one.name for one in rows.metrics]):
         raise UsageError(
             f"training.metric_for_best_model: of {of_set} there is no {metric}; there are {', '.join(known)}"
         )
-    likely, choices = ({one.name for one in some} for some in (LIKELIHOOD, OF_OPTIONS))
-    kind = "likelihood" if metric in likely else "options" if metric in choices else "answers"
+    kinds = [
+        (LIKELIHOOD, ("likelihood",)),
+        (OF_PAIRS, ("likelihood", "rejected")),
+        (OF_OPTIONS, ("options",)),
+    ]
+    needed = next((kind for some, kind in kinds if metric in [one.name for one in some]), ("answers",))
 
     def figure(model: LoadedModel) -> float:
         with tempfile.TemporaryDirectory(prefix="lorafit-") as folder:
             records = Records(Path(folder) / "records", {}, resume=False)
             most = rows.spec.max_new_tokens or section.max_new_tokens
-            measure(model, "trained", rows, most, records, only=(kind,))
+            measure(model, "trained", rows, most, records, only=needed)
             value = value_of(score(rows, "trained", None, records)[metric])
         if value is None:
             raise GateError(f"{of_set}.{metric} has no value, so no step can be the best by it; choose another metric")
@@ -339,6 +347,14 @@ def _model(model: NamedModel, records: Records) -> Model:
     )
 
 
+def _digest(rows: EvalRows) -> str:
+    """SHA-256 of the rejected answers of a set."""
+    found = hashlib.sha256()
+    for row, one in rows.rejected.items():
+        found.update(np.int64(row).tobytes() + one.input_ids.tobytes() + one.labels.tobytes())
+    return found.hexdigest()
+
+
 def _key(work: Work) -> dict[str, Any]:
     """Everything that the records depend on, as it may be written."""
     comparison = work.comparison
@@ -350,6 +366,7 @@ def _key(work: Work) -> dict[str, Any]:
         "models": {one.name: [one.kind, one.path, one.sha256, one.quantization, one.loads] for one in models},
         "rows": {name: [rows.digest, rows.asked] for name, rows in work.sets.items()},
         "options": {name: [one.options for one in rows.options.values()] for name, rows in work.sets.items()},
+        "rejected": {name: _digest(rows) for name, rows in work.sets.items()},
         "max_new_tokens": [section.max_new_tokens, {n: rows.spec.max_new_tokens for n, rows in work.sets.items()}],
         "seed": section.seed,
         "lm_eval": written["lm_eval"],

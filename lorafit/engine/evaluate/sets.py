@@ -18,7 +18,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.engine.data.encode import IGNORED, Lengths, tokenize
+from lorafit.engine.data.encode import IGNORED, Lengths, TokenRow, tokenize
 from lorafit.engine.data.prepare import Prepared, prepare, rows_of, with_shape
 from lorafit.engine.data.render import Renderer, special_tokens
 from lorafit.engine.evaluate.likelihood import Choice, common
@@ -31,7 +31,7 @@ from lorafit.facts.template import REASONING, opens_reasoning, without_header, w
 from lorafit.plan import Plan, SourcePlan
 from lorafit.plan.evaluation import sets_of
 from lorafit.recipe.schema import BUILT_IN_SETS, EvalSection, EvalSet
-from lorafit.rows import Example, Fault, Row, digest, place_of, to_example
+from lorafit.rows import Example, Fault, Format, Row, digest, place_of, to_example
 from lorafit.rows.audit import RULES, SourceAudit, gate
 from lorafit.rows.cells import options_in
 from lorafit.text import first_line
@@ -86,6 +86,7 @@ class EvalRows:
         sources: what they were read from.
         asked: indices of the rows for which answers are generated.
         options: by row, of a set with options.
+        rejected: by row, of preference rows, tokens and labels with the rejected answer in place of the chosen one.
         metrics: what is measured.
         scorers: the metrics among them that score an answer.
         raw: by row, its fields as they are in the file, where a scorer looks at them.
@@ -98,6 +99,7 @@ class EvalRows:
     asked: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     options: Mapping[int, OptionRow] = field(default_factory=dict)
+    rejected: Mapping[int, TokenRow] = field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()
     scorers: tuple[AnswerMetric, ...] = ()
     raw: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -396,7 +398,7 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
     """The questions of a set with options: each option as the answer, in tokens as in training. Raises DataError."""
     renderer = Renderer(rows.tokenizer, plan.data.loss_on, plan.data.date)
     lengths = Lengths(plan.data.max_length)
-    for index, raw, example in raw_rows(rows):
+    for index, raw, example in raw_rows(rows, rows.asked):
         options = _options(rows.spec.options, raw)
         if len({option.strip() for option in options}) < len(options):
             raise DataError(f"{raw.place}: an option is there twice, so which of the two is chosen would be chance")
@@ -413,15 +415,53 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
         yield OptionRow(index, tuple(options), expected, Choice(ids[0][:shared], parts))
 
 
-def raw_rows(rows: EvalRows) -> Iterator[tuple[int, Row, Example]]:
-    """The questions' rows as they are in their files, with their indices."""
+def rejected_rows(rows: EvalRows, plan: Plan, remarks: list[str]) -> dict[int, TokenRow]:
+    """Of preference rows, each with its rejected answer, in tokens as in training; by the row's index.
+
+    A pair of which max_length cuts an answer has no such row, and is remarked on.
+    """
+    cut = set(_cut_off(rows.rows, plan.data.max_length, set(special_tokens(rows.tokenizer).values())))
+    places: dict[tuple[str, int], int] = {}
+
+    def lost() -> Iterator[Example]:
+        for index, row, example in raw_rows(rows, range(len(rows)), "preference"):
+            places[row.file, row.number] = index
+            yield _with_rejected(example)
+
+    renderer = Renderer(rows.tokenizer, plan.data.loss_on, plan.data.date)
+    lengths = Lengths(plan.data.max_length, drop_excess=True)
+    made = itertools.chain.from_iterable(tokenize(lost(), renderer, lengths, SourceAudit("rejected")))
+    found = {places[row.file, row.number]: row for row in made}
+    found = {index: row for index, row in found.items() if index not in cut}
+    if len(found) < len(places):
+        remarks.append(
+            f"{rows.name}: {len(places) - len(found)} of {len(places)} pairs say nothing of preferences: max_length "
+            f"{plan.data.max_length} cuts an answer, or the chat template leaves one out"
+        )
+    return found
+
+
+def _with_rejected(example: Example) -> Example:
+    """A preference row with the answer that was rejected in place of the chosen one."""
+    if isinstance(example.rejected, str):
+        return dataclasses.replace(example, completion=example.rejected)
+    before = example.messages[: example.completion_start]
+    return dataclasses.replace(example, messages=(*before, *(example.rejected or ())))
+
+
+def raw_rows(
+    rows: EvalRows, indices: Iterable[int], format: Format | None = None
+) -> Iterator[tuple[int, Row, Example]]:
+    """Rows of a set as they are in their files, with their indices; of one format only, if it is given."""
     places = rows.rows.select_columns(["file", "number"])
-    wanted = {(places[index]["file"], places[index]["number"]): index for index in rows.asked}
+    wanted = {(places[index]["file"], places[index]["number"]): index for index in indices}
     for source in rows.sources:
         found, shape = with_shape(rows_of(source), source)
+        if shape is None or format not in (None, shape.format):
+            continue
         for row in found:
             index = wanted.get((row.file, row.number))
-            if index is not None and shape is not None:
+            if index is not None:
                 with contextlib.suppress(Fault):
                     yield index, row, to_example(row, shape)
 

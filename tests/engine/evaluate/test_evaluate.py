@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -293,6 +294,70 @@ def test_options(run: RunDir, tmp_path: Path) -> None:
     right = [sample.answers["adapter"].chosen == sample.expected for sample in samples(run.eval)]
     assert value(results, "heldout.accuracy.adapter") == pytest.approx(sum(right) / len(right))
     assert 0 <= value(results, "heldout.macro_f1.base") <= 1
+
+
+def pair(question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    asked = [{"role": "user", "content": question}]
+    return {"prompt": asked} | {
+        name: [{"role": "assistant", "content": text}] for name, text in (("chosen", chosen), ("rejected", rejected))
+    }
+
+
+def log_likelihood(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> float:
+    """Of the last turn, with its end."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    ids, start = tokenizer(text, return_tensors="pt")["input_ids"], len(tokenizer(asked)["input_ids"])
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return float(logprobs[start - 1 :].gather(-1, ids[0, start:, None]).sum())
+
+
+def test_pairs_of_a_chosen_and_a_rejected_answer(run: RunDir, tmp_path: Path) -> None:
+    pairs = [pair(f"{word} cat", WORDS[i + 1], WORDS[i]) for i, word in enumerate(WORDS[:-1])]
+    pairs[2] = pairs[2] | {"prompt": conversation("red", "green")["messages"] + pairs[2]["prompt"]}
+    too_long = pair("blue", "green", "one two three " * 100)
+    data = write_jsonl(tmp_path / "pairs.jsonl", [*pairs, too_long])
+    sets = f"eval.sets=[{{name: likes, path: '{data}'}}]"
+    results = evaluated(run, overrides=(*PLAIN, sets), max_new_tokens=2)
+    assert any("1 of" in remark and "likes" in remark for remark in results.remarks)
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    model = AutoPeftModelForCausalLM.from_pretrained(run.adapter).eval()
+    found: dict[str, list[list[float]]] = {}
+    for name, context in (("adapter", contextlib.nullcontext()), ("base", model.disable_adapter())):
+        with context:
+            found[name] = [
+                [log_likelihood(model, tokenizer, [*one["prompt"], *one[side]]) for side in ("chosen", "rejected")]
+                for one in pairs
+            ]
+    margins = {name: [one - other for one, other in values] for name, values in found.items()}
+    for name, values in found.items():
+        columns = {"chosen_logp": 0, "rejected_logp": 1}
+        for metric, column in columns.items():
+            mean = sum(one[column] for one in values) / len(values)
+            assert value(results, f"likes.{metric}.{name}") == pytest.approx(mean, rel=1e-4)
+        assert value(results, f"likes.preference_margin.{name}") == pytest.approx(
+            sum(margins[name]) / len(pairs), rel=1e-3, abs=1e-4
+        )
+        right = sum(margin > 0 for margin in margins[name]) / len(pairs)
+        assert value(results, f"likes.preference_accuracy.{name}") == pytest.approx(right)
+    more = sum(mine > its for mine, its in zip(margins["adapter"], margins["base"], strict=True)) / len(pairs)
+    assert value(results, "likes.reward_accuracy.adapter") == pytest.approx(more)
+    assert "likes.reward_accuracy.base" not in results.figures
+    assert results.figures["likes.preference_margin.adapter"].rows == len(pairs)
+    assert results.figures["likes.loss.adapter"].rows == len(pairs) + 1
+    assert not any(".preference" in name for name in results.figures if name.startswith("heldout."))
+
+
+def test_a_gate_on_pairs(run: RunDir, tmp_path: Path) -> None:
+    """It is known before a model runs, also of rows that have none."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", [pair("red", "green", "blue"), pair("one", "two", "cat")])
+    sets = f"eval.sets=[{{name: likes, path: '{data}'}}]"
+    gate = "likes.preference_margin.adapter > likes.preference_margin.base"
+    results = evaluated(run, overrides=(*PLAIN, sets), max_new_tokens=2, fail_under=(gate,))
+    assert [one.gate for one in results.gates] == [gate]
+    with pytest.raises(UsageError, match=r"heldout\.preference_margin\.adapter"):
+        evaluated(run, overrides=PLAIN, fail_under=("heldout.preference_margin.adapter > 0",))
 
 
 def test_options_of_each_row(run: RunDir, tmp_path: Path) -> None:
