@@ -23,11 +23,14 @@ CHUNK_BYTES = 256 * 1024 * 1024
 """Logits held at once, in bytes of float32. More positions are taken in chunks and recomputed."""
 
 
-def settle_head(model: PreTrainedModel) -> None:
+def settle_head(model: PreTrainedModel, mean_logits: bool = False) -> None:
     """Choose between the heads on a model that has TRL's: only one that scores as the model itself is used.
 
     Call it in the mode and the arithmetic in which the model is used. Raises ModelError if TRL's head does not know
     this model.
+
+    Args:
+        mean_logits: whether the output has them, which the losses of pairs log.
     """
     if not _scores_as_itself(model):
         raise ModelError(
@@ -36,7 +39,7 @@ def settle_head(model: PreTrainedModel) -> None:
         )
     if applies_to(model):
         trls = model.forward
-        score_supervised_positions(model)
+        score_supervised_positions(model, mean_logits)
         if not _scores_as_itself(model):
             model.forward = trls
 
@@ -71,7 +74,7 @@ def applies_to(model: PreTrainedModel) -> bool:
     return plain and not hasattr(config, "output_router_logits") and next(model.parameters()).device.type == "cpu"
 
 
-def score_supervised_positions(model: PreTrainedModel) -> None:
+def score_supervised_positions(model: PreTrainedModel, mean_logits: bool = False) -> None:
     """Replace TRL's fused head on `model` (call after SFTTrainer is made).
 
     `model(..., labels=labels, fused_lm_head=True)` returns the same FusedCausalLMOutput: per-token
@@ -89,13 +92,14 @@ def score_supervised_positions(model: PreTrainedModel) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         mask = labels != -100
         head = self.get_output_embeddings()
-        scores = score(hidden[mask], head.weight, getattr(head, "bias", None), labels[mask])
-        log_probs, entropy, is_top1 = (spread(values, mask) for values in scores)
+        scores = score(hidden[mask], head.weight, getattr(head, "bias", None), labels[mask], mean_logits)
+        log_probs, entropy, is_top1, *means = (spread(values, mask) for values in scores)
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items),
             log_probs=log_probs,
             entropy=entropy,
             is_top1=is_top1,
+            mean_logits=means[0] if means else None,
             label_mask=mask,
         )
 
@@ -125,27 +129,33 @@ def spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def score(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability, entropy and top-1 hit of each label. All of shape (supervised,)."""
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    mean_logits: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Log-probability, entropy, top-1 hit and, if it is asked for, mean logit of each label. All (supervised,)."""
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     if len(labels) <= rows:
-        return _score_chunk(hidden, weight, bias, labels)
+        return _score_chunk(hidden, weight, bias, labels, mean_logits)
     parts = [
-        checkpoint(_score_chunk, hidden[i : i + rows], weight, bias, labels[i : i + rows], use_reentrant=False)
+        checkpoint(
+            _score_chunk, hidden[i : i + rows], weight, bias, labels[i : i + rows], mean_logits, use_reentrant=False
+        )
         for i in range(0, len(labels), rows)
     ]
-    log_probs, entropy, is_top1 = zip(*parts, strict=True)
-    return torch.cat(log_probs), torch.cat(entropy), torch.cat(is_top1)
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _score_chunk(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, mean_logits: bool
+) -> tuple[torch.Tensor, ...]:
     logits = functional.linear(hidden, weight, bias).float()
     log_p = functional.log_softmax(logits, dim=-1)
     log_probs = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
         is_top1 = log_p.argmax(-1) == labels
-    return log_probs, entropy, is_top1
+        means = [logits.mean(-1)] if mean_logits else []
+    return (log_probs, entropy, is_top1, *means)

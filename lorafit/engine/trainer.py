@@ -59,6 +59,7 @@ class Checkpointed(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         self.references = references
+        self.figure: Callable[[Any], float] | None = None  # of the first process: SET.METRIC of metric_for_best_model
         self.make_optimizer = make_optimizer
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -81,6 +82,13 @@ class Checkpointed(transformers.Trainer):
         if best and self.args.save_strategy != "no":
             self.control.should_save = True
         return best
+
+    def measure_best(self, metrics: dict[str, float], prefix: str) -> None:
+        """Add the figure of the evaluation that metric_for_best_model names; the first process measures it, for all."""
+        best_by = self.args.metric_for_best_model or ""
+        if "." in best_by:
+            (value,) = broadcast_object_list([self.figure(self.model) if self.figure else None])
+            metrics[f"{prefix}_{best_by}"] = value
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it, so that every one that exists is whole.
@@ -163,7 +171,6 @@ class Trainer(Checkpointed, SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._evaluated = torch.zeros(4, dtype=torch.float64)
         self._validating = Stage("validating")
-        self.figure: Callable[[Any], float] | None = None  # of the first process: SET.METRIC of metric_for_best_model
         super().__init__(*args, **kwargs)
 
     def prediction_step(
@@ -187,10 +194,7 @@ class Trainer(Checkpointed, SFTTrainer):
         tokens, nll, entropy, hits = self._evaluated.tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = hits / tokens
-        best_by = self.args.metric_for_best_model or ""
-        if "." in best_by:  # the first process measures it, for all
-            (value,) = broadcast_object_list([self.figure(self.model) if self.figure else None])
-            output.metrics[f"{metric_key_prefix}_{best_by}"] = value
+        self.measure_best(output.metrics, metric_key_prefix)
         self._metrics["eval"] |= {
             "entropy": [entropy / tokens],
             "mean_token_accuracy": [hits / tokens],
@@ -199,13 +203,17 @@ class Trainer(Checkpointed, SFTTrainer):
         return output
 
 
-class Arguments(SFTConfig):
-    """TRL's arguments, which trackers log as they may be seen."""
+class Shown:
+    """What stands before TRL's arguments among the bases: trackers log them as they may be seen."""
 
     references: References
 
     def to_dict(self) -> dict[str, Any]:
-        return as_written(super().to_dict(), self.references)
+        return as_written(super().to_dict(), self.references)  # type: ignore[misc]
+
+
+class Arguments(Shown, SFTConfig):
+    """TRL's arguments for supervised fine-tuning."""
 
 
 def common_arguments(plan: Plan, run: RunDir) -> dict[str, Any]:

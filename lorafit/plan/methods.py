@@ -40,7 +40,7 @@ SFT = Method(
         "sharegpt": "",
         "prompt_completion": "",
         "text": "",
-        "preference": "of each pair the chosen answer is learned",
+        "preference": "of each pair the chosen answer is learned; `preference: {}` learns from both",
         "unpaired_preference": "the rows whose label is false are left out",
     },
     columns=("input_ids", "labels"),
@@ -49,9 +49,19 @@ SFT = Method(
 )
 
 
-METHODS = {method.name: method for method in (SFT,)}
+DPO = Method(
+    name="dpo",
+    title="direct preference optimization",
+    reads={"preference": ""},
+    columns=("input_ids", "labels", "rejected_ids", "rejected_labels"),
+    sequences=2,
+    rules=tuple(RULES),
+)
+
+
+METHODS = {method.name: method for method in (SFT, DPO)}
 
 
 def method_of(recipe: Recipe) -> Method:
-    """The method that a recipe asks for; there is one so far."""
-    return SFT
+    """The method that a recipe asks for."""
+    return SFT if recipe.preference is None else METHODS[recipe.preference.method]

@@ -27,7 +27,7 @@ from lorafit.plan.model import (
     model_plan,
     quantization_kwargs,
 )
-from lorafit.plan.values import Choice, Context, Plan, Schedule, make_schedule, validation_rows
+from lorafit.plan.values import Choice, Context, Plan, Preference, Schedule, make_schedule, validation_rows
 from lorafit.recipe import Recipe, RecipeError
 from lorafit.recipe.layers import displaced
 from lorafit.rows.audit import Audit
@@ -127,6 +127,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
     for_training = training_kwargs(context, dtype, has_validation=bool(recipe.dataset.validation))
     for_model = model_kwargs(context, dtype)
     for_quantization = quantization_kwargs(context, dtype)
+    preference = preference_plan(context)
     chain = find_chain(context, for_quantization) if reading != "nothing" else ()
     if context.mistakes:
         return None
@@ -150,6 +151,7 @@ def examine(context: Context, default_name: str, reading: Reading) -> Plan | Non
         remarks=tuple(context.remarks),
         references=recipe.references,
         chain=chain,
+        preference=preference,
     )
 
 
@@ -185,6 +187,29 @@ def _steps_choice(schedule: Schedule, rows: int | None, packing: bool) -> Choice
     return Choice(schedule.total_steps, f"{rows} {kind} make {schedule.steps_per_epoch} steps an epoch")
 
 
+def preference_plan(context: Context) -> Preference | None:
+    """How pairs are learned, if they are."""
+    section, lora = context.recipe.preference, context.recipe.lora
+    if section is None:
+        return None
+    losses = (section.loss_type,) if isinstance(section.loss_type, str) else section.loss_type
+    reference: Any = section.reference
+    if reference == "auto":
+        reference = context.choose("preference.reference", "start", "what the training must not move away from")
+    if reference == "base" and lora is not None and (lora.bias != "none" or lora.modules_to_save):
+        context.wrong(
+            ("preference", "reference"),
+            "without an adapter that trains biases or whole modules the model is not its base again; use start",
+        )
+    if lora is not None and lora.lora_dropout:
+        context.remarks.append(
+            f"lora.lora_dropout: {lora.lora_dropout:g} is on while the policy learns, and off for its reference; the "
+            "usual value for pairs is 0."
+        )
+    weights = section.loss_weights or (1.0,) * len(losses)
+    return Preference(section.method, losses, weights, section.beta, section.label_smoothing, reference)
+
+
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 DEFAULT_EPOCHS = 3.0
 DEFAULT_WARMUP_RATIO = 0.03
@@ -208,7 +233,7 @@ def training_kwargs(context: Context, dtype: str, has_validation: bool) -> dict[
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": eval_batch,
         "gradient_accumulation_steps": accumulation,
-        "learning_rate": training.learning_rate,
+        "learning_rate": _learning_rate(context),
         "lr_scheduler_type": training.lr_scheduler_type,
         "lr_scheduler_kwargs": dict(training.lr_scheduler_kwargs),
         "warmup_steps": _warmup(context),
@@ -265,6 +290,15 @@ def _batch(context: Context) -> tuple[int, int]:
         reason = f"{batch} rows x {steps} passes x {processes} = {batch * steps * world} rows a step"
         context.choose("training.gradient_accumulation_steps", steps, reason)
     return int(batch), int(steps)
+
+
+def _learning_rate(context: Context) -> float:
+    training = context.recipe.training
+    if context.recipe.preference is None or "learning_rate" in training.model_fields_set:
+        return training.learning_rate
+    if context.recipe.trains_base:
+        return context.choose("training.learning_rate", 1e-6, "usual for pairs, as TRL has it")
+    return context.choose("training.learning_rate", 1e-5, "usual for pairs: ten times that of training in full")
 
 
 def _warmup(context: Context) -> float:

@@ -146,6 +146,23 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """How pairs are learned, by the names of the recipe's section.
+
+    Attributes:
+        loss_type: at least one.
+        loss_weights: one for each loss.
+    """
+
+    method: str
+    loss_type: tuple[str, ...]
+    loss_weights: tuple[float, ...]
+    beta: float
+    label_smoothing: float
+    reference: Literal["start", "base"]
+
+
+@dataclass(frozen=True)
 class Training:
     """What lorafit itself reads of `training_kwargs`, by their names there; max_steps is -1 where epochs are given."""
 
@@ -211,6 +228,7 @@ class Plan:
         eval: the recipe's eval section; empty in plans of before there was one.
         references: the recipe's ${NAME}, which stand for their values in the file.
         chain: the trainings that came before, the oldest first.
+        preference: how pairs are learned; None without.
     """
 
     name: str
@@ -233,6 +251,7 @@ class Plan:
     eval: dict[str, Any] = field(default_factory=dict)
     references: References = field(default_factory=dict)
     chain: tuple[Stage, ...] = ()
+    preference: Preference | None = None
 
     def to_json(self) -> str:
         return json.dumps(self._as_written(), indent=2, ensure_ascii=False) + "\n"
@@ -274,6 +293,7 @@ class Plan:
             "remarks": tuple(raw["remarks"]),
             "references": {key: Reference(**one) for key, one in raw["references"].items()},
             "chain": tuple(Stage(**one) for one in raw["chain"]),
+            "preference": _preference_of(raw["preference"]) if raw["preference"] else None,
         }
         return Plan(**raw)
 
@@ -293,6 +313,7 @@ class Plan:
             "training_kwargs",
             "data",
             "chain",
+            "preference",
         )
         machine = {key: whole["hardware"][key] for key in ("device", "world_size")}
         for source in (*whole["data"]["train"], *whole["data"]["validation"]):
@@ -354,6 +375,10 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         return self.model.trainable_parameters
+
+
+def _preference_of(raw: dict[str, Any]) -> Preference:
+    return Preference(**raw | {name: tuple(raw[name]) for name in ("loss_type", "loss_weights")})
 
 
 def make_schedule(rows: int | None, training: Training, world_size: int) -> Schedule:

@@ -43,6 +43,7 @@ def cross_check(recipe: Recipe) -> Iterator[Complaint]:
     yield from _dataset(recipe)
     yield from _training(recipe)
     yield from _schedule(recipe)
+    yield from _preference(recipe)
     yield from _hardware(recipe)
     yield from _merge(recipe)
     yield from _eval(recipe)
@@ -226,6 +227,27 @@ def _training(recipe: Recipe) -> Iterator[Complaint]:
     )
     if keeps and training.save_strategy == "no":
         yield ("training", "save_strategy"), "the best adapter can't be kept without checkpoints; use auto"
+
+
+def _preference(recipe: Recipe) -> Iterator[Complaint]:
+    section, training = recipe.preference, recipe.training
+    if section is None:
+        return
+    losses = (section.loss_type,) if isinstance(section.loss_type, str) else section.loss_type
+    if section.loss_weights is not None and len(section.loss_weights) != len(losses):
+        yield ("preference", "loss_weights"), f"has {len(section.loss_weights)} weights for {len(losses)} losses"
+    if section.label_smoothing and not {"robust", "exo_pair"} & set(losses):
+        yield ("preference", "label_smoothing"), "has no effect but with loss_type robust or exo_pair"
+    if "exo_pair" in losses and not section.label_smoothing:
+        yield ("preference", "loss_type"), "exo_pair needs label_smoothing above 0, such as 0.001"
+    if training.packing:
+        yield ("training", "packing"), "pairs are not packed; remove it"
+    if recipe.dataset.streaming:
+        yield ("dataset", "streaming"), "the reference is computed before the first step, so pairs are not streamed"
+    if recipe.dataset.loss_on == "all":
+        yield ("dataset", "loss_on"), "of pairs the answers are compared; use assistant or completion"
+    if training.train_sampling_strategy == "group_by_length":
+        yield ("training", "train_sampling_strategy"), "pairs are not grouped by length; use random"
 
 
 def _schedule(recipe: Recipe) -> Iterator[Complaint]:

@@ -388,6 +388,44 @@ class TrainingSection(Section):
     written."""
 
 
+PairLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+"""TRL's losses of pairs, but for those that sort the pairs of a pass (aot)."""
+
+
+class PreferenceSection(Section):
+    """Learning from pairs of answers to the same prompt, of which one is chosen and one rejected. Absent: supervised
+    fine-tuning."""
+
+    method: Literal["dpo"] = "dpo"
+    """Direct preference optimization: the log-likelihoods of both answers against a reference's."""
+    loss_type: Annotated[tuple[PairLoss, ...], Field(strict=False, min_length=1)] | PairLoss = "sigmoid"
+    """Loss by TRL's name, or several, which are added up. `sigmoid` is DPO's own; `ipo` is TRL's, normalized by
+    length; `sft` is the mean negative log-likelihood of the chosen answers' tokens."""
+    loss_weights: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)] | None = None
+    """Weight of each loss of a list. Default: 1 each."""
+    beta: PositiveFloat = 0.1
+    """How strongly the reference holds; for `ipo` it is tau."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be the wrong way round, for `robust` and `exo_pair`."""
+    reference: Literal["auto", "start", "base"] = "auto"
+    """Whose log-likelihoods the answers' are compared with: those of the model as the training `start`s, or of the
+    `base` without the adapter that goes on. They are computed once, before the first step. `auto`: start."""
+
+
 class HardwareSection(Section):
     """What the recipe is meant for, so that it can be checked on another machine, such as one of a CI. Training
     elsewhere is said, and goes on."""
@@ -541,6 +579,8 @@ class Recipe(Section):
     optimizer (`lorafit train --resume` is for a run that was interrupted). Absent: a new adapter."""
     dataset: DatasetSection
     """The training and validation rows."""
+    preference: PreferenceSection | None = None
+    """Learning from pairs of answers. Absent: supervised fine-tuning."""
     training: TrainingSection = Field(default_factory=TrainingSection)
     """The optimization."""
     hardware: HardwareSection | None = None

@@ -5,7 +5,7 @@ files (lines, lists, tables) -> cells (columns, paths, templates) -> formats (an
 
 from lorafit.rows.cells import Fault, Format, Row, Shape, check_template, place_of
 from lorafit.rows.files import data_files, digest, is_local, read_rows, size_digest
-from lorafit.rows.formats import COLUMNS, OPTIONAL, Example, detect_format, to_example
+from lorafit.rows.formats import COLUMNS, OPTIONAL, Example, detect_format, to_example, with_rejected
 from lorafit.rows.turns import Message
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "read_rows",
     "size_digest",
     "to_example",
+    "with_rejected",
 ]

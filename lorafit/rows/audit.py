@@ -37,6 +37,7 @@ class SourceAudit:
         empty_reasoning: rows in which the chat template writes an empty block of it there, which is not learned.
         dropped: rows left out, by reason.
         found: by the name of the audit's rule, how often it was broken.
+        sequences: what a row has of them, each of which can break a rule.
     """
 
     path: str
@@ -53,6 +54,7 @@ class SourceAudit:
     empty_reasoning: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     found: dict[str, Finding] = field(default_factory=dict)
+    sequences: int = 1
 
     def count(self, rule: str, line: str, times: int = 1) -> None:
         """Count a finding; `line` is kept for the first."""
@@ -67,7 +69,18 @@ class SourceAudit:
         return {
             "untrained_ends": self.answers,
             "lost_tokens": self.supervised_tokens + self.lost_tokens,
-        }.get(rule, self.read)
+        }.get(rule, self.read * self.sequences)
+
+    def take_in(self, other: SourceAudit) -> None:
+        """Add what was counted of the rejected answers of this source's pairs."""
+        self.sequences = 2
+        for name in ("answers", "ends_learned", "lost_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        for reason, times in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + times
+        for rule, finding in other.found.items():
+            self.count(rule, f"{finding.first} (the rejected answer)", finding.count)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.errors import DataError
@@ -118,6 +118,14 @@ def to_example(row: Row, shape: Shape) -> Example:
             raise
         read = {}
     return Example(row.file, row.number, **{**read, "train": learned and read.get("train", True)})
+
+
+def with_rejected(example: Example) -> Example:
+    """A preference row with the answer that was rejected in place of the chosen one."""
+    if isinstance(example.rejected, str):
+        return replace(example, completion=example.rejected)
+    before = example.messages[: example.completion_start]
+    return replace(example, messages=(*before, *(example.rejected or ())))
 
 
 _Fields = dict[str, Any]

@@ -13,7 +13,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,6 +45,7 @@ class TokenRow:
         answer: the text of the last answer, with its end, where `asked` is -1.
         asked: how many of the tokens are the prompt for the last answer; 0 if there is none.
         prompt: that prompt's tokens where the row does not begin with them, and `asked` is -1.
+        rejected_ids, rejected_labels: of a pair, tokens and labels with the rejected answer; empty otherwise.
     """
 
     file: str
@@ -57,6 +58,13 @@ class TokenRow:
     answer: str
     asked: int
     prompt: list[int]
+    rejected_ids: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
+    rejected_labels: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @property
+    def length(self) -> int:
+        """All its tokens."""
+        return len(self.input_ids) + len(self.rejected_ids)
 
 
 @dataclass(frozen=True)
@@ -341,6 +349,8 @@ _SCHEMA = pa.schema(
         "answer": pa.string(),
         "asked": pa.int32(),
         "prompt": _TOKENS,
+        "rejected_ids": _TOKENS,
+        "rejected_labels": _TOKENS,
     }
 )
 
@@ -354,7 +364,7 @@ def write_table(folder: Path, batches: Iterable[list[TokenRow]], audit: SourceAu
     ):
         for batch in filter(None, batches):
             writer.write_batch(_record_batch(batch))
-            numbers.write(np.array([(row.key, row.learned, len(row.input_ids)) for row in batch], NUMBERS).tobytes())
+            numbers.write(np.array([(row.key, row.learned, row.length) for row in batch], NUMBERS).tobytes())
     (folder / "audit.json").write_text(json.dumps(dataclasses.asdict(audit)), encoding="utf-8")
 
 
@@ -370,17 +380,16 @@ def read_table(folder: Path) -> tuple[Dataset, Numbers, SourceAudit]:
 
 
 def _record_batch(batch: list[TokenRow]) -> pa.RecordBatch:
-    lengths = [len(row.input_ids) for row in batch]
-    offsets = np.cumsum([0, *lengths], dtype=np.int32)
-
     def tokens(name: str) -> pa.Array:
-        return pa.ListArray.from_arrays(offsets, np.concatenate([getattr(row, name) for row in batch]))
+        each = [getattr(row, name) for row in batch]
+        return pa.ListArray.from_arrays(np.cumsum([0, *map(len, each)], dtype=np.int32), np.concatenate(each))
 
     def plain(name: str) -> pa.Array:
         return pa.array([getattr(row, name) for row in batch], _SCHEMA.field(name).type)
 
-    columns = [plain(name) for name in _SCHEMA.names[2:]]
-    return pa.record_batch([tokens("input_ids"), tokens("labels"), *columns], schema=_SCHEMA)
+    arrays = {"input_ids", "labels", "rejected_ids", "rejected_labels"}
+    columns = [tokens(name) if name in arrays else plain(name) for name in _SCHEMA.names]
+    return pa.record_batch(columns, schema=_SCHEMA)
 
 
 # --- rows by key ----------------------------------------------------------------------------------

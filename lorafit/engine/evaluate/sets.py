@@ -31,7 +31,7 @@ from lorafit.facts.template import REASONING, opens_reasoning, without_header, w
 from lorafit.plan import Plan, SourcePlan
 from lorafit.plan.evaluation import sets_of
 from lorafit.recipe.schema import BUILT_IN_SETS, EvalSection, EvalSet
-from lorafit.rows import Example, Fault, Format, Row, digest, place_of, to_example
+from lorafit.rows import Example, Fault, Format, Row, digest, place_of, to_example, with_rejected
 from lorafit.rows.audit import RULES, SourceAudit, gate
 from lorafit.rows.cells import options_in
 from lorafit.text import first_line
@@ -426,7 +426,7 @@ def rejected_rows(rows: EvalRows, plan: Plan, remarks: list[str]) -> dict[int, T
     def lost() -> Iterator[Example]:
         for index, row, example in raw_rows(rows, range(len(rows)), "preference"):
             places[row.file, row.number] = index
-            yield _with_rejected(example)
+            yield with_rejected(example)
 
     renderer = Renderer(rows.tokenizer, plan.data.loss_on, plan.data.date)
     lengths = Lengths(plan.data.max_length, drop_excess=True)
@@ -439,14 +439,6 @@ def rejected_rows(rows: EvalRows, plan: Plan, remarks: list[str]) -> dict[int, T
             f"{plan.data.max_length} cuts an answer, or the chat template leaves one out"
         )
     return found
-
-
-def _with_rejected(example: Example) -> Example:
-    """A preference row with the answer that was rejected in place of the chosen one."""
-    if isinstance(example.rejected, str):
-        return dataclasses.replace(example, completion=example.rejected)
-    before = example.messages[: example.completion_start]
-    return dataclasses.replace(example, messages=(*before, *(example.rejected or ())))
 
 
 def raw_rows(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +20,9 @@ from lorafit.run.directory import RunDir
 
 if TYPE_CHECKING:
     from lorafit.engine.data.prepare import Prepared
-    from lorafit.engine.trainer import Trainer
+    from lorafit.engine.trainer import Checkpointed, Trainer
+
+T = TypeVar("T", bound="Checkpointed")
 
 
 def encode(
@@ -33,19 +35,40 @@ def encode(
 
 def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> Trainer:
     """The trainer with model, adapter and data in place. Raises ModelError, DoesNotFitError."""
+    from lorafit.engine.trainer import Trainer, training_arguments
+
+    return assemble(Trainer, training_arguments, plan, run, data, tokenizer)
+
+
+def assemble(
+    kind: type[T],
+    arguments: Callable[[Plan, RunDir], Any],
+    plan: Plan,
+    run: RunDir,
+    data: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    **more: Any,
+) -> T:
+    """A trainer of TRL's with model, adapter and data in place, its head settled.
+
+    Args:
+        more: what the trainer takes besides.
+
+    Raises ModelError, DoesNotFitError.
+    """
     from lorafit.engine.adapters import module_of  # torch and TRL take seconds, and data is prepared without them
     from lorafit.engine.loss import settle_head
     from lorafit.engine.model import dequantized_base, load_base, put_kernels
-    from lorafit.engine.trainer import Trainer, name_base, training_arguments
+    from lorafit.engine.trainer import name_base
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-    args = training_arguments(plan, run)  # from here on, several processes know each other
+    args = arguments(plan, run)  # from here on, several processes know each other
     base = load_base(plan, dequantized_base(plan, run))
     put_kernels(base, plan.model.kernels)
     adapter = module_of(plan.adapter)
     modules = [name for name, _ in base.named_modules()]
     with adapter.put_on(plan, modules) if adapter else contextlib.nullcontext():
-        trainer = Trainer(
+        trainer = kind(
             model=base,
             args=args,
             train_dataset=data.train,
@@ -54,6 +77,7 @@ def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenize
             peft_config=adapter.config(plan.lora_kwargs or {}) if adapter else None,
             references=plan.references,
             make_optimizer=adapter.optimizer(plan) if adapter else None,
+            **more,
         )
     name_base(trainer.model, plan.references)
     if adapter:
@@ -62,7 +86,7 @@ def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenize
     inner = trainer.model.get_base_model() if adapter else trainer.model
     trainer.model.train()  # 4-bit layers on a CPU that once run for inference compute otherwise ever after
     with trainer.compute_loss_context_manager():
-        settle_head(inner)
+        settle_head(inner, mean_logits=plan.preference is not None)
     return trainer
 
 
@@ -75,7 +99,7 @@ def check(trainer: Trainer, plan: Plan) -> None:
             check_isolation(trainer)
 
 
-def _check_parameters(trainer: Trainer, plan: Plan) -> None:
+def _check_parameters(trainer: Checkpointed, plan: Plan) -> None:
     """See that the plan's count of trainable parameters is the model's. Raises ModelError."""
     actual = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if plan.trainable_parameters and actual != plan.trainable_parameters:
