@@ -32,10 +32,10 @@ def preview(options: PreviewOptions) -> None:
 
     numbers = list(options.row or range(1, options.rows + 1))
     report = run_preview(plan, numbers, bool(options.row), options.validation, options.ids)
-    seen = [row["segments"] for row in report["rows"]]  # which are what the model sees, whatever they hold
+    seen = report["rows"]  # whose segments are what the model sees, whatever they hold
     report = hidden_in(report)
-    for one, segments in zip(report["rows"], seen, strict=True):
-        one["segments"] = segments
+    for shown, row in zip(report["rows"], seen, strict=True):
+        shown |= {name: row[name] for name in ("segments", "rejected") if name in row}
     with verbatim():
         print_json(report) if options.as_json else print_preview(report)
     if report["breaches"]:

@@ -167,6 +167,14 @@ class MetricsFile(TrainerCallback):
             stream.write(json.dumps(entry) + "\n")
 
 
+def _of_pairs(logs: dict[str, Any], prefix: str = "") -> list[str]:
+    """How often the chosen answer is the preferred one, and by how much, where pairs are learned."""
+    if f"{prefix}rewards/margins" not in logs:
+        return []
+    accuracy, margin = logs[f"{prefix}rewards/accuracies"], logs[f"{prefix}rewards/margins"]
+    return [f"preferred {accuracy:.1%}", f"margin {margin:.3f}"]
+
+
 class ProgressDisplay(TrainerCallback):
     """The steps as a stage: bars on a terminal, and in a log a line for each log of the trainer, too."""
 
@@ -201,9 +209,11 @@ class ProgressDisplay(TrainerCallback):
 
     def _status(self, state: TrainerState, logs: dict[str, Any]) -> str:
         if "eval_loss" in logs:
-            more = (f"  {name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if "." in name)
-            return f"validation loss {logs['eval_loss']:.4f}{''.join(more)}"
+            parts = [f"validation loss {logs['eval_loss']:.4f}", *_of_pairs(logs, "eval_")]
+            parts += [f"{name.removeprefix('eval_')} {value:.4f}" for name, value in logs.items() if "." in name]
+            return "  ".join(parts)
         parts = [f"loss {logs['loss']:.4f}"] if "loss" in logs else []
+        parts += _of_pairs(logs)
         if "learning_rate" in logs:
             parts.append(f"lr {logs['learning_rate']:.2e}")
         tokens = logs.get("num_tokens")

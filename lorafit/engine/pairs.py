@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -193,27 +193,32 @@ def of_answers(trainer: PairTrainer, pairs: Dataset) -> np.ndarray[Any, np.dtype
     return table
 
 
+_LN2 = math.log(2)
+KNOWN_AT_START: dict[str, Callable[[float, float], float]] = {
+    "sigmoid": lambda beta, smooth: _LN2,
+    "sigmoid_norm": lambda beta, smooth: _LN2,
+    "robust": lambda beta, smooth: _LN2,
+    "hinge": lambda beta, smooth: 1.0,
+    "ipo": lambda beta, smooth: (1 / (2 * beta)) ** 2,
+    "exo_pair": lambda beta, smooth: -0.5 * (math.log(1 - smooth) + math.log(smooth)) - _LN2,
+    "nca_pair": lambda beta, smooth: 2 * _LN2,
+    "bco_pair": lambda beta, smooth: 2 * _LN2,
+    "sppo_hard": lambda beta, smooth: 2 * (0.5 / beta) ** 2,
+    "apo_zero": lambda beta, smooth: 1.0,
+    "apo_down": lambda beta, smooth: 1.0,
+    "discopop": lambda beta, smooth: 0.5 * _LN2 + 0.5,
+}
+"""Each loss of a pair, by beta and label_smoothing, while policy and reference are the same."""
+
+
 def at_start(asked: Preference) -> float | None:
-    """The loss of every pair while policy and reference are the same; None with a term of the answers' own."""
-    smooth, log2 = asked.label_smoothing, math.log(2)
-    exo = -0.5 * (math.log(1 - smooth) + math.log(smooth)) - log2 if smooth else math.nan
-    known = {
-        "sigmoid": log2,
-        "sigmoid_norm": log2,
-        "robust": log2,
-        "hinge": 1.0,
-        "ipo": (1 / (2 * asked.beta)) ** 2,
-        "exo_pair": exo,
-        "nca_pair": 2 * log2,
-        "bco_pair": 2 * log2,
-        "sppo_hard": 2 * (0.5 / asked.beta) ** 2,
-        "apo_zero": 1.0,
-        "apo_down": 1.0,
-        "discopop": 0.5 * log2 + 0.5,
-    }
-    if "sft" in asked.loss_type:
+    """The loss while policy and reference are the same; None with a term that depends on the answers."""
+    if not set(asked.loss_type) <= KNOWN_AT_START.keys():
         return None
-    return sum(known[name] * weight for name, weight in zip(asked.loss_type, asked.loss_weights, strict=True))
+    return sum(
+        weight * KNOWN_AT_START[name](asked.beta, asked.label_smoothing)
+        for name, weight in zip(asked.loss_type, asked.loss_weights, strict=True)
+    )
 
 
 CHECKED = 8

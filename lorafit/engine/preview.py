@@ -42,8 +42,9 @@ def preview(plan: Plan, wanted: list[int], strict: bool, validation: bool, ids: 
         ids: whether token ids and labels are given as well.
 
     Returns `audit`, `breaches` (lines, empty if training may begin), `lengths`, `packing` and `rows`,
-    each with its `segments`: texts that are `learned` or not, of `special` tokens or not. Raises
-    DataError, and UsageError for a row that is not there.
+    each with its `segments`: texts that are `learned` or not, of `special` tokens or not; of a pair they are
+    those of the chosen answer, and `rejected` the other answer's. Raises DataError, and UsageError for a row that is
+    not there.
     """
     hush_progress()
     tokenizer = load_tokenizer(plan)
@@ -90,7 +91,11 @@ def shown_row(row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBa
         "learned": sum(label != IGNORED for label in row["labels"][1:]),
         "segments": list(segments(row["input_ids"], row["labels"], tokenizer)),
     }
-    return shown | ({"input_ids": row["input_ids"], "labels": row["labels"]} if ids else {})
+    if row.get("rejected_ids"):
+        answer = segments(row["rejected_ids"], row["rejected_labels"], tokenizer)
+        shown["rejected"] = [segment for segment in answer if segment["learned"]]
+    names = ("input_ids", "labels", *(("rejected_ids", "rejected_labels") if "rejected" in shown else ()))
+    return shown | ({name: row[name] for name in names} if ids else {})
 
 
 def segments(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
@@ -128,7 +133,7 @@ def lengths(values: Tokens | None, max_length: int) -> dict[str, Any] | None:
 def packing(plan: Plan, data: Prepared) -> dict[str, Any] | None:
     """How full the packed rows are, and how much of the batches would be padding without packing."""
     rows, part = data.rows, data.audit.training_rows
-    if rows is None or data.lengths is None:
+    if rows is None or data.lengths is None or plan.method.sequences > 1:
         return None
     tokens, packs, tried = part.tokens, part.packs, part.rows
     values = data.lengths

@@ -94,6 +94,7 @@ def train(plan: Plan, recipe_text: bytes, start: Start, console: Console) -> Run
             assert schedule is not None
             if start.steps is None:
                 say_what_is_kept(plan, trainer.state, schedule, console)
+                say_how_pairs_moved(plan, trainer.state, console)
             memory = memory_record(foreseen, meter.device, meter.baseline, measured) if measured else None
             manifest = build_manifest(
                 plan, run.base_files() or {}, data.final_audit(), trainer, schedule, began, memory
@@ -149,6 +150,27 @@ def say_what_is_kept(plan: Plan, state: TrainerState, schedule: Schedule, consol
             highlight=False,
             soft_wrap=True,
         )
+
+
+def say_how_pairs_moved(plan: Plan, state: TrainerState, console: Console) -> None:
+    """Say if the chosen answers became less likely although the margin grew, as the validation rows have it."""
+    found = [entry for entry in state.log_history if "eval_rewards/chosen" in entry]
+    if plan.training.load_best_model_at_end:
+        found = [entry for entry in found if entry["step"] == state.best_global_step]
+    if (
+        plan.preference is None
+        or not found
+        or not found[-1]["eval_rewards/margins"] > 0 > found[-1]["eval_rewards/chosen"]
+    ):
+        return
+    less = -found[-1]["eval_rewards/chosen"] / plan.preference.beta
+    console.print(
+        f"the margin grew, and yet the chosen answers became less likely, by {less:.3g} nats each: a higher beta, or "
+        "an sft term in loss_type, holds them",
+        style="yellow",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def read_ahead(plan: Plan) -> threading.Thread:

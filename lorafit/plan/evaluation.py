@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorafit.errors import UsageError
-from lorafit.evaluation.figures import BESIDE_OTHERS, HELD_OUT, LOSS, TOKENS_RIGHT, set_metrics
+from lorafit.evaluation.figures import BESIDE_OTHERS, HELD_OUT, set_metrics
 from lorafit.evaluation.metrics import POSSIBLE_DEFAULTS, code_files, metric_info
 from lorafit.evaluation.results import Metric
+from lorafit.plan.methods import method_of
 from lorafit.recipe import Recipe, Source
 from lorafit.recipe.schema import EvalSection, EvalSet, LmEvalSection
 
@@ -39,15 +40,11 @@ def _may_be_pairs(recipe: Recipe, one: EvalSet) -> bool:
     return any(source.format in ("auto", "preference") for source in sources)
 
 
-VALIDATED = {LOSS.name: LOSS, "mean_token_accuracy": TOKENS_RIGHT}
-"""What is found of the validation rows as the training goes on, by TRL's names."""
-
-
-def best_by(recipe: Recipe, asked: str) -> tuple[str, Metric]:
-    """What metric_for_best_model names: of VALIDATED, or SET.METRIC of the evaluation. Raises UsageError."""
-    name = asked.removeprefix("eval_")
-    if name in VALIDATED:
-        return name, VALIDATED[name]
+def best_by(recipe: Recipe, asked: str) -> tuple[str, bool]:
+    """What metric_for_best_model names, and whether more of it is better. Raises UsageError."""
+    name, validated = asked.removeprefix("eval_"), method_of(recipe).validated
+    if name in validated:
+        return name, validated[name]
     known = {
         f"{of_set}.{metric.name}": metric
         for of_set, one in sets_of(recipe.eval).items()
@@ -55,9 +52,9 @@ def best_by(recipe: Recipe, asked: str) -> tuple[str, Metric]:
         if metric.better is not None and metric not in BESIDE_OTHERS
     }
     if name in known:
-        return name, known[name]
-    near = difflib.get_close_matches(name, [*VALIDATED, *known], 1)
-    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([*VALIDATED, *known])}"
+        return name, known[name].better == "higher"
+    near = difflib.get_close_matches(name, [*validated, *known], 1)
+    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join([*validated, *known])}"
     beside = name.rpartition(".")[2] in [metric.name for metric in BESIDE_OTHERS]
     why = ", which compares with another model" if beside else ""
     raise UsageError(f"{asked} is no figure that can be compared from step to step{why}{hint}")

@@ -21,6 +21,7 @@ class Method:
         columns: of a tokenized row, those that its trainer takes.
         sequences: how many sequences a row puts through the model at once.
         rules: the audit's rules that its rows are held to.
+        validated: what its validation finds, by TRL's names, and whether more of it is better.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     columns: tuple[str, ...]
     sequences: int
     rules: tuple[str, ...]
+    validated: Mapping[str, bool]
 
 
 SFT = Method(
@@ -46,6 +48,7 @@ SFT = Method(
     columns=("input_ids", "labels"),
     sequences=1,
     rules=tuple(RULES),
+    validated={"loss": False, "mean_token_accuracy": True},
 )
 
 
@@ -56,6 +59,7 @@ DPO = Method(
     columns=("input_ids", "labels", "rejected_ids", "rejected_labels"),
     sequences=2,
     rules=tuple(RULES),
+    validated={"loss": False, "rewards/accuracies": True, "rewards/margins": True},
 )
 
 

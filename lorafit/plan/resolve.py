@@ -388,8 +388,8 @@ def _best(context: Context, has_validation: bool) -> dict[str, Any]:
     from lorafit.plan.evaluation import best_by  # numpy, which most recipes don't need
 
     try:
-        name, metric = best_by(context.recipe, asked)
+        name, greater = best_by(context.recipe, asked)
     except UsageError as error:
         context.wrong(("training", "metric_for_best_model"), str(error))
         return by_loss
-    return {"metric_for_best_model": name, "greater_is_better": metric.better == "higher"}
+    return {"metric_for_best_model": name, "greater_is_better": greater}

@@ -196,7 +196,12 @@ class Training:
     @property
     def best_by(self) -> str:
         """What the best adapter is found by, in words."""
-        shown = {"loss": "validation loss", "mean_token_accuracy": "token accuracy on the validation rows"}
+        shown = {
+            "loss": "validation loss",
+            "mean_token_accuracy": "token accuracy on the validation rows",
+            "rewards/accuracies": "preference accuracy on the validation rows",
+            "rewards/margins": "reward margin on the validation rows",
+        }
         return shown.get(self.metric_for_best_model, self.metric_for_best_model)
 
     def rows_per_step(self, world_size: int) -> int:

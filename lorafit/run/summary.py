@@ -121,18 +121,12 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
             f"{row['place'] or report['part']} · row {row['number']}: {row['tokens']} tokens, {row['learned']} learned"
         )
         console.print(Text(harmless(title), style="bold"), soft_wrap=True)
-        text = Text()
-        for learned, segments in itertools.groupby(row["segments"], key=lambda segment: segment["learned"]):
-            text.append("⟦" * (plain and learned))
-            for segment in segments:
-                style = ("bold green", "green") if learned else ("cyan", "dim")
-                text.append(harmless(segment["text"]), style[not segment["special"]])
-            text.append("⟧" * (plain and learned))
-        console.print(text, soft_wrap=True)
-        if "input_ids" in row:
-            console.print(
-                f"ids    {row['input_ids']}", f"labels {row['labels']}", sep="\n", highlight=False, soft_wrap=True
-            )
+        console.print(_masked(row["segments"], plain), soft_wrap=True)
+        if "rejected" in row:
+            console.print(Text("rejected: ", style="bold").append(_masked(row["rejected"], plain)), soft_wrap=True)
+        for name in ("input_ids", "labels", "rejected_ids", "rejected_labels"):
+            if name in row:
+                console.print(f"{name.replace('input_', ''):6} {row[name]}", highlight=False, soft_wrap=True)
         console.print()
     if report["rows"]:
         console.print(f"({legend})", highlight=False)
@@ -140,6 +134,18 @@ def print_preview(report: dict[str, Any], console: Console | None = None) -> Non
     print_audit(Audit.from_dict(report["audit"]), report["limits"], console)
     for remark in report["remarks"]:
         print_line(console, remark, "yellow")
+
+
+def _masked(parts: list[dict[str, Any]], plain: bool) -> Text:
+    """Text of which it shows what is learned."""
+    text = Text()
+    for learned, segments in itertools.groupby(parts, key=lambda segment: bool(segment["learned"])):
+        text.append("⟦" * (plain and learned))
+        for segment in segments:
+            style = ("bold green", "green") if learned else ("cyan", "dim")
+            text.append(harmless(segment["text"]), style[not segment["special"]])
+        text.append("⟧" * (plain and learned))
+    return text
 
 
 def _print_lengths(report: dict[str, Any], console: Console) -> None:

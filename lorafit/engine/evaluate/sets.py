@@ -30,6 +30,7 @@ from lorafit.evaluation.results import Set as SetInfo
 from lorafit.facts.template import REASONING, opens_reasoning, without_header, without_reasoning
 from lorafit.plan import Plan, SourcePlan
 from lorafit.plan.evaluation import sets_of
+from lorafit.plan.methods import SFT
 from lorafit.recipe.schema import BUILT_IN_SETS, EvalSection, EvalSet
 from lorafit.rows import Example, Fault, Format, Row, digest, place_of, to_example, with_rejected
 from lorafit.rows.audit import RULES, SourceAudit, gate
@@ -222,7 +223,13 @@ def _held_out(plan: Plan, tokenizer: PreTrainedTokenizerBase, data: Path | None,
 def _read(plan: Plan, source: SourcePlan, tokenizer: PreTrainedTokenizerBase) -> _Read:
     """A source's rows, all of them. Raises DataError for an audit beyond its limits."""
     alone = dataclasses.replace(
-        plan.data, train=(source,), validation=(), validation_fraction=None, packing=False, streaming=False
+        plan.data,
+        train=(source,),
+        validation=(),
+        validation_fraction=None,
+        packing=False,
+        streaming=False,
+        method=SFT.name,  # of pairs the chosen answer; the rejected one is read for `rejected`
     )
     made = prepare(alone, tokenizer)
     # eval asks what a server asks, however the rows learn
