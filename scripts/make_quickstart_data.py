@@ -493,9 +493,27 @@ def build_files() -> dict[str, str]:
     heldout = make_rows(dice, HELDOUT, HELDOUT_ROWS, orders[TRAIN_ROWS:], taken)
     validate(train, heldout)
     return {
-        "train.jsonl": "".join(row.to_json() + "\n" for row in train),
-        "heldout.jsonl": "".join(row.to_json() + "\n" for row in heldout),
+        f"{name}.jsonl": "".join(made + "\n" for made in rows)
+        for name, rows in {
+            "train": map(Row.to_json, train),
+            "heldout": map(Row.to_json, heldout),
+            "pairs-train": map(pair_to_json, train),
+            "pairs-heldout": map(pair_to_json, heldout),
+        }.items()
     }
+
+
+def pair_to_json(row: Row) -> str:
+    """A preference that the rows above don't have: ``order`` stands in a ticket only if the message has a number."""
+    whole = row.ticket.to_json()
+    short = re.sub(r',"order":[^}]*', "", whole)
+    chosen, rejected = (short, whole) if row.ticket.order is None else (whole, short)
+    pair = {
+        "prompt": [{"role": "user", "content": row.message}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+    return json.dumps(pair, ensure_ascii=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,7 @@ POSSIBLE_DEFAULTS = (*DEFAULTS, *JSON_DEFAULTS, "repetition")
 """All that may be measured where a recipe names none; of which, the expected answers decide."""
 RESERVED = frozenset(
     {"loss", "perplexity", "bits_per_byte", "token_accuracy", "kl", "accuracy", "accuracy_per_byte", "macro_f1"}
+    | {"preference_accuracy", "preference_margin", "chosen_logp", "rejected_logp", "reward_accuracy"}
     | {"ended", "length", "agreement", "judge"}
 )
 """Names of an evaluation's other figures, which a metric of the user's own must not take."""

@@ -219,6 +219,9 @@ def first_recipe(asked: InitOptions) -> tuple[Document, tuple[str, ...]]:
     title = f"{method} of {model} on {data}, for {_place(asked)}. Made by `lorafit init`."
     seen = sample.shape
     doubtful = (*seen.remarks, *([f"{data}: {seen.check}"] if seen.check else [])) if seen else ()
+    if seen and seen.format == "preference":
+        both = "`preference: {}` learns from both answers (recipes/dpo.yaml)"
+        doubtful += (f"{data}: of each pair the chosen answer is learned; {both}",)
     faulty = (f"{sample.faulty}; `lorafit preview` counts such rows",) if sample.faulty else ()
     return Document(lines, (title, memory)), (*settings.passed, memory, *doubtful, *faulty)
 

@@ -4,6 +4,7 @@ Runs both in turn, several times, on the quickstart's model and rows (run script
 
     .venv/bin/python scripts/bench/compare.py --rounds 3
     .venv/bin/python scripts/bench/compare.py --loss-on all     # every token is learned
+    .venv/bin/python scripts/bench/compare.py --pairs sigmoid=1,sft=0.2    # DPO on the quickstart's pairs
 
 On a GPU, and for other models (scripts/gpu_check does it), with rows that are plain text and learned whole:
 
@@ -93,10 +94,18 @@ def run_lorafit(settings: dict[str, Any], folder: Path) -> Run:
         "training.optim": "adamw_torch_fused",
         "training.save_strategy": "no",
     }
+    if settings["pairs"]:
+        losses, weights = (list(part) for part in (settings["pairs"], settings["pairs"].values()))
+        changes |= {
+            "preference": json.dumps({"loss_type": losses, "loss_weights": weights}),
+            "training.lr_scheduler_type": "linear",
+        }
+        changes.pop("quantization")
     if settings["kernels"]:
         changes |= {"model.use_kernels": settings["kernels"], "model.trust_remote_code": "true"}
     words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "lorafit", "train", "configs/quickstart.yaml", *words]
+    config = "configs/quickstart-dpo.yaml" if settings["pairs"] else "configs/quickstart.yaml"
+    command = [sys.executable, "-m", "lorafit", "train", config, *words]
     return watch(command, folder / "run" / "metrics.jsonl", settings["max_steps"])
 
 
@@ -109,6 +118,12 @@ def main() -> int:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--loss-on", choices=["assistant", "all"], default="assistant")
+    parser.add_argument(
+        "--pairs",
+        metavar="LOSS=WEIGHT,…",
+        type=lambda text: {name: float(weight) for name, weight in (one.split("=") for one in text.split(","))},
+        help="pairs in place of rows, by TRL's losses",
+    )
     parser.add_argument("--model", default=str(ROOT / "models" / "SmolLM2-135M-Instruct"))
     parser.add_argument("--text", metavar="ROWS", help="rows of plain text, in place of the quickstart's")
     parser.add_argument("--max-length", type=int, default=256)
@@ -122,7 +137,8 @@ def main() -> int:
     arguments = parser.parse_args()
     settings = {
         "model": arguments.model,
-        "data": arguments.text or str(ROOT / "data" / "quickstart" / "train.jsonl"),
+        "data": arguments.text or str(ROOT / "data" / "quickstart" / f"{'pairs-' * bool(arguments.pairs)}train.jsonl"),
+        "pairs": arguments.pairs,
         "text": arguments.text is not None,
         "device": arguments.device,
         "method": arguments.method,
@@ -134,7 +150,7 @@ def main() -> int:
         "learning_rate": arguments.learning_rate,
         "seed": 1,
         "max_length": arguments.max_length,
-        "dropout": arguments.dropout,
+        "dropout": 0.0 if arguments.pairs else arguments.dropout,
         "loss_on": "all" if arguments.text else arguments.loss_on,
     }
     pairs: list[tuple[Run, Run]] = []

@@ -10,7 +10,7 @@ import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 settings = json.loads(sys.argv[1])
 
@@ -44,14 +44,27 @@ if settings["method"] == "qlora":
 tokenizer = AutoTokenizer.from_pretrained(settings["model"])
 if not settings["text"]:
     tokenizer.chat_template = CHAT_TEMPLATE
-trainer = SFTTrainer(
+rows = load_dataset("json", data_files=settings["data"], split="train")
+if settings["pairs"]:  # each with the end of its turn, and no line break after it
+    Trainer, Config = DPOTrainer, DPOConfig
+    own = {"loss_type": list(settings["pairs"]), "loss_weights": list(settings["pairs"].values())}
+
+    def render(row):
+        prompt = tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
+        return {"prompt": prompt} | {side: row[side][0]["content"] + "<|im_end|>" for side in ("chosen", "rejected")}
+
+    rows = rows.map(render)
+else:
+    Trainer, Config = SFTTrainer, SFTConfig
+    own = {"packing": settings["packing"], "assistant_only_loss": settings["loss_on"] == "assistant"}
+trainer = Trainer(
     model=AutoModelForCausalLM.from_pretrained(
         settings["model"],
         dtype=torch.bfloat16 if cuda else torch.float32,
         quantization_config=quantization,
         device_map={"": 0} if cuda else {"": "cpu"},
     ),
-    args=SFTConfig(
+    args=Config(
         output_dir=settings["output_dir"],
         max_steps=settings["max_steps"],
         per_device_train_batch_size=settings["batch_size"],
@@ -63,8 +76,7 @@ trainer = SFTTrainer(
         weight_decay=0.0,
         seed=settings["seed"],
         max_length=settings["max_length"],
-        packing=settings["packing"],
-        assistant_only_loss=settings["loss_on"] == "assistant",
+        **own,
         gradient_checkpointing=cuda,
         bf16=cuda,
         use_cpu=not cuda,
@@ -74,7 +86,7 @@ trainer = SFTTrainer(
         disable_tqdm=True,
         dataloader_pin_memory=False,
     ),
-    train_dataset=load_dataset("json", data_files=settings["data"], split="train"),
+    train_dataset=rows,
     processing_class=tokenizer,
     peft_config=LoraConfig(
         r=16,

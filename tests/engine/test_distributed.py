@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import RecipeMaker, Train
+from conftest import RecipeMaker, Train, write_jsonl
 from rich.console import Console
 
 from lorafit.engine.evaluate.run import evaluate
@@ -35,6 +35,30 @@ def torchrun(*words: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def test_two_processes_learn_from_pairs_as_one_does(recipe: RecipeMaker, train: Train, tmp_path: Path) -> None:
+    words = ["red", "green", "blue", "one", "two"]
+    rows = [
+        {"prompt": f"{one} {other}:", "chosen": f" {other}", "rejected": f" {one} no"}
+        for one in words
+        for other in words
+    ]
+    data = {"train": [{"path": str(write_jsonl(tmp_path / "pairs.jsonl", rows))}], "validation": 0.28}
+    steps = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 5e-3}
+    each = [
+        recipe(name, dataset=data, preference={}, training=steps | {"per_device_train_batch_size": size})
+        for name, size in (("pairs-one", 4), ("pairs-two", 2))
+    ]
+    one = train(each[0])
+    process = torchrun(str(each[1]))
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    two = RunDir(one.path.parent / "pairs-two")
+    for name in ("loss", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+        curves = [[e[name] for e in run.metrics_until(99) if name in e] for run in (one, two)]
+        assert curves[0]
+        assert curves[1] == pytest.approx(curves[0], rel=1e-4, abs=1e-6), name
 
 
 def test_two_processes_equal_one_with_twice_the_batch(recipe: RecipeMaker, train: Train, rows: Path) -> None:

@@ -484,6 +484,8 @@ HUB = {"dataset": {"train": [{"path": "owner/rows"}]}}
 GPU_QLORA = {"hardware": AMPERE, **QLORA}
 ON_GPU: dict[str, Any] = {"hardware": AMPERE}
 VALIDATED = {"dataset": {"validation": 0.25}}
+PAIRED: dict[str, Any] = {"dataset": {"train": [{"path": "PAIRS"}]}}
+PAIRS = PAIRED | {"preference": {}}
 
 OWN_SET: dict[str, Any] = {"eval": {"sets": [{"name": "own", "path": "own.jsonl"}]}}
 BENCHMARKED: dict[str, Any] = {"eval": {"lm_eval": {"tasks": ["one"]}}}
@@ -568,6 +570,12 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.logging_steps": (5, {}),
     "training.eval_strategy": ("no", VALIDATED),
     "training.eval_steps": (3, VALIDATED | {"training": {"eval_strategy": "steps", "eval_steps": 2}}),
+    "preference.method": ("dpo", PAIRED),
+    "preference.loss_type": ("ipo", PAIRS),
+    "preference.loss_weights": ([2.0], PAIRS),
+    "preference.beta": (0.5, PAIRS),
+    "preference.label_smoothing": (0.2, PAIRED | {"preference": {"loss_type": "robust"}}),
+    "preference.reference": ("base", PAIRS),
     "training.evals_per_epoch": (2, VALIDATED),
     "training.save_strategy": ("no", {}),
     "training.save_steps": (3, {"training": {"save_strategy": "steps", "save_steps": 2}}),
@@ -659,6 +667,8 @@ def test_the_table_has_every_field() -> None:
 def test_every_field_reaches_something(field: str, planner: Planner) -> None:
     value, context = CHANGES[field]
     files = {"TEMPLATE": "template.jinja", "MORE": "more.jsonl", "TEXTS": "texts.jsonl", "ADAPTER": "adapter"}
+    files["PAIRS"] = "pairs.jsonl"
+    (planner.folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (planner.folder / "adapter").mkdir()
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "m", "r": 16, "target_modules": ["q_proj"]}
     (planner.folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))

@@ -144,6 +144,7 @@ def test_every_field_has_a_description() -> None:
         ("dataset", "train"),
         ("dataset", "validation"),
         ("dataset", "audit"),
+        ("preference",),
         ("training",),
         ("merge",),
         ("hardware",),
