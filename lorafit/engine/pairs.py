@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import bitsandbytes as bnb
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -23,7 +24,7 @@ from lorafit.engine.trainer import Checkpointed, Shown, common_arguments
 from lorafit.errors import ModelError
 from lorafit.plan import Plan
 from lorafit.plan.values import Preference
-from lorafit.progress import Stage, stage
+from lorafit.progress import Stage, each, stage
 from lorafit.run.directory import RunDir
 
 SIDES = ("chosen", "rejected")
@@ -112,16 +113,16 @@ class PairTrainer(Checkpointed, DPOTrainer):
         self._metrics["eval"].clear()  # of this batch
         logps = output.log_probs.sum(1).chunk(2)
         rewards = [self.beta * (mine - inputs[name]) for mine, name in zip(logps, REFERENCE, strict=True)]
-        each = {
+        found = {
             "loss": loss.expand(len(logps[0])),
             "rewards/accuracies": (rewards[0] > rewards[1]).float(),
             "rewards/margins": rewards[0] - rewards[1],
             **{f"rewards/{side}": one for side, one in zip(SIDES, rewards, strict=True)},
             **{f"logps/{side}": one for side, one in zip(SIDES, logps, strict=True)},
         }
-        table = torch.stack([torch.ones_like(loss).expand(len(logps[0])), *each.values()], 1).double()
+        table = torch.stack([torch.ones_like(loss).expand(len(logps[0])), *found.values()], 1).double()
         sums = self.accelerator.gather_for_metrics(table).sum(0).tolist()
-        for name, value in zip(("pairs", *each), sums, strict=True):
+        for name, value in zip(("pairs", *found), sums, strict=True):
             self._sums[name] += value
         self._validating.advance()
         return loss.detach(), None, None
@@ -153,17 +154,29 @@ class _Answers(Sequence[dict[str, Any]]):
         return dict(zip(("input_ids", "labels"), (row[name] for name in names), strict=True))
 
 
+class Referred(torch.utils.data.Dataset[dict[str, Any]]):
+    """Pairs with the reference's log-likelihoods."""
+
+    def __init__(self, pairs: Dataset, logps: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        self.pairs, self.logps = pairs, logps
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.pairs[int(index)]
+        return row | dict(zip(REFERENCE, self.logps[index].tolist(), strict=True))
+
+
 def refer(trainer: PairTrainer, plan: Plan) -> None:
     """Give every pair the reference's log-likelihoods of its answers, computed once, without gradients."""
     for name in ("train_dataset", "eval_dataset"):
         pairs = getattr(trainer, name)
         if pairs is None:
             continue
-        with reference(trainer, plan), stage("computing the reference's log-likelihoods"):
+        with reference(trainer, plan):
             found = of_answers(trainer, pairs)
-        for place, column in enumerate(REFERENCE):
-            pairs = pairs.add_column(column, found[:, place])
-        setattr(trainer, name, pairs)
+        setattr(trainer, name, Referred(pairs, found))
 
 
 @contextlib.contextmanager
@@ -172,6 +185,9 @@ def reference(trainer: PairTrainer, plan: Plan) -> Iterator[None]:
     model, training = trainer.model, trainer.model.training
     without = plan.preference is not None and plan.preference.reference == "base" and plan.start_from is not None
     model.eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.training = True  # on a CPU one that is run for inference would compute otherwise ever after
     try:
         with model.disable_adapter() if without else contextlib.nullcontext(), trainer.compute_loss_context_manager():
             yield
@@ -184,6 +200,7 @@ def of_answers(trainer: PairTrainer, pairs: Dataset) -> np.ndarray[Any, np.dtype
     accelerator = trainer.accelerator
     mine = range(accelerator.process_index, len(pairs), accelerator.num_processes)
     made = likelihoods(trainer.model, _Answers(pairs.select(mine)), trainer.processing_class.pad_token_id)
+    made = each(made, "log-likelihoods of the reference", 2 * len(mine), "answers")
     found = [(mine[one.row // 2], one.row % 2, -one.nll) for one in made]
     table = np.full((len(pairs), 2), np.nan, dtype=np.float32)
     for row, side, value in gather_object(found):
@@ -221,19 +238,15 @@ def at_start(asked: Preference) -> float | None:
     )
 
 
-CHECKED = 8
-"""Pairs that are looked at before the first step."""
-
-
 def check_start(trainer: PairTrainer, plan: Plan) -> None:
     """See that the reference is the start's own output, and that the loss is what follows from that.
 
-    The policy's log-likelihoods are computed as a step does, dropout off. Raises ModelError.
+    The policy's log-likelihoods are those of a pass of a step, dropout off. Raises ModelError.
     """
     asked = plan.preference
     assert asked is not None
-    pairs = trainer.train_dataset.select(range(min(CHECKED, len(trainer.train_dataset))))
-    batch = trainer._prepare_inputs(trainer.data_collator([pairs[index] for index in range(len(pairs))]))
+    count = min(trainer.args.per_device_train_batch_size, len(trainer.train_dataset))
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[index] for index in range(count)]))
     exact = trainer.model.dtype == torch.float32 and not getattr(trainer.model, "is_quantized", False)
     rounding = 1e-5 if exact and not (trainer.args.bf16 or trainer.args.fp16) else 2e-2
     with stage("checking that the reference is the start"), reference(trainer, plan), torch.no_grad():

@@ -423,7 +423,7 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
 
 
 def rejected_rows(rows: EvalRows, plan: Plan, remarks: list[str]) -> dict[int, TokenRow]:
-    """Of preference rows, each with its rejected answer, in tokens as in training; by the row's index.
+    """Preference rows with their rejected answers, in tokens as in training, by the row's index.
 
     A pair of which max_length cuts an answer has no such row, and is remarked on.
     """

@@ -52,9 +52,12 @@ def encode(
 
 
 def _pair(chosen: TokenRow, rejected: TokenRow) -> TokenRow:
-    learned = chosen.learned + rejected.learned
     return dataclasses.replace(
-        chosen, rejected_ids=rejected.input_ids, rejected_labels=rejected.labels, learned=learned
+        chosen,
+        rejected_ids=rejected.input_ids,
+        rejected_labels=rejected.labels,
+        learned=chosen.learned + rejected.learned,
+        key=chosen.key ^ (rejected.key >> 1),  # equal pairs are equal in both
     )
 
 
