@@ -375,6 +375,39 @@ def test_the_best_by_preference_accuracy(recipe: RecipeMaker, train: Train, pair
     assert result["best_metric"] == found[result["best_step"]] == max(found.values())
 
 
+def test_preview_shows_both_answers(recipe: RecipeMaker, pairs: Path) -> None:
+    from lorafit.engine.preview import preview
+    from lorafit.plan import plan_recipe
+    from lorafit.recipe import Recipe
+
+    path = recipe(**of_pairs(pairs))
+    plan = plan_recipe(Recipe.load(path, ()), path)
+    report = preview(plan, [1], True, False, True)
+    (row,) = report["rows"]
+    said = "".join(segment["text"] for segment in row["rejected"])
+    assert said.endswith(" no no<|im_end|>")
+    assert all(segment["learned"] for segment in row["rejected"])
+    assert len(row["rejected_ids"]) == len(row["rejected_labels"])
+    assert report["packing"] is None
+
+
+def test_sets_of_other_rows_after_a_training_on_pairs(
+    recipe: RecipeMaker, train: Train, pairs: Path, rows: Path
+) -> None:
+    """Rows with one answer are measured as ever; of pairs, those that are repeated are duplicates."""
+    run = train(recipe(**of_pairs(pairs, eval={"sets": [{"name": "chats", "path": str(rows)}], "forgetting": []})))
+    results, _ = evaluate(EvalOptions(run.path, max_new_tokens=1))
+    assert results.figures["chats.loss.adapter"].value
+    assert "chats.preference_margin.adapter" not in results.figures
+    lines = pairs.read_text().splitlines(keepends=True)
+    same, other = (json.loads(lines[0]) for _ in range(2))
+    other["rejected"] = turns("", "mat")[1:]
+    again = write_jsonl(pairs.with_name("again.jsonl"), [*map(json.loads, lines), same, other])
+    run = train(recipe("again", **of_pairs(again, dataset={"train": [{"path": str(again)}]}, training=STEPS)))
+    found = run.load_manifest()["data"]["audit"]["duplicates"]
+    assert (found["count"], found["first"].split(": ")[0]) == (1, f"{again}:33")
+
+
 def test_a_model_with_a_head_of_its_own(recipe: RecipeMaker, train: Train, pairs: Path, tmp_path: Path) -> None:
     """The first loss is ln 2 also where the head's scores come in parts, and are computed anew backwards."""
     model = make_model(tmp_path / "tied", tie_word_embeddings=True)
