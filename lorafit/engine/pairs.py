@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -109,23 +110,25 @@ class PairTrainer(Checkpointed, DPOTrainer):
                 use_cache=False,
                 fused_lm_head=True,
             )
-            loss = self._compute_loss(lambda **_: output, inputs, return_outputs=False)
+            loss = torch.stack(
+                [self._compute_loss(*_alone(output, inputs, pair), False) for pair in range(len(labels) // 2)]
+            )
         self._metrics["eval"].clear()  # of this batch
         logps = output.log_probs.sum(1).chunk(2)
         rewards = [self.beta * (mine - inputs[name]) for mine, name in zip(logps, REFERENCE, strict=True)]
         found = {
-            "loss": loss.expand(len(logps[0])),
+            "loss": loss,
             "rewards/accuracies": (rewards[0] > rewards[1]).float(),
             "rewards/margins": rewards[0] - rewards[1],
             **{f"rewards/{side}": one for side, one in zip(SIDES, rewards, strict=True)},
             **{f"logps/{side}": one for side, one in zip(SIDES, logps, strict=True)},
         }
-        table = torch.stack([torch.ones_like(loss).expand(len(logps[0])), *found.values()], 1).double()
+        table = torch.stack([torch.ones_like(loss), *found.values()], 1).double()
         sums = self.accelerator.gather_for_metrics(table).sum(0).tolist()
         for name, value in zip(("pairs", *found), sums, strict=True):
             self._sums[name] += value
         self._validating.advance()
-        return loss.detach(), None, None
+        return loss.detach().mean(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Means over all pairs, whatever the batches and the processes."""
@@ -137,6 +140,19 @@ class PairTrainer(Checkpointed, DPOTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value / pairs for name, value in self._sums.items()})
         self.measure_best(output.metrics, metric_key_prefix)
         return output
+
+
+def _alone(
+    output: Any, inputs: dict[str, torch.Tensor], pair: int
+) -> tuple[Callable[..., Any], dict[str, torch.Tensor]]:
+    """What the model made of one pair of a batch, as a model, and that pair as a batch."""
+    both = [pair, len(inputs["input_ids"]) // 2 + pair]
+    kept = {
+        name: value[both] if isinstance(value, torch.Tensor) and value.dim() == 2 else value
+        for name, value in vars(output).items()
+    }
+    batch = {name: value[[pair]] if name in REFERENCE else value[both] for name, value in inputs.items()}
+    return lambda **_: SimpleNamespace(**kept), batch
 
 
 class _Answers(Sequence[dict[str, Any]]):
