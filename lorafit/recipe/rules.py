@@ -240,6 +240,8 @@ def _preference(recipe: Recipe) -> Iterator[Complaint]:
         yield ("preference", "label_smoothing"), "has no effect but with loss_type robust or exo_pair"
     if "exo_pair" in losses and not section.label_smoothing:
         yield ("preference", "loss_type"), "exo_pair needs label_smoothing above 0, such as 0.001"
+    if recipe.lora is not None and recipe.lora.init_lora_weights == "eva":
+        yield ("lora", "init_lora_weights"), "eva starts from batches of single answers; use true, or start_from"
     if training.packing:
         yield ("training", "packing"), "pairs are not packed; remove it"
     if recipe.dataset.streaming:

@@ -189,7 +189,7 @@ class Source(Section):
     them, a pattern such as `data/*.jsonl`, or a hub data set's id. Relative to the working directory."""
     format: RowFormat = "auto"
     """Shape of the rows. `auto` decides from the columns and says why. Of a preference row the chosen
-    answer is learned; of unpaired ones, those whose label is true."""
+    answer is learned, or with a preference section both; of unpaired ones, those whose label is true."""
     columns: dict[str, Text] = Field(default_factory=dict)
     """The file's name for a column that the format expects, such as `output: answer`, or the path to
     a nested one, such as `output: instances.0.output`."""

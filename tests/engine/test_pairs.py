@@ -24,7 +24,7 @@ from lorafit.engine.evaluate.run import evaluate
 from lorafit.engine.merge.run import merge
 from lorafit.errors import DataError, Interrupted, ModelError
 from lorafit.options import EvalOptions, MergeOptions
-from lorafit.plan.values import Preference
+from lorafit.plan.values import DataPlan, Preference
 from lorafit.recipe import RecipeError
 from lorafit.run.directory import RunDir
 
@@ -341,6 +341,13 @@ def test_pairs_that_can_not_be_compared(recipe: RecipeMaker, train: Train, pairs
     run = train(recipe("dropped", **settings))
     source = run.load_manifest()["data"]["audit"]["train"][0]
     assert (source["rows"], source["dropped"]) == (3, {"longer than max_length": 1})
+    late = rows[3] | {side: turns("", f"{'no ' * 99}{side}")[1:] for side in ("chosen", "rejected")}
+    settings["dataset"] = {"train": [{"path": str(write_jsonl(tmp_path / "late.jsonl", [*rows[:9], late]))}]}
+    settings["dataset"] |= {"audit": {"lost_tokens": None}}
+    run = train(recipe("late", **settings))
+    source = run.load_manifest()["data"]["audit"]["train"][0]
+    assert (source["rows"], source["dropped"]) == (9, {"answers_cut_off": 1})
+    assert source["found"]["answers_cut_off"]["first"].startswith(f"{tmp_path}/late.jsonl:10: ")
     same = write_jsonl(tmp_path / "same.jsonl", [*rows[:2], rows[2] | {"rejected": rows[2]["chosen"]}])
     with pytest.raises(DataError, match=r"same\.jsonl:3: .*are the same"):
         train(recipe("same", **of_pairs(same)))
@@ -349,10 +356,25 @@ def test_pairs_that_can_not_be_compared(recipe: RecipeMaker, train: Train, pairs
         train(recipe("single", **of_pairs(single)))
 
 
+def test_rows_whose_format_only_training_learns(tiny_model: Path) -> None:
+    """As those of a hub: one without a rejected answer would be compared with itself."""
+    from lorafit.engine.data.render import Renderer
+    from lorafit.engine.methods import dpo
+    from lorafit.rows import Row, Shape
+    from lorafit.rows.audit import SourceAudit
+
+    plan = DataPlan((), (), None, "assistant", 64, False, 0, None, False)
+    row = Row("owner/rows", 7, {"prompt": "red", "completion": "blue"})
+    renderer = Renderer(AutoTokenizer.from_pretrained(tiny_model), "assistant", None)
+    with pytest.raises(DataError, match=r"owner/rows:7: .*rejected"):
+        list(dpo.encode([row], Shape("prompt_completion", {}, None, ""), plan, renderer, SourceAudit("owner/rows")))
+
+
 @pytest.mark.parametrize(
     ("sections", "key"),
     [
         ({"training": {"packing": True}}, r"training\.packing"),
+        ({"lora": {"init_lora_weights": "eva"}}, r"lora\.init_lora_weights"),
         ({"preference": {"loss_type": ["ipo", "sft"], "loss_weights": [1.0]}}, r"preference\.loss_weights"),
         ({"preference": {"label_smoothing": 0.1}}, r"preference\.label_smoothing"),
         ({"preference": {"loss_type": "exo_pair"}}, r"preference\.loss_type"),

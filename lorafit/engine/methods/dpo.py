@@ -7,13 +7,15 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.encode import Lengths, TokenRow, read_examples, tokenize
 from lorafit.engine.data.render import Renderer
 from lorafit.engine.methods.sft import assemble
+from lorafit.errors import DataError
 from lorafit.plan.values import DataPlan, Plan
-from lorafit.rows import Example, Row, Shape, with_rejected
+from lorafit.rows import Example, Row, Shape, place_of, with_rejected
 from lorafit.rows.audit import SourceAudit
 from lorafit.run.directory import RunDir
 
@@ -37,18 +39,36 @@ def encode(
     examples = read_examples(rows, shape, audit)
     lost = SourceAudit(audit.path)
     while chunk := list(itertools.islice(examples, _AT_ONCE)):
+        if single := next((example for example in chunk if example.rejected is None), None):
+            raise DataError(f"{single.place}: has no rejected answer; pairs need `chosen` and `rejected`")
         chosen = _by_number(chunk, renderer, lengths, audit)
         paired = (example for example in chunk if (example.file, example.number) in chosen)
         rejected = _by_number(map(with_rejected, paired), renderer, lengths, lost)
+        for number in [
+            number for number, row in chosen.items() if number in rejected and _equal(row, rejected[number])
+        ]:
+            cut = rejected.pop(number)
+            line = f"{place_of(*number)}: max_length {plan.max_length} cuts off all in which the two answers differ"
+            lost.count("answers_cut_off", line)
+            lost.drop("answers_cut_off")
+            _take_out(cut, lost)
         for number in chosen.keys() - rejected.keys():
-            alone = chosen.pop(number)
-            audit.rows -= 1
-            audit.tokens -= len(alone.input_ids)
-            audit.supervised_tokens -= alone.learned
+            _take_out(chosen.pop(number), audit)
         yield [_pair(row, rejected[number]) for number, row in chosen.items()]
     audit.tokens += lost.tokens
     audit.supervised_tokens += lost.supervised_tokens
     audit.take_in(lost)
+
+
+def _equal(chosen: TokenRow, rejected: TokenRow) -> bool:
+    return np.array_equal(chosen.input_ids, rejected.input_ids)
+
+
+def _take_out(row: TokenRow, audit: SourceAudit) -> None:
+    """Count a row no more that can't be a pair."""
+    audit.rows -= 1
+    audit.tokens -= len(row.input_ids)
+    audit.supervised_tokens -= row.learned
 
 
 def _pair(chosen: TokenRow, rejected: TokenRow) -> TokenRow:
