@@ -366,7 +366,7 @@ def test_rows_whose_format_only_training_learns(tiny_model: Path) -> None:
     plan = DataPlan((), (), None, "assistant", 64, False, 0, None, False)
     row = Row("owner/rows", 7, {"prompt": "red", "completion": "blue"})
     renderer = Renderer(AutoTokenizer.from_pretrained(tiny_model), "assistant", None)
-    with pytest.raises(DataError, match=r"owner/rows:7: .*rejected"):
+    with pytest.raises(DataError, match=r"owner/rows: row 7: .*rejected"):
         list(dpo.encode([row], Shape("prompt_completion", {}, None, ""), plan, renderer, SourceAudit("owner/rows")))
 
 
