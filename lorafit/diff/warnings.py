@@ -166,7 +166,7 @@ def warnings(before: Outcome, after: Outcome, changes: list[Change]) -> list[War
 
 def _rate(both: Both) -> Iterator[Warned]:
     """A learning rate belongs to a batch: linear rule (arXiv:1706.02677) or square root (arXiv:1404.5997)."""
-    old, new = (one.recipe.training.learning_rate for one in both.outcomes)
+    old, new = (one.training.learning_rate for one in both.outcomes)
     old_rows, new_rows = (one.rows_per_step for one in both.outcomes)
     key, rate, batch = "training.learning_rate", new / old, new_rows / old_rows
     if rate == 1 and batch != 1:

@@ -172,7 +172,7 @@ def _check_config(folder: Path, config: dict[str, Any], family: Gguf) -> None:
             folder, f"query_pre_attn_scalar is {config['query_pre_attn_scalar']} and not {query_scale(config)}"
         )
     if family.head in ("own", "tied") and config["tie_word_embeddings"] != (family.head == "tied"):
-        raise refused(folder, f"{family.written} files have {'none' if family.head == 'tied' else 'an'} output head")
+        raise refused(folder, f"{family.written} files have {'no' if family.head == 'tied' else 'an'} output head")
     _check_window(folder, config, family)
     if _rotated(config) != head_size and "partial" not in family.rope:
         raise refused(folder, "only a part of each head is rotated")
@@ -184,9 +184,8 @@ def _check_window(folder: Path, config: dict[str, Any], family: Gguf) -> None:
         usual = [
             "full_attention" if (index + 1) % family.period == 0 else "sliding_attention" for index in range(layers)
         ]
-        if (config.get("layer_types") or usual) != usual or config.get("sliding_window_pattern", family.period) != (
-            family.period
-        ):
+        pattern = config.get("sliding_window_pattern") or family.period
+        if (config.get("layer_types") or usual) != usual or pattern != family.period:
             raise refused(folder, f"other layers slide than all but every {family.period}th")
         return
     window = config.get("sliding_window") if config.get("use_sliding_window", family.slides) else None

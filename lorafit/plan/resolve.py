@@ -213,6 +213,7 @@ def preference_plan(context: Context) -> Preference | None:
 DEFAULT_GLOBAL_BATCH_SIZE = 16
 DEFAULT_EPOCHS = 3.0
 DEFAULT_WARMUP_RATIO = 0.03
+DEFAULT_LEARNING_RATE = 2e-4
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 CUDA_ONLY_OPTIMIZERS = ("8bit", "paged", "lion", "ademamix")
 
@@ -293,9 +294,11 @@ def _batch(context: Context) -> tuple[int, int]:
 
 
 def _learning_rate(context: Context) -> float:
-    training = context.recipe.training
-    if context.recipe.preference is None or "learning_rate" in training.model_fields_set:
-        return training.learning_rate
+    asked = context.recipe.training.learning_rate
+    if asked is not None:
+        return asked
+    if context.recipe.preference is None:
+        return context.choose("training.learning_rate", DEFAULT_LEARNING_RATE, "default")
     if context.recipe.trains_base:
         return context.choose("training.learning_rate", 1e-6, "usual for pairs, as TRL has it")
     return context.choose("training.learning_rate", 1e-5, "usual for pairs: ten times that of training in full")

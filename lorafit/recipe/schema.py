@@ -296,8 +296,8 @@ class TrainingSection(Section):
     Default: 16."""
     per_device_eval_batch_size: BatchSize | Literal["auto"] = "auto"
     """Rows in one evaluation pass on one device. `auto`: as in training."""
-    learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate. Default: 2e-4; for pairs (`preference`) 1e-5, or 1e-6 where all parameters are trained."""
     lr_scheduler_type: Literal[
         "linear",
         "cosine",

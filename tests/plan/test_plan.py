@@ -291,6 +291,15 @@ def test_what_the_best_is_found_by(planner: Planner, asked: str | None, name: st
     assert (plan.training_kwargs["metric_for_best_model"], plan.training_kwargs["greater_is_better"]) == (name, greater)
 
 
+def test_learning_rates(planner: Planner) -> None:
+    (planner.folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    pairs: dict[str, Any] = {"dataset": {"train": [{"path": str(planner.folder / "pairs.jsonl")}]}, "preference": {}}
+    assert planner().training.learning_rate == 2e-4
+    assert planner(**pairs).training.learning_rate == 1e-5
+    assert planner(**pairs, lora=None).training.learning_rate == 1e-6
+    assert planner(**pairs, training={"learning_rate": 2e-4}).training.learning_rate == 2e-4
+
+
 @pytest.mark.parametrize("asked", ["heldout.rouge", "nowhere.loss", "general.kl", "heldout.length", "heldout", "f1"])
 def test_what_the_best_can_not_be_found_by(planner: Planner, asked: str) -> None:
     with pytest.raises(RecipeError, match=r"training\.metric_for_best_model: "):

@@ -69,7 +69,7 @@ def test_the_shortest_recipe_has_every_default() -> None:
     assert recipe.model.name_or_path == "a/b"
     assert recipe.lora is None
     assert recipe.quantization is None
-    assert recipe.training.learning_rate == 2e-4
+    assert recipe.training.learning_rate is None
     assert recipe.dataset.train[0].format == "auto"
     assert load(BASE + "lora: {}\n").lora is not None
 
