@@ -14,7 +14,7 @@ NAMED = "base_model"
 MARKS: tuple[str, ...] = ("base_model", "micro_batch_size", "sequence_len", "adapter", "val_set_size", "sample_packing")
 """Keys by which a recipe is known to be axolotl's."""
 
-_OTHER_LOSS = "lorafit trains on answers (SFT) only"
+_OTHER_LOSS = "only supervised fine-tuning is converted; recipes/dpo.yaml learns from pairs"
 _LAYERS = "which weights are trained would be others"
 
 RULES: Rules = table(

@@ -69,7 +69,7 @@ def _source(c: Conversion, key: str, name: str, folder: Path, info: dict[str, An
         c.note(key, f"'{name}' {where} {folder / INFO}{hint}; check the path and the format")
         return {"path": str(folder / f"{name}.json"), "format": "auto"}
     if entry.get("ranking") or _columns(entry).get("kto_tag"):
-        c.refuse(key, f"'{name}' holds preferences, and lorafit trains on answers only")
+        c.refuse(key, f"'{name}' holds preferences, and only supervised fine-tuning is converted; see recipes/dpo.yaml")
     return _place(c, key, name, folder, entry) | _shape(c, key, name, entry)
 
 
@@ -144,7 +144,7 @@ _NO_IMAGES = "for images, videos and audio only"
 RULES: Rules = table(
     decides("flash_attn", "model.attn_implementation"),
     decides("template", "model.chat_template"),
-    decides("stage", "", "sft is what lorafit does"),
+    decides("stage", "", "sft is what is converted"),
     decides("finetuning_type", "lora"),
     decides("quantization_bit quantization_method", "quantization"),
     decides("quantization_type", "quantization.bnb_4bit_quant_type"),
@@ -234,7 +234,7 @@ def assemble(c: Conversion) -> None:
     """What several keys decide together, and LLaMA-Factory's own defaults."""
     stage = c.get("stage", read.text, "sft")
     if stage != "sft":
-        c.refuse("stage", f"lorafit trains on answers (sft) only, not {stage}")
+        c.refuse("stage", f"only sft is converted, not {stage}; recipes/dpo.yaml learns from pairs")
     _method(c)
     sources(c)
     _masking(c)
