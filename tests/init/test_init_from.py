@@ -771,7 +771,7 @@ def test_trl_in_full(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "said"),
     [
-        ("axolotl-qlora", "rl: dpo", "rl: … SFT"),
+        ("axolotl-qlora", "rl: dpo", "rl: … dpo.yaml"),
         ("axolotl-qlora", "pretraining_dataset: [{path: x}]", "pretraining_dataset: "),
         ("axolotl-qlora", "processor_type: AutoProcessor", "processor_type: … text"),
         ("axolotl-full", "adapter: llama-adapter", "adapter: … llama-adapter"),
