@@ -121,7 +121,7 @@ class TestKeys:
             assert path[-1] in section.model_fields
 
     def test_of_a_number_the_default(self) -> None:
-        assert keys("training.learning_r")[1][0] == "training.learning_rate=0.0002"
+        assert keys("training.max_grad")[1][0] == "training.max_grad_norm=1.0"
         assert keys("lora.target_modules=") == [
             f"lora.target_modules={v}" for v in ("all-linear", "attention", "mlp", "qv")
         ]
