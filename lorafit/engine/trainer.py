@@ -203,13 +203,13 @@ class Trainer(Checkpointed, SFTTrainer):
         return output
 
 
-class Shown:
+class Shown(transformers.TrainingArguments):
     """What stands before TRL's arguments among the bases: trackers log them as they may be seen."""
 
     references: References
 
     def to_dict(self) -> dict[str, Any]:
-        return as_written(super().to_dict(), self.references)  # type: ignore[misc]
+        return as_written(super().to_dict(), self.references)
 
 
 class Arguments(Shown, SFTConfig):

@@ -422,8 +422,8 @@ class PreferenceSection(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of pairs taken to be the wrong way round, for `robust` and `exo_pair`."""
     reference: Literal["auto", "start", "base"] = "auto"
-    """Whose log-likelihoods the answers' are compared with: those of the model as the training `start`s, or of the
-    `base` without the adapter that goes on. They are computed once, before the first step. `auto`: start."""
+    """Model with whose log-likelihoods the answers' are compared: as it is when the training starts (`start`), or
+    without the adapter that goes on (`base`). They are computed once, before the first step. `auto`: start."""
 
 
 class HardwareSection(Section):

@@ -67,6 +67,8 @@ class SourceAudit:
     def of(self, rule: str) -> int:
         """How many there are of what the rule counts a share of."""
         return {
+            "empty_answers": self.read,  # found as a row is read, once for all that it has
+            "not_utf8": self.read,
             "untrained_ends": self.answers,
             "lost_tokens": self.supervised_tokens + self.lost_tokens,
         }.get(rule, self.read * self.sequences)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.engine.data.render import UNTRAINED, Rendered, Renderer, Span
 from lorafit.errors import DataError, ModelError
+from lorafit.plan.values import DataPlan
 from lorafit.rows import Example, Fault, Row, Shape, place_of, to_example
 from lorafit.rows.audit import SourceAudit, source_from_dict
 from lorafit.text import first_line
@@ -75,6 +76,11 @@ class Lengths:
     min_length: int | None = None
     drop_excess: bool = False
     vocab_size: int | None = None
+
+    @staticmethod
+    def of(plan: DataPlan) -> Lengths:
+        """Lengths of the rows of a training."""
+        return Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop", plan.vocab_size)
 
 
 def read_examples(rows: Iterable[Row], shape: Shape, audit: SourceAudit) -> Iterator[Example]:

@@ -65,7 +65,7 @@ def with_metrics(
     Raises DataError for options that are none, UsageError for a metric that there is none of.
     """
     options = {one.row: one for one in option_rows(rows, plan)} if rows.spec.options else {}
-    rows = dataclasses.replace(rows, rejected=rejected_rows(rows, plan, remarks) if rows.spec.role == "task" else {})
+    rows = dataclasses.replace(rows, rejected=rejected_rows(rows, plan, remarks))
     specs = _specs(rows, section) if rows.asked else ()
     own = any(isinstance(spec, str) and ":" in spec for spec in specs)
     compared = main is not None and bool(set(names) - {BASE, main})

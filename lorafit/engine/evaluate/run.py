@@ -178,8 +178,7 @@ def rehearse(plan: Plan, tokenizer: PreTrainedTokenizerBase, prepared: Prepared)
         read -= {HELD_OUT}
     metrics = {}
     for rows in read_sets(plan, section, tokenizer, None, [], read, prepared):
-        if rows.spec.role == "task":
-            rows = dataclasses.replace(rows, rejected=rejected_rows(rows, plan, []))
+        rows = dataclasses.replace(rows, rejected=rejected_rows(rows, plan, []))
         metrics[rows.name] = metrics_of(rows, section, True, section.judge is not None, True)
         for _ in option_rows(rows, plan) if rows.spec.options else ():
             pass

@@ -425,8 +425,11 @@ def option_rows(rows: EvalRows, plan: Plan) -> Iterator[OptionRow]:
 def rejected_rows(rows: EvalRows, plan: Plan, remarks: list[str]) -> dict[int, TokenRow]:
     """Preference rows with their rejected answers, in tokens as in training, by the row's index.
 
-    A pair of which max_length cuts an answer has no such row, and is remarked on.
+    A pair of which max_length cuts an answer has no such row, and is remarked on. Texts that might be forgotten are no
+    pairs.
     """
+    if rows.spec.role != "task":
+        return {}
     cut = set(_cut_off(rows.rows, plan.data.max_length, set(special_tokens(rows.tokenizer).values())))
     places: dict[tuple[str, int], int] = {}
 

@@ -35,7 +35,7 @@ def encode(
     Both answers are rendered as supervised fine-tuning renders a row, so that each ends as it would there. A pair of
     which one answer can't be learned is left out and counted.
     """
-    lengths = Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop", plan.vocab_size)
+    lengths = Lengths.of(plan)
     examples = read_examples(rows, shape, audit)
     lost = SourceAudit(audit.path)
     while chunk := list(itertools.islice(examples, _AT_ONCE)):

@@ -29,8 +29,7 @@ def encode(
     rows: Iterable[Row], shape: Shape, plan: DataPlan, renderer: Renderer, audit: SourceAudit
 ) -> Iterator[list[TokenRow]]:
     """Tokens of rows, learned where the plan's `loss_on` says, in batches. Raises DataError."""
-    lengths = Lengths(plan.max_length, plan.min_length, plan.excess_length_strategy == "drop", plan.vocab_size)
-    return tokenize(read_examples(rows, shape, audit), renderer, lengths, audit)
+    return tokenize(read_examples(rows, shape, audit), renderer, Lengths.of(plan), audit)
 
 
 def build(plan: Plan, run: RunDir, data: Prepared, tokenizer: PreTrainedTokenizerBase) -> Trainer:
